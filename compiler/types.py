@@ -1,0 +1,115 @@
+"""Dims, dtypes and tensor types: what the IR knows about a value without computing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import sympy
+
+Dim = int | sympy.Expr
+Shape = tuple[Dim, ...]
+
+# Bits of one element. f4e2m1 and e8m0 are the element and scale formats of OCP Microscaling v1.0.
+DTYPE_BITS = {
+    "bool": 8,
+    "u8": 8,
+    "i8": 8,
+    "i16": 16,
+    "i32": 32,
+    "i64": 64,
+    "f16": 16,
+    "bf16": 16,
+    "f32": 32,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+    "f8e4m3": 8,
+    "f8e5m2": 8,
+    "e8m0": 8,
+    "f4e2m1": 4,
+}
+FLOATS = ("f16", "bf16", "f32", "f64")
+
+
+class VerifyError(Exception):
+    """The IR breaks a rule of the op it names."""
+
+
+@cache
+def symbol(name: str) -> sympy.Symbol:
+    """The dim called `name`: a positive integer, one and the same object on every call."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def dim(value: int | sympy.Expr) -> Dim:
+    """`value` in normal form: an int when it is one, else an expanded expression."""
+    if isinstance(value, int):
+        return value
+    value = sympy.expand(value)
+    return int(value) if value.is_Integer else value
+
+
+def free_symbols(shape: Shape) -> set[str]:
+    """Names of the symbols in `shape`."""
+    return {s.name for d in shape if not isinstance(d, int) for s in d.free_symbols}  # pyright: ignore
+
+
+def evaluate(d: Dim, binding: Mapping[str, int]) -> int:
+    """`d` with every symbol replaced; KeyError names a symbol that `binding` lacks."""
+    if isinstance(d, int):
+        return d
+    value: Any = d.xreplace({s: sympy.Integer(binding[s.name]) for s in d.free_symbols})  # pyright: ignore
+    return int(value)
+
+
+def bind_attr(value: Any, binding: Mapping[str, int]) -> Any:
+    """An attribute with every dim in it, also inside tuples and types, replaced by its int."""
+    if isinstance(value, sympy.Expr):
+        return evaluate(value, binding)
+    if isinstance(value, tuple):
+        return tuple(bind_attr(v, binding) for v in value)  # pyright: ignore
+    if isinstance(value, TensorType):
+        return value.bind(binding)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """dtype and shape of one value; shapes may hold expressions over the graph's symbols."""
+
+    dtype: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def numel(self) -> Dim:
+        return dim(prod(self.shape))
+
+    @property
+    def nbytes(self) -> Dim:
+        """Bytes of the dense tensor; sub-byte dtypes are packed."""
+        bits = self.numel * DTYPE_BITS[self.dtype]
+        return -(-bits // 8) if isinstance(bits, int) else dim(bits / sympy.Integer(8))
+
+    def bind(self, binding: Mapping[str, int]) -> TensorType:
+        """This type with every symbol replaced by its value."""
+        return TensorType(self.dtype, tuple(evaluate(d, binding) for d in self.shape))
+
+    def with_shape(self, shape: Shape) -> TensorType:
+        return TensorType(self.dtype, tuple(dim(d) for d in shape))
+
+    def with_dtype(self, dtype: str) -> TensorType:
+        return TensorType(dtype, self.shape)
+
+
+Types = tuple[TensorType, ...]

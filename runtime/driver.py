@@ -1,0 +1,45 @@
+"""What a device must be able to do for a session: load a program and replay its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from .program import Program
+
+Array = NDArray[Any]
+WeightLoader = Callable[[str], Any]
+
+
+class Executable(Protocol):
+    """A program in device memory, its state zeroed."""
+
+    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Copy `inputs` in (all inputs of the entry, exact shapes), replay, copy outputs out.
+
+        Outputs in bf16 or f16 come back as float32 arrays. State buffers keep what the entry
+        wrote into them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the device memory; the executable is unusable afterwards."""
+        ...
+
+
+class Driver(Protocol):
+    """One kind of device."""
+
+    target: str
+
+    def load(self, program: Program, weights: WeightLoader) -> Executable:
+        """Allocate arena, state and weights; `weights(name)` gives each weight buffer's content.
+
+        ValueError when the program was built for another target.
+        """
+        ...
+
+
+__all__ = ["Array", "Driver", "Executable", "WeightLoader"]

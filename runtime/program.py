@@ -1,0 +1,96 @@
+"""The program: the static plan that codegen makes, the ingot stores and the session replays.
+
+Standard library only. Nothing here computes; a driver turns it into device memory and launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+BufferKind = Literal["input", "output", "weight", "state", "scratch"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One piece of device code, or for the cpu target one Python callable.
+
+    `binary` is a cubin or hsaco, or the callable, called as `binary(*args)` with one tensor view
+    per argument, outputs last. `promises` are the specialisations that the bound arguments must
+    keep (GPU only), one string an argument.
+    """
+
+    id: str
+    symbol: str
+    binary: bytes | Callable[..., None]
+    num_warps: int = 1
+    shared: int = 0
+    promises: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A named region of device memory.
+
+    `offset` (bytes) places inputs, outputs and scratch in the arena that all entries share;
+    weights and state own their memory and have none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: BufferKind
+    nbytes: int
+    offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A dense view of a buffer: `offset` bytes in, seen as `dtype[shape]`."""
+
+    buffer: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over its arguments; `label` says which node of the graph it computes."""
+
+    kernel: str
+    args: tuple[Slice | int | float, ...]
+    grid: tuple[int, int, int] = (1, 1, 1)
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The plan for one binding of the symbols (one bucket): buffers, launches, and their order.
+
+    `buffers` are this entry's inputs, outputs and scratch. `dependencies` are pairs
+    (earlier, later) of indices into `launches`, transitively reduced.
+    """
+
+    name: str
+    symbols: Mapping[str, int]
+    buffers: tuple[Buffer, ...]
+    launches: tuple[Launch, ...]
+    dependencies: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that runs: kernels by id, weights and state, one entry a bucket, arena size.
+
+    `meta` holds JSON facts about the model that serving needs: `vocab_size`, `page_size`,
+    `max_sequences`, `max_tokens_per_sequence`, `pages` (all ints).
+    """
+
+    target: str
+    kernels: Mapping[str, Kernel]
+    buffers: Mapping[str, Buffer]
+    entries: tuple[Entry, ...]
+    arena_bytes: int
+    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
