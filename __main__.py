@@ -1,0 +1,6 @@
+"""`python -m ingot` is the command line tool `ingot`."""
+
+from .frontends.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What every test module shares: the random profile, the GPU guard and golden texts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Inputs are drawn afresh on every run; `print_blob` makes a failure on another machine repeatable.
+hypothesis.settings.register_profile("ingot", deadline=None, max_examples=30, print_blob=True)
+hypothesis.settings.load_profile("ingot")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the golden texts under tests/golden instead of comparing with them",
+    )
+
+
+def pytest_configure() -> None:
+    """Share the cores out among the xdist workers: torch would take all of them in each."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+@pytest.fixture(autouse=True)
+def _gpu_is_there(request: pytest.FixtureRequest) -> None:
+    """A test marked `gpu` that was selected fails, rather than passes unseen, without a GPU."""
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.fail("marked gpu, and torch sees no GPU; deselect with -m 'not gpu'", pytrace=False)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """`golden(text)` compares with tests/golden/<module>/<test>.txt, once a test.
+
+    `pytest --update-golden` writes the file; read the diff of what it wrote before committing it.
+    """
+    name = re.sub(r"[^\w.-]+", "-", request.node.name).strip("-")
+    path = GOLDEN / request.path.stem / f"{name}.txt"
+    compared: list[str] = []
+
+    def compare(text: str) -> None:
+        assert not compared, "golden() was called before in this test: one golden text a test"
+        compared.append(text)
+        found = text.rstrip("\n") + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found, encoding="utf-8")
+            return
+        shown = path.relative_to(GOLDEN.parent.parent)
+        if not path.exists():
+            pytest.fail(
+                f"no golden text {shown}; create it with: "
+                f"pytest --update-golden '{request.node.nodeid}'\n\n{found}",
+                pytrace=False,
+            )
+        expected = path.read_text(encoding="utf-8")
+        if found != expected:
+            diff = difflib.unified_diff(
+                expected.splitlines(), found.splitlines(), str(shown), "this run", lineterm=""
+            )
+            pytest.fail(
+                "\n".join([*diff, "", "if that is what it should be: pytest --update-golden"]),
+                pytrace=False,
+            )
+
+    return compare
