@@ -1,0 +1,21 @@
+"""The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
+
+`leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
+· `glu` · `attention` · `moe` · `aten` any other functional torch operator.
+"""
+
+from . import aten, attention, glu, leaf, linear, moe, norm, pointwise, reduce, rope, shape
+
+__all__ = [
+    "aten",
+    "attention",
+    "glu",
+    "leaf",
+    "linear",
+    "moe",
+    "norm",
+    "pointwise",
+    "reduce",
+    "rope",
+    "shape",
+]

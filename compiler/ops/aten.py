@@ -1,0 +1,142 @@
+"""aten.*: any functional torch operator that no importer rule knows, as a node.
+
+The type rule runs the operator on meta tensors, the reference is the operator itself. Tensor
+operands are the node's arguments in schema order; the rest of the schema's arguments are attributes:
+a tensor list is the number of its tensors, a list of optional tensors says which are present, an
+absent optional tensor is None. Dtypes are IR names; device, layout and memory format do not appear.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+
+from ..ir import Op
+from ..torch_types import dtype_name, torch_dtype
+from ..types import Dim, TensorType, Types, VerifyError, bind_attr, dim, free_symbols, symbol
+
+# Where dims are probed to find shapes as polynomials: primes, so that products stay apart.
+_PROBES = (211, 223)
+_CHECK = 227
+NOT_ATTRIBUTES = frozenset(("device", "layout", "pin_memory", "memory_format"))
+
+
+def overload_of(name: str) -> Any:
+    """The torch operator that `aten.<packet>.<overload>` names; VerifyError if there is none."""
+    parts = name.split(".")
+    packet = getattr(torch.ops.aten, parts[1], None) if len(parts) == 3 else None
+    if packet is None or parts[2] not in packet.overloads():
+        raise VerifyError(f"torch {torch.__version__} has no operator {name!r}")
+    return getattr(packet, parts[2])
+
+
+@cache
+def aten_op(name: str) -> Op:
+    """The op for `aten.<packet>.<overload>`, registered on first use.
+
+    VerifyError when torch has no such operator or it writes into its arguments.
+    """
+    overload = overload_of(name)
+    if overload._schema.is_mutable:
+        raise VerifyError(f"{name} writes into its arguments; functionalise the program first")
+
+    def infer(*types: TensorType, **attrs: Any) -> Types:
+        return _infer(name, overload, types, attrs)
+
+    def reference(*tensors: torch.Tensor, **attrs: Any) -> tuple[Any, ...]:
+        device = tensors[0].device if tensors and isinstance(tensors[0], torch.Tensor) else "cpu"
+        return _results(_call(overload, iter(tensors), attrs, device))
+
+    return Op(name, infer, reference)
+
+
+def _results(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def _call(overload: Any, tensors: Iterator[Any], attrs: Mapping[str, Any], device: Any) -> Any:
+    positional: list[Any] = []
+    keywords: dict[str, Any] = {}
+    for argument in overload._schema.arguments:
+        name, kind = argument.name, str(argument.type)
+        if kind == "Tensor" or (kind == "Optional[Tensor]" and attrs.get(name, 0) is not None):
+            value = next(tensors)
+        elif kind == "List[Tensor]":
+            value = [next(tensors) for _ in range(attrs[name])]
+        elif kind == "List[Optional[Tensor]]":
+            value = [next(tensors) if present else None for present in attrs[name]]
+        elif name == "device":
+            value = device
+        elif name in NOT_ATTRIBUTES or name not in attrs:
+            value = argument.default_value
+        elif name == "dtype" and attrs[name] is not None:
+            value = torch_dtype(attrs[name])
+        else:
+            value = attrs[name]
+        if argument.kwarg_only:
+            keywords[name] = value
+        else:
+            positional.append(value)
+    return overload(*positional, **keywords)
+
+
+def _run_on_meta(
+    name: str, overload: Any, types: Types, attrs: Mapping[str, Any], at: Mapping[str, int]
+) -> Types:
+    """Result types with every symbol bound as in `at`."""
+    operands = [t.bind(at) for t in types]
+    tensors = (torch.empty(t.shape, dtype=torch_dtype(t.dtype), device="meta") for t in operands)  # pyright: ignore
+    bound = {k: bind_attr(v, at) for k, v in attrs.items()}
+    try:
+        results = _results(_call(overload, tensors, bound, "meta"))
+    except (RuntimeError, NotImplementedError, ValueError, IndexError, StopIteration) as error:
+        shown = ", ".join(map(str, operands))
+        raise VerifyError(f"{name}: torch refuses ({shown}) with {bound}: {error}") from error
+    return tuple(TensorType(dtype_name(r.dtype), tuple(r.shape)) for r in results)
+
+
+def _infer(name: str, overload: Any, types: Types, attrs: Mapping[str, Any]) -> Types:
+    names = sorted(set().union(*(free_symbols(t.shape) for t in types), _attr_symbols(attrs)))
+    probes = [
+        dict(zip(names, p, strict=True)) for p in itertools.product(_PROBES, repeat=len(names))
+    ]
+    seen = [_run_on_meta(name, overload, types, attrs, at) for at in probes]
+    check = dict.fromkeys(names, _CHECK)
+    found: list[TensorType] = []
+    for i, first in enumerate(seen[0]):
+        dims = tuple(
+            _interpolate(names, probes, [types[i].shape[axis] for types in seen])
+            for axis in range(first.rank)
+        )
+        found.append(TensorType(first.dtype, dims))
+    if names and tuple(t.bind(check) for t in found) != (
+        expected := _run_on_meta(name, overload, types, attrs, check)
+    ):
+        shown = ", ".join(map(str, expected))
+        raise VerifyError(f"{name}: result shapes are no polynomials of {names} (found {shown})")
+    return tuple(found)
+
+
+def _attr_symbols(attrs: Mapping[str, Any]) -> set[str]:
+    flat = [v for a in attrs.values() for v in (a if isinstance(a, tuple) else (a,))]  # pyright: ignore
+    return {s.name for v in flat if isinstance(v, sympy.Expr) for s in v.free_symbols}  # pyright: ignore
+
+
+def _interpolate(names: list[str], probes: list[dict[str, int]], sizes: list[Any]) -> Dim:
+    """The polynomial, linear in each symbol, that takes `sizes` at `probes` (Lagrange)."""
+    if len(set(sizes)) == 1:
+        return int(sizes[0])
+    total: Any = sympy.Integer(0)
+    low, high = _PROBES
+    for at, size in zip(probes, sizes, strict=True):
+        term: Any = sympy.Integer(size)
+        for n in names:
+            other = high if at[n] == low else low
+            term *= (symbol(n) - other) / sympy.Integer(at[n] - other)
+        total += term
+    return dim(total)

@@ -1,0 +1,288 @@
+"""Attention, over the tokens of one sequence and over a paged cache, and the cache's append.
+
+T tokens, H query heads, G key/value heads (H a multiple of G), D and V dims a head. A cache is
+`[pages, page_size, G, D]`; `page_table[slot, i]` is the page that holds the slot's positions
+[i · page_size, (i + 1) · page_size). A token of slot -1 is padding: it is not stored, and attends
+to nothing (its result is 0).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..ir import Cost, Op, Sample
+from ..torch_types import wide
+from ..types import FLOATS, TensorType, Types, VerifyError
+from .linear import product
+
+# Query tokens whose scores are held at once by the references.
+_QUERY_BLOCK = 256
+
+
+def _check_heads(name: str, q: TensorType, k: TensorType, v: TensorType) -> None:
+    """q [T, H, D], k [..., G, D], v [..., G, V]."""
+    heads = (q.shape[-2:], k.shape[-2:], v.shape[-2:])
+    sizes = [d for pair in heads for d in pair]
+    if q.rank != 3 or not all(isinstance(d, int) for d in sizes):
+        raise VerifyError(f"{name}: expected q [T, H, D] with static heads, found {q}, {k}, {v}")
+    (h, d), (g, kd), (vg, _) = heads
+    if d != kd or g != vg or h % g or not q.dtype == k.dtype == v.dtype or q.dtype not in FLOATS:  # pyright: ignore
+        raise VerifyError(f"{name}: heads of q {q}, k {k} and v {v} do not go together")
+
+
+def _check_sinks(name: str, q: TensorType, sinks: tuple[TensorType, ...]) -> None:
+    if len(sinks) > 1 or (sinks and sinks[0].shape != q.shape[1:2]):
+        raise VerifyError(f"{name}: expected one sink a head of {q}, found {sinks}")
+
+
+def _softcapped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    return torch.tanh(scores / softcap) * softcap if softcap else scores
+
+
+# ---- attention: every token sees itself and those before it, within `window` if it is not 0.
+# `softcap` bounds scores by tanh; a sink is one more score a head that takes weight and adds nothing.
+
+
+def _attention_infer(
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    *sinks: TensorType,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Types:
+    _check_heads("attention", q, k, v)
+    _check_sinks("attention", q, sinks)
+    if k.rank != 3 or v.rank != 3 or k.shape[0] != v.shape[0]:
+        raise VerifyError(f"attention: expected k [S, G, D] and v [S, G, V], found {k} and {v}")
+    return (q.with_shape((*q.shape[:2], v.shape[2])),)
+
+
+def _attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor]:
+    tokens, heads, _ = q.shape
+    group = heads // k.shape[1]
+    keys, values = (wide(x).transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+    seen = torch.arange(k.shape[0], device=q.device)
+    blocks: list[torch.Tensor] = []
+    for start in range(0, tokens, _QUERY_BLOCK):
+        block = wide(q[start : start + _QUERY_BLOCK]).transpose(0, 1)
+        at = torch.arange(start, start + block.shape[1], device=q.device)[:, None]
+        at = at + (k.shape[0] - tokens)
+        scores = _softcapped(block @ keys.transpose(1, 2) * scale, softcap)
+        hidden = (seen > at) & causal
+        if window:
+            hidden = hidden | (seen <= at - window)
+        scores = scores.masked_fill(hidden, -math.inf)
+        if sinks is not None:
+            sink = wide(sinks)[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = torch.cat((scores, sink), -1)
+        weights = torch.softmax(scores, -1)[..., : k.shape[0]]
+        blocks.append((weights @ values).transpose(0, 1).to(q.dtype))
+    return (torch.cat(blocks),)
+
+
+def _attention_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    q, k, v = args[:3]
+    flops = 2 * q.numel * k.shape[0] + 2 * results[0].numel * v.shape[0]
+    return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
+
+
+_Q, _K, _V, _SINKS = (
+    TensorType("f32", shape) for shape in ((7, 4, 8), (7, 2, 8), (7, 2, 6), (4,))
+)
+attention = Op(
+    "attention",
+    _attention_infer,
+    _attention_reference,
+    _attention_cost,
+    (
+        Sample((_Q, _K, _V), {"scale": 0.3}),
+        Sample((_Q, _K, _V, _SINKS), {"scale": 0.3, "window": 3}),
+        Sample((_Q, _K, _V), {"scale": 0.3, "softcap": 2.0}),
+        Sample((_Q, _K, _V), {"scale": 0.3, "causal": False}),
+    ),
+)
+
+
+# ---- kv_append: rows [T, G, D] written at their positions; kv_append(caches..., rows..., slots,
+# positions, page_table) gives the new caches
+
+
+def _check_index(name: str, tokens: Any, index: tuple[TensorType, ...]) -> None:
+    slots, positions, page_table = index
+    expected = TensorType("i32", (tokens,))
+    if slots != expected or positions != expected or page_table.dtype != "i32" or page_table.rank != 2:
+        raise VerifyError(
+            f"{name}: expected slots and positions {expected} and an i32 page table [slots, pages], "
+            f"found {slots}, {positions}, {page_table}"
+        )
+
+
+def _append_infer(*args: TensorType) -> Types:
+    count = (len(args) - 3) // 2
+    if count < 1 or len(args) != 2 * count + 3:
+        raise VerifyError("kv_append: expected as many caches as rows, slots, positions, page table")
+    for cache, rows in zip(args[:count], args[count : 2 * count], strict=True):
+        if cache.rank < 3 or cache.dtype != rows.dtype or cache.shape[2:] != rows.shape[1:]:
+            raise VerifyError(f"kv_append: rows {rows} do not fit cache {cache}")
+    _check_index("kv_append", args[count].shape[0], args[2 * count :])
+    return args[:count]
+
+
+def _append_inplace(*args: torch.Tensor) -> None:
+    count = (len(args) - 3) // 2
+    slots, positions, page_table = args[2 * count :]
+    real = (slots >= 0).nonzero().squeeze(1)
+    if not real.numel():
+        return
+    size = args[0].shape[1]
+    where = positions[real].long()
+    pages = page_table[slots[real].long(), where // size].long()
+    for cache, rows in zip(args[:count], args[count : 2 * count], strict=True):
+        cache[pages, where % size] = rows[real]
+
+
+def _append_reference(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    count = (len(args) - 3) // 2
+    caches = tuple(cache.clone() for cache in args[:count])
+    _append_inplace(*caches, *args[count:])
+    return caches
+
+
+def _append_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    rows = args[len(results) : 2 * len(results)]
+    return Cost(0, sum((2 * t.nbytes for t in rows), 0))
+
+
+_CACHE, _INDEX = TensorType("f32", (6, 4, 2, 8)), TensorType("i32", (7,))
+_TABLE = TensorType("i32", (2, 3))
+kv_append = Op(
+    "kv_append",
+    _append_infer,
+    _append_reference,
+    _append_cost,
+    inplace=_append_inplace,
+)
+
+
+# ---- cached_attention: token t sees its slot's cache up to its own position
+
+
+def _cached_infer(
+    q: TensorType,
+    k_cache: TensorType,
+    v_cache: TensorType,
+    slots: TensorType,
+    positions: TensorType,
+    page_table: TensorType,
+    *sinks: TensorType,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Types:
+    _check_heads("cached_attention", q, k_cache, v_cache)
+    _check_sinks("cached_attention", q, sinks)
+    _check_index("cached_attention", q.shape[0], (slots, positions, page_table))
+    if k_cache.rank != 4 or k_cache.shape[:2] != v_cache.shape[:2]:
+        raise VerifyError(
+            f"cached_attention: expected caches [pages, size, G, D], found {k_cache}, {v_cache}"
+        )
+    return (q.with_shape((*q.shape[:2], v_cache.shape[3])),)
+
+
+def _attend_pages(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    hidden: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """q [N, H, D] over keys [P, size, G, D] -> [N, H, V]; `hidden` is [N, P, size].
+
+    Sums run page by page in order, so that a token's result does not depend on how many later
+    pages or other tokens are given beside it.
+    """
+    tokens, heads, _ = q.shape
+    pages, size, groups, _ = keys.shape
+    rows = q.view(tokens, groups, -1, q.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
+    scores = product(rows[None].expand(pages, -1, -1, -1), keys.permute(0, 2, 1, 3))
+    scores = _softcapped(scores.view(pages, groups, -1, tokens, size) * scale, softcap)
+    scores = scores.masked_fill(hidden.transpose(0, 1)[:, None, None], -math.inf)
+    top = scores.amax((0, -1))
+    sink = None if sinks is None else wide(sinks).view(groups, -1, 1)
+    if sink is not None:
+        top = torch.maximum(top, sink)
+    weights = torch.exp(scores - top[..., None])
+    total = torch.zeros_like(top) if sink is None else torch.exp(sink - top)
+    out = q.new_zeros(groups, rows.shape[1], values.shape[-1])
+    parts = product(weights.flatten(2, 3), values.permute(0, 2, 3, 1))
+    for part, weight in zip(parts, weights.sum(-1), strict=True):
+        out, total = out + part, total + weight
+    out = out.view(groups, -1, tokens, values.shape[-1]) / total[..., None]
+    return out.permute(2, 0, 1, 3).reshape(tokens, heads, -1)
+
+
+def _cached_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    page_table: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor]:
+    size = k_cache.shape[1]
+    out = q.new_zeros(*q.shape[:2], v_cache.shape[-1])
+    for slot in slots.unique().tolist():
+        if slot < 0:
+            continue
+        for mine in (slots == slot).nonzero().squeeze(1).split(_QUERY_BLOCK):
+            at = positions[mine].long()[:, None, None]
+            first = max(0, int(at.min()) - window + 1) // size if window else 0
+            pages = page_table[slot, first : int(at.max()) // size + 1].long()
+            seen = torch.arange(first * size, (first + len(pages)) * size, device=q.device)
+            seen = seen.view(1, -1, size)
+            hidden = (seen > at) | (seen <= at - window) if window else seen > at
+            # What was never written may be anything, NaN too, and 0 · NaN is NaN.
+            unwritten = (seen > at.max()).view(-1, size, 1, 1)
+            keys, values = (
+                wide(c[pages]).masked_fill(unwritten, 0.0) for c in (k_cache, v_cache)
+            )
+            block = wide(q[mine])
+            result = _attend_pages(block, keys, values, hidden, sinks, scale, softcap)
+            out[mine] = result.to(q.dtype)
+    return (out,)
+
+
+def _cached_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    """Bytes of every page a slot may hold: the most that the run can read."""
+    q, k_cache, v_cache, _, _, page_table = args[:6]
+    pages = page_table.shape[1]
+    context = pages * k_cache.shape[1]
+    flops = 2 * (q.numel + results[0].numel) * context
+    cache = sum((page_table.numel * c.nbytes / c.shape[0] for c in (k_cache, v_cache)), 0)
+    return Cost(flops, q.nbytes + results[0].nbytes + cache)
+
+
+cached_attention = Op("cached_attention", _cached_infer, _cached_reference, _cached_cost)

@@ -1,0 +1,86 @@
+"""Gated linear units (Shazeer 2020, arXiv:2002.05202): activation(gate) · up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..ir import Cost, Op, Sample
+from ..torch_types import wide
+from ..types import FLOATS, TensorType, Types, VerifyError
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+# gpt-oss: min(gate, limit) · sigmoid(alpha · gate) · (clamp(up, ±limit) + 1)
+CLAMPED = "clamped_swiglu"
+
+
+def check_activation(name: str, activation: str, alpha: float, limit: float) -> None:
+    """VerifyError unless `activation` is known and has the parameters it needs."""
+    if activation not in (*ACTIVATIONS, CLAMPED):
+        known = ", ".join((*ACTIVATIONS, CLAMPED))
+        raise VerifyError(f"{name}: activation is one of {known}; found {activation!r}")
+    if (activation == CLAMPED) != (alpha > 0 and limit > 0):
+        raise VerifyError(f"{name}: {activation} with alpha {alpha} and limit {limit}")
+
+
+def gated(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, alpha: float, limit: float
+) -> torch.Tensor:
+    """The gated unit in f32 (or f64), rounded once to the dtype of `gate`."""
+    g, u = wide(gate), wide(up)
+    if activation == CLAMPED:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+        return (g * torch.sigmoid(alpha * g) * (u + 1)).to(gate.dtype)
+    return (ACTIVATIONS[activation](g) * u).to(gate.dtype)
+
+
+def _glu_infer(
+    gate: TensorType, up: TensorType, *, activation: str, alpha: float = 0.0, limit: float = 0.0
+) -> Types:
+    check_activation("glu", activation, alpha, limit)
+    if gate != up or gate.dtype not in FLOATS:
+        raise VerifyError(f"glu: expected gate and up of one float type, found {gate} and {up}")
+    return (gate,)
+
+
+def _glu_reference(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    *,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+) -> tuple[torch.Tensor]:
+    return (gated(gate, up, activation, alpha, limit),)
+
+
+def _glu_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    return Cost(5 * results[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+
+
+_X = TensorType("f32", (3, 8))
+glu = Op(
+    "glu",
+    _glu_infer,
+    _glu_reference,
+    _glu_cost,
+    (
+        *(Sample((_X, _X), {"activation": a}) for a in ACTIVATIONS),
+        Sample((_X, _X), {"activation": CLAMPED, "alpha": 1.702, "limit": 7.0}),
+    ),
+)

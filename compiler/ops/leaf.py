@@ -1,0 +1,44 @@
+"""Leaves of every graph: parameters, named weights and scalar literals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..ir import Cost, Op, Value
+from ..types import TensorType, Types, VerifyError
+
+
+def _free(args: Types, results: Types, **attrs: Any) -> Cost:
+    return Cost(0, 0)
+
+
+def _declared(*, name: str, type: TensorType) -> Types:
+    return (type,)
+
+
+def _not_computed(**attrs: Any) -> tuple[Any, ...]:
+    raise VerifyError(f"{attrs.get('name')!r} is an input of the graph: it is bound, not computed")
+
+
+param = Op("param", _declared, _not_computed, _free)
+constant = Op("constant", _declared, _not_computed, _free)
+
+
+# A literal reaches references as a Python number: torch then computes with it unrounded, as in
+# the traced program, whatever the dtype of the tensor beside it.
+def _literal_infer(*, value: bool | int | float, dtype: str) -> Types:
+    if not isinstance(value, bool | int | float):
+        raise VerifyError(f"literal: expected a number, found {value!r}")
+    return (TensorType(dtype, ()),)
+
+
+def _literal_reference(*, value: Any, dtype: str) -> tuple[Any, ...]:
+    return (value,)
+
+
+literal = Op("literal", _literal_infer, _literal_reference, _free)
+
+
+def is_literal(value: Value, number: float | None = None) -> bool:
+    """Whether `value` is a literal, and equal to `number` if one is given."""
+    return value.op is literal and (number is None or value.attrs["value"] == number)

@@ -1,0 +1,110 @@
+"""Products: linear, matmul, and the embedding lookup."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ir import Cost, Op, Sample
+from ..types import FLOATS, TensorType, Types, VerifyError
+from .pointwise import broadcast
+
+# CPU BLAS takes other kernels for fewer rows than this; they round differently (seen with MKL).
+_INVARIANT_ROWS = 8
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [..., T, K] · weightᵀ [..., K, N] (+ bias [N]) -> [..., T, N].
+
+    Each row is bit-identical whatever the other rows are: few rows are padded, so that a token's
+    result does not depend on what else is in its batch.
+    """
+    rows = x.shape[-2]
+    if rows < _INVARIANT_ROWS:
+        x = torch.nn.functional.pad(x, (0, 0, 0, _INVARIANT_ROWS - rows))
+    if weight.ndim == 2:
+        return torch.nn.functional.linear(x, weight, bias)[..., :rows, :]
+    return (x @ weight.transpose(-1, -2))[..., :rows, :]
+
+
+def _linear_infer(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> Types:
+    if x.rank < 1 or weight.rank != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise VerifyError(f"linear: expected x [..., K] and weight [N, K], found {x} and {weight}")
+    if bias is not None and bias != TensorType(x.dtype, weight.shape[:1]):
+        raise VerifyError(f"linear: expected a bias [{weight.shape[0]}] of x's dtype, found {bias}")
+    return (x.with_shape((*x.shape[:-1], weight.shape[0])),)
+
+
+def _linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor]:
+    result = product(x.reshape(-1, x.shape[-1]), weight, bias)
+    return (result.view(*x.shape[:-1], weight.shape[0]),)
+
+
+def _linear_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    flops = 2 * results[0].numel * args[1].shape[1]
+    return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
+
+
+linear = Op(
+    "linear",
+    _linear_infer,
+    _linear_reference,
+    _linear_cost,
+    (
+        Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)))),
+        Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)), TensorType("f32", (5,)))),
+    ),
+)
+
+
+def _matmul_infer(x: TensorType, y: TensorType) -> Types:
+    if x.rank < 2 or y.rank < 2 or x.dtype != y.dtype or x.shape[-1] != y.shape[-2]:
+        raise VerifyError(f"matmul: expected [..., M, K] and [..., K, N], found {x} and {y}")
+    batch = broadcast("matmul", x.shape[:-2], y.shape[:-2]) if max(x.rank, y.rank) > 2 else ()
+    return (x.with_shape((*batch, x.shape[-2], y.shape[-1])),)
+
+
+def _matmul_reference(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.matmul(x, y),)
+
+
+def _matmul_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    flops = 2 * results[0].numel * args[0].shape[-1]
+    return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
+
+
+matmul = Op(
+    "matmul",
+    _matmul_infer,
+    _matmul_reference,
+    _matmul_cost,
+    (Sample((TensorType("f32", (2, 3, 4)), TensorType("f32", (2, 4, 5)))),),
+)
+
+
+def _embedding_infer(ids: TensorType, table: TensorType) -> Types:
+    if ids.dtype not in ("i32", "i64") or table.rank != 2 or table.dtype not in FLOATS:
+        raise VerifyError(f"embedding: expected integer ids and a table [V, D], found {ids}, {table}")
+    return (TensorType(table.dtype, (*ids.shape, table.shape[1])),)
+
+
+def _embedding_reference(ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.nn.functional.embedding(ids, table),)
+
+
+def _embedding_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    return Cost(0, results[0].nbytes * 2 + args[0].nbytes)
+
+
+embedding = Op(
+    "embedding",
+    _embedding_infer,
+    _embedding_reference,
+    _embedding_cost,
+    (Sample((TensorType("i32", (3,)), TensorType("f32", (7, 4))), high=7),),
+)

@@ -1,0 +1,207 @@
+"""Mixture of experts: the router's choice of k experts a token, and the experts themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ir import Cost, Op, Sample
+from ..torch_types import torch_dtype, wide
+from ..types import FLOATS, TensorType, Types, VerifyError
+from .glu import ACTIVATIONS, check_activation, gated
+from .linear import product
+
+# ---- router: logits [T, E] (and a correction bias [E]) -> weights [T, k], indices [T, k]
+#
+#   scores  = softmax or sigmoid of the logits, in f32
+#   choice  = scores + bias; of `groups` equal groups only the best `topk_groups` stay, judged by
+#             their largest choice ("max") or the sum of their two largest ("top2")
+#   weights = the scores of the k best choices, divided by (their sum + eps) if `normalize`,
+#             times `scale`
+# (DeepSeek-V2, arXiv:2405.04434 §2.1.2; DeepSeek-V3, arXiv:2412.19437 §2.1.2. With one group,
+# no bias and `normalize` this is also softmax over the k largest logits.)
+
+
+def _router_infer(
+    logits: TensorType,
+    *bias: TensorType,
+    k: int,
+    score: str,
+    normalize: bool,
+    dtype: str,
+    groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    scale: float = 1.0,
+    eps: float = 0.0,
+) -> Types:
+    experts = logits.shape[-1] if logits.rank == 2 else 0
+    if logits.dtype not in FLOATS or not isinstance(experts, int) or not 1 <= k <= experts:
+        raise VerifyError(f"router: expected logits [T, E] with E >= k = {k}, found {logits}")
+    if len(bias) > 1 or (bias and bias[0].shape != logits.shape[1:]):
+        raise VerifyError(f"router: expected at most one bias [{experts}], found {bias}")
+    if score not in ("softmax", "sigmoid") or group_score not in ("max", "top2"):
+        raise VerifyError(f"router: unknown score {score!r} or group_score {group_score!r}")
+    if experts % groups or not 1 <= topk_groups <= groups or topk_groups * experts // groups < k:
+        raise VerifyError(
+            f"router: {topk_groups} of {groups} groups of {experts} experts cannot give {k}"
+        )
+    weights = TensorType(dtype, (logits.shape[0], k))
+    return (weights, weights.with_dtype("i64"))
+
+
+def _router_reference(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    k: int,
+    score: str,
+    normalize: bool,
+    dtype: str,
+    groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    scale: float = 1.0,
+    eps: float = 0.0,
+) -> tuple[torch.Tensor, ...]:
+    scores = wide(logits)
+    scores = torch.sigmoid(scores) if score == "sigmoid" else torch.softmax(scores, -1)
+    choice = scores if bias is None else scores + bias
+    if topk_groups < groups:
+        grouped = choice.view(len(choice), groups, -1)
+        best = grouped.topk(2 if group_score == "top2" else 1, -1).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool)
+        kept.scatter_(1, best.topk(topk_groups, -1).indices, True)
+        choice = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+    indices = choice.topk(k, -1).indices
+    weights = scores.gather(1, indices)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    return (weights * scale).to(torch_dtype(dtype)), indices
+
+
+def _router_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    return Cost(8 * args[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+
+
+_LOGITS, _BIAS = TensorType("f32", (5, 8)), TensorType("f32", (8,))
+router = Op(
+    "router",
+    _router_infer,
+    _router_reference,
+    _router_cost,
+    (
+        Sample((_LOGITS,), {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32"}),
+        Sample(
+            (_LOGITS, _BIAS),
+            {
+                "k": 2,
+                "score": "sigmoid",
+                "normalize": True,
+                "dtype": "f32",
+                "groups": 4,
+                "topk_groups": 2,
+                "group_score": "top2",
+                "scale": 2.5,
+                "eps": 1e-20,
+            },
+        ),
+    ),
+)
+
+
+# ---- experts: sum over the chosen experts of weight · down(act(gate(x)) · up(x)).
+# gate_up [E, 2I, D] holds the gate rows first, then the up rows ([E, I, D] if not `gated`);
+# down is [E, D, I]; biases, both or none, are [E, 2I] and [E, D].
+
+
+def _experts_infer(
+    x: TensorType,
+    weights: TensorType,
+    indices: TensorType,
+    gate_up: TensorType,
+    down: TensorType,
+    *biases: TensorType,
+    activation: str,
+    gated: bool = True,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+) -> Types:
+    check_activation("experts", activation, alpha, limit)
+    if x.rank != 2 or indices.rank != 2 or indices.shape != weights.shape:
+        raise VerifyError(f"experts: expected x [T, D], weights and indices [T, k], found {x}, {weights}, {indices}")
+    if indices.dtype not in ("i32", "i64") or indices.shape[0] != x.shape[0]:
+        raise VerifyError(f"experts: indices {indices} do not go with x {x}")
+    if gate_up.rank != 3 or down.rank != 3 or not x.dtype == gate_up.dtype == down.dtype:
+        raise VerifyError(f"experts: expected 3-D weights of x's dtype, found {gate_up} and {down}")
+    count, rows, width = gate_up.shape
+    hidden: Any = rows / 2 if gated else rows
+    if width != x.shape[1] or down.shape != (count, width, hidden):
+        raise VerifyError(f"experts: weights {gate_up} and {down} do not go with x {x}")
+    if biases and tuple(b.shape for b in biases) != ((count, rows), (count, width)):
+        raise VerifyError(f"experts: biases {biases} do not go with {gate_up} and {down}")
+    return (x,)
+
+
+def _experts_reference(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    *,
+    activation: str,
+    gated: bool = True,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+) -> tuple[torch.Tensor]:
+    tokens, k = indices.shape
+    parts = x.new_empty(tokens * k, x.shape[1])
+    chosen = indices.flatten()
+    for expert in chosen.unique().tolist():
+        mine = (chosen == expert).nonzero().squeeze(1)
+        bias = (None, None) if gate_up_bias is None else (gate_up_bias[expert], down_bias[expert])  # pyright: ignore
+        h = product(x[mine // k], gate_up[expert], bias[0])
+        h = _activate(h, activation, gated, alpha, limit)
+        parts[mine] = product(h, down[expert], bias[1])
+    out = (wide(parts).view(tokens, k, -1) * weights[..., None]).sum(1)
+    return (out.to(x.dtype),)
+
+
+def _activate(
+    h: torch.Tensor, activation: str, is_gated: bool, alpha: float, limit: float
+) -> torch.Tensor:
+    if not is_gated:
+        return ACTIVATIONS[activation](h)
+    gate, up = h.chunk(2, -1)
+    return gated(gate, up, activation, alpha, limit)
+
+
+def _experts_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    """Bytes of the experts that T · k choices can touch at most."""
+    x, _, indices, gate_up, down = args[:5]
+    flops = 2 * indices.numel * (gate_up.numel + down.numel) / gate_up.shape[0]
+    touched = indices.numel * (gate_up.nbytes + down.nbytes) / gate_up.shape[0]
+    return Cost(flops, touched + sum((t.nbytes for t in (x, *results)), 0))
+
+
+_X, _W, _I = TensorType("f32", (5, 8)), TensorType("f32", (5, 2)), TensorType("i64", (5, 2))
+_GATE_UP, _DOWN = TensorType("f32", (4, 12, 8)), TensorType("f32", (4, 8, 6))
+_BIASES = (TensorType("f32", (4, 12)), TensorType("f32", (4, 8)))
+experts = Op(
+    "experts",
+    _experts_infer,
+    _experts_reference,
+    _experts_cost,
+    (
+        Sample((_X, _W, _I, _GATE_UP, _DOWN), {"activation": "silu"}, high=4),
+        Sample(
+            (_X, _W, _I, _GATE_UP, _DOWN, *_BIASES),
+            {"activation": "clamped_swiglu", "alpha": 1.702, "limit": 7.0},
+            high=4,
+        ),
+    ),
+)

@@ -1,0 +1,191 @@
+"""Reading the textual IR back: `parse(str(graph))` has the structure of `graph`.
+
+The form is one line a node, `%3, %4 = topk(%2, dim=-1, k=2) : f32[T, 2], i64[T, 2]`. Parameters and
+results are written %name, weights @name (their types stand in the `where` block), scalar literals
+dtype(number). Lines that start with # are comments. Each call is read with Python's own parser, as
+data: nothing is evaluated but arithmetic on dims.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from .ir import Graph, Node, Op, Value
+from .ops.aten import aten_op
+from .ops.leaf import constant, literal, param
+from .types import DTYPE_BITS, Dim, TensorType, VerifyError, dim, symbol
+
+_HEAD = re.compile(r"graph @(\S+?)\((.*)\)((?: \w+=\d+\.\.\d+)*) \{$")
+_REF = re.compile(r"[%@]([\w.\-/]+)")
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+
+class ParseError(Exception):
+    """The text is not IR; the message quotes the line."""
+
+
+@cache
+def parse_dim(text: str) -> Dim:
+    """A dim as printed: an integer, a symbol, or arithmetic over them."""
+    return dim(_attr(ast.parse(text.strip(), mode="eval").body))
+
+
+@cache
+def parse_type(text: str) -> TensorType:
+    """A type as printed, `bf16[T, 4096]`."""
+    found = re.fullmatch(r"\s*(\w+)\[(.*)\]\s*", text)
+    if not found or found[1] not in DTYPE_BITS:
+        raise ParseError(f"expected a type such as f32[T, 64], found {text!r}")
+    dims = found[2].split(",") if found[2].strip() else []
+    return TensorType(found[1], tuple(parse_dim(d) for d in dims))
+
+
+def _attr(tree: ast.expr) -> Any:
+    if isinstance(tree, ast.Constant):
+        return tree.value
+    if isinstance(tree, ast.List):
+        return tuple(_attr(item) for item in tree.elts)
+    if isinstance(tree, ast.Name):
+        return {"inf": math.inf, "nan": math.nan}.get(tree.id, symbol(tree.id))
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        return -_attr(tree.operand)
+    if isinstance(tree, ast.BinOp) and type(tree.op) in _ARITHMETIC:
+        return _ARITHMETIC[type(tree.op)](_attr(tree.left), _attr(tree.right))
+    raise ParseError(f"not an attribute: {ast.unparse(tree)}")
+
+
+def _split_types(text: str) -> list[str]:
+    return re.findall(r"\w+\[[^\]]*\]", text)
+
+
+def _reference(match: re.Match[str]) -> str:
+    return f"_ref[{match[0]!r}]"
+
+
+def _is_reference(tree: ast.expr) -> bool:
+    return isinstance(tree, ast.Subscript)
+
+
+def _key(tree: ast.expr) -> str:
+    assert isinstance(tree, ast.Subscript) and isinstance(tree.slice, ast.Constant)
+    return str(tree.slice.value)
+
+
+def _argument(tree: ast.expr, values: Mapping[str, Value]) -> Value:
+    if _is_reference(tree):
+        if (key := _key(tree)) not in values:
+            raise ParseError(f"{key} is used before it is defined")
+        return values[key]
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+        return literal(value=_attr(tree.args[0]), dtype=tree.func.id)
+    raise ParseError(f"not an argument: {ast.unparse(tree)}")
+
+
+def _parse_node(line: str, values: dict[str, Value]) -> None:
+    left, _, rest = line.partition(" = ")
+    call_text, _, type_text = rest.rpartition(" : ")
+    call = ast.parse(_REF.sub(_reference, call_text), mode="eval").body
+    if not isinstance(call, ast.Call):
+        raise ParseError("expected an op applied to arguments")
+    name = ast.unparse(call.func)
+    op = aten_op(name) if name.startswith("aten.") else Op.registry.get(name)
+    if op is None:
+        raise ParseError(f"unknown op {name!r}")
+    args = tuple(_argument(a, values) for a in call.args)
+    node = op.node(args, {k.arg or "": _attr(k.value) for k in call.keywords})
+    written = tuple(parse_type(t) for t in _split_types(type_text))
+    if written != node.types:
+        raise VerifyError(f"{name}: written as {type_text}, but the op gives {_show(node)}")
+    values.update(zip((n.strip() for n in left.split(",")), node.results, strict=True))
+
+
+def _show(node: Node) -> str:
+    return ", ".join(map(str, node.types))
+
+
+def _parse_head(line: str) -> tuple[str, tuple[Value, ...], dict[str, range]]:
+    head = _HEAD.match(line)
+    if not head:
+        raise ParseError("expected `graph @name(%parameter: type, ...) SYMBOL=low..high {`")
+    name, params_text, symbols_text = head.groups()
+    symbols: dict[str, range] = {}
+    for item in symbols_text.split():
+        symbol_name, low, high = re.split(r"=|\.\.", item)
+        symbols[symbol_name] = range(int(low), int(high) + 1)
+    pairs = re.findall(r"%([\w.\-/]+): (\w+\[[^\]]*\])", params_text)
+    return name, tuple(param(name=n, type=parse_type(t)) for n, t in pairs), symbols
+
+
+def parse(text: str) -> Graph:
+    """The graph that `text` describes; ParseError or VerifyError quotes the offending line."""
+    rows = [(i, row.strip()) for i, row in enumerate(text.splitlines(), 1)]
+    rows = [(i, row) for i, row in rows if row and not row.startswith("#")]
+    values: dict[str, Value] = {}
+    outputs: tuple[Value, ...] = ()
+    updates: dict[str, Value] = {}
+    number, line = rows[0] if rows else (0, "")
+    try:
+        name, params, symbols = _parse_head(line)
+        values.update((f"%{p.attrs['name']}", p) for p in params)
+        body = [(i, row) for i, row in rows[1:] if not row.startswith(("}", "@"))]
+        for _, row in ((i, row) for i, row in rows[1:] if row.startswith("@")):
+            key, _, type_text = row.partition(": ")
+            values[key] = constant(name=key[1:], type=parse_type(type_text))
+        for number, line in body:
+            if line.startswith("return"):
+                outputs = tuple(_root(v, values) for v in line[len("return ") :].split(", ") if v)
+            elif line.startswith("update "):
+                key, _, value = line[len("update %") :].partition(" = ")
+                updates[key] = _root(value, values)
+            else:
+                _parse_node(line, values)
+    except (ParseError, VerifyError, SyntaxError, ValueError) as error:
+        raise type(error)(f"line {number}: {error}\n  {line}") from error
+    return Graph(name, params, outputs, symbols, updates)
+
+
+def _root(text: str, values: Mapping[str, Value]) -> Value:
+    return _argument(ast.parse(_REF.sub(_reference, text), mode="eval").body, values)
+
+
+def same_structure(a: Graph, b: Graph) -> bool:
+    """Whether two graphs say the same: equal names, symbols, parameters, and isomorphic nodes.
+
+    Literals and constants are compared by content, all other nodes one to one.
+    """
+    if (a.name, dict(a.symbols), list(a.updates)) != (b.name, dict(b.symbols), list(b.updates)):
+        return False
+    left, right = list(a.nodes()), list(b.nodes())
+    content = (literal, constant)
+    left = [*(p.node for p in a.params), *(n for n in left if n.op not in (*content, param))]
+    right = [*(p.node for p in b.params), *(n for n in right if n.op not in (*content, param))]
+    if len(left) != len(right) or len(a.params) != len(b.params):
+        return False
+    twin = dict(zip(left, right, strict=True))
+
+    def equal(x: Value, y: Value) -> bool:
+        if x.op in content:
+            return x.op is y.op and dict(x.attrs) == dict(y.attrs)
+        return twin.get(x.node) is y.node and x.index == y.index
+
+    same_nodes = all(
+        m.op is n.op
+        and dict(m.attrs) == dict(n.attrs)
+        and m.types == n.types
+        and len(m.args) == len(n.args)
+        and all(equal(x, y) for x, y in zip(m.args, n.args, strict=True))
+        for m, n in zip(left, right, strict=True)
+    )
+    return same_nodes and all(equal(x, y) for x, y in zip(a.roots, b.roots, strict=True))
