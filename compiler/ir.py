@@ -219,6 +219,15 @@ def param_names(graph: Graph) -> list[str]:
 INLINE = ("param", "constant", "literal")
 
 
+def section_of(source: str) -> str:
+    """The part of a source that heads a section of text: a module path, cut below its layer's
+    children (`model.layers.3.self_attn.q_proj @model.py:7` gives `model.layers.3.self_attn`).
+    """
+    parts = source.split(" @")[0].split(".")
+    layer = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: layer + 2])
+
+
 def show_attr(value: Any) -> str:
     """An attribute as text: dims bare, tuples in brackets, strings quoted."""
     if isinstance(value, tuple):
@@ -262,8 +271,8 @@ def text_lines(graph: Graph) -> tuple[list[str], dict[Node, int]]:
             constants[node.attrs["name"]] = node.types[0]
         if node.op.name in INLINE:
             continue
-        if node.source and node.source != section:
-            section = node.source
+        if node.source and section_of(node.source) != section:
+            section = section_of(node.source)
             lines += ["", f"  # {section}"] if at else [f"  # {section}"]
         for result in node.results:
             names[result] = f"%{count}"

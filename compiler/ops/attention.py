@@ -278,10 +278,10 @@ def _cached_reference(
 def _cached_cost(args: Types, results: Types, **attrs: Any) -> Cost:
     """Bytes of every page a slot may hold: the most that the run can read."""
     q, k_cache, v_cache, _, _, page_table = args[:6]
-    pages = page_table.shape[1]
-    context = pages * k_cache.shape[1]
+    context = page_table.shape[1] * k_cache.shape[1]
     flops = 2 * (q.numel + results[0].numel) * context
-    cache = sum((page_table.numel * c.nbytes / c.shape[0] for c in (k_cache, v_cache)), 0)
+    pages_of = (c.with_shape(c.shape[1:]) for c in (k_cache, v_cache))
+    cache = sum((page_table.numel * page.nbytes for page in pages_of), 0)
     return Cost(flops, q.nbytes + results[0].nbytes + cache)
 
 

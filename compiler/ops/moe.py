@@ -183,8 +183,9 @@ def _activate(
 def _experts_cost(args: Types, results: Types, **attrs: Any) -> Cost:
     """Bytes of the experts that T · k choices can touch at most."""
     x, _, indices, gate_up, down = args[:5]
-    flops = 2 * indices.numel * (gate_up.numel + down.numel) / gate_up.shape[0]
-    touched = indices.numel * (gate_up.nbytes + down.nbytes) / gate_up.shape[0]
+    one = (gate_up.with_shape(gate_up.shape[1:]), down.with_shape(down.shape[1:]))
+    flops = 2 * indices.numel * sum((t.numel for t in one), 0)
+    touched = indices.numel * sum((t.nbytes for t in one), 0)
     return Cost(flops, touched + sum((t.nbytes for t in (x, *results)), 0))
 
 

@@ -1,0 +1,84 @@
+"""Running passes in order: each is verified, timed and reported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import ClassVar, Protocol
+
+from .ir import Graph
+from .rewrite import Applied, Log
+from .types import VerifyError
+from .verify import verify
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options. Graph to Graph; reports into the log."""
+
+    name: ClassVar[str]
+
+    def __call__(self, graph: Graph, log: Log) -> Graph: ...
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did, and the graph it left behind."""
+
+    name: str
+    graph: Graph
+    matches: Counter[str]
+    declined: tuple[str, ...]
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+class PassError(Exception):
+    """A pass broke the graph, or was required to match and did not."""
+
+
+def count_nodes(graph: Graph) -> int:
+    """Nodes that compute something: parameters, weights and literals are not counted."""
+    return sum(n.op.name not in ("param", "constant", "literal") for n in graph.nodes())
+
+
+def run_pipeline(
+    graph: Graph,
+    passes: Sequence[Pass],
+    *,
+    require_match: Sequence[str] = (),
+    check: Callable[[Graph, Applied], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[PassResult]:
+    """Apply `passes` in order and verify the graph after each.
+
+    `require_match` names passes that must rewrite something. `check` is called with every rewrite
+    that a pass logged and raises when the two sides differ. `progress` hears each pass's name
+    before it runs. PassError names the pass and, if it matched nothing, its nearest misses.
+    """
+    results: list[PassResult] = []
+    before = count_nodes(graph)
+    for step in passes:
+        if progress:
+            progress(step.name)
+        start, log = perf_counter(), Log()
+        try:
+            after = step(graph, log)
+            verify(after)
+        except VerifyError as error:
+            raise PassError(f"pass {step.name}: {error}") from error
+        for applied in log.applied if check else ():
+            assert check
+            check(graph, applied)
+        if step.name in require_match and not log.applied:
+            misses = "\n  ".join(log.declined[:5]) or "nothing came near"
+            raise PassError(f"pass {step.name} was required but matched nothing:\n  {misses}")
+        nodes = count_nodes(after)
+        seconds = perf_counter() - start
+        matches = Counter(a.rule for a in log.applied)
+        declined = tuple(dict.fromkeys(log.declined))
+        results.append(PassResult(step.name, after, matches, declined, before, nodes, seconds))
+        graph, before = after, nodes
+    return results

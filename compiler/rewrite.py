@@ -1,0 +1,340 @@
+"""Rewriting: patterns over values, rules as data, and the rebuilding of graphs.
+
+A rule replaces the values of a matched region by values computed anew. Laws: a value of the region
+that something outside uses is one of the rule's results, or the rule declines (nothing may run
+twice); the region is convex, or the rule declines (a fused node must not wait for itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .ir import Graph, Node, Op, Value, param_names
+from .types import VerifyError
+
+_LEAVES = ("param", "constant", "literal")
+_SWEEPS = 100
+
+
+class Decline(Exception):
+    """Raised by a rule's `build` for a match that must stay as it is; says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pat:
+    """Matches a value: any value when `op` is None, else a result of that op on matching args.
+
+    The same Pat twice in a rule must match the same value. `op` may be the name of an `aten.*` op.
+    `attrs` must be equal, `where` must hold. With `args` None any arguments do. An `optional`
+    pattern also matches where its op is absent and its first argument matches instead.
+    """
+
+    op: Op | str | None = None
+    args: tuple[Pat, ...] | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    where: Callable[[Value], bool] | None = None
+    index: int = 0
+    optional: bool = False
+
+    @property
+    def op_name(self) -> str | None:
+        return self.op.name if isinstance(self.op, Op) else self.op
+
+
+def pat(op: Op | str, *args: Pat, index: int = 0, **attrs: Any) -> Pat:
+    """`op` applied to `args` (any, if none are given), with these attributes."""
+    return Pat(op, args or None, attrs, index=index)
+
+
+def maybe(op: Op, arg: Pat) -> Pat:
+    """`op` applied to `arg`, or `arg` itself."""
+    return Pat(op, (arg,), optional=True)
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another result of the node that `pat` matched."""
+
+    pat: Pat
+    index: int
+
+
+Match = Mapping[Pat, Value]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """results[0] is matched; each result is replaced by what `build` gives for it, in order."""
+
+    name: str
+    results: tuple[Pat | Other, ...]
+    build: Callable[[Match], Value | tuple[Value, ...]]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One rewrite that happened: the region between `leaves` and `before` became `after`."""
+
+    rule: str
+    leaves: tuple[Value, ...]
+    before: tuple[Value, ...]
+    after: tuple[Value, ...]
+
+
+@dataclass
+class Log:
+    """What a pass did: rewrites in order, and the reasons for those that it left alone."""
+
+    applied: list[Applied] = field(default_factory=list[Applied])
+    declined: list[str] = field(default_factory=list[str])
+
+    def decline(self, rule: str, node: Node, reason: str) -> None:
+        place = f" at {node.source}" if node.source else ""
+        self.declined.append(f"{rule}: {node.op.name}{place}: {reason}")
+
+
+def _solutions(pattern: Pat, value: Value, found: dict[Pat, Value]) -> Iterator[dict[Pat, Value]]:
+    """Every way in which `value` matches, as extensions of `found`."""
+    if pattern in found:
+        if found[pattern] == value:
+            yield found
+        return
+    name = pattern.op_name
+    fits = name is None or (value.op.name == name and value.index == pattern.index)
+    if fits and all(value.attrs.get(k) == v for k, v in pattern.attrs.items()):
+        here = {**found, pattern: value}
+        if pattern.where is None or pattern.where(value):
+            yield from _argument_solutions(pattern, value, here)
+    if pattern.optional and pattern.args:
+        yield from _solutions(pattern.args[0], value, found)
+
+
+def _argument_solutions(
+    pattern: Pat, value: Value, found: dict[Pat, Value]
+) -> Iterator[dict[Pat, Value]]:
+    if pattern.args is None:
+        yield found
+        return
+    args = value.node.args
+    if len(args) != len(pattern.args):
+        return
+    orders = [args, args[::-1]] if value.op.commutative and args[0] != args[1] else [args]
+    for order in orders:
+        yield from _sequence_solutions(pattern.args, order, found)
+
+
+def _sequence_solutions(
+    patterns: tuple[Pat, ...], values: tuple[Value, ...], found: dict[Pat, Value]
+) -> Iterator[dict[Pat, Value]]:
+    if not patterns:
+        yield found
+        return
+    for extended in _solutions(patterns[0], values[0], found):
+        yield from _sequence_solutions(patterns[1:], values[1:], extended)
+
+
+def _root_ops(pattern: Pat) -> set[str | None]:
+    ops: set[str | None] = {pattern.op_name}
+    if pattern.optional and pattern.args:
+        ops |= _root_ops(pattern.args[0])
+    return ops
+
+
+def _inner_nodes(found: Match) -> set[Node]:
+    """Nodes of the region: those matched by an op pattern, but for weights and literals."""
+    return {
+        v.node for p, v in found.items() if p.op is not None and v.op.name not in _LEAVES
+    }
+
+
+def _leaves(inner: set[Node]) -> tuple[Value, ...]:
+    """Values that the region takes from outside."""
+    return tuple(dict.fromkeys(a for n in inner for a in n.args if a.node not in inner))
+
+
+@dataclass
+class _Sweep:
+    """One pass over a graph: what was taken by which region, and what replaces what."""
+
+    graph: Graph
+    swap: dict[Value, Value] = field(default_factory=dict[Value, Value])
+    origin: dict[Node, str] = field(default_factory=dict[Node, str])
+    region: dict[Node, tuple[Value, ...]] = field(default_factory=dict[Node, tuple[Value, ...]])
+
+    def __post_init__(self) -> None:
+        self.nodes = list(self.graph.nodes())
+        self.order = {n: i for i, n in enumerate(self.nodes)}
+        self.users = self.graph.users()
+        self.roots = set(self.graph.roots)
+
+    def leak(self, inner: set[Node], kept: set[Value]) -> Value | None:
+        """A value of the region that is used outside of it and would not be replaced."""
+        for node in inner:
+            for value in node.results:
+                outside = any(u not in inner for u in self.users.get(value, ()))
+                if value not in kept and (outside or value in self.roots):
+                    return value
+        return None
+
+    def convex(self, inner: set[Node], leaves: tuple[Value, ...]) -> bool:
+        """Whether no leaf depends on the region; regions taken before count as one node each."""
+        first = min(self.order[n] for n in inner)
+        stack, seen = [v.node for v in leaves], set[Node]()
+        while stack:
+            node = stack.pop()
+            if node in inner:
+                return False
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.region:
+                stack.extend(v.node for v in self.region[node])
+            elif self.order[node] > first:
+                stack.extend(a.node for a in node.args)
+        return True
+
+    def attempt(self, rule: Rule, node: Node, log: Log) -> bool:
+        """Apply `rule` at `node` if it matches and the laws allow it."""
+        root = rule.results[0]
+        assert isinstance(root, Pat)
+        for found in _solutions(root, Value(node, root.index), {}):
+            inner = _inner_nodes(found)
+            if inner & self.region.keys():
+                continue
+            kept = tuple(
+                Value(found[r.pat].node, r.index) if isinstance(r, Other) else found[r]
+                for r in rule.results
+            )
+            if (value := self.leak(inner, set(kept))) is not None:
+                log.decline(rule.name, node, f"{value.op.name} inside the match is used outside")
+                continue
+            leaves = _leaves(inner)
+            if len(kept) > 1 and not self.convex(inner, leaves):
+                log.decline(rule.name, node, "an input of the match depends on one of its results")
+                continue
+            try:
+                built = rule.build(found)
+            except Decline as reason:
+                log.decline(rule.name, node, str(reason))
+                continue
+            self.replace(rule, kept, built if isinstance(built, tuple) else (built,), leaves, log)
+            self.region.update(dict.fromkeys(inner, leaves))
+            return True
+        return False
+
+    def replace(
+        self,
+        rule: Rule,
+        before: tuple[Value, ...],
+        after: tuple[Value, ...],
+        leaves: tuple[Value, ...],
+        log: Log,
+    ) -> None:
+        for old, new in zip(before, after, strict=True):
+            if old.type != new.type:
+                raise VerifyError(f"rule {rule.name}: replaces {old.type} by {new.type}")
+        self.swap.update(zip(before, after, strict=True))
+        source = before[0].node.source
+        stack = [v.node for v in after]
+        while stack:
+            node = stack.pop()
+            if node not in self.order and node not in self.origin:
+                self.origin[node] = source
+                stack.extend(a.node for a in node.args)
+        log.applied.append(Applied(rule.name, leaves, before, after))
+
+
+def rewrite(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Graph:
+    """Replace non-overlapping matches, from the results backwards, first rule first.
+
+    Nodes that nothing touches are shared with the old graph; without a match it is returned as is.
+    """
+    log = Log() if log is None else log
+    by_op: dict[str | None, list[Rule]] = {}
+    for rule in rules:
+        root = rule.results[0]
+        assert isinstance(root, Pat)
+        for op in _root_ops(root):
+            by_op.setdefault(op, []).append(rule)
+    sweep = _Sweep(graph)
+    for node in reversed(sweep.nodes):
+        if node in sweep.region:
+            continue
+        for rule in by_op.get(node.op.name, ()):
+            if sweep.attempt(rule, node, log):
+                break
+    return rebuild(graph, sweep.swap, sweep.origin) if sweep.swap else graph
+
+
+def rewrite_all(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Graph:
+    """`rewrite` until nothing matches. RuntimeError when the rules do not come to an end."""
+    log = Log() if log is None else log
+    earlier = len(log.declined)
+    for _ in range(_SWEEPS):
+        # Only what the last sweep leaves alone is declined.
+        del log.declined[earlier:]
+        done = len(log.applied)
+        graph = rewrite(graph, rules, log)
+        if len(log.applied) == done:
+            return graph
+    names = sorted({a.rule for a in log.applied[-20:]})
+    raise RuntimeError(f"rewriting did not end after {_SWEEPS} sweeps; still matching: {names}")
+
+
+def rebuild(
+    graph: Graph, swap: Mapping[Value, Value], origin: Mapping[Node, str] | None = None
+) -> Graph:
+    """`graph` with each value in `swap` replaced; untouched nodes are shared.
+
+    `origin` gives sources to new nodes that have none. ValueError when a replacement needs itself.
+    """
+    origin = origin or {}
+    new: dict[Node, Node] = {}
+    open_: set[Node] = set()
+
+    def target(value: Value) -> Value:
+        while value in swap:
+            value = swap[value]
+        return value
+
+    def at(value: Value) -> Value:
+        value = target(value)
+        return Value(new[value.node], value.index)
+
+    stack = [target(r).node for r in graph.roots]
+    while stack:
+        node = stack[-1]
+        if node in new:
+            stack.pop()
+            continue
+        todo = [n for a in node.args if (n := target(a).node) not in new]
+        if todo:
+            if node in open_ and any(n in open_ for n in todo):
+                raise ValueError(f"{node.op.name} would depend on its own result")
+            open_.add(node)
+            stack.extend(todo)
+            continue
+        open_.discard(node)
+        args = tuple(at(a) for a in node.args)
+        source = node.source or origin.get(node, "")
+        same = all(a is b or a == b for a, b in zip(args, node.args, strict=True))
+        kept = same and source == node.source
+        new[stack.pop()] = node if kept else Node(node.op, args, node.attrs, node.types, source)
+    return Graph(
+        graph.name,
+        graph.params,
+        tuple(at(o) for o in graph.outputs),
+        graph.symbols,
+        {name: at(v) for name, v in graph.updates.items()},
+    )
+
+
+def replace_params(graph: Graph, params: tuple[Value, ...]) -> Graph:
+    """The graph with other parameters declared; VerifyError if one that it uses is missing."""
+    declared = {p.node for p in params}
+    for node in graph.nodes():
+        if node.op.name == "param" and node not in declared:
+            raise VerifyError(f"%{node.attrs['name']} is used but not among {param_names(graph)}")
+    return Graph(graph.name, params, graph.outputs, graph.symbols, graph.updates)
