@@ -16,6 +16,7 @@ import torch
 
 from ..compiler.torch_types import type_of
 from ..compiler.types import TensorType
+from .safetensors_files import SourceError
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -23,10 +24,6 @@ except ImportError as error:
     raise ImportError(
         "Hugging Face models need transformers; install it with: pip install 'ingot[hf]'"
     ) from error
-
-
-class SourceError(ValueError):
-    """A model or checkpoint that cannot be imported; the message says why and what would mend it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +59,9 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
     if not (directory / "config.json").is_file():
         found = "no such directory"
         if directory.is_dir():
-            found = "found " + (", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "none")
+            found = "found " + (
+                ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "none"
+            )
         raise SourceError(f"{directory}: expected a directory with config.json, {found}")
     try:
         return AutoConfig.from_pretrained(

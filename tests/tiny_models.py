@@ -36,11 +36,9 @@ _GROUPED = dict(
     routed_scaling_factor=2.5,
     norm_topk_prob=True,
 )
-_SLIDING = dict(
-    head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
-)
+_SLIDING = dict(head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 
-# What each architecture sets beside _COMMON: two layers, one of each kind where there are two kinds.
+# What each architecture sets beside _COMMON: two layers, one of each kind where there are two.
 _CONFIGS: dict[str, dict] = {
     "llama": {},
     "mistral": dict(sliding_window=16, head_dim=16),
@@ -54,7 +52,9 @@ _CONFIGS: dict[str, dict] = {
         **_EXPERTS, num_experts=8, head_dim=16, decoder_sparse_step=1, norm_topk_prob=True
     ),
     "mixtral": dict(num_local_experts=8, num_experts_per_tok=2),
-    "gpt_oss": dict(**_SLIDING, num_local_experts=8, num_experts_per_tok=2),
+    "gpt_oss": dict(
+        **_SLIDING, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=131072
+    ),
     "deepseek_v2": dict(
         **_MLA, **{**_GROUPED, "norm_topk_prob": False}, topk_method="group_limited_greedy"
     ),
