@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a fresh machine with python3 (3.11 or newer) and its venv
+# module is enough. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+MODEL := examples/pico
+PROMPT := def read_lines(path):
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(INSTALLED) ## compile and run a real model, show what the passes did, compare with transformers
+	$(BIN)/ingot run $(MODEL) --prompt '$(PROMPT)'
+	$(BIN)/ingot inspect $(MODEL) --passes
+	$(BIN)/ingot verify $(MODEL)
+
+test: $(INSTALLED) ## all tests but those that need a GPU
+	$(BIN)/pytest -n 2 -m 'not gpu'
+
+lint: $(INSTALLED) ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED) ## pyright: strict, as pyproject.toml says
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED) ## mend what ruff can mend
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+clean: ## remove the virtual environment, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The constraints also keep pip from replacing the build of torch that a machine offers by a newer one.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
