@@ -1,0 +1,100 @@
+"""Who owns which page of the paged KV cache: slots, pages and the host's page table."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class CacheFullError(Exception):
+    """No slot or not enough pages are free now; the request took nothing."""
+
+
+class KVCache:
+    """Page allocator for `slots` sequences over `pages` physical pages of `page_size` tokens.
+
+    A slot is one row of `page_table` i32[slots, pages_per_slot]: entry (slot, i) is the physical
+    page that holds positions [i·page_size, (i+1)·page_size). Entries without a page are 0.
+    Only ownership is kept here; the keys and values live on the device.
+    """
+
+    def __init__(self, *, pages: int, page_size: int, slots: int, tokens_per_slot: int) -> None:
+        """All counts are at least 1 (ValueError); `tokens_per_slot` bounds one sequence."""
+        for name, count in (
+            ("pages", pages),
+            ("page_size", page_size),
+            ("slots", slots),
+            ("tokens_per_slot", tokens_per_slot),
+        ):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, found {count}")
+        self.pages = pages
+        self.page_size = page_size
+        self.slots = slots
+        self.tokens_per_slot = tokens_per_slot
+        self.page_table: NDArray[np.int32] = np.zeros(
+            (slots, self.pages_for(tokens_per_slot)), np.int32
+        )
+        self._free_pages = list(reversed(range(pages)))
+        self._free_slots = list(reversed(range(slots)))
+        self._held: dict[int, int] = {}
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free_pages)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` positions of one sequence."""
+        return -(-tokens // self.page_size)
+
+    def pages_of(self, slot: int) -> tuple[int, ...]:
+        """The physical pages of an open slot, in the order of the positions they hold."""
+        return tuple(self.page_table[slot, : self._pages_held(slot)].tolist())
+
+    def open(self) -> int:
+        """Take a slot that holds no page yet; CacheFullError when all are taken."""
+        if not self._free_slots:
+            raise CacheFullError(f"all {self.slots} slots are taken")
+        slot = self._free_slots.pop()
+        self._held[slot] = 0
+        return slot
+
+    def grow(self, slot: int, tokens: int) -> None:
+        """Make room for positions 0 … tokens-1 of `slot`; what it holds already stays.
+
+        CacheFullError when too few pages are free: then none was taken. ValueError when the slot
+        is not open or `tokens` exceeds `tokens_per_slot`.
+        """
+        held = self._pages_held(slot)
+        if tokens > self.tokens_per_slot:
+            raise ValueError(
+                f"slot {slot}: expected at most {self.tokens_per_slot} tokens, found {tokens}"
+            )
+        missing = self.pages_for(tokens) - held
+        if missing > self.free_pages:
+            raise CacheFullError(
+                f"slot {slot}: {tokens} tokens need {missing} more pages of {self.page_size} "
+                f"tokens, {self.free_pages} of {self.pages} are free"
+            )
+        for index in range(held, held + missing):
+            self.page_table[slot, index] = self._free_pages.pop()
+            self._held[slot] = index + 1
+
+    def close(self, slot: int) -> None:
+        """Give back the slot and its pages; ValueError when it is not open."""
+        self._free_pages.extend(reversed(self.pages_of(slot)))
+        self.page_table[slot] = 0
+        del self._held[slot]
+        self._free_slots.append(slot)
+
+    def _pages_held(self, slot: int) -> int:
+        if slot not in self._held:
+            raise ValueError(f"expected an open slot, one of {sorted(self._held)}, found {slot}")
+        return self._held[slot]
+
+
+__all__ = ["CacheFullError", "KVCache"]
