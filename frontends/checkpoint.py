@@ -19,7 +19,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
-    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -142,40 +141,38 @@ class _Conversion:
         return f"{len(names)} tensors, {names[0]} to {names[-1]}"
 
     @property
-    def part_by_part(self) -> bool:
-        """Whether slice i of the target depends on the i-th tensor of every pattern alone."""
-        first, *rest = self.converter.operations
-        return (
-            isinstance(first, MergeModulelist)
-            and first.dim == 0
-            and len(self.converter.target_patterns) == 1
-            and len({len(parts) for parts in self.sources.values()}) == 1
-            and all(_keeps_dim_0(operation) for operation in rest)
-        )
+    def stack_dim(self) -> int | None:
+        """For a stack whose elements are sources side by side: along which dim of an element.
+
+        None for other conversions. Element i comes from the i-th source of every pattern.
+        """
+        if self.sources.keys() != set(self.converter.source_patterns):
+            return None
+        match self.converter.operations:
+            case [MergeModulelist(dim=0)] if len(self.sources) == 1:
+                return 0
+            case [MergeModulelist(dim=0), Concatenate(dim=dim)] if dim > 0:
+                return dim - 1
+        return None
 
     def load(self, target: str, type_: TensorType) -> torch.Tensor:
-        """The target called `target`: peak memory is the target and one part of it where it can."""
+        """The target called `target`. Stacks are filled in place: nothing is held beside them."""
         dtype = torch_dtype(type_.dtype)
-        if not self.part_by_part:
+        dim = self.stack_dim
+        if dim is None:
             tensors = {
                 pattern: [stored.read().to(dtype) for _, stored in parts]
                 for pattern, parts in self.sources.items()
             }
             return self.apply(tensors)[target]
         out = torch.empty(type_.shape, dtype=dtype)
-        for i in range(len(out)):
-            tensors = {p: [parts[i][1].read().to(dtype)] for p, parts in self.sources.items()}
-            out[i] = self.apply(tensors)[target][0]
+        start = 0
+        for pattern in self.converter.source_patterns:
+            parts = [stored for _, stored in self.sources[pattern]]
+            for element, stored in zip(out, parts, strict=True):
+                stored.read_into(element.narrow(dim, start, stored.shape[dim]))
+            start += parts[0].shape[dim]
         return out
-
-
-def _keeps_dim_0(operation: object) -> bool:
-    """Whether `operation`, on a stack, works on each element of dim 0 by itself."""
-    if isinstance(operation, Concatenate):
-        return operation.dim > 0
-    if isinstance(operation, Transpose):
-        return not operation.check_dims and operation.dim0 > 0 and operation.dim1 > 0
-    return False
 
 
 def _entries(stored: Mapping[str, Stored], meta: MetaModel) -> tuple[dict[str, Entry], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..compiler.torch_types import torch_dtype
+from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import DTYPE_BITS, TensorType
 
 _INDEX = "model.safetensors.index.json"
@@ -76,6 +77,23 @@ class Stored:
             release.atexit = False
         return tensor
 
+    def read_into(self, out: torch.Tensor) -> None:
+        """Read into `out`, which has this shape, casting where its dtype differs.
+
+        Without a cast the data goes straight into `out`, about three times as fast as through the
+        mapping, whose pages would be faulted in one by one to be used once.
+        """
+        if self.type != type_of(out) or not out.is_contiguous():
+            out.copy_(self.read())
+            return
+        rest = memoryview(out.view(-1).view(torch.uint8).numpy())
+        while rest:
+            at = self.offset + self.nbytes - len(rest)
+            count = os.preadv(self.file.descriptor, [rest], at)
+            if count == 0:
+                raise SourceError(f"{self.file.path}: cut short since it was opened")
+            rest = rest[count:]
+
 
 class File:
     """One safetensors file: its header now, its data as a mapping that is made on first use."""
@@ -107,11 +125,17 @@ class File:
             ) from error
 
     @cached_property
+    def descriptor(self) -> int:
+        """The open file, for as long as this object lives."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    @cached_property
     def mapping(self) -> mmap.mmap:
         """The whole file, private to this process: writing into a tensor never reaches the disk."""
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(self.descriptor, 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def safetensors_files(directory: Path) -> list[Path]:
