@@ -1,6 +1,7 @@
 """The replay of a program. Imports nothing of ours; torch only in `cpu`, triton nowhere.
 
 Read in this order: `program` (the contract with codegen; standard library only), `driver` (what a
-device must do), `cpu` (the driver that runs the references), `kv_cache` (pages and slots),
-`sampling`, `session` (continuous batching over all of these).
+device must do), `cpu` (the driver that runs the references), `buckets` (what entries take and
+give), `kv_cache` (pages and slots), `sampling`, `sequence` (one request), `scheduler` (who runs
+next), `session` (continuous batching over all of these).
 """

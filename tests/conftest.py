@@ -63,7 +63,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(found, encoding="utf-8")
             return
-        shown = path.relative_to(GOLDEN.parent.parent)
+        shown = os.path.relpath(path, request.config.rootpath)
         if not path.exists():
             pytest.fail(
                 f"no golden text {shown}; create it with: "
@@ -73,7 +73,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
         expected = path.read_text(encoding="utf-8")
         if found != expected:
             diff = difflib.unified_diff(
-                expected.splitlines(), found.splitlines(), str(shown), "this run", lineterm=""
+                expected.splitlines(), found.splitlines(), shown, "this run", lineterm=""
             )
             pytest.fail(
                 "\n".join([*diff, "", "if that is what it should be: pytest --update-golden"]),
