@@ -137,8 +137,11 @@ class _Conversion:
 
     @property
     def origin(self) -> str:
-        names = [name for parts in self.sources.values() for name, _ in parts]
-        return f"{len(names)} tensors, {names[0]} to {names[-1]}"
+        parts = [part for parts in self.sources.values() for part in parts]
+        (first, stored), (last, _) = parts[0], parts[-1]
+        if len(parts) == 1:
+            return f"{stored.file.path}: {first}"
+        return f"{stored.file.path.parent}: {len(parts)} tensors, {first} to {last}"
 
     @property
     def stack_dim(self) -> int | None:
