@@ -83,6 +83,9 @@ class Op:
             raise ValueError(f"op {self.name!r} is already registered")
         self.registry[self.name] = self
 
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
     def node(self, args: tuple[Value, ...], attrs: Mapping[str, Any], source: str = "") -> Node:
         """A checked node; VerifyError names the op, what it expected and what came."""
         try:

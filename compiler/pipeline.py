@@ -72,13 +72,12 @@ def run_pipeline(
         for applied in log.applied if check else ():
             assert check
             check(graph, applied)
-        if step.name in require_match and not log.applied:
+        if step.name in require_match and not log.matches:
             misses = "\n  ".join(log.declined[:5]) or "nothing came near"
             raise PassError(f"pass {step.name} was required but matched nothing:\n  {misses}")
         nodes = count_nodes(after)
         seconds = perf_counter() - start
-        matches = Counter(a.rule for a in log.applied)
         declined = tuple(dict.fromkeys(log.declined))
-        results.append(PassResult(step.name, after, matches, declined, before, nodes, seconds))
+        results.append(PassResult(step.name, after, log.matches, declined, before, nodes, seconds))
         graph, before = after, nodes
     return results

@@ -7,11 +7,12 @@ twice); the region is convex, or the rule declines (a fused node must not wait f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .ir import Graph, Node, Op, Value, param_names
+from .ir import Graph, Node, Op, Value
 from .types import VerifyError
 
 _LEAVES = ("param", "constant", "literal")
@@ -28,7 +29,8 @@ class Pat:
 
     The same Pat twice in a rule must match the same value. `op` may be the name of an `aten.*` op.
     `attrs` must be equal, `where` must hold. With `args` None any arguments do. An `optional`
-    pattern also matches where its op is absent and its first argument matches instead.
+    pattern also matches where its op is absent and its first argument matches instead: then both
+    stand for the same value. A pattern with `options` matches what any of them matches.
     """
 
     op: Op | str | None = None
@@ -37,6 +39,7 @@ class Pat:
     where: Callable[[Value], bool] | None = None
     index: int = 0
     optional: bool = False
+    options: tuple[Pat, ...] = ()
 
     @property
     def op_name(self) -> str | None:
@@ -53,9 +56,14 @@ def maybe(op: Op, arg: Pat) -> Pat:
     return Pat(op, (arg,), optional=True)
 
 
+def either(*options: Pat) -> Pat:
+    """Whatever one of `options` matches."""
+    return Pat(options=options)
+
+
 @dataclass(frozen=True)
 class Other:
-    """Another result of the node that `pat` matched."""
+    """Another result of the node that `pat` matched; a match without `pat` is none."""
 
     pat: Pat
     index: int
@@ -85,10 +93,19 @@ class Applied:
 
 @dataclass
 class Log:
-    """What a pass did: rewrites in order, and the reasons for those that it left alone."""
+    """What a pass did: rewrites in order, and the reasons for those that it left alone.
+
+    `counts` holds, by name, what was rewritten otherwise than by rules.
+    """
 
     applied: list[Applied] = field(default_factory=list[Applied])
     declined: list[str] = field(default_factory=list[str])
+    counts: Counter[str] = field(default_factory=Counter[str])
+
+    @property
+    def matches(self) -> Counter[str]:
+        """How often each rule or other rewriting was applied."""
+        return Counter(a.rule for a in self.applied) + self.counts
 
     def decline(self, rule: str, node: Node, reason: str) -> None:
         place = f" at {node.source}" if node.source else ""
@@ -101,6 +118,11 @@ def _solutions(pattern: Pat, value: Value, found: dict[Pat, Value]) -> Iterator[
         if found[pattern] == value:
             yield found
         return
+    for option in pattern.options:
+        for extended in _solutions(option, value, found):
+            yield {**extended, pattern: value}
+    if pattern.options:
+        return
     name = pattern.op_name
     fits = name is None or (value.op.name == name and value.index == pattern.index)
     if fits and all(value.attrs.get(k) == v for k, v in pattern.attrs.items()):
@@ -108,7 +130,7 @@ def _solutions(pattern: Pat, value: Value, found: dict[Pat, Value]) -> Iterator[
         if pattern.where is None or pattern.where(value):
             yield from _argument_solutions(pattern, value, here)
     if pattern.optional and pattern.args:
-        yield from _solutions(pattern.args[0], value, found)
+        yield from _solutions(pattern.args[0], value, {**found, pattern: value})
 
 
 def _argument_solutions(
@@ -136,6 +158,8 @@ def _sequence_solutions(
 
 
 def _root_ops(pattern: Pat) -> set[str | None]:
+    if pattern.options:
+        return set().union(*map(_root_ops, pattern.options))
     ops: set[str | None] = {pattern.op_name}
     if pattern.optional and pattern.args:
         ops |= _root_ops(pattern.args[0])
@@ -145,7 +169,7 @@ def _root_ops(pattern: Pat) -> set[str | None]:
 def _inner_nodes(found: Match) -> set[Node]:
     """Nodes of the region: those matched by an op pattern, but for weights and literals."""
     return {
-        v.node for p, v in found.items() if p.op is not None and v.op.name not in _LEAVES
+        v.node for p, v in found.items() if v.op.name == p.op_name and v.op.name not in _LEAVES
     }
 
 
@@ -199,9 +223,11 @@ class _Sweep:
         """Apply `rule` at `node` if it matches and the laws allow it."""
         root = rule.results[0]
         assert isinstance(root, Pat)
+        earlier = len(log.declined)
         for found in _solutions(root, Value(node, root.index), {}):
             inner = _inner_nodes(found)
-            if inner & self.region.keys():
+            absent = any(isinstance(r, Other) and r.pat not in found for r in rule.results)
+            if absent or inner & self.region.keys():
                 continue
             kept = tuple(
                 Value(found[r.pat].node, r.index) if isinstance(r, Other) else found[r]
@@ -219,6 +245,7 @@ class _Sweep:
             except Decline as reason:
                 log.decline(rule.name, node, str(reason))
                 continue
+            del log.declined[earlier:]
             self.replace(rule, kept, built if isinstance(built, tuple) else (built,), leaves, log)
             self.region.update(dict.fromkeys(inner, leaves))
             return True
@@ -259,10 +286,11 @@ def rewrite(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Grap
         for op in _root_ops(root):
             by_op.setdefault(op, []).append(rule)
     sweep = _Sweep(graph)
+    anywhere = by_op.pop(None, [])
     for node in reversed(sweep.nodes):
         if node in sweep.region:
             continue
-        for rule in by_op.get(node.op.name, ()):
+        for rule in (*by_op.get(node.op.name, ()), *anywhere):
             if sweep.attempt(rule, node, log):
                 break
     return rebuild(graph, sweep.swap, sweep.origin) if sweep.swap else graph
@@ -329,12 +357,3 @@ def rebuild(
         graph.symbols,
         {name: at(v) for name, v in graph.updates.items()},
     )
-
-
-def replace_params(graph: Graph, params: tuple[Value, ...]) -> Graph:
-    """The graph with other parameters declared; VerifyError if one that it uses is missing."""
-    declared = {p.node for p in params}
-    for node in graph.nodes():
-        if node.op.name == "param" and node not in declared:
-            raise VerifyError(f"%{node.attrs['name']} is used but not among {param_names(graph)}")
-    return Graph(graph.name, params, graph.outputs, graph.symbols, graph.updates)

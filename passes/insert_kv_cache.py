@@ -1,0 +1,87 @@
+"""insert-kv-cache: attention over one sequence becomes attention over a paged cache of many.
+
+Because every other op is token-wise, the graph then serves any mix of tokens: prefill (T tokens of
+one slot), decode (one token of each slot), verification of drafts (k + 1 tokens of a slot).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..compiler.ir import Graph, Node, Value
+from ..compiler.ops.attention import attention, cached_attention, kv_append
+from ..compiler.ops.leaf import param
+from ..compiler.ops.shape import take
+from ..compiler.rewrite import Applied, Log, rebuild
+from ..compiler.types import TensorType, symbol
+
+
+class CannotCache(Exception):
+    """The graph has attention that a causal cache cannot serve; says which and why."""
+
+
+@dataclass(frozen=True)
+class InsertKvCache:
+    """attention(q, k, v) -> kv_append and cached_attention, with the caches as state.
+
+    New parameters: slots i32[T], page_table i32[max_sequences, pages a slot], logit_rows i32[L],
+    and k_cache.i, v_cache.i [pages, page_size, G, D] of layer i. Token t attends to its slot's
+    cache up to positions[t]; windows, sinks and soft caps are kept. Output j is row logit_rows[j].
+    `pages` None gives every slot its full length.
+    """
+
+    name: ClassVar[str] = "insert-kv-cache"
+    max_sequences: int = 8
+    max_tokens_per_sequence: int = 4096
+    page_size: int = 64
+    pages: int | None = None
+
+    @property
+    def pages_per_slot(self) -> int:
+        return -(-self.max_tokens_per_sequence // self.page_size)
+
+    def __call__(self, graph: Graph, log: Log) -> Graph:
+        nodes = [n for n in graph.nodes() if n.op is attention]
+        positions = graph.param("positions")
+        tokens = positions.type
+        slots = param(name="slots", type=tokens)
+        table_type = TensorType("i32", (self.max_sequences, self.pages_per_slot))
+        page_table = param(name="page_table", type=table_type)
+        rows = param(name="logit_rows", type=TensorType("i32", (symbol("L"),)))
+        index = (slots, positions, page_table)
+        swap: dict[Value, Value] = {}
+        caches: dict[str, Value] = {}
+        params: list[Value] = []
+        for i, node in enumerate(nodes):
+            reason = _refusal(node, tokens)
+            if reason:
+                raise CannotCache(f"attention at {node.source or f'number {i}'}: {reason}")
+            _, k, v, *sinks = node.args
+            pair = tuple(self._cache(f"{kind}_cache.{i}", x) for kind, x in (("k", k), ("v", v)))
+            appended = kv_append.node((*pair, k, v, *index), {}, node.source).results
+            attrs = {key: value for key, value in node.attrs.items() if key != "causal"}
+            args = (node.args[0], *appended, *index, *sinks)
+            (out,) = cached_attention.node(args, attrs, node.source).results
+            swap[Value(node)] = out
+            params.extend(pair)
+            caches.update(zip((c.attrs["name"] for c in pair), appended, strict=True))
+            log.applied.append(Applied("cache", node.args, (Value(node),), (out,)))
+        outputs = tuple(take(o, rows) for o in graph.outputs)
+        symbols = {**graph.symbols, "L": graph.symbols[str(tokens.shape[0])]}
+        everything = (*graph.params, slots, page_table, rows, *params)
+        return rebuild(Graph(graph.name, everything, outputs, symbols, caches), swap)
+
+    def _cache(self, name: str, rows: Value) -> Value:
+        pages = self.pages or self.max_sequences * self.pages_per_slot
+        shape = (pages, self.page_size, *rows.type.shape[1:])
+        return param(name=name, type=TensorType(rows.type.dtype, shape))
+
+
+def _refusal(node: Node, tokens: TensorType) -> str | None:
+    if not node.attrs.get("causal", True):
+        return "it is not causal"
+    lengths = {a.type.shape[0] for a in node.args[:3]}
+    if lengths != set(tokens.shape):
+        return f"it is over {lengths} rows, not the {tokens.shape[0]} tokens of the graph"
+    return None

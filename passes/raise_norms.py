@@ -1,0 +1,53 @@
+"""Rules of raise-ops for normalisations: from arithmetic over the last dim to `rms_norm`."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from ..compiler.ir import Value
+from ..compiler.ops import norm, pointwise, reduce, shape
+from ..compiler.ops.leaf import literal
+from ..compiler.rewrite import Decline, Match, Pat, Rule, maybe, pat
+from ..compiler.verify import depends_only_on_constants
+
+
+def _rms_rule(root_form: str, scaled: bool) -> Rule:
+    """x · rsqrt(mean(x²) + eps) · w, with the casts around it that bf16 models have.
+
+    Models differ in where they round to x's dtype (before or after the weight); rms_norm rounds
+    once, at the end.
+    """
+    x, eps, weight = Pat(), Pat(literal), Pat(where=depends_only_on_constants)
+    wide = maybe(pointwise.cast, x)
+    power = pat(pointwise.add, Pat(reduce.mean, (pat(pointwise.mul, wide, wide),)), eps)
+    if root_form == "rsqrt":
+        unit = pat(pointwise.mul, wide, pat(shape.view, pat(pointwise.rsqrt, power)))
+    elif root_form == "sqrt":
+        unit = pat(pointwise.div, wide, pat(shape.view, pat(pointwise.sqrt, power)))
+    else:
+        half = Pat(literal, where=lambda v: v.attrs["value"] == -0.5)
+        inverse = pat(pointwise.pow_, power, half)
+        unit = pat(pointwise.mul, wide, pat(shape.view, inverse))
+    if scaled:
+        unit = pat(pointwise.mul, maybe(pointwise.cast, unit), weight)
+    root = maybe(pointwise.cast, unit)
+
+    def build(m: Match) -> Value:
+        result = m[root]
+        given = m[x] if m[x].type == result.type else m[wide]
+        mean = next(v for p, v in m.items() if p.op is reduce.mean)
+        if mean.attrs["dim"] % mean.node.args[0].type.rank != given.type.rank - 1:
+            raise Decline("the mean is not over the last dim")
+        if given.type != result.type:
+            raise Decline(f"{m[x].type} goes in and {result.type} comes out")
+        if scaled and m[weight].type.shape != given.type.shape[-1:]:
+            raise Decline(f"a weight {m[weight].type} does not scale the last dim of {given.type}")
+        weights = (m[weight],) if scaled else ()
+        return norm.rms_norm(given, *weights, eps=float(m[eps].attrs["value"]))
+
+    return Rule("rms-norm", (root,), build)
+
+
+RULES = tuple(
+    _rms_rule(form, scaled) for scaled, form in product((True, False), ("rsqrt", "sqrt", "pow"))
+)
