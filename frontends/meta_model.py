@@ -19,6 +19,7 @@ from ..compiler.types import TensorType
 from .safetensors_files import SourceError
 
 try:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 except ImportError as error:
     raise ImportError(
@@ -67,7 +68,7 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise SourceError(
             f"{directory / 'config.json'} is no config that the installed transformers knows "
             f"(model code from the directory is never run): {error}"

@@ -183,7 +183,16 @@ def test_a_directory_without_config_says_what_is_there(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no_such_model"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model_type": "no_such_model"}',
+        '{"model_type": "llama", "hidden_size": "wide"}',
+    ],
+)
 def test_bad_configs(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(SourceError, match=r"config\.json is no config that"):
