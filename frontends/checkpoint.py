@@ -156,7 +156,8 @@ class _Conversion:
                 return 0
             case [MergeModulelist(dim=0), Concatenate(dim=dim)] if dim > 0:
                 return dim - 1
-        return None
+            case _:
+                return None
 
     def load(self, target: str, type_: TensorType) -> torch.Tensor:
         """The target called `target`. Stacks are filled in place: nothing is held beside them."""

@@ -92,18 +92,18 @@ def build_meta_model(
     of the sequence ("dynamic"), and where a buffer's value cannot be rebuilt.
     """
     refuse_quantized(config)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    wanted: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             deepcopy(config),
-            dtype=dtype,
+            dtype=wanted,
             trust_remote_code=False,
             attn_implementation=attn_implementation,
             experts_implementation=experts_implementation,
         )
     model.eval().requires_grad_(False)
     _refuse_dynamic_rope(model)
-    _keep_in_float32(model, dtype)
+    _keep_in_float32(model, wanted)
     return MetaModel(model, _non_persistent_buffers(model), _tied_names(model))
 
 

@@ -86,7 +86,7 @@ class Stored:
         if self.type != type_of(out) or not out.is_contiguous():
             out.copy_(self.read())
             return
-        rest = memoryview(out.view(-1).view(torch.uint8).numpy())
+        rest = out.view(-1).view(torch.uint8).numpy().data
         while rest:
             at = self.offset + self.nbytes - len(rest)
             count = os.preadv(self.file.descriptor, [rest], at)
