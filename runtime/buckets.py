@@ -80,13 +80,9 @@ class Buckets:
         """The most rows of logits that one replay gives."""
         return self._entries[-1].symbols["L"]
 
-    def smallest(self, tokens: int, rows: int) -> Entry:
-        """The smallest entry for `tokens` tokens and `rows` rows, both within the limits above."""
-        return next(
-            entry
-            for entry in self._entries
-            if entry.symbols["T"] >= tokens and entry.symbols["L"] >= rows
-        )
+    def smallest(self, tokens: int) -> Entry:
+        """The smallest entry that takes `tokens` ≤ `self.tokens` tokens, of up to `rows` slots."""
+        return next(entry for entry in self._entries if entry.symbols["T"] >= tokens)
 
 
 def replay_inputs(

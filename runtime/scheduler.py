@@ -56,8 +56,7 @@ class Scheduler:
         Admits and preempts as needed. Sequences in `failures` were removed already; `chunks` is
         empty only when nothing is left to do.
         """
-        failures = self._reserve()
-        self._admit()
+        failures = self._reserve() + self._admit()
         budget = self._tokens
         chunks: list[tuple[Sequence, Chunk]] = []
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
@@ -67,7 +66,7 @@ class Scheduler:
             tokens = sequence.history[sequence.cached : sequence.cached + count]
             chunks.append((sequence, Chunk(sequence.slot, sequence.cached, tokens)))
             budget -= count
-        return Step(tuple(chunks), failures)
+        return Step(tuple(chunks), tuple(failures))
 
     def borrow(self, tokens: int) -> int:
         """A slot of its own with room for `tokens`, preempting the youngest as far as needed.
@@ -86,7 +85,7 @@ class Scheduler:
                 )
             self._preempt(self.running[-1])
 
-    def _reserve(self) -> tuple[tuple[Sequence, str], ...]:
+    def _reserve(self) -> list[tuple[Sequence, str]]:
         """Pages for the next token of every running sequence, oldest first."""
         failures: list[tuple[Sequence, str]] = []
         for sequence in tuple(self.running):
@@ -100,16 +99,25 @@ class Scheduler:
                         continue
                 self.remove(sequence)
                 failures.append((sequence, self._too_long(sequence)))
-        return tuple(failures)
+        return failures
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[tuple[Sequence, str]]:
+        """Slots and pages for those who wait, until there are none for the first of them."""
+        failures: list[tuple[Sequence, str]] = []
         while self.waiting and len(self.running) < self._sequences:
             sequence = self.waiting[0]
-            if self.cache.free_pages < self.cache.pages_for(len(sequence.history)):
-                return
+            pages = self.cache.pages_for(len(sequence.history))
+            if pages > self.cache.pages:
+                # It ran alone with all pages, and `borrow` took them just as it needed one more.
+                self.remove(sequence)
+                failures.append((sequence, self._too_long(sequence)))
+                continue
+            if pages > self.cache.free_pages:
+                break
             sequence.slot = self.cache.open()
             self.cache.grow(sequence.slot, len(sequence.history))
             self.running.append(self.waiting.popleft())
+        return failures
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count
 from operator import index
 from time import perf_counter
 from types import TracebackType
@@ -39,7 +39,8 @@ class Session:
     A sequence ends with "stop" (a stop token came; it is not part of the tokens), "length"
     (`max_new_tokens` reached, or its next token has no position below `max_tokens_per_sequence`),
     "cancelled", or "error" (`message` says why). An exception out of the device ends the session:
-    every sequence ends with "error" and later calls raise SessionEndedError.
+    every sequence ends with "error" and later calls raise SessionEndedError. A KeyboardInterrupt
+    does not: the step that it broke off is taken again.
     """
 
     def __init__(
@@ -239,23 +240,17 @@ class Session:
             self._finish(sequence, "error", message)
         if not step.chunks:
             return
-        rows: list[int] = []
-        end = 0
-        for sequence, chunk in step.chunks:
-            end += len(chunk.tokens)
-            if chunk.end == len(sequence.history):
-                rows.append(end - 1)
+        ends = accumulate(len(chunk.tokens) for _, chunk in step.chunks)
         try:
-            logits = self._replay([chunk for _, chunk in step.chunks], rows)
+            logits = self._replay([chunk for _, chunk in step.chunks], [end - 1 for end in ends])
         except SessionEndedError:
             return
 
         decoding = {s for s, _ in step.chunks if s.pending == 1 and s.generated}
-        row = iter(logits)
-        for sequence, chunk in step.chunks:
+        for (sequence, chunk), row in zip(step.chunks, logits, strict=True):
             sequence.cached = chunk.end
             if not sequence.pending:
-                self._take(sequence, next(row))
+                self._take(sequence, row)
         self._count_step([s for s, _ in step.chunks], decoding, perf_counter() - started)
 
     def _take(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
@@ -263,9 +258,10 @@ class Session:
         if not sequence.generated:
             prompt_tokens = self._stats.prompt_tokens + len(sequence.prompt)
             self._stats = replace(self._stats, prompt_tokens=prompt_tokens)
-        draw = uniform(sequence.seed, sequence.generated)
+        sampling = sequence.sampling
+        draw = uniform(sequence.seed, sequence.generated) if sampling.temperature > 0 else 0.0
         try:
-            token, logprob = sample(logits, sequence.sampling, sequence.history, draw)
+            token, logprob = sample(logits, sampling, sequence.history, draw)
         except ValueError as error:
             self._scheduler.remove(sequence)
             self._finish(sequence, "error", str(error))
@@ -311,8 +307,7 @@ class Session:
 
         Any failure of the device ends the session and is raised as SessionEndedError.
         """
-        tokens = sum(len(chunk.tokens) for chunk in chunks)
-        entry = self._buckets.smallest(tokens, len(rows))
+        entry = self._buckets.smallest(sum(len(chunk.tokens) for chunk in chunks))
         inputs = replay_inputs(entry, chunks, rows, self._cache.page_table)
         # A device may fail in any way, and after none is the state of the cache known.
         try:

@@ -105,7 +105,7 @@ class FakeDriver:
 
     target: str = "fake"
     fail_at: int | None = None
-    failure: Exception = field(default_factory=lambda: RuntimeError("the device is gone"))
+    failure: BaseException = field(default_factory=lambda: RuntimeError("the device is gone"))
     executable: FakeExecutable | None = None
 
     def load(self, program: Program, weights: WeightLoader) -> FakeExecutable:

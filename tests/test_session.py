@@ -309,6 +309,17 @@ def test_logits_at_every_position_while_others_run() -> None:
         session.logits([0] * 49)
 
 
+def test_logits_while_the_only_sequence_outgrows_the_cache() -> None:
+    session, _ = open_session(pages=3)
+    sequence = session.submit(range(11), max_new_tokens=20)
+    events = session.step() + session.step()
+    session.logits([1])
+    events += run_out(session)
+    assert sequence.message.startswith("out of pages: 13 tokens need 4 pages")
+    check_tokens(sequence, 2)
+    check_events(events, [sequence])
+
+
 def test_top_logprobs_are_reported_with_each_token() -> None:
     session, _ = open_session()
     events = list(session.stream([[5, 6]], max_new_tokens=4, sampling=HOT, top_logprobs=3))
@@ -404,6 +415,19 @@ def test_a_device_error_in_logits_reaches_the_caller_and_the_sequences() -> None
         session.step()
 
 
+@pytest.mark.parametrize("fail_at", [0, 2])
+def test_an_interrupted_step_is_taken_again(fail_at: int) -> None:
+    driver = FakeDriver(fail_at=fail_at, failure=KeyboardInterrupt())
+    session, _ = open_session(driver=driver, buckets=(1, 4))
+    sequences = [session.submit(p, max_new_tokens=6, sampling=HOT) for p in prompts_of(3, 9)]
+    with pytest.raises(KeyboardInterrupt):
+        run_out(session)
+    driver.fail_at = None
+    run_out(session)
+    for sequence in sequences:
+        check_tokens(sequence, 6)
+
+
 def test_outputs_of_the_wrong_shape_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     session, device = open_session()
     monkeypatch.setattr(device, "run", lambda *_: {"logits": np.zeros((1, 49), np.float32)})
@@ -459,6 +483,14 @@ def test_statistics_add_up() -> None:
     assert sequences[0].stats.prefill_seconds == pytest.approx(total.prefill_seconds)
     assert sequences[0].stats.decode_seconds == pytest.approx(total.decode_seconds)
     assert sequences[1].stats.prefill_seconds < total.prefill_seconds
+
+
+def test_a_first_token_is_prefill() -> None:
+    session, _ = open_session()
+    [sequence] = session.generate([[1]], max_new_tokens=1)
+    for stats in (session.stats, sequence.stats):
+        assert stats.prefill_seconds > 0
+        assert stats.decode_seconds == 0
 
 
 def without(program: Program, name: str) -> Program:
