@@ -24,8 +24,8 @@ class Scheduler:
     Sequences wait first in, first out for a slot and for the pages of their whole history.
     A running sequence always holds the pages of its history; when none is free for its next token,
     the youngest running sequence loses its own and waits again, before all others, to be
-    recomputed. Hence every running sequence is older than every waiting one, and the oldest
-    always advances.
+    recomputed; one that the whole cache could not hold fails instead. Hence every running sequence
+    is older than every waiting one, and the oldest always advances.
     """
 
     def __init__(self, cache: KVCache, *, tokens: int, sequences: int) -> None:
@@ -56,7 +56,8 @@ class Scheduler:
         Admits and preempts as needed. Sequences in `failures` were removed already; `chunks` is
         empty only when nothing is left to do.
         """
-        failures = self._reserve() + self._admit()
+        self._reserve()
+        failures = self._admit()
         budget = self._tokens
         chunks: list[tuple[Sequence, Chunk]] = []
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
@@ -83,32 +84,28 @@ class Scheduler:
                     f"{tokens} tokens need {self.cache.pages_for(tokens)} pages, "
                     f"the cache has {self.cache.pages}"
                 )
-            self._preempt(self.running[-1])
+            self._preempt_youngest()
 
-    def _reserve(self) -> list[tuple[Sequence, str]]:
+    def _reserve(self) -> None:
         """Pages for the next token of every running sequence, oldest first."""
-        failures: list[tuple[Sequence, str]] = []
         for sequence in tuple(self.running):
             while sequence.slot is not None:
                 try:
                     self.cache.grow(sequence.slot, len(sequence.history))
                     break
                 except CacheFullError:
-                    if len(self.running) > 1:
-                        self._preempt(self.running[-1])
-                        continue
-                self.remove(sequence)
-                failures.append((sequence, self._too_long(sequence)))
-        return failures
+                    self._preempt_youngest()
 
     def _admit(self) -> list[tuple[Sequence, str]]:
-        """Slots and pages for those who wait, until there are none for the first of them."""
+        """Slots and pages for those who wait, until there are none for the first of them.
+
+        Returns those whom the whole cache could not hold: they ran alone until their pages ran out.
+        """
         failures: list[tuple[Sequence, str]] = []
         while self.waiting and len(self.running) < self._sequences:
             sequence = self.waiting[0]
             pages = self.cache.pages_for(len(sequence.history))
             if pages > self.cache.pages:
-                # It ran alone with all pages, and `borrow` took them just as it needed one more.
                 self.remove(sequence)
                 failures.append((sequence, self._too_long(sequence)))
                 continue
@@ -119,8 +116,8 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
         return failures
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+    def _preempt_youngest(self) -> None:
+        sequence = self.running.pop()
         self._release(sequence)
         sequence.cached = 0
         self.preemptions += 1
