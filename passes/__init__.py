@@ -1,5 +1,6 @@
 """Graph to graph: one file a pass, named by its verb. Imports `compiler`.
 
-Read `pipelines` first: it lists the passes in the order in which they run. Each other file is one
-pass, a frozen dataclass whose fields are its options.
+Read `pipelines` first: it lists the passes in the order in which they run. The passes:
+`canonicalize` (with the rules of `unit_dims`), `raise_ops` (with those of `raise_norms`,
+`raise_rope`, `raise_routers`), `insert_kv_cache`, `gather_logits`.
 """

@@ -228,8 +228,7 @@ def guide_breaches(root: Path) -> list[str]:
     """Files that the docstring of their room's `__init__.py` does not name."""
     breaches: list[str] = []
     for file in map(Path, package_files(root)):
-        # passes/pipelines.py lists the passes; the root has its front door only.
-        if file.name == "__init__.py" or file.parts[0] == "passes" or len(file.parts) == 1:
+        if file.name in TOP_FILES:
             continue
         guide = root / file.parent / "__init__.py"
         text = ast.get_docstring(ast.parse(guide.read_text(encoding="utf-8"))) or ""
