@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .ir import Graph, Node, Op, Value
-from .types import VerifyError
+from .types import VerifyError, free_symbols
 
 _LEAVES = ("param", "constant", "literal")
 _SWEEPS = 100
@@ -357,3 +357,23 @@ def rebuild(
         graph.symbols,
         {name: at(v) for name, v in graph.updates.items()},
     )
+
+
+def depends_only_on_constants(value: Value, known: dict[Node, bool] | None = None) -> bool:
+    """Whether `value` is computed from weights and literals alone, so that it can be folded.
+
+    `known` keeps what was found, by node, for further calls on the same graph.
+    """
+    known = {} if known is None else known
+    stack = [value.node]
+    while stack:
+        node = stack[-1]
+        if node in known:
+            stack.pop()
+        elif node.op.name == "param" or any(free_symbols(t.shape) for t in node.types):
+            known[stack.pop()] = False
+        elif todo := [a.node for a in node.args if a.node not in known]:
+            stack.extend(todo)
+        else:
+            known[stack.pop()] = all(known[a.node] for a in node.args)
+    return known[value.node]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .ir import Graph, Node, Value, text_lines
+from .ir import Graph, Node, text_lines
 from .ops.leaf import constant, param
 from .types import TensorType, VerifyError, free_symbols
 
@@ -66,20 +66,3 @@ def excerpt(graph: Graph, node: Node) -> str:
     first = max(0, here - _CONTEXT)
     shown = lines[first : here + _CONTEXT + 1]
     return "\n".join(f"{'>' if first + i == here else ' '} {row}" for i, row in enumerate(shown))
-
-
-def depends_only_on_constants(value: Value, known: dict[Node, bool] | None = None) -> bool:
-    """Whether `value` is computed from weights and literals alone, so that it can be folded."""
-    known = {} if known is None else known
-    stack = [value.node]
-    while stack:
-        node = stack[-1]
-        if node in known:
-            stack.pop()
-        elif node.op is param:
-            known[stack.pop()] = False
-        elif todo := [a.node for a in node.args if a.node not in known]:
-            stack.extend(todo)
-        else:
-            known[stack.pop()] = all(known[a.node] for a in node.args)
-    return known[value.node]

@@ -55,6 +55,19 @@ def _view_of_view(m: Match) -> Value:
     return shape.view(_arg(_arg(m[VIEW])), shape=m[VIEW].type.shape)
 
 
+# a view of a filled tensor is a filled tensor, and so is an expansion of it
+FULL_VIEW = pat(shape.view, _over(shape.full))
+FULL_EXPAND = pat(shape.expand, _over(shape.full))
+
+
+def _filled(root: Pat) -> Any:
+    def build(m: Match) -> Value:
+        type_ = m[root].type
+        return shape.full(value=_arg(m[root]).attrs["value"], shape=type_.shape, dtype=type_.dtype)
+
+    return build
+
+
 # permute(permute(x, a), b) == permute(x, [a[i] for i in b])
 def _permute_of_permute(m: Match) -> Value:
     inner, outer = _arg(m[PERMUTE]), m[PERMUTE]
@@ -293,6 +306,8 @@ def _lookup_without_cast(m: Match) -> Value:
 RULES = (
     Rule("same-view", (SAME_VIEW,), _same_type(SAME_VIEW)),
     Rule("view-of-view", (VIEW,), _view_of_view),
+    Rule("view-of-full", (FULL_VIEW,), _filled(FULL_VIEW)),
+    Rule("expand-of-full", (FULL_EXPAND,), _filled(FULL_EXPAND)),
     Rule("permute-of-permute", (PERMUTE,), _permute_of_permute),
     Rule("trivial-permute", (ONE_PERMUTE,), _trivial_permute),
     Rule("same-expand", (SAME_EXPAND,), _same_type(SAME_EXPAND)),

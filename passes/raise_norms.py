@@ -7,8 +7,7 @@ from itertools import product
 from ..compiler.ir import Value
 from ..compiler.ops import norm, pointwise, reduce, shape
 from ..compiler.ops.leaf import literal
-from ..compiler.rewrite import Decline, Match, Pat, Rule, maybe, pat
-from ..compiler.verify import depends_only_on_constants
+from ..compiler.rewrite import Decline, Match, Pat, Rule, depends_only_on_constants, maybe, pat
 
 
 def _rms_rule(root_form: str, scaled: bool) -> Rule:

@@ -249,9 +249,12 @@ def _polar_tables(turn: Value, x: Value) -> tuple[Value, Value]:
 
 def _complex(m: Match) -> Value:
     x = m[X]
-    if m[COMPLEX].type != x.type or m[PAIRED].type.shape != (*x.type.shape[:-1], _size(x) // 2, 2):
+    pairs = (*x.type.shape[:-1], _size(x) // 2, 2)
+    if m[COMPLEX].type.dtype != x.type.dtype or m[PAIRED].type.shape != pairs:
         raise Decline(f"{x.type} is not turned pair by pair")
-    return rope(x, *_tables(*_polar_tables(m[TURN], x)), form="interleaved")
+    turned = rope(x, *_tables(*_polar_tables(m[TURN], x)), form="interleaved")
+    target = m[COMPLEX].type.shape
+    return turned if turned.type.shape == target else shape.view(turned, shape=target)
 
 
 # ---- rope of a value whose pairs were brought apart first: (x0, x1, x2, x3) as (x0, x2, x1, x3)

@@ -7,8 +7,7 @@ from typing import Any
 from ..compiler.ir import Value
 from ..compiler.ops import moe, pointwise, reduce, shape
 from ..compiler.ops.leaf import literal
-from ..compiler.rewrite import Decline, Match, Other, Pat, Rule, either, maybe, pat
-from ..compiler.verify import depends_only_on_constants
+from ..compiler.rewrite import Decline, Match, Other, Pat, Rule, depends_only_on_constants, either, maybe, pat
 
 LOGITS, BIAS = Pat(), Pat(where=depends_only_on_constants)
 WIDE = maybe(pointwise.cast, LOGITS)

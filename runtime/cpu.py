@@ -1,0 +1,127 @@
+"""The cpu driver: an arena in host memory and kernels that are Python callables over torch views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .driver import Array, WeightLoader
+from .program import Buffer, Entry, Program, Slice
+
+_DTYPES = {
+    "bool": torch.bool,
+    "u8": torch.uint8,
+    "i8": torch.int8,
+    "i16": torch.int16,
+    "i32": torch.int32,
+    "i64": torch.int64,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "c64": torch.complex64,
+    "c128": torch.complex128,
+}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One entry with every argument bound to memory."""
+
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Mapping[str, torch.Tensor]
+    calls: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...]
+
+
+class CpuExecutable:
+    """A program whose entries run one launch after another."""
+
+    def __init__(self, program: Program, weights: WeightLoader) -> None:
+        self._program = program
+        self._arena = torch.zeros(program.arena_bytes, dtype=torch.uint8)
+        self._memory: dict[str, torch.Tensor] = {}
+        for buffer in program.buffers.values():
+            self._memory[buffer.name] = _own_memory(buffer, weights)
+        self._plans = {entry.name: self._bind(entry) for entry in program.entries}
+
+    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See Executable.run. ValueError for an unknown entry or inputs that do not fit it."""
+        if entry not in self._plans:
+            raise ValueError(f"no entry {entry!r}; there are {', '.join(self._plans)}")
+        plan = self._plans[entry]
+        if inputs.keys() != plan.inputs.keys():
+            raise ValueError(f"expected inputs {sorted(plan.inputs)}, found {sorted(inputs)}")
+        for name, target in plan.inputs.items():
+            source = torch.as_tensor(inputs[name])
+            if source.shape != target.shape or source.dtype != target.dtype:
+                raise ValueError(
+                    f"input {name}: expected {target.dtype}{list(target.shape)}, "
+                    f"found {source.dtype}{list(source.shape)}"
+                )
+            target.copy_(source)
+        with torch.inference_mode():
+            for run, args in plan.calls:
+                run(*args)
+        return {name: _to_host(value) for name, value in plan.outputs.items()}
+
+    def close(self) -> None:
+        """Drop the memory."""
+        self._plans, self._memory = {}, {}
+        self._arena = torch.zeros(0, dtype=torch.uint8)
+
+    def _bind(self, entry: Entry) -> _Plan:
+        local = {b.name: self._in_arena(b) for b in entry.buffers}
+
+        def bound(arg: Any) -> Any:
+            if not isinstance(arg, Slice):
+                return arg
+            memory = local.get(arg.buffer, self._memory.get(arg.buffer))
+            assert memory is not None, arg.buffer
+            return memory.view(arg.shape)
+
+        calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        for launch in entry.launches:
+            run = self._program.kernels[launch.kernel].binary
+            assert callable(run)
+            calls.append((run, tuple(map(bound, launch.args))))
+        named = {b.name: b.kind for b in entry.buffers}
+        inputs = {n: local[n] for n, kind in named.items() if kind == "input"}
+        outputs = {n: local[n] for n, kind in named.items() if kind == "output"}
+        return _Plan(inputs, outputs, tuple(calls))
+
+    def _in_arena(self, buffer: Buffer) -> torch.Tensor:
+        assert buffer.offset is not None
+        raw = self._arena[buffer.offset : buffer.offset + buffer.nbytes]
+        return raw.view(_DTYPES[buffer.dtype]).view(buffer.shape)
+
+
+class CpuDriver:
+    """Runs programs of target cpu in this process."""
+
+    target = "cpu"
+
+    def load(self, program: Program, weights: WeightLoader) -> CpuExecutable:
+        """See Driver.load."""
+        if program.target != self.target:
+            raise ValueError(f"this driver runs programs for cpu, not for {program.target}")
+        return CpuExecutable(program, weights)
+
+
+def _own_memory(buffer: Buffer, weights: WeightLoader) -> torch.Tensor:
+    if buffer.kind == "state":
+        return torch.zeros(buffer.shape, dtype=_DTYPES[buffer.dtype])
+    tensor: torch.Tensor = weights(buffer.name)
+    if tensor.dtype != _DTYPES[buffer.dtype] or tuple(tensor.shape) != buffer.shape:
+        raise ValueError(
+            f"weight {buffer.name}: expected {buffer.dtype}{list(buffer.shape)}, "
+            f"found {tensor.dtype}{list(tensor.shape)}"
+        )
+    return tensor.contiguous()
+
+
+def _to_host(value: torch.Tensor) -> Array:
+    narrow = value.dtype in (torch.bfloat16, torch.float16)
+    return value.float().numpy() if narrow else value.clone().numpy()
