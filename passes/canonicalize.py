@@ -350,12 +350,17 @@ def merge_equal(graph: Graph) -> tuple[Graph, int]:
 
 
 def simplified(graph: Graph, log: Log, rules: Sequence[Rule] = RULES) -> Graph:
-    """`rules` and the merging of equal nodes, until neither finds anything."""
+    """`rules` and the merging of equal nodes, until neither finds anything.
+
+    Declines are not kept: most views do change something, which is no near miss.
+    """
+    earlier = len(log.declined)
     while True:
         before = graph
         graph, merged = merge_equal(rewrite_all(graph, rules, log))
         log.counts["merge-equal"] += merged
         if graph is before:
+            del log.declined[earlier:]
             return graph
 
 
@@ -368,5 +373,4 @@ class Canonicalize:
     def __call__(self, graph: Graph, log: Log) -> Graph:
         nodes = count_nodes(graph)
         dropped = simplified(drop_unit_dims(graph), log)
-        log.declined.clear()  # what stays is no near miss: most views do change something
         return dropped if count_nodes(dropped) <= nodes else simplified(graph, log)

@@ -13,7 +13,7 @@ from ..compiler.ir import Graph, Node, Value
 from ..compiler.ops.attention import attention, cached_attention, kv_append
 from ..compiler.ops.leaf import param
 from ..compiler.ops.shape import take
-from ..compiler.rewrite import Applied, Log, rebuild
+from ..compiler.rewrite import Log, rebuild
 from ..compiler.types import TensorType, symbol
 
 
@@ -66,7 +66,7 @@ class InsertKvCache:
             swap[Value(node)] = out
             params.extend(pair)
             caches.update(zip((c.attrs["name"] for c in pair), appended, strict=True))
-            log.applied.append(Applied("cache", node.args, (Value(node),), (out,)))
+            log.counts["cache"] += 1
         outputs = tuple(take(o, rows) for o in graph.outputs)
         symbols = {**graph.symbols, "L": graph.symbols[str(tokens.shape[0])]}
         everything = (*graph.params, slots, page_table, rows, *params)

@@ -1,0 +1,148 @@
+"""Translation validation: a rewritten region, before and after, on sampled inputs.
+
+The values that a rewrite replaced and those that it put in their place are computed through the
+references from the same random inputs, for several values of every symbol.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .interpret import compute, random_tensor
+from .ir import Graph, Node, Value, walk
+from .ops.leaf import constant, param
+from .rewrite import Applied
+from .torch_types import wide
+from .types import VerifyError
+
+_ROUNDS = 3
+# Chained ops add up their errors; more than this many times one op's tolerance is no rounding.
+_SLACK = 8
+
+
+def check_rewrite(graph: Graph, applied: Applied) -> None:
+    """Raise VerifyError, naming rule, region and error, when the two sides differ.
+
+    `graph` is the one in which the rewrite happened, for its symbols. Weights count as inputs.
+    Floats are compared within the tolerances of the ops involved, all else exactly.
+    """
+    frontier = _frontier(applied)
+    for _ in range(_ROUNDS):
+        binding = _sample_symbols(graph)
+        inputs = {v: _sample(v, binding) for v in frontier}
+        before = _evaluate(applied.before, inputs, binding)
+        after = _evaluate(applied.after, inputs, binding)
+        for old, new, a, b in zip(applied.before, applied.after, before, after, strict=True):
+            if (found := _difference(a, b)) > (allowed := _allowed(old, new, frontier)):
+                raise VerifyError(
+                    f"rule {applied.rule} changes a result by {found:.3g} (allowed {allowed:.3g}) "
+                    f"at {binding}:\nbefore:\n{_show(old, frontier)}\nafter:\n{_show(new, frontier)}"
+                )
+
+
+def _frontier(applied: Applied) -> set[Value]:
+    """The values that both sides are computed from: the region's leaves, or where the new side
+    looks behind a leaf, what lies there.
+    """
+    old_nodes = {n for n in walk(applied.before)}
+    new_only = {n for n in walk(applied.after)} - old_nodes
+    roots = [v for v in applied.after if v.node not in new_only]
+    reached = {a for n in new_only for a in n.args if a.node not in new_only} | set(roots)
+    frontier = {v for v in (*applied.leaves, *reached) if _is_input(v)}
+    while behind := _dependent(frontier):
+        frontier.discard(behind)
+        frontier |= {a for a in behind.node.args if _is_input(a)}
+    return frontier
+
+
+def _is_input(value: Value) -> bool:
+    """Whether a value can be drawn: a literal or a filled tensor is what it is."""
+    return bool(value.node.args) or value.op in (param, constant)
+
+
+def _dependent(frontier: set[Value]) -> Value | None:
+    """A value of the frontier that is computed from another one."""
+    nodes = {v.node for v in frontier}
+    for value in frontier:
+        if any(n in nodes for n in walk(value.node.args)):
+            return value
+    return None
+
+
+def _sample_symbols(graph: Graph) -> dict[str, int]:
+    """Small values within the ranges, later symbols not above earlier ones (L rows of T tokens)."""
+    binding: dict[str, int] = {}
+    limit = 9
+    for name, bounds in graph.symbols.items():
+        low = min(max(2, bounds.start), bounds.stop - 1)
+        limit = random.randint(low, max(low, min(limit, bounds.stop - 1)))
+        binding[name] = limit
+    return binding
+
+
+def _sample(value: Value, binding: dict[str, int]) -> torch.Tensor:
+    return random_tensor(value.type.bind(binding))
+
+
+def _evaluate(
+    roots: Iterable[Value], inputs: dict[Value, torch.Tensor], binding: dict[str, int]
+) -> list[Any]:
+    values: dict[Value, Any] = dict(inputs)
+    stack = [v.node for v in roots]
+    while stack:
+        node = stack[-1]
+        if all(r in values for r in node.results):
+            stack.pop()
+            continue
+        if todo := [a.node for a in node.args if a not in values]:
+            stack.extend(todo)
+            continue
+        results = compute(node, tuple(values[a] for a in node.args), binding)
+        values.update((k, v) for k, v in zip(node.results, results, strict=True) if k not in values)
+        stack.pop()
+    return [values[v] for v in roots]
+
+
+def _difference(a: Any, b: Any) -> float:
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if not (a.is_floating_point() or a.is_complex()):
+        return 0.0 if torch.equal(a, b) else float("inf")
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    a, b = wide(a), wide(b)
+    same_infinities = torch.equal(a.isfinite(), b.isfinite())
+    if not same_infinities:
+        return float("inf")
+    scale = max(float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0, 1e-30)
+    return float((a - b)[a.isfinite()].abs().max()) / scale if a.isfinite().any() else 0.0
+
+
+def _region(root: Value, frontier: set[Value]) -> list[Node]:
+    inner: list[Node] = []
+    seen: set[Node] = set()
+    stack = [root]
+    while stack:
+        value = stack.pop()
+        if value in frontier or value.node in seen:
+            continue
+        seen.add(value.node)
+        inner.append(value.node)
+        stack.extend(value.node.args)
+    return inner
+
+
+def _allowed(old: Value, new: Value, frontier: set[Value]) -> float:
+    nodes = [*_region(old, frontier), *_region(new, frontier)]
+    dtypes = {t.dtype for n in nodes for t in n.types}
+    return _SLACK * max((n.op.tolerance.of(d) for n in nodes for d in dtypes), default=0.0)
+
+
+def _show(root: Value, frontier: set[Value]) -> str:
+    names = sorted(frontier, key=lambda v: str(v.type))
+    from_ = ", ".join(f"{v.op.name}: {v.type}" for v in names)
+    ops = " ".join(n.op.name for n in reversed(_region(root, frontier)))
+    return f"  {ops or 'a value as it is'} : {root.type}  from ({from_})"
