@@ -274,8 +274,8 @@ def text_lines(graph: Graph) -> tuple[list[str], dict[Node, int]]:
             constants[node.attrs["name"]] = node.types[0]
         if node.op.name in INLINE:
             continue
-        if node.source and section_of(node.source) != section:
-            section = section_of(node.source)
+        if (here := section_of(node.source)) and here != section:
+            section = here
             lines += ["", f"  # {section}"] if at else [f"  # {section}"]
         for result in node.results:
             names[result] = f"%{count}"

@@ -41,6 +41,7 @@ class HuggingFaceModel:
     graph: Graph
     weights: Weights
     config: PreTrainedConfig
+    dtype: torch.dtype
     unused: tuple[str, ...]
 
 
@@ -145,4 +146,5 @@ def import_hugging_face(
         weights, unused = checkpoint.weights, tuple(checkpoint.unused)
     imported = _import_traced(meta, config.model_type, max_tokens)
     _check(meta, imported)
-    return HuggingFaceModel(imported.graph, weights.merged(imported.constants), config, unused)
+    weights = weights.merged(imported.constants)
+    return HuggingFaceModel(imported.graph, weights, config, meta.model.dtype, unused)

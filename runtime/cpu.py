@@ -27,12 +27,18 @@ _DTYPES = {
 }
 
 
+# An entry that touches fewer bytes than this runs on one thread: waking the others costs more than
+# they do, by far when other programs keep the cores busy.
+_SHARED_BYTES = 64 << 20
+
+
 @dataclass(frozen=True)
 class _Plan:
     """One entry with every argument bound to memory."""
 
     inputs: Mapping[str, torch.Tensor]
     outputs: Mapping[str, torch.Tensor]
+    threads: int
     calls: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...]
 
 
@@ -62,9 +68,14 @@ class CpuExecutable:
                     f"found {source.dtype}{list(source.shape)}"
                 )
             target.copy_(source)
-        with torch.inference_mode():
-            for run, args in plan.calls:
-                run(*args)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(plan.threads, threads))
+        try:
+            with torch.inference_mode():
+                for run, args in plan.calls:
+                    run(*args)
+        finally:
+            torch.set_num_threads(threads)
         return {name: _to_host(value) for name, value in plan.outputs.items()}
 
     def close(self) -> None:
@@ -90,7 +101,9 @@ class CpuExecutable:
         named = {b.name: b.kind for b in entry.buffers}
         inputs = {n: local[n] for n, kind in named.items() if kind == "input"}
         outputs = {n: local[n] for n, kind in named.items() if kind == "output"}
-        return _Plan(inputs, outputs, tuple(calls))
+        touched = sum(a.nbytes for _, args in calls for a in args if isinstance(a, torch.Tensor))
+        threads = torch.get_num_threads() if touched >= _SHARED_BYTES else 1
+        return _Plan(inputs, outputs, threads, tuple(calls))
 
     def _in_arena(self, buffer: Buffer) -> torch.Tensor:
         assert buffer.offset is not None

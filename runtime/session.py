@@ -156,10 +156,14 @@ class Session:
         starts with the first `next`. Closing the iterator cancels what is left. Sequences of other
         callers go on meanwhile; their events wait for their own `stream` or for `step`.
         """
-        self._check_open()
-        stops = frozenset(stop_tokens)
-        return self._drain(
-            [self._sequence(p, max_new_tokens, sampling, stops, top_logprobs) for p in prompts]
+        return self.events(
+            self.requests(
+                prompts,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop_tokens=stop_tokens,
+                top_logprobs=top_logprobs,
+            )
         )
 
     def generate(
@@ -172,14 +176,30 @@ class Session:
         top_logprobs: int = 0,
     ) -> list[Sequence]:
         """As `stream`, run to the end: the finished sequences in the order of their prompts."""
-        self._check_open()
-        stops = frozenset(stop_tokens)
-        sequences = [
-            self._sequence(p, max_new_tokens, sampling, stops, top_logprobs) for p in prompts
-        ]
-        for _ in self._drain(sequences):
+        sequences = self.requests(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_tokens=stop_tokens,
+            top_logprobs=top_logprobs,
+        )
+        for _ in self.events(sequences):
             pass
         return sequences
+
+    def requests(
+        self,
+        prompts: Iterable[Iterable[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_tokens: Iterable[int] = (),
+        top_logprobs: int = 0,
+    ) -> list[Sequence]:
+        """One checked sequence a prompt, for `events` to queue. ValueError as `submit`."""
+        self._check_open()
+        stops = frozenset(stop_tokens)
+        return [self._sequence(p, max_new_tokens, sampling, stops, top_logprobs) for p in prompts]
 
     def logits(self, tokens: Iterable[int]) -> NDArray[np.float32]:
         """The logits f32[T, vocab] of one sequence at every position.
@@ -207,7 +227,7 @@ class Session:
         self._end("closed", "cancelled")
         self._executable.close()
 
-    def _drain(self, sequences: list[Sequence]) -> Iterator[Event]:
+    def events(self, sequences: list[Sequence]) -> Iterator[Event]:
         unfinished = set(sequences)
         try:
             self._check_open()

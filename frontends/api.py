@@ -1,0 +1,273 @@
+"""The front door: `compile` a model, `load` an ingot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.export import export
+
+from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
+from ..compiler.ir import Graph
+from ..compiler.pipeline import Pass, PassResult, run_pipeline
+from ..compiler.target import CPU, Target, target_of
+from ..compiler.torch_types import TORCH_DTYPES, dtype_name
+from ..compiler.validate import check_rewrite
+from ..compiler.weights import Weights
+from ..passes.insert_kv_cache import InsertKvCache
+from ..passes.pipelines import causal_lm, module
+from ..runtime.cpu import CpuDriver
+from ..runtime.session import Session
+from .completion import Completion, TextEvent
+from .model import Model, NotYetError, Report, entry_sizes
+from .module import CompiledModule, ModuleReport
+from .progress import Progress
+from .tokenizer import Tokenizer
+from .torch_export import import_program
+
+
+def compile(
+    source: Any,
+    *,
+    target: str = "auto",
+    quantize: str | None = None,
+    speculate: str | None = None,
+    tensor_parallel: int = 1,
+    max_sequences: int = 8,
+    max_tokens_per_sequence: int = 4096,
+    dtype: str | torch.dtype | None = None,
+    passes: Sequence[Pass] | None = None,
+    verify: bool = False,
+    progress: bool = True,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    dynamic_shapes: Any = None,
+) -> Any:
+    """Compile `source`: a Hugging Face directory, a `PreTrainedModel`, or an `nn.Module`.
+
+    A language model becomes a Model that serves up to `max_sequences` sequences at once, each of up
+    to `max_tokens_per_sequence` tokens (less where the model was made for less). `dtype` None keeps
+    the checkpoint's; weights are converted as they are loaded. An `nn.Module` needs
+    `example_inputs`, becomes a CompiledModule, and is traced with torch.export, to which
+    `dynamic_shapes` goes.
+
+    `target` "auto" is the best that this version generates code for: "cpu". `passes` replaces the
+    pipeline. `verify` runs every rewritten region, before and after, on sampled inputs. `progress`
+    shows a bar on stderr.
+
+    Raises SourceError for a checkpoint that cannot be read, ImportFailure for a model that cannot
+    be expressed, PassError for a pass that broke the graph, UnsupportedTarget, NotYetError for
+    options that this version does not have, ValueError for wrong arguments.
+    """
+    chosen = _target(target)
+    _check_options(quantize, speculate, tensor_parallel, max_sequences, max_tokens_per_sequence)
+    with Progress(enabled=progress) as bar:
+        stages = _Stages(bar)
+        check = check_rewrite if verify else None
+        if _is_module(source):
+            return _compile_module(
+                source, example_inputs, dynamic_shapes, chosen, passes, check, stages
+            )
+        return _compile_language_model(
+            source,
+            chosen,
+            max_sequences,
+            max_tokens_per_sequence,
+            _dtype(dtype),
+            passes,
+            check,
+            stages,
+        )
+
+
+def load(path: str | Path) -> Model:
+    """Load an ingot. NotYetError: this version neither writes nor reads them."""
+    raise NotYetError(f"{path}: this version does not read ingots; compile the model where it runs")
+
+
+class _Stages:
+    """Times the stages of one compilation and tells the progress bar of them."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.bar.stage(name)
+        start = perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+    def run(
+        self, graph: Graph, steps: Sequence[Pass], check: Callable[..., None] | None
+    ) -> list[PassResult]:
+        with self("passes"):
+            return run_pipeline(graph, steps, check=check, progress=self.bar.stage)
+
+
+def _target(name: str) -> Target:
+    target = CPU if name == "auto" else target_of(name)
+    if target.is_gpu:
+        raise UnsupportedTarget(
+            f"this version generates no kernels for {target.name} ({target.title}) yet; "
+            "target='cpu' runs everywhere"
+        )
+    return target
+
+
+def _check_options(
+    quantize: str | None,
+    speculate: str | None,
+    tensor_parallel: int,
+    max_sequences: int,
+    max_tokens_per_sequence: int,
+) -> None:
+    for name, value, default in (
+        ("quantize", quantize, None),
+        ("speculate", speculate, None),
+        ("tensor_parallel", tensor_parallel, 1),
+    ):
+        if value != default:
+            raise NotYetError(f"{name}={value!r}: this version supports only {name}={default!r}")
+    for name, value in (
+        ("max_sequences", max_sequences),
+        ("max_tokens_per_sequence", max_tokens_per_sequence),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, found {value}")
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    floats = {n: t for n, t in TORCH_DTYPES.items() if n in ("f16", "bf16", "f32", "f64")}
+    known = {**floats, **{str(t).removeprefix("torch."): t for t in floats.values()}}
+    if dtype not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}; found {dtype!r}")
+    return known[dtype]
+
+
+def _is_module(source: Any) -> bool:
+    """A module that is no transformers model (those have a config with a model_type)."""
+    config = getattr(source, "config", None)
+    return isinstance(source, torch.nn.Module) and not hasattr(config, "model_type")
+
+
+def _graphs(traced: Graph, results: Sequence[PassResult]) -> dict[str, Graph]:
+    """Every stage by name; "final" is the last."""
+    final = results[-1].graph if results else traced
+    return {"traced": traced, **{r.name: r.graph for r in results}, "final": final}
+
+
+def _compile_module(
+    source: torch.nn.Module,
+    example_inputs: Sequence[torch.Tensor] | None,
+    dynamic_shapes: Any,
+    target: Target,
+    passes: Sequence[Pass] | None,
+    check: Callable[..., None] | None,
+    stages: _Stages,
+) -> CompiledModule:
+    if example_inputs is None:
+        raise ValueError("an nn.Module needs example_inputs=(tensor, ...) to be traced with")
+    with stages("trace"), torch.no_grad():
+        program = export(source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes)
+        program = program.run_decompositions({})
+    with stages("import"):
+        imported = import_program(program, type(source).__name__, symbols=_bounds(program))
+        held = {n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
+        weights = Weights.of({**held, **program.state_dict}, "the module")
+    results = stages.run(imported.graph, module() if passes is None else passes, check)
+    report = ModuleReport(imported.graph.name, target.name, tuple(results), stages.seconds)
+    return CompiledModule(_graphs(imported.graph, results), weights, target, report)
+
+
+def _bounds(program: Any) -> dict[str, range]:
+    """The ranges of the program's symbols, in order of appearance in its inputs, as s0, s1, ..."""
+    seen: dict[Any, range] = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        for size in value.shape:
+            if isinstance(size, torch.SymInt):
+                for s in size.node.expr.free_symbols:
+                    limits = program.range_constraints.get(s)
+                    low = int(limits.lower) if limits is not None else 1
+                    high = limits.upper if limits is not None else 2**31
+                    top = int(high) if high.is_finite and high < 2**31 else 2**31
+                    seen.setdefault(s, range(max(low, 1), top + 1))
+    return {f"s{i}": bounds for i, bounds in enumerate(seen.values())}
+
+
+def _compile_language_model(
+    source: Any,
+    target: Target,
+    max_sequences: int,
+    max_tokens: int,
+    dtype: torch.dtype | None,
+    passes: Sequence[Pass] | None,
+    check: Callable[..., None] | None,
+    stages: _Stages,
+) -> Model:
+    from .huggingface import import_hugging_face  # needs transformers, which is an extra
+
+    with stages("trace and import"):
+        model = import_hugging_face(source, dtype=dtype, max_tokens=max_tokens)
+    config = model.config.get_text_config()
+    max_tokens = min(max_tokens, getattr(config, "max_position_embeddings", None) or max_tokens)
+    steps = passes or causal_lm(
+        max_sequences=max_sequences, max_tokens_per_sequence=max_tokens
+    )
+    results = stages.run(model.graph, steps, check)
+    graphs = _graphs(model.graph, results)
+    final = graphs["final"]
+    meta = _serving_meta(steps, final)
+    with stages("lower"):
+        bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
+        lowered = lower(final, model.weights, target, bindings, ["logits"], meta)
+    with stages("load weights"):
+        session = Session(lowered.program, CpuDriver(), lowered.load_weight)
+    buffers = lowered.program.buffers.values()
+    report = Report(
+        model_type=model.config.model_type,
+        target=target.name,
+        dtype=dtype_name(model.dtype),
+        passes=tuple(results),
+        entries=entry_sizes(lowered.program),
+        weight_bytes=sum(b.nbytes for b in buffers if b.kind == "weight"),
+        state_bytes=sum(b.nbytes for b in buffers if b.kind == "state"),
+        arena_bytes=lowered.program.arena_bytes,
+        unused=model.unused,
+        seconds=stages.seconds,
+    )
+    directory = None if isinstance(source, torch.nn.Module) else Path(source)
+    tokenizer = Tokenizer.open(directory) if directory else None
+    stops = tokenizer.stop_token_ids if tokenizer else _eos(model.config)
+    return Model(session, graphs, report, tokenizer, stops)
+
+
+def _serving_meta(steps: Sequence[Pass], final: Graph) -> Mapping[str, Any]:
+    caching = [s for s in steps if isinstance(s, InsertKvCache)]
+    if len(caching) != 1:
+        raise ValueError(f"a serving pipeline has one insert-kv-cache, found {len(caching)}")
+    (cache,) = caching
+    return {
+        "vocab_size": final.outputs[0].type.shape[-1],
+        "page_size": cache.page_size,
+        "max_sequences": cache.max_sequences,
+        "max_tokens_per_sequence": cache.max_tokens_per_sequence,
+        "pages": cache.pages or cache.max_sequences * cache.pages_per_slot,
+    }
+
+
+def _eos(config: Any) -> list[int]:
+    eos = getattr(config, "eos_token_id", None)
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+__all__ = ["CompiledModule", "Completion", "Model", "TextEvent", "compile", "load"]

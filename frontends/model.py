@@ -1,0 +1,250 @@
+"""A compiled language model: text in, text out, and everything that can be asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..compiler.ir import Graph
+from ..compiler.pipeline import PassResult
+from ..runtime.program import Program
+from ..runtime.sampling import Sampling
+from ..runtime.session import Session
+from .completion import Completion, TextEvent, TextFollower
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler did and what the program takes.
+
+    `entries` has, for each bucket, its name, its launches, and the bytes of arena that it uses.
+    Sizes are bytes. `unused` names tensors of the checkpoint that the program does not read.
+    `seconds` is wall time by stage.
+    """
+
+    model_type: str
+    target: str
+    dtype: str
+    passes: tuple[PassResult, ...]
+    entries: tuple[tuple[str, int, int], ...]
+    weight_bytes: int
+    state_bytes: int
+    arena_bytes: int
+    unused: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        lines = [
+            f"{self.model_type} for {self.target} in {self.dtype}, compiled in {total:.1f} s",
+            f"weights {_size(self.weight_bytes)}, cache {_size(self.state_bytes)}, "
+            f"scratch {_size(self.arena_bytes)}",
+        ]
+        for p in self.passes:
+            matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
+            lines.append(f"{p.name}: {p.nodes_before} -> {p.nodes_after} nodes ({matches})")
+        return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.1f} {units[0]}"
+
+
+def entry_sizes(program: Program) -> tuple[tuple[str, int, int], ...]:
+    """(name, launches, bytes of arena used) of each entry."""
+    return tuple(
+        (e.name, len(e.launches), max((b.offset or 0) + b.nbytes for b in e.buffers))
+        for e in program.entries
+    )
+
+
+class Model:
+    """A compiled causal language model, serving in this process; for one thread at a time."""
+
+    def __init__(
+        self,
+        session: Session,
+        graphs: Mapping[str, Graph],
+        report: Report,
+        tokenizer: Tokenizer | None,
+        stop_tokens: Iterable[int],
+    ) -> None:
+        self._session = session
+        self._graphs = dict(graphs)
+        self.report = report
+        self.tokenizer = tokenizer
+        self.stop_tokens = frozenset(stop_tokens)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def session(self) -> Session:
+        """The session below: submit, step, cancel, statistics."""
+        return self._session
+
+    def close(self) -> None:
+        """Free the program's memory; the model is unusable afterwards."""
+        self._session.close()
+
+    def graph(self, which: str = "final") -> Graph:
+        """The IR as "traced", "final", or after the pass of that name. KeyError lists the names."""
+        if which not in self._graphs:
+            raise KeyError(f"no graph {which!r}; there are {', '.join(self._graphs)}")
+        return self._graphs[which]
+
+    def logits(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
+        """The logits float32 [T, vocab] after each of T tokens of one sequence."""
+        return self._session.logits(token_ids)
+
+    def export(self, path: str) -> None:
+        """Write the program as an ingot. NotYetError: this version cannot."""
+        raise NotYetError("this version does not write ingots; compile the model where it runs")
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | int | Sequence[str | int] = (),
+        stream: bool = False,
+        logprobs: int = 0,
+    ) -> Any:
+        """Continue one prompt or several together.
+
+        A prompt is text or token ids. `temperature` 0 takes the most likely token. `stop` holds
+        strings and token ids that end a completion, beside the model's own end-of-text tokens;
+        neither is part of the text. `logprobs` most likely tokens are reported beside each token.
+
+        One Completion for one prompt, a list for a list, with `stream` an iterator of TextEvent.
+        ValueError for a prompt that cannot be served (empty, unknown ids, too long): none is then.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        single = _is_prompt(prompts)
+        rows = [self._ids(p) for p in ([prompts] if single else prompts)]  # pyright: ignore
+        strings, ids = _split_stops(stop)
+        if strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+        run = _Run(self, rows, max_new_tokens, sampling, strings, ids, logprobs)
+        if stream:
+            return run.events()
+        for _ in run.events():
+            pass
+        completions = run.completions()
+        return completions[0] if single else completions
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer, and this model has none: give ids")
+        return self.tokenizer.encode(prompt)
+
+
+class NotYetError(NotImplementedError):
+    """Something that this version does not do; says what does."""
+
+
+def _is_prompt(prompts: Any) -> bool:
+    """Whether this is one prompt: text, or a sequence that holds numbers (or nothing)."""
+    if isinstance(prompts, str):
+        return True
+    first = next(iter(prompts), 0)
+    return not isinstance(first, str) and not hasattr(first, "__len__")
+
+
+def _split_stops(stop: Any) -> tuple[list[str], list[int]]:
+    items = [stop] if isinstance(stop, str | int) else list(stop)
+    strings = [s for s in items if isinstance(s, str)]
+    if "" in strings:
+        raise ValueError("an empty stop string would stop everything")
+    return strings, [int(s) for s in items if not isinstance(s, str)]
+
+
+class _Run:
+    """One call of generate: the sequences, their text, and their ends."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_strings: Sequence[str],
+        stop_ids: Iterable[int],
+        top_logprobs: int,
+    ) -> None:
+        self._session = model.session
+        self._sequences = self._session.requests(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_tokens={*model.stop_tokens, *stop_ids},
+            top_logprobs=top_logprobs,
+        )
+        tokenizer = model.tokenizer
+        self._followers = [
+            TextFollower(tokenizer.decoder() if tokenizer else None, stop_strings) for _ in prompts
+        ]
+        self._index = {sequence.id: i for i, sequence in enumerate(self._sequences)}
+
+    def events(self) -> Iterator[TextEvent]:
+        """The events of every prompt as they come; closing the iterator cancels what is left."""
+        for event in self._session.events(self._sequences):
+            i = self._index[event.sequence.id]
+            follower = self._followers[i]
+            if follower.stopped:
+                continue  # the cancellation that a stop string brought
+            text = follower.push(event.token) if event.token is not None else ""
+            reason = event.finish_reason
+            if follower.stopped:
+                reason = "stop"
+                self._session.cancel(event.sequence)
+            elif reason is not None:
+                text += follower.finish()
+                reason = "stop" if follower.stopped else reason
+            yield TextEvent(i, text, event.token, event.logprob, reason, event.message)
+
+    def completions(self) -> list[Completion]:
+        """One completion a prompt, after all events."""
+        return [self._completion(i, follower) for i, follower in enumerate(self._followers)]
+
+    def _completion(self, i: int, follower: TextFollower) -> Completion:
+        sequence = self._sequences[i]
+        assert sequence.finish_reason is not None
+        return Completion(
+            text=follower.text,
+            tokens=sequence.tokens,
+            finish_reason="stop" if follower.stopped else sequence.finish_reason,
+            logprobs=tuple(sequence.logprobs),
+            stats=sequence.stats,
+            top_logprobs=tuple(sequence.top_logprobs),
+            message=sequence.message,
+        )
+
+
+__all__ = ["Model", "NotYetError", "Report", "entry_sizes"]
