@@ -1,0 +1,213 @@
+"""Text to token ids and back, on the `tokenizers` library alone; streams give whole characters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from .chat import ChatTemplate, open_chat_template
+from .safetensors_files import SourceError
+
+_FILE = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
+# Stands for bytes that are no character, and for the start of one whose rest has not come yet.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# The tokens that tokenizer_config.json may name, in the order in which transformers adds them.
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """The tokenizer of a model directory.
+
+    `stop_token_ids` end a completion: every eos token that generation_config.json, config.json and
+    tokenizer_config.json name. `chat_template` is None where the model has none.
+    """
+
+    backend: tokenizers.Tokenizer
+    stop_token_ids: tuple[int, ...]
+    chat_template: ChatTemplate | None
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Tokenizer | None:
+        """The tokenizer of a directory, None when it has no tokenizer.json.
+
+        Tokens are added, and the file's own post-processor used, as transformers does for the same
+        directory. SourceError names a file that cannot be read.
+        """
+        directory = Path(directory)
+        path = directory / _FILE
+        if not path.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise SourceError(
+                f"{path} is no tokenizer of the tokenizers library: {error}"
+            ) from error
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json(directory / _CONFIG)
+        _add_tokens(backend, config)
+        names = {name: text for name in _NAMED if (text := _content(config.get(name)))}
+        stops = _stop_tokens(directory, backend.token_to_id(names.get("eos_token", "")))
+        return cls(backend, stops, open_chat_template(directory, config, names))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; with the special tokens that the tokenizer itself puts around it.
+
+        `special_tokens=False` is for text that has them already, as a chat template's.
+        """
+        return self.backend.encode(text, add_special_tokens=special_tokens).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens and ids that the tokenizer lacks are left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def decoder(self) -> TextStream:
+        """A new stream that decodes token by token."""
+        return TextStream(self.decode, self._special_ids, self._byte_ids)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(id_ for id_, token in added.items() if token.special)
+
+    @cached_property
+    def _byte_ids(self) -> frozenset[int]:
+        """The tokens <0x00> to <0xFF>, where the decoder takes a run of them as UTF-8."""
+        decoder: Any = self.backend.decoder
+        if decoder is None or "A" not in decoder.decode(["B", "<0x41>"]):
+            return frozenset()
+        ids = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(id_ for id_ in ids if id_ is not None)
+
+
+class TextStream:
+    """Decodes token by token: the pieces from `push` and `flush` concatenate to `decode(all)`.
+
+    Text that a later token could still change is held back: the start of a character, and a run of
+    byte tokens, which is UTF-8 only as a whole. Only the last few tokens are decoded again for each
+    push: those since the boundary before the last one, at which every character was complete. That
+    context keeps decoders from treating the next token as the first of the text.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        special_ids: Set[int] = frozenset(),
+        byte_ids: Set[int] = frozenset(),
+    ) -> None:
+        self._decode = decode
+        self._special_ids = special_ids
+        self._byte_ids = byte_ids
+        self._ids: list[int] = []  # the window
+        self._given = 0  # characters of the window's text that were handed out
+        self._boundary = 0  # tokens of the window up to the last boundary
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, often none."""
+        if token in self._special_ids:
+            return ""
+        self._ids.append(token)
+        if token in self._byte_ids:
+            return ""
+        text = self._decode(self._ids)
+        stable = text.removesuffix(_REPLACEMENT)
+        new = stable[self._given :]
+        self._given = max(self._given, len(stable))
+        if stable == text:
+            self._start_from_boundary()
+        return new
+
+    def flush(self) -> str:
+        """The text that was held back; the stream then starts anew."""
+        rest = self._decode(self._ids)[self._given :]
+        self._ids, self._given, self._boundary = [], 0, 0
+        return rest
+
+    def _start_from_boundary(self) -> None:
+        context = self._ids[self._boundary :]
+        text = self._decode(context)
+        if text:
+            self._ids, self._given = context, len(text)
+        self._boundary = len(self._ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: expected an object, found {type(content).__name__}")
+    return content
+
+
+def _content(entry: Any) -> str:
+    """The text of a token in tokenizer_config.json: a string, or an object with `content`."""
+    text = entry.get("content") if isinstance(entry, Mapping) else entry
+    return text if isinstance(text, str) else ""
+
+
+def _added(entry: Any, **defaults: bool) -> AddedToken:
+    given: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    chosen = {flag: bool(given[flag]) for flag in flags if flag in given}
+    return AddedToken(_content(entry), **{**defaults, **chosen})
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Add the tokens that tokenizer_config.json has and tokenizer.json lacks; mark special ones."""
+    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    listed: dict[str, Any] = config.get("added_tokens_decoder") or {}
+    for id_ in sorted(map(int, listed)):
+        token = _added(listed[str(id_)])
+        if repr(token) not in known:
+            backend.add_tokens([token])
+    for entry in _special_entries(config):
+        if _content(entry):
+            token = _added(entry, normalized=False)
+            token.special = True
+            backend.add_special_tokens([token])
+
+
+def _special_entries(config: Mapping[str, Any]) -> Iterator[Any]:
+    yield from (config.get(name) for name in _NAMED)
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        more: Any = config.get(key) or ()
+        yield from more.values() if isinstance(more, Mapping) else more
+
+
+def _stop_tokens(directory: Path, named: int | None) -> tuple[int, ...]:
+    config = _read_json(directory / "config.json")
+    places: list[Any] = [_read_json(directory / "generation_config.json"), config]
+    places.append(config.get("text_config") or {})
+    found = [] if named is None else [named]
+    for place in places:
+        ids = place.get("eos_token_id")
+        found += [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+    return tuple(sorted(set(found)))
