@@ -178,8 +178,15 @@ def _to_json(
     )
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Unsafe attributes are refused where they stand, not only when something is done to them."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     provided: dict[str, Callable[..., Any]] = {
