@@ -3,6 +3,6 @@
 Read in this order: `types` (dims, dtypes, tensor types), `torch_types` (their torch names), `ir`
 (ops, nodes, values, graphs), `weights` (what constants name), `ops/` (one block an op), `text` (the
 printed form and its parser), `verify` (what every graph must keep), `interpret` (what a graph
-means), `rewrite` (rules as values), `pipeline` (passes in order, verified), `target` (what the
-hardware is).
+means), `rewrite` (rules as values), `validate` (a rewrite, before and after, compared), `pipeline`
+(passes in order, each verified), `target` (what the hardware is).
 """

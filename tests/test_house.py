@@ -34,8 +34,8 @@ ROOMS = MAY_IMPORT.keys() - {"ingot"}
 TOP_FILES = {"__init__.py", "__main__.py"}
 TOP_FOLDERS = {*ROOMS, "tests", "examples"}
 
-# The doors, which must open before what is behind them has been imported.
-DOORS = {"__init__.py", "frontends/cli.py"}
+# The doors, which must open before what is behind them has been imported: it is heavy or an extra.
+DOORS = {"__init__.py", "frontends/api.py", "frontends/cli.py"}
 RUNTIME_WITH_TORCH = "runtime/cpu.py"
 STANDARD_LIBRARY_ONLY = {"runtime/program.py"}
 IMPORT_SECONDS = 0.2
@@ -310,7 +310,10 @@ def test_runtime_replays_without_torch(tmp_path: Path) -> None:
 
 def test_front_door_knows_its_names() -> None:
     import ingot
+    from ingot.frontends import api
 
+    for name in set(ingot.__all__) - {"__version__"}:
+        assert getattr(ingot, name) is getattr(api, name)
     with pytest.raises(AttributeError, match="no attribute 'compiel'"):
         ingot.compiel  # noqa: B018
 
