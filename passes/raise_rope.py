@@ -5,6 +5,7 @@ The rules see token-major values: x [T, ..., R], tables [T, ..., R] or [T, ..., 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..compiler.ops import pointwise, shape
 from ..compiler.ops.leaf import is_literal, literal
 from ..compiler.ops.rope import rope, rope_tables
 from ..compiler.rewrite import Decline, Match, Pat, Rule, maybe, pat
+from ..compiler.types import Shape
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,27 @@ def _flat_type(inner: Value, outer: Value) -> bool:
     return inner.type.shape == (dims[0], dims[-1])
 
 
+def _scales(table: Value) -> bool:
+    return table.op is pointwise.mul and any(is_literal(a) for a in table.node.args)
+
+
+def _mapped(once: Callable[[Value], Value], table: Value) -> Value | None:
+    """f(table) as f(once(table)) for an f on each element; None when `table` is no such f."""
+    if table.op not in (pointwise.cos, pointwise.sin, pointwise.cast) and not _scales(table):
+        return None
+    return table.op(*(a if is_literal(a) else once(a) for a in table.node.args), **table.attrs)
+
+
 def _first_half(table: Value) -> Value:
     """What `table` [T, R] says twice, as [T, R/2]: cos(cat(f, f)) == cat(cos(f), cos(f))."""
-    if table.op is shape.cat:
-        parts = table.node.args
-        if len(parts) == 2 and parts[0] == parts[1] and table.attrs["dim"] % 2 == 1:
-            return parts[0]
+    if (mapped := _mapped(_first_half, table)) is not None:
+        return mapped
+    if table.op is not shape.cat:
+        raise Decline(f"a table from {table.op.name} is not known to repeat itself")
+    parts = table.node.args
+    if len(parts) != 2 or parts[0] != parts[1] or table.attrs["dim"] % 2 != 1:
         raise Decline("the halves of a table differ")
-    if table.op in (pointwise.cos, pointwise.sin, pointwise.cast):
-        return table.op(_first_half(table.node.args[0]), **table.attrs)
-    if table.op is pointwise.mul and any(is_literal(a) for a in table.node.args):
-        halves = [a if is_literal(a) else _first_half(a) for a in table.node.args]
-        return pointwise.mul(*halves)
-    raise Decline(f"a table from {table.op.name} is not known to repeat itself")
+    return parts[0]
 
 
 def _whole_half(table: Value) -> Value:
@@ -105,20 +115,22 @@ def _whole_half(table: Value) -> Value:
     return table
 
 
-def _each_once(table: Value) -> Value:
-    """What an interleaved table says twice in a row: [T, R] from a view of expanded [T, R/2]."""
-    wide = table.node.args[0] if table.op is shape.view else table
-    column = wide.node.args[0] if wide.op is shape.expand else wide
-    if wide.op is not shape.expand or column.type.shape[-1] != 1 or wide.type.shape[-1] != 2:
+def _each_once(table: Value, dims: Shape) -> Value:
+    """What `table` says twice in a row, [T, R/2]: elements counted through all its dims."""
+    if (mapped := _mapped(lambda t: _each_once(t, dims), table)) is not None:
+        return mapped
+    first = table.node.args[0] if table.node.args else table
+    if table.op is shape.view:
+        return _each_once(first, dims)
+    doubled = table.type.shape[-1:] == (2,) and first.type.shape == (*table.type.shape[:-1], 1)
+    repeats = table.op is shape.expand or (
+        table.op is shape.cat and table.node.args == (first, first)
+    )
+    if not (doubled and repeats):
         raise Decline("the table does not repeat each element")
-    dims = (table.type.shape[0], _size(table) // 2)
-    return _whole_half(shape_once(column, dims))
-
-
-def shape_once(column: Value, dims: tuple[Any, ...]) -> Value:
-    """A column [T, R/2, 1], itself a view of [T, R/2] maybe, as `dims`."""
-    inner = column.node.args[0] if column.op is shape.view else column
-    return inner if inner.type.shape == dims else shape.view(column, shape=dims)
+    while first.op is shape.view and first.type.shape != dims:
+        first = first.node.args[0]
+    return _whole_half(first if first.type.shape == dims else shape.view(first, shape=dims))
 
 
 def _source(table: Value) -> tuple[Value, Value, float, str, str] | None:
@@ -126,7 +138,7 @@ def _source(table: Value) -> tuple[Value, Value, float, str, str] | None:
     dtype, scale = table.type.dtype, 1.0
     if table.op is pointwise.cast:
         table = table.node.args[0]
-    if table.op is pointwise.mul and any(is_literal(a) for a in table.node.args):
+    if _scales(table):
         number, table = sorted(table.node.args, key=lambda a: a.op is not literal)
         scale = float(number.attrs["value"])
     if table.op not in (pointwise.cos, pointwise.sin):
@@ -148,8 +160,16 @@ def _angles(
     return None
 
 
+def _unwidened(table: Value) -> Value:
+    """`table` before a cast to f32, which rope makes anyway."""
+    widened = table.op is pointwise.cast and table.type.dtype == "f32"
+    inner = table.node.args[0] if widened else table
+    return inner if inner.type.dtype in ("f16", "bf16") else table
+
+
 def _tables(cos: Value, sin: Value) -> tuple[Value, Value]:
     """`cos` and `sin` [T, R/2] as the results of one rope_tables, where they can be."""
+    cos, sin = _unwidened(cos), _unwidened(sin)
     c, s = _source(cos), _source(sin)
     if c is None or s is None or c[:3] != s[:3] or (c[3], s[3], c[4]) != ("cos", "sin", s[4]):
         return cos, sin
@@ -160,14 +180,29 @@ def _tables(cos: Value, sin: Value) -> tuple[Value, Value]:
 # ---- x·cos + cat(-x_hi, x_lo)·sin, with tables that repeat their first half
 
 X, C, S, LO, HI = Pat(), Pat(), Pat(), Pat(), Pat()
-HALF = pat(
-    pointwise.add,
-    pat(pointwise.mul, X, C),
-    pat(pointwise.mul, pat(shape.cat, pat(pointwise.neg, HI), LO), S),
+WIDE = maybe(pointwise.cast, X)
+HALF = maybe(
+    pointwise.cast,
+    pat(
+        pointwise.add,
+        pat(pointwise.mul, WIDE, C),
+        pat(
+            pointwise.mul,
+            maybe(pointwise.cast, pat(shape.cat, pat(pointwise.neg, HI), LO)),
+            S,
+        ),
+    ),
 )
 
 
+def _check_dtype(m: Match, root: Pat) -> None:
+    """rope computes in f32 and rounds once: what casts around it did, for one and the same dtype."""
+    if m[root].type.dtype != m[X].type.dtype:
+        raise Decline(f"{m[X].type.dtype} goes in and {m[root].type.dtype} comes out")
+
+
 def _half(m: Match) -> Value:
+    _check_dtype(m, HALF)
     x, form = _rotated(m[LO], m[HI])
     if form != "half" or _span(m[X]) != _span(x):
         raise Decline("what is turned is not the value itself, half by half")
@@ -199,30 +234,33 @@ def _pairs(m: Match) -> Value:
 # ---- x·cos + view(cat(-x_odd, x_even))·sin, with tables that repeat each element
 
 ODD, EVEN = Pat(), Pat()
-STACKED = pat(
-    shape.cat, pat(shape.view, pat(pointwise.neg, ODD)), pat(shape.view, EVEN)
-)
-INTERLEAVED = pat(
-    pointwise.add,
-    pat(pointwise.mul, X, C),
-    pat(pointwise.mul, pat(shape.view, STACKED), S),
+STACKED = pat(shape.cat, pat(shape.view, pat(pointwise.neg, ODD)), pat(shape.view, EVEN))
+INTERLEAVED = maybe(
+    pointwise.cast,
+    pat(
+        pointwise.add,
+        pat(pointwise.mul, WIDE, C),
+        pat(pointwise.mul, maybe(pointwise.cast, pat(shape.view, STACKED)), S),
+    ),
 )
 
 
 def _interleaved(m: Match) -> Value:
+    _check_dtype(m, INTERLEAVED)
     x, form = _rotated(m[EVEN], m[ODD])
     pairs = m[STACKED]
     joined_last = pairs.attrs["dim"] % pairs.type.rank == pairs.type.rank - 1
     if form != "interleaved" or _span(m[X]) != _span(x) or not joined_last:
         raise Decline("what is turned is not the value itself, pair by pair")
-    cos, sin = (_each_once(m[t]) for t in (C, S))
+    dims = (x.type.shape[0], _size(x) // 2)
+    cos, sin = (_each_once(_flat(m[t], m[X]), dims) for t in (C, S))
     return rope(m[X], *_tables(cos, sin), form="interleaved")
 
 
 # ---- complex numbers: (a + ib)·(cos θ + i sin θ), pairs in the last dim
 
 TURN = Pat()
-PAIRED = pat(shape.view, X)
+PAIRED = pat(shape.view, maybe(pointwise.cast, X))
 NUMBER = pat("aten.view_as_complex.default", maybe(pointwise.cast, PAIRED))
 TURNED = pat("aten.view_as_real.default", pat(pointwise.mul, NUMBER, TURN))
 COMPLEX = maybe(pointwise.cast, pat(shape.view, TURNED))
@@ -232,7 +270,7 @@ def _polar_tables(turn: Value, x: Value) -> tuple[Value, Value]:
     """cos and sin [T, R/2] of the complex numbers scale · polar(1, angles)."""
     turn = turn.node.args[0] if turn.op is shape.view else turn
     factor = None
-    if turn.op is pointwise.mul and any(is_literal(a) for a in turn.node.args):
+    if _scales(turn):
         factor, turn = sorted(turn.node.args, key=lambda a: a.op is not literal)
     is_polar = turn.op.name == "aten.polar.default"
     if not is_polar or turn.node.args[0].op is not shape.full:
@@ -255,6 +293,19 @@ def _complex(m: Match) -> Value:
     turned = rope(x, *_tables(*_polar_tables(m[TURN], x)), form="interleaved")
     target = m[COMPLEX].type.shape
     return turned if turned.type.shape == target else shape.view(turned, shape=target)
+
+
+# ---- cast(rope(cast(x, f32)), x's dtype) == rope(x), which computes in f32 and rounds once
+
+WIDENED = Pat(where=lambda v: v.op is pointwise.cast)
+ROUNDED = pat(pointwise.cast, pat(rope, WIDENED, Pat(), Pat()))
+
+
+def _rounded_once(m: Match) -> Value:
+    x, turned = m[WIDENED].node.args[0], m[ROUNDED].node.args[0]
+    if x.type != m[ROUNDED].type or turned.type.dtype != "f32" or x.type.dtype == "f64":
+        raise Decline(f"{x.type} is turned as {turned.type} and becomes {m[ROUNDED].type}")
+    return rope(x, *turned.node.args[1:], **turned.attrs)
 
 
 # ---- rope of a value whose pairs were brought apart first: (x0, x1, x2, x3) as (x0, x2, x1, x3)
@@ -286,7 +337,9 @@ def _part_rule(before: bool, after: bool) -> Rule:
     def build(m: Match) -> Value:
         if m[root].attrs["dim"] % m[root].type.rank != m[root].type.rank - 1:
             raise Decline("the parts are not joined along the last dim")
-        spans = [_span(m[p]) for p in (*((low,) if before else ()), part, *((high,) if after else ()))]
+        spans = [
+            _span(m[p]) for p in (*((low,) if before else ()), part, *((high,) if after else ()))
+        ]
         base, ends = spans[0].base, [0, *(s.stop for s in spans)]
         joined = all(
             s.base == base and s.step == 1 and s.start == e
@@ -309,6 +362,7 @@ FORM_RULES = (
     Rule("rope-complex", (COMPLEX,), _complex),
 )
 PART_RULES = (
+    Rule("rope-rounded-once", (ROUNDED,), _rounded_once),
     Rule("rope-deinterleaved", (OF_APART,), _deinterleaved),
     _part_rule(before=True, after=False),
     _part_rule(before=False, after=True),
