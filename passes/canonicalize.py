@@ -24,7 +24,7 @@ X, Y = Pat(), Pat()
 
 
 def _over(op: Any) -> Pat:
-    """Any result of `op`. As a wildcard it may have other users: what is built does not repeat it."""
+    """Any result of `op`. A wildcard, it may have other users: nothing that is built repeats it."""
     return Pat(where=lambda v: v.op is op)
 
 

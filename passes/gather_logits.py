@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 
 from ..compiler.ir import Graph, Op, Value
 from ..compiler.ops import glu, linear, moe, norm, pointwise, shape
-from ..compiler.rewrite import Decline, Log, Match, Pat, Rule, depends_only_on_constants, pat, rewrite_all
+from ..compiler.rewrite import (
+    Decline,
+    Log,
+    Match,
+    Pat,
+    Rule,
+    depends_only_on_constants,
+    pat,
+    rewrite_all,
+)
 from .canonicalize import merge_equal
 
 # Ops whose row t is made from row t of their operands (and from operands without rows).

@@ -1,4 +1,6 @@
-"""Rules of raise-ops for normalisations: from arithmetic over the last dim to `rms_norm`."""
+"""Rules of raise-ops for normalisations: from arithmetic over the last dim to `rms_norm`
+and `layer_norm`.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +49,31 @@ def _rms_rule(root_form: str, scaled: bool) -> Rule:
     return Rule("rms-norm", (root,), build)
 
 
-RULES = tuple(
-    _rms_rule(form, scaled) for scaled, form in product((True, False), ("rsqrt", "sqrt", "pow"))
+def _layer_rule(scaled: bool) -> Rule:
+    """rms_norm(x - mean(x), w) == layer_norm(x, w): what is left has the variance for mean square.
+
+    The casts of bf16 models are around it, as around rms_norm.
+    """
+    x, weight = Pat(), Pat()
+    wide = maybe(pointwise.cast, x)
+    mean = Pat(reduce.mean, (wide,))
+    centred = pat(pointwise.sub, wide, pat(shape.view, mean))
+    normed = pat(norm.rms_norm, centred, *((weight,) if scaled else ()))
+    root = maybe(pointwise.cast, normed)
+
+    def build(m: Match) -> Value:
+        given = m[x] if m[x].type == m[root].type else m[wide]
+        if m[mean].attrs["dim"] % given.type.rank != given.type.rank - 1:
+            raise Decline("the mean is not over the last dim")
+        if given.type != m[root].type:
+            raise Decline(f"{m[x].type} goes in and {m[root].type} comes out")
+        return norm.layer_norm(given, *m[normed].node.args[1:], eps=m[normed].attrs["eps"])
+
+    return Rule("layer-norm", (root,), build)
+
+
+RULES = (
+    *(_rms_rule(form, scaled) for scaled, form in product((True, False), ("rsqrt", "sqrt", "pow"))),
+    _layer_rule(scaled=True),
+    _layer_rule(scaled=False),
 )

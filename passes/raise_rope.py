@@ -160,11 +160,11 @@ def _angles(
     return None
 
 
-def _unwidened(table: Value) -> Value:
-    """`table` before a cast to f32, which rope makes anyway."""
-    widened = table.op is pointwise.cast and table.type.dtype == "f32"
-    inner = table.node.args[0] if widened else table
-    return inner if inner.type.dtype in ("f16", "bf16") else table
+def _unwidened(x: Value) -> Value:
+    """`x` before a cast to f32, which rope makes anyway."""
+    widened = x.op is pointwise.cast and x.type.dtype == "f32"
+    inner = x.node.args[0] if widened else x
+    return inner if inner.type.dtype in ("f16", "bf16") else x
 
 
 def _tables(cos: Value, sin: Value) -> tuple[Value, Value]:
@@ -180,31 +180,22 @@ def _tables(cos: Value, sin: Value) -> tuple[Value, Value]:
 # ---- x·cos + cat(-x_hi, x_lo)·sin, with tables that repeat their first half
 
 X, C, S, LO, HI = Pat(), Pat(), Pat(), Pat(), Pat()
-WIDE = maybe(pointwise.cast, X)
-HALF = maybe(
-    pointwise.cast,
-    pat(
-        pointwise.add,
-        pat(pointwise.mul, WIDE, C),
-        pat(
-            pointwise.mul,
-            maybe(pointwise.cast, pat(shape.cat, pat(pointwise.neg, HI), LO)),
-            S,
-        ),
-    ),
+HALVES = pat(shape.cat, pat(pointwise.neg, HI), LO)
+HALF = pat(
+    pointwise.add,
+    pat(pointwise.mul, X, C),
+    pat(pointwise.mul, maybe(pointwise.cast, HALVES), S),
 )
 
 
-def _check_dtype(m: Match, root: Pat) -> None:
-    """rope computes in f32 and rounds once: what casts around it did, for one and the same dtype."""
-    if m[root].type.dtype != m[X].type.dtype:
-        raise Decline(f"{m[X].type.dtype} goes in and {m[root].type.dtype} comes out")
+def _is_turned(x: Value, whole: Value) -> bool:
+    """Whether `x` is `whole`, which its parts were cut out of before or after a cast of `x`."""
+    return _span(x) == _span(whole) or _span(_unwidened(x)) == _span(whole)
 
 
 def _half(m: Match) -> Value:
-    _check_dtype(m, HALF)
     x, form = _rotated(m[LO], m[HI])
-    if form != "half" or _span(m[X]) != _span(x):
+    if form != "half" or not _is_turned(m[X], x):
         raise Decline("what is turned is not the value itself, half by half")
     cos, sin = (_first_half(_flat(m[t], m[X])) for t in (C, S))
     return rope(m[X], *_tables(cos, sin), form="half")
@@ -235,22 +226,18 @@ def _pairs(m: Match) -> Value:
 
 ODD, EVEN = Pat(), Pat()
 STACKED = pat(shape.cat, pat(shape.view, pat(pointwise.neg, ODD)), pat(shape.view, EVEN))
-INTERLEAVED = maybe(
-    pointwise.cast,
-    pat(
-        pointwise.add,
-        pat(pointwise.mul, WIDE, C),
-        pat(pointwise.mul, maybe(pointwise.cast, pat(shape.view, STACKED)), S),
-    ),
+INTERLEAVED = pat(
+    pointwise.add,
+    pat(pointwise.mul, X, C),
+    pat(pointwise.mul, maybe(pointwise.cast, pat(shape.view, STACKED)), S),
 )
 
 
 def _interleaved(m: Match) -> Value:
-    _check_dtype(m, INTERLEAVED)
     x, form = _rotated(m[EVEN], m[ODD])
     pairs = m[STACKED]
     joined_last = pairs.attrs["dim"] % pairs.type.rank == pairs.type.rank - 1
-    if form != "interleaved" or _span(m[X]) != _span(x) or not joined_last:
+    if form != "interleaved" or not _is_turned(m[X], x) or not joined_last:
         raise Decline("what is turned is not the value itself, pair by pair")
     dims = (x.type.shape[0], _size(x) // 2)
     cos, sin = (_each_once(_flat(m[t], m[X]), dims) for t in (C, S))

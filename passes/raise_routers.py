@@ -7,7 +7,17 @@ from typing import Any
 from ..compiler.ir import Value
 from ..compiler.ops import moe, pointwise, reduce, shape
 from ..compiler.ops.leaf import literal
-from ..compiler.rewrite import Decline, Match, Other, Pat, Rule, depends_only_on_constants, either, maybe, pat
+from ..compiler.rewrite import (
+    Decline,
+    Match,
+    Other,
+    Pat,
+    Rule,
+    depends_only_on_constants,
+    either,
+    maybe,
+    pat,
+)
 
 LOGITS, BIAS = Pat(), Pat(where=depends_only_on_constants)
 WIDE = maybe(pointwise.cast, LOGITS)
@@ -45,9 +55,7 @@ WEIGHTS = maybe(pointwise.cast, either(pat(pointwise.mul, UNSCALED, SCALE), UNSC
 
 # softmax over the k largest logits
 TOP_LOGITS = Pat(reduce.topk, (LOGITS,))
-OVER_TOPK = maybe(
-    pointwise.cast, Pat(reduce.softmax, (maybe(pointwise.cast, TOP_LOGITS),))
-)
+OVER_TOPK = maybe(pointwise.cast, Pat(reduce.softmax, (maybe(pointwise.cast, TOP_LOGITS),)))
 
 
 def _last(value: Value) -> bool:
