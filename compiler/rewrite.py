@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .ir import Graph, Node, Op, Value
-from .types import VerifyError, free_symbols
+from .types import VerifyError, attr_symbols, free_symbols
 
-_LEAVES = ("param", "constant", "literal")
 _SWEEPS = 100
 
 
@@ -167,10 +166,11 @@ def _root_ops(pattern: Pat) -> set[str | None]:
 
 
 def _inner_nodes(found: Match) -> set[Node]:
-    """Nodes of the region: those matched by an op pattern, but for weights and literals."""
-    return {
-        v.node for p, v in found.items() if v.op.name == p.op_name and v.op.name not in _LEAVES
-    }
+    """Nodes of the region: those matched by an op pattern that compute from something.
+
+    Weights, literals and filled tensors are not: to use them twice repeats no work.
+    """
+    return {v.node for p, v in found.items() if v.op.name == p.op_name and v.node.args}
 
 
 def _leaves(inner: set[Node]) -> tuple[Value, ...]:
@@ -192,6 +192,7 @@ class _Sweep:
         self.order = {n: i for i, n in enumerate(self.nodes)}
         self.users = self.graph.users()
         self.roots = set(self.graph.roots)
+        self.first_shared = len(self.nodes)
 
     def leak(self, inner: set[Node], kept: set[Value]) -> Value | None:
         """A value of the region that is used outside of it and would not be replaced."""
@@ -204,7 +205,9 @@ class _Sweep:
 
     def convex(self, inner: set[Node], leaves: tuple[Value, ...]) -> bool:
         """Whether no leaf depends on the region; regions taken before count as one node each."""
-        first = min(self.order[n] for n in inner)
+        # Nothing earlier depends on the region, but through an earlier part of a region that has a
+        # later one: so the search goes down to the first node of those too.
+        first = min(self.first_shared, *(self.order[n] for n in inner))
         stack, seen = [v.node for v in leaves], set[Node]()
         while stack:
             node = stack.pop()
@@ -226,7 +229,7 @@ class _Sweep:
         earlier = len(log.declined)
         for found in _solutions(root, Value(node, root.index), {}):
             inner = _inner_nodes(found)
-            absent = any(isinstance(r, Other) and r.pat not in found for r in rule.results)
+            absent = any((r.pat if isinstance(r, Other) else r) not in found for r in rule.results)
             if absent or inner & self.region.keys():
                 continue
             kept = tuple(
@@ -245,9 +248,15 @@ class _Sweep:
             except Decline as reason:
                 log.decline(rule.name, node, str(reason))
                 continue
+            after = built if isinstance(built, tuple) else (built,)
+            if after == kept:
+                log.decline(rule.name, node, "it would be replaced by itself")
+                continue
             del log.declined[earlier:]
-            self.replace(rule, kept, built if isinstance(built, tuple) else (built,), leaves, log)
+            self.replace(rule, kept, after, leaves, log)
             self.region.update(dict.fromkeys(inner, leaves))
+            if len(kept) > 1:
+                self.first_shared = min(self.first_shared, *(self.order[n] for n in inner))
             return True
         return False
 
@@ -259,10 +268,14 @@ class _Sweep:
         leaves: tuple[Value, ...],
         log: Log,
     ) -> None:
+        if len(before) != len(after):
+            counts = f"expected {len(before)} results, found {len(after)}"
+            raise VerifyError(f"rule {rule.name}: {counts}")
         for old, new in zip(before, after, strict=True):
             if old.type != new.type:
                 raise VerifyError(f"rule {rule.name}: replaces {old.type} by {new.type}")
-        self.swap.update(zip(before, after, strict=True))
+            if old != new:
+                self.swap[old] = new
         source = before[0].node.source
         stack = [v.node for v in after]
         while stack:
@@ -323,7 +336,11 @@ def rebuild(
     open_: set[Node] = set()
 
     def target(value: Value) -> Value:
+        seen: set[Value] = set()
         while value in swap:
+            if value in seen:
+                raise ValueError(f"{value.op.name} would be replaced by itself")
+            seen.add(value)
             value = swap[value]
         return value
 
@@ -359,6 +376,11 @@ def rebuild(
     )
 
 
+def _is_symbolic(node: Node) -> bool:
+    shapes = any(free_symbols(t.shape) for t in node.types)
+    return shapes or any(attr_symbols(v) for v in node.attrs.values())
+
+
 def depends_only_on_constants(value: Value, known: dict[Node, bool] | None = None) -> bool:
     """Whether `value` is computed from weights and literals alone, so that it can be folded.
 
@@ -370,7 +392,7 @@ def depends_only_on_constants(value: Value, known: dict[Node, bool] | None = Non
         node = stack[-1]
         if node in known:
             stack.pop()
-        elif node.op.name == "param" or any(free_symbols(t.shape) for t in node.types):
+        elif node.op.name == "param" or _is_symbolic(node):
             known[stack.pop()] = False
         elif todo := [a.node for a in node.args if a.node not in known]:
             stack.extend(todo)

@@ -101,9 +101,15 @@ class CpuExecutable:
         named = {b.name: b.kind for b in entry.buffers}
         inputs = {n: local[n] for n, kind in named.items() if kind == "input"}
         outputs = {n: local[n] for n, kind in named.items() if kind == "output"}
-        touched = sum(a.nbytes for _, args in calls for a in args if isinstance(a, torch.Tensor))
+        slices = [a for launch in entry.launches for a in launch.args if isinstance(a, Slice)]
+        touched = sum(bound(s).nbytes for s in slices if not self._is_state(s))
         threads = torch.get_num_threads() if touched >= _SHARED_BYTES else 1
         return _Plan(inputs, outputs, threads, tuple(calls))
+
+    def _is_state(self, part: Slice) -> bool:
+        """Whether a slice is of state, of which an entry touches a few rows."""
+        buffer = self._program.buffers.get(part.buffer)
+        return buffer is not None and buffer.kind == "state"
 
     def _in_arena(self, buffer: Buffer) -> torch.Tensor:
         assert buffer.offset is not None
