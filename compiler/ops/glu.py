@@ -6,23 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
 from ..types import FLOATS, TensorType, Types, VerifyError
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(x, approximate="tanh")
-
+from .pointwise import gelu_of, gelu_tanh_of, sigmoid_of, silu_of
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": _gelu_tanh,
+    "silu": silu_of,
+    "gelu": gelu_of,
+    "gelu_tanh": gelu_tanh_of,
     "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
+    "sigmoid": sigmoid_of,
     "tanh": torch.tanh,
 }
 # gpt-oss: min(gate, limit) · sigmoid(alpha · gate) · (clamp(up, ±limit) + 1)
@@ -45,7 +40,7 @@ def gated(
     g, u = wide(gate), wide(up)
     if activation == CLAMPED:
         g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-        return (g * torch.sigmoid(alpha * g) * (u + 1)).to(gate.dtype)
+        return (g * sigmoid_of(alpha * g) * (u + 1)).to(gate.dtype)
     return (ACTIVATIONS[activation](g) * u).to(gate.dtype)
 
 

@@ -10,8 +10,10 @@ from ..ir import Cost, Op, Sample
 from ..types import FLOATS, TensorType, Types, VerifyError
 from .pointwise import broadcast
 
-# CPU BLAS takes other kernels for fewer rows than this; they round differently (seen with MKL).
-_INVARIANT_ROWS = 8
+# CPU BLAS rounds rows differently by how many they are: fewer than 8, the rest after the last 8,
+# and with one column or an odd K also by where a row starts (seen with MKL in f32 and f64, and with
+# the rows shared out among threads). Whole blocks of 8 rows of 8 numbers all go the same way.
+_BLOCK = 8
 
 
 def product(
@@ -19,20 +21,26 @@ def product(
 ) -> torch.Tensor:
     """x [..., T, K] · weightᵀ [..., K, N] (+ bias [N]) -> [..., T, N].
 
-    Each row is bit-identical whatever the other rows are: few rows are padded, so that a token's
-    result does not depend on what else is in its batch.
+    Each row is bit-identical whatever the other rows are, in f32 and bf16: rows are padded to whole
+    blocks, so that a token's result does not depend on what else is in its batch.
     """
-    rows = x.shape[-2]
-    if rows < _INVARIANT_ROWS:
-        x = torch.nn.functional.pad(x, (0, 0, 0, _INVARIANT_ROWS - rows))
+    rows, inner = x.shape[-2:]
+    if rows % _BLOCK or inner % _BLOCK:
+        x = torch.nn.functional.pad(x, (0, -inner % _BLOCK, 0, -rows % _BLOCK))
+    if inner % _BLOCK:
+        weight = torch.nn.functional.pad(weight, (0, -inner % _BLOCK))
     if weight.ndim == 2:
         return torch.nn.functional.linear(x, weight, bias)[..., :rows, :]
     return (x @ weight.transpose(-1, -2))[..., :rows, :]
 
 
 def _linear_infer(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> Types:
-    if x.rank < 1 or weight.rank != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
-        raise VerifyError(f"linear: expected x [..., K] and weight [N, K], found {x} and {weight}")
+    fits = x.rank >= 1 and weight.rank == 2 and x.shape[-1] == weight.shape[1]
+    if not fits or x.dtype != weight.dtype or x.dtype not in FLOATS:
+        raise VerifyError(
+            f"linear: expected x [..., K] and weight [N, K] of one float dtype, "
+            f"found {x} and {weight}"
+        )
     if bias is not None and bias != TensorType(x.dtype, weight.shape[:1]):
         raise VerifyError(f"linear: expected a bias [{weight.shape[0]}] of x's dtype, found {bias}")
     return (x.with_shape((*x.shape[:-1], weight.shape[0])),)
@@ -63,14 +71,17 @@ linear = Op(
 
 
 def _matmul_infer(x: TensorType, y: TensorType) -> Types:
-    if x.rank < 2 or y.rank < 2 or x.dtype != y.dtype or x.shape[-1] != y.shape[-2]:
-        raise VerifyError(f"matmul: expected [..., M, K] and [..., K, N], found {x} and {y}")
+    fits = x.rank >= 2 and y.rank >= 2 and x.shape[-1] == y.shape[-2]
+    if not fits or x.dtype != y.dtype or x.dtype not in FLOATS:
+        raise VerifyError(
+            f"matmul: expected [..., M, K] and [..., K, N] of one float dtype, found {x} and {y}"
+        )
     batch = broadcast("matmul", x.shape[:-2], y.shape[:-2]) if max(x.rank, y.rank) > 2 else ()
     return (x.with_shape((*batch, x.shape[-2], y.shape[-1])),)
 
 
 def _matmul_reference(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
-    return (torch.matmul(x, y),)
+    return (product(x, y.transpose(-1, -2)),)
 
 
 def _matmul_cost(args: Types, results: Types, **attrs: Any) -> Cost:
@@ -89,7 +100,9 @@ matmul = Op(
 
 def _embedding_infer(ids: TensorType, table: TensorType) -> Types:
     if ids.dtype not in ("i32", "i64") or table.rank != 2 or table.dtype not in FLOATS:
-        raise VerifyError(f"embedding: expected integer ids and a table [V, D], found {ids}, {table}")
+        raise VerifyError(
+            f"embedding: expected integer ids and a table [V, D], found {ids}, {table}"
+        )
     return (TensorType(table.dtype, (*ids.shape, table.shape[1])),)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype, wide
-from ..types import FLOATS, TensorType, Types, VerifyError
-from .glu import ACTIVATIONS, check_activation, gated
+from ..types import FLOATS, TensorType, Types, VerifyError, dim
+from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
 from .linear import product
+from .pointwise import sigmoid_of
 
 # ---- router: logits [T, E] (and a correction bias [E]) -> weights [T, k], indices [T, k]
 #
@@ -39,13 +41,23 @@ def _router_infer(
     experts = logits.shape[-1] if logits.rank == 2 else 0
     if logits.dtype not in FLOATS or not isinstance(experts, int) or not 1 <= k <= experts:
         raise VerifyError(f"router: expected logits [T, E] with E >= k = {k}, found {logits}")
-    if len(bias) > 1 or (bias and bias[0].shape != logits.shape[1:]):
-        raise VerifyError(f"router: expected at most one bias [{experts}], found {bias}")
+    if any(b.shape != logits.shape[1:] or b.dtype not in FLOATS for b in bias) or len(bias) > 1:
+        found = ", ".join(map(str, bias))
+        raise VerifyError(f"router: expected at most one float bias [{experts}], found {found}")
+    if dtype not in FLOATS:
+        raise VerifyError(f"router: expected a float dtype of the weights, found {dtype!r}")
     if score not in ("softmax", "sigmoid") or group_score not in ("max", "top2"):
         raise VerifyError(f"router: unknown score {score!r} or group_score {group_score!r}")
-    if experts % groups or not 1 <= topk_groups <= groups or topk_groups * experts // groups < k:
+    needed = 2 if group_score == "top2" and topk_groups < groups else 1
+    if (
+        not 1 <= topk_groups <= groups
+        or experts % groups
+        or experts // groups < needed
+        or topk_groups * experts // groups < k
+    ):
         raise VerifyError(
-            f"router: {topk_groups} of {groups} groups of {experts} experts cannot give {k}"
+            f"router: {topk_groups} of {groups} groups of {experts} experts, judged by "
+            f"{group_score}, cannot give {k}"
         )
     weights = TensorType(dtype, (logits.shape[0], k))
     return (weights, weights.with_dtype("i64"))
@@ -66,7 +78,7 @@ def _router_reference(
     eps: float = 0.0,
 ) -> tuple[torch.Tensor, ...]:
     scores = wide(logits)
-    scores = torch.sigmoid(scores) if score == "sigmoid" else torch.softmax(scores, -1)
+    scores = sigmoid_of(scores) if score == "sigmoid" else torch.softmax(scores, -1)
     choice = scores if bias is None else scores + bias
     if topk_groups < groups:
         grouped = choice.view(len(choice), groups, -1)
@@ -129,18 +141,36 @@ def _experts_infer(
     limit: float = 0.0,
 ) -> Types:
     check_activation("experts", activation, alpha, limit)
+    if activation == CLAMPED and not gated:
+        raise VerifyError(f"experts: expected gated experts for {activation}, found ungated ones")
     if x.rank != 2 or indices.rank != 2 or indices.shape != weights.shape:
-        raise VerifyError(f"experts: expected x [T, D], weights and indices [T, k], found {x}, {weights}, {indices}")
+        raise VerifyError(
+            f"experts: expected x [T, D], weights and indices [T, k], "
+            f"found {x}, {weights}, {indices}"
+        )
     if indices.dtype not in ("i32", "i64") or indices.shape[0] != x.shape[0]:
-        raise VerifyError(f"experts: indices {indices} do not go with x {x}")
-    if gate_up.rank != 3 or down.rank != 3 or not x.dtype == gate_up.dtype == down.dtype:
-        raise VerifyError(f"experts: expected 3-D weights of x's dtype, found {gate_up} and {down}")
+        raise VerifyError(f"experts: expected integer indices [T, k] for x {x}, found {indices}")
+    if x.dtype not in FLOATS or weights.dtype not in FLOATS:
+        raise VerifyError(f"experts: expected floats, found x {x} and weights {weights}")
+    if (
+        gate_up.rank != 3
+        or down.rank != 3
+        or {t.dtype for t in (gate_up, down, *biases)} != {x.dtype}
+    ):
+        found = ", ".join(map(str, (gate_up, down, *biases)))
+        raise VerifyError(f"experts: expected 3-D weights and biases of x's dtype, found {found}")
     count, rows, width = gate_up.shape
     hidden: Any = rows / 2 if gated else rows
     if width != x.shape[1] or down.shape != (count, width, hidden):
-        raise VerifyError(f"experts: weights {gate_up} and {down} do not go with x {x}")
+        rows_of = "[E, 2I, D]" if gated else "[E, I, D]"
+        raise VerifyError(
+            f"experts: expected weights {rows_of} and [E, D, I] for x {x}, found {gate_up}, {down}"
+        )
     if biases and tuple(b.shape for b in biases) != ((count, rows), (count, width)):
-        raise VerifyError(f"experts: biases {biases} do not go with {gate_up} and {down}")
+        found = ", ".join(map(str, biases))
+        raise VerifyError(
+            f"experts: expected biases [{count}, {rows}], [{count}, {width}], found {found}"
+        )
     return (x,)
 
 
@@ -181,12 +211,13 @@ def _activate(
 
 
 def _experts_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    """Bytes of the experts that T · k choices can touch at most."""
-    x, _, indices, gate_up, down = args[:5]
-    one = (gate_up.with_shape(gate_up.shape[1:]), down.with_shape(down.shape[1:]))
-    flops = 2 * indices.numel * sum((t.numel for t in one), 0)
-    touched = indices.numel * sum((t.nbytes for t in one), 0)
-    return Cost(flops, touched + sum((t.nbytes for t in (x, *results)), 0))
+    """Bytes of the experts that T · k choices can touch at most: all that there are, or T · k."""
+    x, weights, indices, *parameters = args
+    of_one = [t.with_shape(t.shape[1:]) for t in parameters]
+    touched: Any = sympy.Min(indices.numel, parameters[0].shape[0])
+    flops = 2 * indices.numel * sum((t.numel for t in of_one[:2]), 0)
+    read = dim(touched) * sum((t.nbytes for t in of_one), 0)
+    return Cost(flops, read + sum((t.nbytes for t in (x, weights, indices, *results)), 0))
 
 
 _X, _W, _I = TensorType("f32", (5, 8)), TensorType("f32", (5, 2)), TensorType("i64", (5, 2))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..ir import Cost, Op, Sample, Tolerance
-from ..torch_types import torch_dtype
+from ..torch_types import torch_dtype, wide
 from ..types import DTYPE_BITS, FLOATS, Dim, Shape, TensorType, Types, VerifyError
 
 _T = TensorType("f32", (3, 5))
@@ -25,7 +25,9 @@ def broadcast(name: str, *shapes: Shape) -> Shape:
         dims = {s[axis] for s in shapes if len(s) >= -axis} - {1}
         if len(dims) > 1:
             shown = " and ".join(str(list(s)) for s in shapes)
-            raise VerifyError(f"{name}: cannot broadcast {shown}: dims {dims} differ at axis {axis}")
+            raise VerifyError(
+                f"{name}: cannot broadcast {shown}: dims {dims} differ at axis {axis}"
+            )
         result.append(dims.pop() if dims else 1)
     return tuple(result)
 
@@ -53,17 +55,46 @@ def _unary(name: str, torch_op: Callable[[Any], Any], **options: Any) -> Op:
     return Op(name, _unary_infer(name), reference, _cost, (Sample((_T,)),), **options)
 
 
+# torch computes sigmoid, silu and gelu in other code for the numbers left over after the last full
+# vector, and rounds those differently. A token's result must not depend on where in the batch it
+# stands, so these are written in ops that round alike everywhere: exp, tanh, erf and arithmetic.
+
+
+def sigmoid_of(x: torch.Tensor) -> torch.Tensor:
+    return (1 / (1 + torch.exp(-wide(x)))).to(x.dtype)
+
+
+def silu_of(x: torch.Tensor) -> torch.Tensor:
+    return (wide(x) / (1 + torch.exp(-wide(x)))).to(x.dtype)
+
+
+def gelu_of(x: torch.Tensor) -> torch.Tensor:
+    y = wide(x)
+    return (0.5 * y * (1 + torch.erf(y * math.sqrt(0.5)))).to(x.dtype)
+
+
+def gelu_tanh_of(x: torch.Tensor) -> torch.Tensor:
+    y = wide(x)
+    return (0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)))).to(
+        x.dtype
+    )
+
+
+def _rsqrt_of(x: torch.Tensor) -> torch.Tensor:
+    return torch.rsqrt(wide(x)).to(x.dtype)
+
+
 neg = _unary("neg", torch.neg)
 abs_ = _unary("abs", torch.abs)
 exp = _unary("exp", torch.exp)
 log = _unary("log", torch.log)
 sqrt = _unary("sqrt", torch.sqrt)
-rsqrt = _unary("rsqrt", torch.rsqrt)
+rsqrt = _unary("rsqrt", _rsqrt_of)
 sin = _unary("sin", torch.sin, tolerance=Tolerance(f32=1e-4))
 cos = _unary("cos", torch.cos, tolerance=Tolerance(f32=1e-4))
 tanh = _unary("tanh", torch.tanh)
-sigmoid = _unary("sigmoid", torch.sigmoid)
-silu = _unary("silu", torch.nn.functional.silu)
+sigmoid = _unary("sigmoid", sigmoid_of)
+silu = _unary("silu", silu_of)
 relu = _unary("relu", torch.relu)
 
 
@@ -74,7 +105,7 @@ def _gelu_infer(x: TensorType, *, approximate: str) -> Types:
 
 
 def _gelu_reference(x: torch.Tensor, *, approximate: str) -> tuple[torch.Tensor]:
-    return (torch.nn.functional.gelu(x, approximate=approximate),)
+    return (gelu_tanh_of(x) if approximate == "tanh" else gelu_of(x),)
 
 
 gelu = Op(
@@ -142,10 +173,19 @@ logical_not = Op(
 # ---- two operands of one dtype
 
 
-def _binary_infer(name: str, compare: bool) -> Callable[[TensorType, TensorType], Types]:
+INTEGERS = ("u8", "i8", "i16", "i32", "i64")
+_REAL = (*INTEGERS, *FLOATS)
+_NUMBERS = (*_REAL, "c64", "c128")
+_ANY = ("bool", *_NUMBERS)
+
+
+def _binary_infer(
+    name: str, compare: bool, dtypes: tuple[str, ...]
+) -> Callable[[TensorType, TensorType], Types]:
     def infer(x: TensorType, y: TensorType) -> Types:
-        if x.dtype != y.dtype:
-            raise VerifyError(f"{name}: expected equal dtypes, found {x} and {y}")
+        if x.dtype != y.dtype or x.dtype not in dtypes:
+            kinds = ", ".join(dtypes)
+            raise VerifyError(f"{name}: expected equal dtypes of {kinds}; found {x} and {y}")
         return (TensorType("bool" if compare else x.dtype, broadcast(name, x.shape, y.shape)),)
 
     return infer
@@ -154,6 +194,7 @@ def _binary_infer(name: str, compare: bool) -> Callable[[TensorType, TensorType]
 def _binary(
     name: str,
     torch_op: Callable[[Any, Any], Any],
+    dtypes: tuple[str, ...],
     commutative: bool = False,
     compare: bool = False,
     samples: tuple[Sample, ...] = (Sample((_T, _T)), Sample((_T, _ROW))),
@@ -161,7 +202,7 @@ def _binary(
     def reference(x: Any, y: Any) -> tuple[Any, ...]:
         return (torch_op(x, y),)
 
-    infer = _binary_infer(name, compare)
+    infer = _binary_infer(name, compare, dtypes)
     return Op(name, infer, reference, _cost, samples, commutative=commutative)
 
 
@@ -170,28 +211,32 @@ _INTS = (Sample((TensorType("i64", (3, 5)), TensorType("i64", (5,))), high=3),)
 
 
 def _maximum(x: Any, y: Any) -> Any:
-    return x.clamp(min=y) if isinstance(y, int | float) else torch.maximum(x, y)
+    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        return torch.maximum(x, y)
+    return x.clamp(min=y) if isinstance(x, torch.Tensor) else y.clamp(min=x)
 
 
 def _minimum(x: Any, y: Any) -> Any:
-    return x.clamp(max=y) if isinstance(y, int | float) else torch.minimum(x, y)
+    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        return torch.minimum(x, y)
+    return x.clamp(max=y) if isinstance(x, torch.Tensor) else y.clamp(max=x)
 
 
-add = _binary("add", operator.add, commutative=True)
-sub = _binary("sub", operator.sub)
-mul = _binary("mul", operator.mul, commutative=True)
-div = _binary("div", operator.truediv)
-pow_ = _binary("pow", operator.pow, samples=(Sample((TensorType("f64", (3,)),) * 2),))
-maximum = _binary("maximum", _maximum, commutative=True)
-minimum = _binary("minimum", _minimum, commutative=True)
-lt = _binary("lt", operator.lt, compare=True)
-le = _binary("le", operator.le, compare=True)
-gt = _binary("gt", operator.gt, compare=True)
-ge = _binary("ge", operator.ge, compare=True)
-eq = _binary("eq", operator.eq, compare=True, commutative=True, samples=_INTS)
-ne = _binary("ne", operator.ne, compare=True, commutative=True, samples=_INTS)
-logical_and = _binary("logical_and", operator.and_, commutative=True, samples=_BOOLS)
-logical_or = _binary("logical_or", operator.or_, commutative=True, samples=_BOOLS)
+add = _binary("add", operator.add, _ANY, commutative=True)
+sub = _binary("sub", operator.sub, _NUMBERS)
+mul = _binary("mul", operator.mul, _ANY, commutative=True)
+div = _binary("div", operator.truediv, (*FLOATS, "c64", "c128"))
+pow_ = _binary("pow", operator.pow, _NUMBERS, samples=(Sample((TensorType("f64", (3,)),) * 2),))
+maximum = _binary("maximum", _maximum, _REAL, commutative=True)
+minimum = _binary("minimum", _minimum, _REAL, commutative=True)
+lt = _binary("lt", operator.lt, _REAL, compare=True)
+le = _binary("le", operator.le, _REAL, compare=True)
+gt = _binary("gt", operator.gt, _REAL, compare=True)
+ge = _binary("ge", operator.ge, _REAL, compare=True)
+eq = _binary("eq", operator.eq, _ANY, compare=True, commutative=True, samples=_INTS)
+ne = _binary("ne", operator.ne, _ANY, compare=True, commutative=True, samples=_INTS)
+logical_and = _binary("logical_and", operator.and_, ("bool",), commutative=True, samples=_BOOLS)
+logical_or = _binary("logical_or", operator.or_, ("bool",), commutative=True, samples=_BOOLS)
 
 
 # ---- choice
@@ -204,8 +249,9 @@ def _where_infer(condition: TensorType, x: TensorType, y: TensorType) -> Types:
 
 
 def _where_reference(condition: torch.Tensor, x: Any, y: Any) -> tuple[torch.Tensor]:
-    like = x if isinstance(x, torch.Tensor) else y
-    return (torch.where(condition, x, y).to(getattr(like, "dtype", torch.float32)),)
+    result = torch.where(condition, x, y)
+    like = next((v for v in (x, y) if isinstance(v, torch.Tensor)), result)
+    return (result.to(like.dtype),)
 
 
 where = Op(
