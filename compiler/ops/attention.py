@@ -25,17 +25,29 @@ _QUERY_BLOCK = 256
 def _check_heads(name: str, q: TensorType, k: TensorType, v: TensorType) -> None:
     """q [T, H, D], k [..., G, D], v [..., G, V]."""
     heads = (q.shape[-2:], k.shape[-2:], v.shape[-2:])
-    sizes = [d for pair in heads for d in pair]
-    if q.rank != 3 or not all(isinstance(d, int) for d in sizes):
+    sizes = [d for pair in heads for d in pair if isinstance(d, int)]
+    if q.rank != 3 or len(sizes) != 6:
         raise VerifyError(f"{name}: expected q [T, H, D] with static heads, found {q}, {k}, {v}")
-    (h, d), (g, kd), (vg, _) = heads
-    if d != kd or g != vg or h % g or not q.dtype == k.dtype == v.dtype or q.dtype not in FLOATS:  # pyright: ignore
-        raise VerifyError(f"{name}: heads of q {q}, k {k} and v {v} do not go together")
+    h, d, g, kd, vg, _ = sizes
+    if d != kd or g != vg or g < 1 or h % g:
+        raise VerifyError(
+            f"{name}: expected q [T, H, D], k [..., G, D], v [..., G, V] with H a multiple of G, "
+            f"found {q}, {k}, {v}"
+        )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOATS:
+        raise VerifyError(f"{name}: expected one float dtype, found {q}, {k}, {v}")
 
 
-def _check_sinks(name: str, q: TensorType, sinks: tuple[TensorType, ...]) -> None:
-    if len(sinks) > 1 or (sinks and sinks[0].shape != q.shape[1:2]):
-        raise VerifyError(f"{name}: expected one sink a head of {q}, found {sinks}")
+def _check_options(
+    name: str, q: TensorType, sinks: tuple[TensorType, ...], window: int, softcap: float
+) -> None:
+    if len(sinks) > 1 or any(s.shape != q.shape[1:2] or s.dtype not in FLOATS for s in sinks):
+        found = ", ".join(map(str, sinks))
+        raise VerifyError(f"{name}: expected at most one float sink a head of {q}, found {found}")
+    if window < 0 or not softcap >= 0:
+        raise VerifyError(
+            f"{name}: expected window and softcap of at least 0, found {window} and {softcap}"
+        )
 
 
 def _softcapped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -43,7 +55,7 @@ def _softcapped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
 
 
 # ---- attention: every token sees itself and those before it, within `window` if it is not 0.
-# `softcap` bounds scores by tanh; a sink is one more score a head that takes weight and adds nothing.
+# `softcap` bounds scores by tanh; a sink is one more score a head that takes weight, adds nothing.
 
 
 def _attention_infer(
@@ -57,7 +69,7 @@ def _attention_infer(
     softcap: float = 0.0,
 ) -> Types:
     _check_heads("attention", q, k, v)
-    _check_sinks("attention", q, sinks)
+    _check_options("attention", q, sinks, window, softcap)
     if k.rank != 3 or v.rank != 3 or k.shape[0] != v.shape[0]:
         raise VerifyError(f"attention: expected k [S, G, D] and v [S, G, V], found {k} and {v}")
     return (q.with_shape((*q.shape[:2], v.shape[2])),)
@@ -102,9 +114,7 @@ def _attention_cost(args: Types, results: Types, **attrs: Any) -> Cost:
     return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
 
 
-_Q, _K, _V, _SINKS = (
-    TensorType("f32", shape) for shape in ((7, 4, 8), (7, 2, 8), (7, 2, 6), (4,))
-)
+_Q, _K, _V, _SINKS = (TensorType("f32", shape) for shape in ((7, 4, 8), (7, 2, 8), (7, 2, 6), (4,)))
 attention = Op(
     "attention",
     _attention_infer,
@@ -126,20 +136,34 @@ attention = Op(
 def _check_index(name: str, tokens: Any, index: tuple[TensorType, ...]) -> None:
     slots, positions, page_table = index
     expected = TensorType("i32", (tokens,))
-    if slots != expected or positions != expected or page_table.dtype != "i32" or page_table.rank != 2:
+    if (
+        slots != expected
+        or positions != expected
+        or page_table.dtype != "i32"
+        or page_table.rank != 2
+    ):
         raise VerifyError(
-            f"{name}: expected slots and positions {expected} and an i32 page table [slots, pages], "
-            f"found {slots}, {positions}, {page_table}"
+            f"{name}: expected slots and positions {expected} and an i32 page table "
+            f"[slots, pages], found {slots}, {positions}, {page_table}"
         )
 
 
 def _append_infer(*args: TensorType) -> Types:
     count = (len(args) - 3) // 2
     if count < 1 or len(args) != 2 * count + 3:
-        raise VerifyError("kv_append: expected as many caches as rows, slots, positions, page table")
+        raise VerifyError(
+            "kv_append: expected as many caches as rows, slots, positions, page table"
+        )
     for cache, rows in zip(args[:count], args[count : 2 * count], strict=True):
-        if cache.rank < 3 or cache.dtype != rows.dtype or cache.shape[2:] != rows.shape[1:]:
-            raise VerifyError(f"kv_append: rows {rows} do not fit cache {cache}")
+        fits = cache.rank >= 3 and cache.shape[2:] == rows.shape[1:] and cache.dtype == rows.dtype
+        if not fits or rows.shape[:1] != args[count].shape[:1]:
+            raise VerifyError(
+                f"kv_append: expected rows [T, ...] that fit cache {cache}, found {rows}"
+            )
+        if cache.shape[:2] != args[0].shape[:2]:
+            raise VerifyError(
+                f"kv_append: expected caches of equal pages, found {cache}, {args[0]}"
+            )
     _check_index("kv_append", args[count].shape[0], args[2 * count :])
     return args[:count]
 
@@ -196,7 +220,7 @@ def _cached_infer(
     softcap: float = 0.0,
 ) -> Types:
     _check_heads("cached_attention", q, k_cache, v_cache)
-    _check_sinks("cached_attention", q, sinks)
+    _check_options("cached_attention", q, sinks, window, softcap)
     _check_index("cached_attention", q.shape[0], (slots, positions, page_table))
     if k_cache.rank != 4 or k_cache.shape[:2] != v_cache.shape[:2]:
         raise VerifyError(
@@ -266,9 +290,7 @@ def _cached_reference(
             hidden = (seen > at) | (seen <= at - window) if window else seen > at
             # What was never written may be anything, NaN too, and 0 · NaN is NaN.
             unwritten = (seen > at.max()).view(-1, size, 1, 1)
-            keys, values = (
-                wide(c[pages]).masked_fill(unwritten, 0.0) for c in (k_cache, v_cache)
-            )
+            keys, values = (wide(c[pages]).masked_fill(unwritten, 0.0) for c in (k_cache, v_cache))
             block = wide(q[mine])
             result = _attend_pages(block, keys, values, hidden, sinks, scale, softcap)
             out[mine] = result.to(q.dtype)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..ir import Cost, Op, Value
-from ..types import TensorType, Types, VerifyError
+from ..types import FLOATS, TensorType, Types, VerifyError
+
+_INEXACT = (*FLOATS, "c64", "c128")
 
 
 def _free(args: Types, results: Types, **attrs: Any) -> Cost:
@@ -27,8 +29,9 @@ constant = Op("constant", _declared, _not_computed, _free)
 # A literal reaches references as a Python number: torch then computes with it unrounded, as in
 # the traced program, whatever the dtype of the tensor beside it.
 def _literal_infer(*, value: bool | int | float, dtype: str) -> Types:
-    if not isinstance(value, bool | int | float):
-        raise VerifyError(f"literal: expected a number, found {value!r}")
+    allowed = bool if dtype == "bool" else bool | int | float if dtype in _INEXACT else bool | int
+    if not isinstance(value, allowed):
+        raise VerifyError(f"literal: expected a number of dtype {dtype}, found {value!r}")
     return (TensorType(dtype, ()),)
 
 

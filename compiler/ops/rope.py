@@ -23,7 +23,8 @@ FORMS = ("half", "interleaved", "deinterleaved")
 def _tables_infer(
     positions: TensorType, inv_freq: TensorType, *, scale: float, dtype: str
 ) -> Types:
-    if positions.dtype not in ("i32", "i64") or positions.rank != 1 or inv_freq.rank != 1:
+    integers = positions.dtype in ("i32", "i64")
+    if not integers or positions.rank != 1 or inv_freq.rank != 1 or inv_freq.dtype not in FLOATS:
         raise VerifyError(
             f"rope_tables: expected integer positions [T] and frequencies [R/2], "
             f"found {positions} and {inv_freq}"
@@ -62,8 +63,10 @@ def _rope_infer(
 ) -> Types:
     if form not in FORMS:
         raise VerifyError(f"rope: form is one of {', '.join(FORMS)}, found {form!r}")
-    if x.rank < 2 or x.dtype not in FLOATS or cos != sin or cos.rank != 2:
-        raise VerifyError(f"rope: expected x [T, ..., D], cos and sin [T, R/2], found {x}, {cos}, {sin}")
+    if x.rank < 2 or cos != sin or cos.rank != 2 or not {x.dtype, cos.dtype} <= {*FLOATS}:
+        raise VerifyError(
+            f"rope: expected x [T, ..., D], cos and sin [T, R/2], found {x}, {cos}, {sin}"
+        )
     half, size = cos.shape[1], x.shape[-1]
     fits = isinstance(half, int) and isinstance(size, int) and 0 <= start <= size - 2 * half
     if cos.shape[0] != x.shape[0] or not fits:
@@ -77,7 +80,11 @@ def _rope_reference(
     half = cos.shape[1]
     end = start + 2 * half
     turn = wide(x[..., start:end])
-    a, b = (turn[..., :half], turn[..., half:]) if form == "half" else (turn[..., ::2], turn[..., 1::2])
+    a, b = (
+        (turn[..., :half], turn[..., half:])
+        if form == "half"
+        else (turn[..., ::2], turn[..., 1::2])
+    )
     shape = (cos.shape[0], *(1,) * (x.ndim - 2), half)
     c, s = wide(cos).view(shape), wide(sin).view(shape)
     pair = (a * c - b * s, b * c + a * s)
@@ -97,7 +104,9 @@ rope = Op(
     _rope_cost,
     (
         Sample((TensorType("f32", (5, 2, 8)), _TABLE, _TABLE), {"form": "half"}),
-        Sample((TensorType("f32", (5, 2, 12)), _TABLE, _TABLE), {"form": "interleaved", "start": 2}),
+        Sample(
+            (TensorType("f32", (5, 2, 12)), _TABLE, _TABLE), {"form": "interleaved", "start": 2}
+        ),
         Sample((TensorType("f32", (5, 8)), _TABLE, _TABLE), {"form": "deinterleaved"}),
     ),
 )

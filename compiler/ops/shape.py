@@ -59,7 +59,9 @@ def _permute_reference(x: torch.Tensor, *, dims: tuple[int, ...]) -> tuple[torch
     return (x.permute(dims),)
 
 
-permute = Op("permute", _permute_infer, _permute_reference, samples=(Sample((_T,), {"dims": (1, 0)}),))
+permute = Op(
+    "permute", _permute_infer, _permute_reference, samples=(Sample((_T,), {"dims": (1, 0)}),)
+)
 
 
 # ---- expand: unit dims repeated
@@ -93,8 +95,9 @@ def _length(start: Dim, stop: Dim, step: int) -> Dim:
 
 def _check_slice(name: str, x: TensorType, axis: int, start: Dim, stop: Dim, step: int) -> int:
     axis = axis_of(name, x, axis)
-    bounds = (start, stop, x.shape[axis])
-    if step < 1 or (all(isinstance(b, int) for b in bounds) and not 0 <= start <= stop <= bounds[2]):
+    # Where symbols leave a gap's sign open, it is taken to be right.
+    gaps = [dim(g) for g in (start, stop - start, x.shape[axis] - stop)]
+    if step < 1 or any(isinstance(g, int) and g < 0 for g in gaps):
         raise VerifyError(f"{name}: [{start}, {stop}) by {step} is not within dim {axis} of {x}")
     return axis
 
@@ -246,13 +249,13 @@ def _gather_infer(x: TensorType, index: TensorType, *, dim: int) -> Types:
     axis = axis_of("gather", x, dim)
     same = index.rank == x.rank and replaced(index.shape, axis, 0) == replaced(x.shape, axis, 0)
     if index.dtype != "i64" or not same:
-        raise VerifyError(f"gather: expected i64 indices like {x} but for dim {axis}, found {index}")
+        raise VerifyError(
+            f"gather: expected i64 indices like {x} but for dim {axis}, found {index}"
+        )
     return (x.with_shape(index.shape),)
 
 
-def _gather_reference(
-    x: torch.Tensor, index: torch.Tensor, *, dim: int
-) -> tuple[torch.Tensor]:
+def _gather_reference(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> tuple[torch.Tensor]:
     return (x.gather(dim, index),)
 
 
