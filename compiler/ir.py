@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import sympy
 
-from .types import Dim, TensorType, Types, VerifyError, evaluate
+from .types import DTYPE_BITS, Dim, TensorType, Types, VerifyError, evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +86,39 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Op:
+        return self
+
+    def types(self, args: Types, attrs: Mapping[str, Any]) -> Types:
+        """What `infer` gives; VerifyError names the op, what it expected and what came."""
+        try:
+            types = self.infer(*args, **attrs)
+        except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
+            raise VerifyError(f"{self._applied(args, attrs)}: cannot be: {error}") from error
+        for type_ in types:
+            if type_.dtype not in DTYPE_BITS:
+                known = ", ".join(DTYPE_BITS)
+                raise VerifyError(f"{self.name}: dtype is one of {known}; found {type_.dtype!r}")
+            if any(isinstance(d, int) and d < 0 for d in type_.shape):
+                applied = self._applied(args, attrs)
+                raise VerifyError(f"{applied}: expected dims of at least 0, found {type_}")
+        return types
+
+    def _applied(self, args: Types, attrs: Mapping[str, Any]) -> str:
+        return (
+            f"{self.name}({', '.join([*map(str, args), *(f'{k}={v}' for k, v in attrs.items())])})"
+        )
+
     def node(self, args: tuple[Value, ...], attrs: Mapping[str, Any], source: str = "") -> Node:
         """A checked node; VerifyError names the op, what it expected and what came."""
-        try:
-            types = self.infer(*(a.type for a in args), **attrs)
-        except TypeError as error:
-            given = ", ".join([*(str(a.type) for a in args), *(f"{k}={v}" for k, v in attrs.items())])
-            raise VerifyError(f"{self.name}: cannot take ({given}): {error}") from error
+        types = self.types(tuple(a.type for a in args), attrs)
         return Node(self, args, dict(attrs), types, source)
 
-    def all(self, *args: Value, **attrs: Any) -> tuple[Value, ...]:
+    def all(self, /, *args: Value, **attrs: Any) -> tuple[Value, ...]:
         """Apply the op; every result."""
         return self.node(args, attrs).results
 
-    def __call__(self, *args: Value, **attrs: Any) -> Value:
+    def __call__(self, /, *args: Value, **attrs: Any) -> Value:
         """Apply an op that has one result."""
         (value,) = self.all(*args, **attrs)
         return value
@@ -117,6 +136,14 @@ class Node:
     attrs: Mapping[str, Any]
     types: Types
     source: str = ""
+
+    # A node stands for all that it is computed from: neither is shown or copied with it.
+    def __repr__(self) -> str:
+        attrs = "".join(f" {k}={show_attr(v)}" for k, v in self.attrs.items())
+        return f"<{self.op.name}{attrs} : {', '.join(map(str, self.types))}>"
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Node:
+        return self
 
     @property
     def results(self) -> tuple[Value, ...]:
@@ -158,8 +185,8 @@ class Graph:
     name: str
     params: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    symbols: Mapping[str, range] = field(default_factory=dict[str, range])
-    updates: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    symbols: Mapping[str, range] = field(default_factory=dict[str, range], hash=False)
+    updates: Mapping[str, Value] = field(default_factory=dict[str, Value], hash=False)
 
     @property
     def roots(self) -> tuple[Value, ...]:
@@ -234,20 +261,23 @@ def section_of(source: str) -> str:
 def show_attr(value: Any) -> str:
     """An attribute as text: dims bare, tuples in brackets, strings quoted."""
     if isinstance(value, tuple):
-        return f"[{', '.join(show_attr(v) for v in value)}]"  # pyright: ignore
-    if isinstance(value, str):
-        return f"'{value}'"
-    return str(value)
+        return f"[{', '.join(show_attr(v) for v in value)}]"
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def show_inline(value: Value) -> str:
-    """How a parameter, constant or literal is written as an argument."""
+    """How a parameter, constant or literal is written as an argument.
+
+    Anything else is out of place here: errors show it as %?op.index.
+    """
     attrs = value.attrs
     if value.op.name == "param":
         return f"%{attrs['name']}"
     if value.op.name == "constant":
         return f"@{attrs['name']}"
-    return f"{attrs['dtype']}({attrs['value']})"
+    if value.op.name == "literal":
+        return f"{attrs['dtype']}({attrs['value']})"
+    return f"%?{value.op.name}.{value.index}"
 
 
 def show_node(node: Node, names: Mapping[Value, str]) -> str:

@@ -49,8 +49,8 @@ def dim(value: int | sympy.Expr) -> Dim:
     """`value` in normal form: an int when it is one, else an expanded expression."""
     if isinstance(value, int):
         return value
-    value = sympy.expand(value)
-    return int(value) if value.is_Integer else value
+    expanded: Any = sympy.expand(value)
+    return int(expanded) if expanded.is_Integer else expanded
 
 
 def free_symbols(shape: Shape) -> set[str]:
@@ -66,12 +66,23 @@ def evaluate(d: Dim, binding: Mapping[str, int]) -> int:
     return int(value)
 
 
+def attr_symbols(value: Any) -> set[str]:
+    """Names of the symbols in an attribute, also inside tuples and types."""
+    if isinstance(value, sympy.Expr):
+        return free_symbols((value,))
+    if isinstance(value, TensorType):
+        return free_symbols(value.shape)
+    if isinstance(value, tuple):
+        return set[str]().union(*(attr_symbols(v) for v in value))
+    return set()
+
+
 def bind_attr(value: Any, binding: Mapping[str, int]) -> Any:
     """An attribute with every dim in it, also inside tuples and types, replaced by its int."""
     if isinstance(value, sympy.Expr):
         return evaluate(value, binding)
     if isinstance(value, tuple):
-        return tuple(bind_attr(v, binding) for v in value)  # pyright: ignore
+        return tuple(bind_attr(v, binding) for v in value)
     if isinstance(value, TensorType):
         return value.bind(binding)
     return value
