@@ -12,23 +12,48 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from .ir import Graph, Node, Op, Value
+import sympy
+
+from .ir import Graph, Node, Op, Value, show_attr
 from .ops.aten import aten_op
 from .ops.leaf import constant, literal, param
 from .types import DTYPE_BITS, Dim, TensorType, VerifyError, dim, symbol
 
 _HEAD = re.compile(r"graph @(\S+?)\((.*)\)((?: \w+=\d+\.\.\d+)*) \{$")
-_REF = re.compile(r"[%@]([\w.\-/]+)")
+# A string, which is left as it is, or a reference.
+_REF = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[%@][\w.\-/]+""")
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    "Mod": sympy.Mod,
+    "Min": sympy.Min,
+    "Max": sympy.Max,
+}
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    return sympy.Integer(a) / b if isinstance(a, int) else a / b
+
+
+def _power(a: Any, b: Any) -> Any:
+    # Text may come from anywhere: 9**9**9 would keep the reader busy for ever.
+    if not isinstance(b, int) or abs(b) > _MAX_EXPONENT:
+        raise ParseError(f"expected an exponent within ±{_MAX_EXPONENT}, found {b}")
+    return a**b
+
+
+_MAX_EXPONENT = 16
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
+    ast.Div: _quotient,
+    ast.Pow: _power,
 }
 
 
@@ -39,7 +64,9 @@ class ParseError(Exception):
 @cache
 def parse_dim(text: str) -> Dim:
     """A dim as printed: an integer, a symbol, or arithmetic over them."""
-    return dim(_attr(ast.parse(text.strip(), mode="eval").body))
+    value = _attr(ast.parse(text.strip(), mode="eval").body)
+    _check_dim(value)
+    return dim(value)
 
 
 @cache
@@ -48,8 +75,15 @@ def parse_type(text: str) -> TensorType:
     found = re.fullmatch(r"\s*(\w+)\[(.*)\]\s*", text)
     if not found or found[1] not in DTYPE_BITS:
         raise ParseError(f"expected a type such as f32[T, 64], found {text!r}")
-    dims = found[2].split(",") if found[2].strip() else []
-    return TensorType(found[1], tuple(parse_dim(d) for d in dims))
+    dims = _attr(ast.parse(f"[{found[2]}]", mode="eval").body)
+    for d in dims:
+        _check_dim(d)
+    return TensorType(found[1], tuple(dim(d) for d in dims))
+
+
+def _check_dim(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | sympy.Expr):
+        raise ParseError(f"expected a dim, found {value!r}")
 
 
 def _attr(tree: ast.expr) -> Any:
@@ -60,10 +94,19 @@ def _attr(tree: ast.expr) -> Any:
     if isinstance(tree, ast.Name):
         return {"inf": math.inf, "nan": math.nan}.get(tree.id, symbol(tree.id))
     if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return -_attr(tree.operand)
+        return -_number(tree.operand)
     if isinstance(tree, ast.BinOp) and type(tree.op) in _ARITHMETIC:
-        return _ARITHMETIC[type(tree.op)](_attr(tree.left), _attr(tree.right))
+        return _ARITHMETIC[type(tree.op)](_number(tree.left), _number(tree.right))
+    if isinstance(tree, ast.Call) and ast.unparse(tree.func) in _FUNCTIONS and not tree.keywords:
+        return _FUNCTIONS[ast.unparse(tree.func)](*map(_number, tree.args))
     raise ParseError(f"not an attribute: {ast.unparse(tree)}")
+
+
+def _number(tree: ast.expr) -> Any:
+    value = _attr(tree)
+    if not isinstance(value, int | float | sympy.Expr):
+        raise ParseError(f"expected a number, found {ast.unparse(tree)}")
+    return value
 
 
 def _split_types(text: str) -> list[str]:
@@ -71,7 +114,7 @@ def _split_types(text: str) -> list[str]:
 
 
 def _reference(match: re.Match[str]) -> str:
-    return f"_ref[{match[0]!r}]"
+    return f"_ref[{match[0]!r}]" if match[0][0] in "%@" else match[0]
 
 
 def _is_reference(tree: ast.expr) -> bool:
@@ -88,7 +131,7 @@ def _argument(tree: ast.expr, values: Mapping[str, Value]) -> Value:
         if (key := _key(tree)) not in values:
             raise ParseError(f"{key} is used before it is defined")
         return values[key]
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and len(tree.args) == 1:
         return literal(value=_attr(tree.args[0]), dtype=tree.func.id)
     raise ParseError(f"not an argument: {ast.unparse(tree)}")
 
@@ -108,7 +151,12 @@ def _parse_node(line: str, values: dict[str, Value]) -> None:
     written = tuple(parse_type(t) for t in _split_types(type_text))
     if written != node.types:
         raise VerifyError(f"{name}: written as {type_text}, but the op gives {_show(node)}")
-    values.update(zip((n.strip() for n in left.split(",")), node.results, strict=True))
+    names = [n.strip() for n in left.split(",")]
+    if len(names) != len(node.results):
+        raise ParseError(f"{name} has {len(node.results)} results, found {len(names)} names")
+    if again := [n for n in names if n in values]:
+        raise ParseError(f"{', '.join(again)} is defined before")
+    values.update(zip(names, node.results, strict=True))
 
 
 def _show(node: Node) -> str:
@@ -128,36 +176,53 @@ def _parse_head(line: str) -> tuple[str, tuple[Value, ...], dict[str, range]]:
     return name, tuple(param(name=n, type=parse_type(t)) for n, t in pairs), symbols
 
 
+@contextmanager
+def _quoting(number: int, line: str) -> Iterator[None]:
+    try:
+        yield
+    except VerifyError as error:
+        raise VerifyError(f"line {number}: {error}\n  {line}") from error
+    except (ParseError, SyntaxError, ValueError, TypeError, ArithmeticError) as error:
+        raise ParseError(f"line {number}: {error}\n  {line}") from error
+
+
 def parse(text: str) -> Graph:
     """The graph that `text` describes; ParseError or VerifyError quotes the offending line."""
     rows = [(i, row.strip()) for i, row in enumerate(text.splitlines(), 1)]
     rows = [(i, row) for i, row in rows if row and not row.startswith("#")]
-    values: dict[str, Value] = {}
+    head, *rest = rows or [(0, "")]
+    with _quoting(*head):
+        name, params, symbols = _parse_head(head[1])
+    values = {f"%{p.attrs['name']}": p for p in params}
+    for number, line in rest:
+        if line.startswith("@"):
+            with _quoting(number, line):
+                key, _, type_text = line.partition(": ")
+                values[key] = constant(name=key[1:], type=parse_type(type_text))
     outputs: tuple[Value, ...] = ()
     updates: dict[str, Value] = {}
-    number, line = rows[0] if rows else (0, "")
-    try:
-        name, params, symbols = _parse_head(line)
-        values.update((f"%{p.attrs['name']}", p) for p in params)
-        body = [(i, row) for i, row in rows[1:] if not row.startswith(("}", "@"))]
-        for _, row in ((i, row) for i, row in rows[1:] if row.startswith("@")):
-            key, _, type_text = row.partition(": ")
-            values[key] = constant(name=key[1:], type=parse_type(type_text))
-        for number, line in body:
-            if line.startswith("return"):
+    for number, line in rest:
+        if line.startswith(("}", "@")):
+            continue
+        with _quoting(number, line):
+            if line == "return" or line.startswith("return "):
                 outputs = tuple(_root(v, values) for v in line[len("return ") :].split(", ") if v)
             elif line.startswith("update "):
                 key, _, value = line[len("update %") :].partition(" = ")
                 updates[key] = _root(value, values)
             else:
                 _parse_node(line, values)
-    except (ParseError, VerifyError, SyntaxError, ValueError) as error:
-        raise type(error)(f"line {number}: {error}\n  {line}") from error
     return Graph(name, params, outputs, symbols, updates)
 
 
 def _root(text: str, values: Mapping[str, Value]) -> Value:
     return _argument(ast.parse(_REF.sub(_reference, text), mode="eval").body, values)
+
+
+def _same_attrs(m: Node, n: Node) -> bool:
+    # By their text: 1, 1.0 and True are three attributes, and nan is one.
+    shown = ({k: show_attr(v) for k, v in node.attrs.items()} for node in (m, n))
+    return next(shown) == next(shown)
 
 
 def same_structure(a: Graph, b: Graph) -> bool:
@@ -166,6 +231,8 @@ def same_structure(a: Graph, b: Graph) -> bool:
     Literals and constants are compared by content, all other nodes one to one.
     """
     if (a.name, dict(a.symbols), list(a.updates)) != (b.name, dict(b.symbols), list(b.updates)):
+        return False
+    if len(a.outputs) != len(b.outputs):
         return False
     left, right = list(a.nodes()), list(b.nodes())
     content = (literal, constant)
@@ -177,12 +244,12 @@ def same_structure(a: Graph, b: Graph) -> bool:
 
     def equal(x: Value, y: Value) -> bool:
         if x.op in content:
-            return x.op is y.op and dict(x.attrs) == dict(y.attrs)
+            return x.op is y.op and _same_attrs(x.node, y.node)
         return twin.get(x.node) is y.node and x.index == y.index
 
     same_nodes = all(
         m.op is n.op
-        and dict(m.attrs) == dict(n.attrs)
+        and _same_attrs(m, n)
         and m.types == n.types
         and len(m.args) == len(n.args)
         and all(equal(x, y) for x, y in zip(m.args, n.args, strict=True))
