@@ -43,7 +43,11 @@ def bind_symbols(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             raise ValueError(f"parameter %{name}: no parameter's shape gives all of {type_}")
         if type_.bind(binding).shape != tuple(shapes[name]):
             raise ValueError(f"parameter %{name}: expected {type_}, found {list(shapes[name])}")
+    if missing := sorted(graph.symbols.keys() - binding.keys()):
+        raise ValueError(f"no parameter's shape gives the symbols {', '.join(missing)}")
     for name, size in binding.items():
+        if name not in graph.symbols:
+            raise ValueError(f"{name} is not a symbol of graph @{graph.name}")
         if size not in graph.symbols[name]:
             bounds = graph.symbols[name]
             raise ValueError(f"{name} = {size} is not in {bounds.start}..{bounds.stop - 1}")
@@ -53,6 +57,7 @@ def bind_symbols(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 def compute(node: Node, args: tuple[Any, ...], binding: Mapping[str, int]) -> tuple[Any, ...]:
     """One node through its reference; VerifyError when a result is not what its type says."""
     attrs = {k: bind_attr(v, binding) for k, v in node.attrs.items()}
+    args = _literals_as_tensors(node, args)
     results = node.op.reference(*args, **attrs)
     for result, type_ in zip(results, node.types, strict=True):
         if isinstance(result, torch.Tensor):
@@ -61,6 +66,24 @@ def compute(node: Node, args: tuple[Any, ...], binding: Mapping[str, int]) -> tu
                 found = f"{dtype_name(result.dtype)}{list(result.shape)}"
                 raise VerifyError(f"{node.op.name}: reference gave {found}, not {expected}")
     return results
+
+
+def _literals_as_tensors(node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args` with the numbers of literals as tensors, unless a tensor beside them has their dtype.
+
+    Only there does torch give the result that dtype for a plain number.
+    """
+    beside = {a.type.dtype for a, x in zip(node.args, args, strict=True) if _is_tensor(x)}
+    return tuple(
+        x
+        if _is_tensor(x) or a.type.dtype in beside
+        else torch.tensor(x, dtype=torch_dtype(a.type.dtype))
+        for a, x in zip(node.args, args, strict=True)
+    )
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
 
 
 def interpret(
@@ -73,6 +96,9 @@ def interpret(
     that breaks its type rule.
     """
     binding = bind_symbols(graph, {n: tuple(t.shape) for n, t in inputs.items()})
+    for p in graph.params:
+        if (found := dtype_name(inputs[p.attrs["name"]].dtype)) != p.type.dtype:
+            raise ValueError(f"parameter %{p.attrs['name']}: expected {p.type}, found {found}")
     nodes = list(graph.nodes())
     last: dict[Node, int] = {a.node: i for i, n in enumerate(nodes) for a in n.args}
     kept = {r.node for r in graph.roots}
@@ -83,7 +109,7 @@ def interpret(
         elif node.op is constant:
             if weights is None:
                 raise KeyError(f"weight @{node.attrs['name']} is needed, but no weights were given")
-            values[Value(node)] = weights.load(node.attrs["name"])
+            values[Value(node)] = _load(node, weights)
         else:
             results = compute(node, tuple(values[a] for a in node.args), binding)
             values.update(zip(node.results, results, strict=True))
@@ -94,6 +120,13 @@ def interpret(
     return Results(
         tuple(values[o] for o in graph.outputs), {n: values[v] for n, v in graph.updates.items()}
     )
+
+
+def _load(node: Node, weights: Weights) -> torch.Tensor:
+    name = node.attrs["name"]
+    if (found := weights[name].type) != node.types[0]:
+        raise VerifyError(f"weight @{name}: expected {node.types[0]}, the store has {found}")
+    return weights.load(name)
 
 
 def random_tensor(
