@@ -1,9 +1,10 @@
 """aten.*: any functional torch operator that no importer rule knows, as a node.
 
 The type rule runs the operator on meta tensors, the reference is the operator itself. Tensor
-operands are the node's arguments in schema order; the rest of the schema's arguments are attributes:
-a tensor list is the number of its tensors, a list of optional tensors says which are present, an
-absent optional tensor is None. Dtypes are IR names; device, layout and memory format do not appear.
+operands are the node's arguments in schema order; the rest of the schema's arguments are
+attributes: a tensor list is the number of its tensors, a list of optional tensors says which are
+present, an absent optional tensor is None. Dtypes are IR names; device, layout and memory format
+do not appear.
 """
 
 from __future__ import annotations
@@ -17,12 +18,23 @@ import sympy
 import torch
 
 from ..ir import Op
-from ..torch_types import dtype_name, torch_dtype
-from ..types import Dim, TensorType, Types, VerifyError, bind_attr, dim, free_symbols, symbol
+from ..torch_types import torch_dtype, type_of
+from ..types import (
+    Dim,
+    TensorType,
+    Types,
+    VerifyError,
+    attr_symbols,
+    bind_attr,
+    dim,
+    free_symbols,
+    symbol,
+)
 
 # Where dims are probed to find shapes as polynomials: primes, so that products stay apart.
 _PROBES = (211, 223)
-_CHECK = 227
+# Two more, one small and one large: shapes may also be polynomials near the probes only.
+_CHECKS = (97, 1031)
 NOT_ATTRIBUTES = frozenset(("device", "layout", "pin_memory", "memory_format"))
 
 
@@ -62,6 +74,8 @@ def _results(result: Any) -> tuple[Any, ...]:
 def _call(overload: Any, tensors: Iterator[Any], attrs: Mapping[str, Any], device: Any) -> Any:
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
+    if unknown := attrs.keys() - {a.name for a in overload._schema.arguments}:
+        raise ValueError(f"expected arguments of {overload._schema}, found {sorted(unknown)}")
     for argument in overload._schema.arguments:
         name, kind = argument.name, str(argument.type)
         if kind == "Tensor" or (kind == "Optional[Tensor]" and attrs.get(name, 0) is not None):
@@ -82,6 +96,8 @@ def _call(overload: Any, tensors: Iterator[Any], attrs: Mapping[str, Any], devic
             keywords[name] = value
         else:
             positional.append(value)
+    if surplus := len(list(tensors)):
+        raise ValueError(f"expected tensors for {overload._schema}, found {surplus} more")
     return overload(*positional, **keywords)
 
 
@@ -97,16 +113,21 @@ def _run_on_meta(
     except (RuntimeError, NotImplementedError, ValueError, IndexError, StopIteration) as error:
         shown = ", ".join(map(str, operands))
         raise VerifyError(f"{name}: torch refuses ({shown}) with {bound}: {error}") from error
-    return tuple(TensorType(dtype_name(r.dtype), tuple(r.shape)) for r in results)
+    if not all(isinstance(r, torch.Tensor) for r in results):
+        raise VerifyError(f"{name}: expected tensors as results, found {results}")
+    return tuple(type_of(r) for r in results)
 
 
 def _infer(name: str, overload: Any, types: Types, attrs: Mapping[str, Any]) -> Types:
-    names = sorted(set().union(*(free_symbols(t.shape) for t in types), _attr_symbols(attrs)))
-    probes = [
+    names = sorted(
+        set().union(*(free_symbols(t.shape) for t in types), *map(attr_symbols, attrs.values()))
+    )
+    probes: list[dict[str, int]] = [
         dict(zip(names, p, strict=True)) for p in itertools.product(_PROBES, repeat=len(names))
     ]
     seen = [_run_on_meta(name, overload, types, attrs, at) for at in probes]
-    check = dict.fromkeys(names, _CHECK)
+    if len(set(map(len, seen))) > 1:
+        raise VerifyError(f"{name}: the number of results depends on {', '.join(names)}")
     found: list[TensorType] = []
     for i, first in enumerate(seen[0]):
         dims = tuple(
@@ -114,17 +135,16 @@ def _infer(name: str, overload: Any, types: Types, attrs: Mapping[str, Any]) -> 
             for axis in range(first.rank)
         )
         found.append(TensorType(first.dtype, dims))
-    if names and tuple(t.bind(check) for t in found) != (
-        expected := _run_on_meta(name, overload, types, attrs, check)
-    ):
-        shown = ", ".join(map(str, expected))
-        raise VerifyError(f"{name}: result shapes are no polynomials of {names} (found {shown})")
+    for size in _CHECKS if names else ():
+        check = dict.fromkeys(names, size)
+        expected = _run_on_meta(name, overload, types, attrs, check)
+        if tuple(t.bind(check) for t in found) != expected:
+            shown = ", ".join(map(str, expected))
+            raise VerifyError(
+                f"{name}: expected result shapes that are polynomials of {', '.join(names)}; "
+                f"at {size} found {shown}"
+            )
     return tuple(found)
-
-
-def _attr_symbols(attrs: Mapping[str, Any]) -> set[str]:
-    flat = [v for a in attrs.values() for v in (a if isinstance(a, tuple) else (a,))]  # pyright: ignore
-    return {s.name for v in flat if isinstance(v, sympy.Expr) for s in v.free_symbols}  # pyright: ignore
 
 
 def _interpolate(names: list[str], probes: list[dict[str, int]], sizes: list[Any]) -> Dim:
