@@ -56,8 +56,11 @@ def run_pipeline(
 
     `require_match` names passes that must rewrite something. `check` is called with every rewrite
     that a pass logged and raises when the two sides differ. `progress` hears each pass's name
-    before it runs. PassError names the pass and, if it matched nothing, its nearest misses.
+    before it runs. PassError names the pass and, if it matched nothing, its nearest misses;
+    ValueError a required pass that is not among `passes`.
     """
+    if absent := set(require_match) - {step.name for step in passes}:
+        raise ValueError(f"required to match, but not in the pipeline: {', '.join(sorted(absent))}")
     results: list[PassResult] = []
     before = count_nodes(graph)
     for step in passes:
@@ -67,13 +70,14 @@ def run_pipeline(
         try:
             after = step(graph, log)
             verify(after)
-        except VerifyError as error:
+        except (VerifyError, ValueError, RuntimeError) as error:
             raise PassError(f"pass {step.name}: {error}") from error
-        for applied in log.applied if check else ():
-            assert check
-            check(graph, applied)
+        if check:
+            for applied in log.applied:
+                check(graph, applied)
         if step.name in require_match and not log.matches:
-            misses = "\n  ".join(log.declined[:5]) or "nothing came near"
+            nearest = list(dict.fromkeys(log.declined))[:5]
+            misses = "\n  ".join(nearest) or "nothing came near"
             raise PassError(f"pass {step.name} was required but matched nothing:\n  {misses}")
         nodes = count_nodes(after)
         seconds = perf_counter() - start
