@@ -336,6 +336,8 @@ def rebuild(
     open_: set[Node] = set()
 
     def target(value: Value) -> Value:
+        if value not in swap:
+            return value
         seen: set[Value] = set()
         while value in swap:
             if value in seen:

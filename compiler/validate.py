@@ -40,7 +40,8 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
             if (found := _difference(a, b)) > (allowed := _allowed(old, new, frontier)):
                 raise VerifyError(
                     f"rule {applied.rule} changes a result by {found:.3g} (allowed {allowed:.3g}) "
-                    f"at {binding}:\nbefore:\n{_show(old, frontier)}\nafter:\n{_show(new, frontier)}"
+                    f"at {binding}:\nbefore:\n{_show(old, frontier)}"
+                    f"\nafter:\n{_show(new, frontier)}"
                 )
 
 
@@ -48,8 +49,8 @@ def _frontier(applied: Applied) -> set[Value]:
     """The values that both sides are computed from: the region's leaves, or where the new side
     looks behind a leaf, what lies there.
     """
-    old_nodes = {n for n in walk(applied.before)}
-    new_only = {n for n in walk(applied.after)} - old_nodes
+    old_nodes = set(walk(applied.before))
+    new_only = set(walk(applied.after)) - old_nodes
     roots = [v for v in applied.after if v.node not in new_only]
     reached = {a for n in new_only for a in n.args if a.node not in new_only} | set(roots)
     frontier = {v for v in (*applied.leaves, *reached) if _is_input(v)}
