@@ -15,10 +15,11 @@ from ..compiler.ops.leaf import param
 from ..compiler.ops.shape import take
 from ..compiler.rewrite import Log, rebuild
 from ..compiler.types import TensorType, symbol
+from .token_wise import mixes_tokens
 
 
 class CannotCache(Exception):
-    """The graph has attention that a causal cache cannot serve; says which and why."""
+    """The graph has a node that cannot serve from a causal cache; says which and why."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class InsertKvCache:
         page_table = param(name="page_table", type=table_type)
         rows = param(name="logit_rows", type=TensorType("i32", (symbol("L"),)))
         index = (slots, positions, page_table)
+        _refuse_mixing(graph, str(tokens.shape[0]))
         swap: dict[Value, Value] = {}
         caches: dict[str, Value] = {}
         params: list[Value] = []
@@ -76,6 +78,13 @@ class InsertKvCache:
         pages = self.pages or self.max_sequences * self.pages_per_slot
         shape = (pages, self.page_size, *rows.type.shape[1:])
         return param(name=name, type=TensorType(rows.type.dtype, shape))
+
+
+def _refuse_mixing(graph: Graph, tokens: str) -> None:
+    """CannotCache where something else than attention takes tokens together."""
+    for node in graph.nodes():
+        if node.op is not attention and (reason := mixes_tokens(node, tokens)):
+            raise CannotCache(f"{node.op.name} at {node.source or 'an unknown place'}: {reason}")
 
 
 def _refusal(node: Node, tokens: TensorType) -> str | None:

@@ -1,0 +1,90 @@
+"""Whether a node works token by token: row t of its results made of row t of its operands alone.
+
+Used by insert-kv-cache: a graph serves tokens of many sequences, in any order, if everything but
+attention is token-wise. What counts rows, shifts them or sums over them would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..compiler.interpret import compute, random_tensor
+from ..compiler.ir import Node, Op, Value
+from ..compiler.ops import glu, linear, moe, norm, pointwise, reduce, rope, shape
+from ..compiler.ops.leaf import param
+from ..compiler.types import TensorType, VerifyError, free_symbols
+
+# Each row of these is made of the operands' rows, wherever those have rows at all.
+_ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
+    *(shape.view, shape.permute, shape.expand, shape.full),
+    *(linear.linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
+    *(rope.rope, rope.rope_tables, moe.router, moe.experts),
+}
+# These work along attrs["dim"], those look up rows of their table.
+_ALONG = frozenset((reduce.mean, reduce.sum_, reduce.amax, reduce.softmax, reduce.topk))
+_ALONG |= frozenset((shape.slice_, shape.slice_scatter, shape.cat, shape.gather))
+_TABLE = {linear.embedding: 1, shape.take: 0}
+_PROBE_TOKENS = 5
+
+
+def mixes_tokens(node: Node, tokens: str) -> str | None:
+    """Why `node` may mix tokens or count them, None if it works on each alone.
+
+    `tokens` is the symbol T; a value with tokens is [T, ...], one without does not speak of T.
+    """
+    if node.op is param:
+        return None
+    operands, results = [a.type for a in node.args], list(node.types)
+    for type_ in (*operands, *results):
+        if tokens in free_symbols(type_.shape[1:]) or not _starts(type_, tokens):
+            return f"{type_} has tokens elsewhere than as its first dim"
+    if not any(_has_rows(t, tokens) for t in (*operands, *results)):
+        return None
+    if not all(_has_rows(t, tokens) for t in results):
+        return "its result is over all tokens"
+    if node.op in _ROW_BY_ROW:
+        return None
+    if node.op in _ALONG:
+        first = node.attrs["dim"] % operands[0].rank == 0
+        return "it works along the tokens" if first else None
+    if node.op in _TABLE:
+        table = operands[_TABLE[node.op]]
+        return "it looks tokens up in other tokens" if _has_rows(table, tokens) else None
+    return _probed(node, tokens)
+
+
+def _has_rows(type_: TensorType, tokens: str) -> bool:
+    return tokens in free_symbols(type_.shape)
+
+
+def _starts(type_: TensorType, tokens: str) -> bool:
+    return not _has_rows(type_, tokens) or str(type_.shape[0]) == tokens
+
+
+def _probed(node: Node, tokens: str) -> str | None:
+    """The same rows in another order must give the same results in that order."""
+    binding = {tokens: _PROBE_TOKENS}
+    generator = torch.Generator().manual_seed(0)
+    order = torch.tensor([3, 0, 4, 1, 2])
+
+    def turned(x: Any, value: Value) -> Any:
+        return x[order] if _has_rows(value.type, tokens) else x
+
+    try:
+        given = tuple(
+            a.attrs["value"]
+            if a.op.name == "literal"
+            else random_tensor(a.type.bind(binding), generator)
+            for a in node.args
+        )
+        straight = compute(node, given, binding)
+        mixed = compute(node, tuple(map(turned, given, node.args)), binding)
+    except (RuntimeError, ValueError, IndexError, VerifyError) as error:
+        return f"it cannot be tried: {error}"
+    same = all(
+        torch.allclose(turned(a, v), b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        for a, b, v in zip(straight, mixed, node.results, strict=True)
+    )
+    return None if same else "its rows depend on one another or on their number"
