@@ -327,17 +327,19 @@ def _part_rule(before: bool, after: bool) -> Rule:
         spans = [
             _span(m[p]) for p in (*((low,) if before else ()), part, *((high,) if after else ()))
         ]
-        base, ends = spans[0].base, [0, *(s.stop for s in spans)]
+        base, first = spans[0].base, spans[0].start
+        ends = [first, *(s.stop for s in spans)]
         joined = all(
             s.base == base and s.step == 1 and s.start == e
             for s, e in zip(spans, ends, strict=False)
         )
-        if not joined or ends[-1] != _size(base) or "start" in m[turned].attrs:
+        if not joined or "start" in m[turned].attrs:
             raise Decline("the parts are not one value in order")
         _, cos, sin = m[turned].node.args
-        start = spans[1].start if before else 0
+        start = spans[1].start - first if before else 0
         extra: dict[str, Any] = {"start": start} if start else {}
-        return rope(base, cos, sin, form=m[turned].attrs["form"], **extra)
+        whole = _slice(base, first, ends[-1])
+        return rope(whole, cos, sin, form=m[turned].attrs["form"], **extra)
 
     return Rule("rope-part", (root,), build)
 
