@@ -8,6 +8,7 @@ depends on weights alone is folded when the program is loaded, tensor by tensor.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -109,15 +110,17 @@ def evaluate_constant(value: Value, weights: Weights) -> torch.Tensor:
         values.update(zip(node.results, results, strict=True))
         for arg in node.args:
             if last[arg.node] == i:
-                values.pop(arg, None)
+                for result in arg.node.results:
+                    values.pop(result, None)
     return values[value]
 
 
-def kernel_id(node: Node, types: Sequence[TensorType], attrs: Mapping[str, Any]) -> str:
-    """The content hash of what a node computes: equal kernels are one kernel."""
-    text = f"{node.op.name}({', '.join(map(str, types))}; " + ", ".join(
-        f"{k}={show_attr(v)}" for k, v in sorted(attrs.items())
-    )
+def kernel_id(
+    node: Node, types: Sequence[TensorType], attrs: Mapping[str, Any], in_place: bool
+) -> str:
+    """The content hash of what a node computes and where to: equal kernels are one kernel."""
+    shown = ", ".join(f"{k}={show_attr(v)}" for k, v in sorted(attrs.items()))
+    text = f"{node.op.name}({', '.join(map(str, types))}; {shown}) in place: {in_place}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -157,8 +160,8 @@ class _EntryBuilder:
     writes: list[list[str]] = field(default_factory=list[list[str]])
 
     def build(self) -> tuple[Entry, int]:
-        users = self.graph.users()
-        outputs = set(self.graph.outputs)
+        uses = Counter(a for node in self.graph.nodes() for a in node.args)
+        uses.update(self.graph.roots)
         for p in self.graph.params:
             name = p.attrs["name"]
             kind = "state" if name in self.graph.updates else "input"
@@ -171,13 +174,12 @@ class _EntryBuilder:
             self.at[value] = Slice(name, bound.dtype, bound.shape)
         for node in self.graph.nodes():
             if node.op is not param and node not in self.constant_nodes:
-                self._add(node, users, outputs)
-        for name, value in self.graph.updates.items():
-            self._update(name, value)
-        self._mark_outputs()
+                self._add(node, uses)
+        self._copy_outputs()
+        self._copy_updates()
         return self._place()
 
-    def _add(self, node: Node, users: Mapping[Value, list[Node]], outputs: set[Value]) -> None:
+    def _add(self, node: Node, uses: Mapping[Value, int]) -> None:
         types: list[Any] = [t.bind(self.binding) for t in node.types]
         if node.op is view:
             source = self.at[node.args[0]]
@@ -186,8 +188,9 @@ class _EntryBuilder:
         args = [self.at[a] if a in self.at else a.attrs["value"] for a in node.args]
         attrs = {k: bind_attr(v, self.binding) for k, v in node.attrs.items()}
         donated = node.args[: len(node.types)]
+        # Memory is donated by parameters that nothing else, no other operand either, looks at.
         in_place = node.op.inplace is not None and all(
-            len(users[a]) == 1 and a not in outputs and a.op is param for a in donated
+            a.op is param and uses[a] == 1 for a in donated
         )
         results: list[Slice] = []
         for i, type_ in enumerate(types):
@@ -198,7 +201,7 @@ class _EntryBuilder:
             self.local[name] = _buffer(name, type_, {}, "scratch")
             results.append(Slice(name, type_.dtype, type_.shape))
         bound: list[Any] = [a.type.bind(self.binding) for a in node.args]
-        id_ = kernel_id(node, bound, attrs)
+        id_ = kernel_id(node, bound, attrs, in_place)
         if id_ not in self.kernels:
             run = reference_kernel(node, attrs, in_place)
             self.kernels[id_] = Kernel(id_, node.op.name, run)
@@ -212,24 +215,37 @@ class _EntryBuilder:
         self.reads.append([a.buffer for a in args if isinstance(a, Slice)])
         self.writes.append([r.buffer for r in results])
 
-    def _update(self, name: str, value: Value) -> None:
-        """State whose next content was not computed in place is copied over at the end."""
-        source = self.at[value]
-        if source.buffer == name:
-            return
-        target = Slice(name, source.dtype, source.shape)
+    def _copied(self, source: Slice, target: str) -> Slice:
+        """A launch that copies `source` to the buffer `target`."""
+        result = Slice(target, source.dtype, source.shape)
         kernel = self.kernels.setdefault("copy", Kernel("copy", "copy", _copy))
-        self._launch(Launch(kernel.id, (source, target), label=f"copy {name}"), [source], [target])
+        launch = Launch(kernel.id, (source, result), label=f"copy {target}")
+        self._launch(launch, [source], [result])
+        return result
 
-    def _mark_outputs(self) -> None:
+    def _copy_outputs(self) -> None:
         """Outputs are buffers of their own, in arena memory."""
         for name, value in zip(self.outputs, self.graph.outputs, strict=True):
-            source = self.at[value]
             self.local[name] = _buffer(name, value.type, self.binding, "output")
-            target = Slice(name, source.dtype, source.shape)
-            kernel = self.kernels.setdefault("copy", Kernel("copy", "copy", _copy))
-            launch = Launch(kernel.id, (source, target), label=f"copy {name}")
-            self._launch(launch, [source], [target])
+            self._copied(self.at[value], name)
+
+    def _copy_updates(self) -> None:
+        """State whose next content was not computed in place is copied over at the end.
+
+        What itself lies in state is set aside first: another copy may overwrite it.
+        """
+        sources: dict[str, Slice] = {}
+        for name, value in self.graph.updates.items():
+            source = self.at[value]
+            if source.buffer == name:
+                continue
+            if source.buffer in self.graph.updates:
+                aside = f"%{len(self.launches)}.0"
+                self.local[aside] = _buffer(aside, value.type, self.binding, "scratch")
+                source = self._copied(source, aside)
+            sources[name] = source
+        for name, source in sources.items():
+            self._copied(source, name)
 
     def _place(self) -> tuple[Entry, int]:
         first: dict[str, int] = {}
@@ -267,7 +283,9 @@ class _EntryBuilder:
         return entry, size
 
 
-def serving_bindings(max_sequences: int, max_tokens: int, largest: int = 2048) -> list[dict[str, int]]:
+def serving_bindings(
+    max_sequences: int, max_tokens: int, largest: int = 2048
+) -> list[dict[str, int]]:
     """Buckets of T tokens and L logit rows: powers of two up to `largest` or `max_tokens`.
 
     The largest bucket takes a whole chunk of prefill; L is as many rows as a step can need.
