@@ -7,31 +7,39 @@ from typing import Any
 import torch
 
 from ..ir import Cost, Op, Sample
+from ..torch_types import wide
 from ..types import FLOATS, TensorType, Types, VerifyError
 from .pointwise import broadcast
 
-# CPU BLAS rounds rows differently by how many they are: fewer than 8, the rest after the last 8,
-# and with one column or an odd K also by where a row starts (seen with MKL in f32 and f64, and with
-# the rows shared out among threads). Whole blocks of 8 rows of 8 numbers all go the same way.
+# CPU BLAS rounds a row differently by how many there are: fewer than 8, those after the last whole
+# 8, and with an odd K or few columns also by where the row starts; and by strides (seen with MKL in
+# f32, with one and more threads). Dense whole blocks of 8 all go the same way.
 _BLOCK = 8
 
 
 def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [..., T, K] · weightᵀ [..., K, N] (+ bias [N]) -> [..., T, N].
+    """x [..., T, K] · weightᵀ [..., K, N] (+ bias [N], if weight is [N, K]) -> [..., T, N].
 
-    Each row is bit-identical whatever the other rows are, in f32 and bf16: rows are padded to whole
-    blocks, so that a token's result does not depend on what else is in its batch.
+    Each row is bit-identical whatever the other rows are, in f32 and bf16: operands are padded to
+    whole blocks, so that a token's result does not depend on what else is in its batch. Computed in
+    f32 and rounded once (which on a CPU without bf16 units is also many times faster).
     """
-    rows, inner = x.shape[-2:]
-    if rows % _BLOCK or inner % _BLOCK:
-        x = torch.nn.functional.pad(x, (0, -inner % _BLOCK, 0, -rows % _BLOCK))
-    if inner % _BLOCK:
-        weight = torch.nn.functional.pad(weight, (0, -inner % _BLOCK))
+    (rows, inner), columns, dtype = x.shape[-2:], weight.shape[-2], x.dtype
+    x = _padded(wide(x), rows, inner)
     if weight.ndim == 2:
-        return torch.nn.functional.linear(x, weight, bias)[..., :rows, :]
-    return (x @ weight.transpose(-1, -2))[..., :rows, :]
+        weight = _padded(wide(weight), 0, inner)
+        bias = None if bias is None else wide(bias)
+        return torch.nn.functional.linear(x, weight, bias)[..., :rows, :].to(dtype)
+    y = _padded(wide(weight).transpose(-1, -2), inner, columns)
+    return (x @ y)[..., :rows, :columns].to(dtype)
+
+
+def _padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`x` dense, with zeros after its last rows and columns up to whole blocks."""
+    missing = (0, -columns % _BLOCK, 0, -rows % _BLOCK)
+    return torch.nn.functional.pad(x, missing) if any(missing) else x.contiguous()
 
 
 def _linear_infer(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> Types:
