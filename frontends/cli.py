@@ -1,0 +1,382 @@
+"""The command line: compile, run, inspect, verify, doctor.
+
+What is heavy is imported inside the commands, so that `ingot --help` is quick. Text and tables go
+to stdout, progress and figures to stderr. Exit codes: 0, 1 when something failed or disagrees, 2
+for wrong usage, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_run import UsageError, chat_ids, parse_ids, print_json, read_stdin, stream
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .model import Model
+
+app = typer.Typer(
+    name="ingot",
+    help="Compile a transformer into one short, static plan of kernels, and replay it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Hugging Face directory: config.json, safetensors, tokenizer.json.",
+    ),
+]
+Target = Annotated[str, typer.Option(help="Target, or auto; see `ingot doctor`.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bf16, f16, f32 or f64 instead of the checkpoint's own.")
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Sequences that are served at once.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest sequence, in tokens.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
+
+
+@contextmanager
+def _errors_in_one_line(traceback: bool) -> Generator[None]:
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+    except Exception as error:
+        if traceback:
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        more = " (more with --traceback)" if len(lines) > 1 else ""
+        typer.secho(f"error: {lines[0]}{more}", fg="red", err=True)
+        raise typer.Exit(2 if _is_usage(error) else 1) from error
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether other options would mend it: wrong values, but no model that cannot be read."""
+    if isinstance(error, UsageError):
+        return True
+    from .model import NotYetError
+    from .safetensors_files import SourceError
+
+    return isinstance(error, ValueError | NotYetError) and not isinstance(error, SourceError)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"ingot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("compile")
+def compile_command(
+    directory: Directory,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the ingot there (not there yet).")
+    ] = None,
+    target: Target = "auto",
+    dtype: Dtype = None,
+    max_sequences: Sequences = 8,
+    max_tokens: MaxTokens = 4096,
+    validate: Annotated[
+        bool, typer.Option(help="Run every rewritten region, before and after, on samples.")
+    ] = False,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Compile a model and print what the compiler did."""
+    with _errors_in_one_line(traceback):
+        if output is not None:
+            raise UsageError(
+                "--output: this version does not write ingots yet; leave it out, and compile the "
+                "model where it runs"
+            )
+        model = _compile(
+            directory,
+            target=target,
+            dtype=dtype,
+            max_sequences=max_sequences,
+            max_tokens_per_sequence=max_tokens,
+            verify=validate,
+        )
+        from .cli_report import entry_table, pass_table, report_data, summary_lines
+
+        data = report_data(model)
+        if as_json:
+            print_json(data)
+        else:
+            out = _console()
+            out.print(pass_table(data), entry_table(data))
+            _print_lines(out, summary_lines(data))
+
+
+@app.command()
+def run(
+    directory: Directory,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; without it, stdin is read.")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(help="Token ids to continue instead, separated by spaces.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="The prompt is what the user says in a chat.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Choose among the k most likely; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest of this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Least likelihood relative to the top's.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Repeats the same draws.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")
+    ] = None,
+    target: Target = "auto",
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 4096,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Continue a text, or answer in a chat, token by token."""
+    with _errors_in_one_line(traceback):
+        if prompt is not None and ids is not None:
+            raise UsageError("--prompt and --ids: give one of them")
+        if chat and ids is not None:
+            raise UsageError("--chat takes text: give --prompt")
+        if system is not None and not chat:
+            raise UsageError("--system belongs to --chat")
+        given: str | list[int] = parse_ids(ids) if ids is not None else prompt or ""
+        if prompt is None and ids is None:
+            given = read_stdin()
+        from ..runtime.sampling import Sampling
+
+        # Wrong values are told before the model is compiled.
+        Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        model = _compile(
+            directory,
+            target=target,
+            dtype=dtype,
+            max_sequences=1,
+            max_tokens_per_sequence=max_tokens,
+        )
+        if chat:
+            given = chat_ids(model, str(given), system)
+        if isinstance(given, str) and model.tokenizer is None:
+            raise UsageError(f"{directory} has no tokenizer.json: give the prompt as --ids")
+        events = model.generate(
+            given,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+            stream=True,
+        )
+        echo = prompt if sys.stdout.isatty() and not chat else None
+        stream(events, as_json=as_json, as_ids=model.tokenizer is None, echo=echo)
+
+
+@app.command()
+def inspect(
+    directory: Directory,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="PASS", help="The graph after this pass; or traced, final (default)."),
+    ] = None,
+    passes: Annotated[bool, typer.Option("--passes", help="The table of passes.")] = False,
+    entries: Annotated[bool, typer.Option("--entries", help="Launches of each entry.")] = False,
+    dot: Annotated[Path | None, typer.Option(help="Write the graph as Graphviz DOT.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw the graph (needs Graphviz).")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every layer, as text that can be parsed.")
+    ] = False,
+    dtype: Dtype = None,
+    max_sequences: Sequences = 8,
+    max_tokens: MaxTokens = 4096,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Print the graph after any pass; or what the passes did, or a picture.
+
+    Layers that are built alike are shown once; --all prints every one.
+    """
+    with _errors_in_one_line(traceback):
+        model = _compile(
+            directory,
+            dtype=dtype,
+            max_sequences=max_sequences,
+            max_tokens_per_sequence=max_tokens,
+        )
+        names = ("traced", *(p.name for p in model.report.passes), "final")
+        which = after or "final"
+        if which not in names:
+            raise UsageError(f"--after {which}: expected one of {', '.join(names)}")
+        graph = model.graph(which)
+        from . import cli_report
+        from .cli_graph import dot as dot_text
+        from .cli_graph import write_svg
+        from .inspect_view import page
+
+        if dot is not None:
+            dot.write_text(dot_text(graph, everything=everything), encoding="utf-8")
+        if svg is not None:
+            write_svg(dot_text(graph, everything=everything), svg)
+        wanted = after is not None or everything or not (passes or entries or dot or svg)
+        if as_json:
+            text = {"graph": {"name": which, "text": str(graph)}} if wanted else {}
+            print_json({**cli_report.report_data(model), **text})
+            return
+        out = _console()
+        if wanted:
+            title = "as traced" if which == "traced" else f"after {which}"
+            text = str(graph) if everything else page(graph, title)
+            _print_lines(out, text.splitlines())
+        if not passes and not entries:
+            return
+        data = cli_report.report_data(model)
+        if passes:
+            out.print(cli_report.pass_table(data))
+            _print_lines(out, cli_report.declined_lines(data))
+        if entries:
+            out.print(cli_report.entry_table(data))
+        _print_lines(out, cli_report.summary_lines(data))
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Prompts, one a line, for the built-in."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each.")] = 32,
+    top: Annotated[int, typer.Option(min=1, help="n of the top-n rule.")] = 5,
+    dtype: Annotated[str, typer.Option(help="Both sides compute in this.")] = "f32",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative Δlogits; without it, 1e-3 in f32.")
+    ] = None,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Compare with transformers: greedy tokens, logits, and what leaves each layer.
+
+    Where the greedy tokens first differ, each must be among the other's top n.
+    """
+    with _errors_in_one_line(traceback):
+        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else []
+        model = _compile(directory, dtype=dtype)
+        from .model_check import F32_TOLERANCE, built_in_prompts, check_model
+
+        meta = model.session.meta
+        longest = meta.max_tokens_per_sequence - tokens
+        if longest < 1:
+            raise UsageError(f"--tokens {tokens}: sequences end at {meta.max_tokens_per_sequence}")
+        if lines and model.tokenizer is None:
+            raise UsageError(f"--prompts: {directory} has no tokenizer.json; leave the option out")
+        ids = built_in_prompts(model.tokenizer, meta.vocab_size, longest)
+        if lines and model.tokenizer is not None:
+            ids = [model.tokenizer.encode(line)[:longest] for line in lines if line]
+        if tolerance is None and model.report.dtype == "f32":
+            tolerance = F32_TOLERANCE
+        top = min(top, meta.vocab_size)
+        with _status("comparing with transformers"):
+            check = check_model(directory, model, ids, steps=tokens, top=top, tolerance=tolerance)
+        from .cli_report import check_data, check_tables
+
+        if as_json:
+            print_json(check_data(check))
+        else:
+            out = _console()
+            out.print(*check_tables(check))
+            verdict = f"max |Δlogits| / max |logit| = {check.logits_error:.1e}, {check.dtype}"
+            _print_lines(out, [verdict, *check.failures, "agrees" if check.ok else "DISAGREES"])
+        if not check.ok:
+            raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Json = False, traceback: Traceback = False) -> None:
+    """Say what this machine has, and what Ingot can do on it."""
+    with _errors_in_one_line(traceback):
+        from .cli_report import doctor_tables
+        from .doctor import diagnose
+
+        found = diagnose()
+        if as_json:
+            print_json(asdict(found))
+        else:
+            _console().print(*doctor_tables(found))
+
+
+def _compile(directory: Path, **options: Any) -> Model:
+    from .api import compile as compile_model
+
+    # torch's own, about what its exporter does to its own structures.
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    return compile_model(directory, **options, progress=sys.stderr.isatty())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    from .cli_report import THEME
+
+    # Tables keep their columns when they go to a file or a pipe.
+    return Console(theme=THEME, width=None if sys.stdout.isatty() else 120)
+
+
+@contextmanager
+def _status(text: str) -> Generator[None]:
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def _print_lines(out: Console, lines: list[str]) -> None:
+    """Lines of IR or plain text, coloured on a terminal, never broken."""
+    from rich.text import Text
+
+    from .cli_report import IrHighlighter
+
+    highlight = IrHighlighter()
+    for line in lines:
+        out.print(highlight(Text(line)), soft_wrap=True)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+__all__ = ["app", "main"]
