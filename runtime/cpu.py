@@ -29,7 +29,7 @@ _DTYPES = {
 
 # An entry that touches fewer bytes than this runs on one thread: waking the others costs more than
 # they do, by far when other programs keep the cores busy.
-_SHARED_BYTES = 64 << 20
+_SHARED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
