@@ -107,7 +107,9 @@ def _carries_permute(value: Value, depth: int = _SEARCH_DEPTH) -> bool:
 
 
 def _permuted(value: Value, dims: tuple[int, ...]) -> Value:
-    if value.op is literal:
+    """An operand that broadcasts as `value` did before the dims of the result were permuted."""
+    before = len(dims) - value.type.rank
+    if value.op is literal or dims[before:] == tuple(range(before, len(dims))):
         return value
     full: Shape = (1,) * (len(dims) - value.type.rank) + value.type.shape
     padded = value if value.type.shape == full else shape.view(value, shape=full)
