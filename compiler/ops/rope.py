@@ -36,7 +36,8 @@ def _tables_infer(
 def _tables_reference(
     positions: torch.Tensor, inv_freq: torch.Tensor, *, scale: float, dtype: str
 ) -> tuple[torch.Tensor, ...]:
-    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    frequencies = wide(inv_freq)
+    angles = positions.to(frequencies.dtype)[:, None] * frequencies
     return tuple((f(angles) * scale).to(torch_dtype(dtype)) for f in (torch.cos, torch.sin))
 
 

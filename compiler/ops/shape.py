@@ -136,7 +136,8 @@ slice_ = Op(
 def _scatter_infer(
     x: TensorType, src: TensorType, *, dim: int, start: Dim, stop: Dim, step: int = 1
 ) -> Types:
-    (expected,) = _slice_infer(x, dim=dim, start=start, stop=stop, step=step)
+    axis = _check_slice("slice_scatter", x, dim, start, stop, step)
+    expected = x.with_shape(replaced(x.shape, axis, _length(start, stop, step)))
     if src != expected:
         raise VerifyError(f"slice_scatter: expected a source {expected}, found {src}")
     return (x,)
