@@ -1,4 +1,4 @@
-"""Random graphs for property tests: chains and trees of ops over T tokens, built from op samples."""
+"""Random graphs for property tests: ops over T tokens, and the samples of every op."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def token_values(draw: Any, x: Value, w: Value, steps: int) -> list[Value]:
 
 @st.composite
 def graphs(draw: Any, dtype: str = "f32", extra: bool = True) -> Graph:
-    """A graph over T tokens with several outputs, perhaps an update, and, if `extra`, op samples."""
+    """A graph over T tokens, several outputs, perhaps an update; if `extra`, op samples too."""
     width = draw(st.sampled_from((1, 4, 8)))
     type_ = TensorType(dtype, (T, width))
     x, state = param(name="x", type=type_), param(name="layers.0.state", type=type_)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 from ingot.compiler.ir import Cost, Graph, Op, Value, section_of, walk
-from ingot.compiler.ops import linear, norm, pointwise, reduce, shape
+from ingot.compiler.ops import linear, norm, pointwise, reduce
 from ingot.compiler.ops.leaf import constant, literal, param
 from ingot.compiler.rewrite import Pat, Rule, pat, rewrite, rewrite_all
 from ingot.compiler.text import parse, same_structure
@@ -214,7 +214,7 @@ MINUS = Rule(
         (chain, {"relu": 1 - DEPTH // 2, "minimum": DEPTH // 2 - 1, "literal": DEPTH // 2 - 1}),
         (
             layered,
-            {"mul": -LAYERS, "literal": -LAYERS, "neg": -LAYERS, "add": -LAYERS, "sub": LAYERS},
+            {"sub": LAYERS, **dict.fromkeys(("mul", "literal", "neg", "add"), -LAYERS)},
         ),
     ],
 )
