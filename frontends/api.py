@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -96,7 +96,7 @@ class _Stages:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Generator[None, None, None]:
         self.bar.stage(name)
         start = perf_counter()
         yield
@@ -220,9 +220,7 @@ def _compile_language_model(
         model = import_hugging_face(source, dtype=dtype, max_tokens=max_tokens)
     config = model.config.get_text_config()
     max_tokens = min(max_tokens, getattr(config, "max_position_embeddings", None) or max_tokens)
-    steps = passes or causal_lm(
-        max_sequences=max_sequences, max_tokens_per_sequence=max_tokens
-    )
+    steps = passes or causal_lm(max_sequences=max_sequences, max_tokens_per_sequence=max_tokens)
     results = stages.run(model.graph, steps, check)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]

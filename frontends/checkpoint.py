@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -118,7 +119,8 @@ class _Conversion:
         converter = deepcopy(self.converter)  # it collects tensors: one for each use
         for pattern, parts in tensors.items():
             for part in parts:
-                converter.add_tensor(self.name, pattern, pattern, part)
+                future: Any = part  # a tensor that is there already serves as a future
+                converter.add_tensor(self.name, pattern, pattern, future)
         results = converter.convert(self.name, model=self.model, config=self.model.config)
         return {k: v[0] if isinstance(v, list) else v for k, v in results.items()}
 
@@ -169,7 +171,8 @@ class _Conversion:
                 for pattern, parts in self.sources.items()
             }
             return self.apply(tensors)[target]
-        out = torch.empty(type_.shape, dtype=dtype)
+        shape: Any = type_.shape
+        out = torch.empty(shape, dtype=dtype)
         start = 0
         for pattern in self.converter.source_patterns:
             parts = [stored for _, stored in self.sources[pattern]]

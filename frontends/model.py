@@ -145,7 +145,7 @@ class Model:
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         single = _is_prompt(prompts)
-        rows = [self._ids(p) for p in ([prompts] if single else prompts)]  # pyright: ignore
+        rows = [self._ids(p) for p in ([prompts] if single else prompts)]
         strings, ids = _split_stops(stop)
         if strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")

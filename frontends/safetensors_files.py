@@ -108,7 +108,8 @@ class File:
                 for name in file.offset_keys():
                     header = file.get_slice(name)
                     shape = tuple(header.get_shape())
-                    dtype = _DTYPES.get(header.get_dtype(), header.get_dtype())
+                    stored_as = str(header.get_dtype())
+                    dtype = _DTYPES.get(stored_as, stored_as)
                     nbytes = prod(shape) * DTYPE_BITS.get(dtype, 0) // 8
                     if dtype not in DTYPE_BITS:
                         raise SourceError(f"{path.name}: {name!r} has unsupported dtype {dtype}")

@@ -59,6 +59,10 @@ def import_program(
     return _Importer(program, dict(symbols), dict(inputs or {}), strip).run(name)
 
 
+def _held(tensor: Any) -> Entry:
+    return Entry(type_of(tensor), lambda: tensor, "the traced program")
+
+
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
@@ -117,16 +121,17 @@ class _Importer:
             target = str(spec.target).removeprefix(self.strip)
             self.env[node] = constant(name=target, type=self.type_of(node))
             if spec.kind is InputKind.CONSTANT_TENSOR:
-                tensor = self.program.constants[str(spec.target)]
-                held[target] = Entry(type_of(tensor), lambda t=tensor: t, "the traced program")
+                held[target] = _held(self.program.constants[str(spec.target)])
         return params, Weights(held)
 
     def _call(self, node: torch.fx.Node) -> Any:
-        name = node.target.name() if hasattr(node.target, "name") else str(node.target)
-        name = name.replace("::", ".")
+        target: Any = node.target
+        name = str(target.name() if hasattr(target, "name") else target).replace("::", ".")
         name = name if name.count(".") > 1 else f"{name}.default"
-        if node.target in _SYMBOLIC or "val" in node.meta and isinstance(
-            node.meta["val"], torch.SymInt | torch.SymBool | torch.SymFloat
+        if (
+            node.target in _SYMBOLIC
+            or "val" in node.meta
+            and isinstance(node.meta["val"], torch.SymInt | torch.SymBool | torch.SymFloat)
         ):
             return self.dim_of(node.meta["val"])
         args = [self.arg(a) for a in node.args]

@@ -46,7 +46,9 @@ def traced_attention(
 ) -> torch.Tensor:
     """q [1, H, T, D], k [1, G, T, D], v [1, G, T, V] -> [1, T, H, V]."""
     if q.shape[0] != 1:
-        raise UnsupportedModel(f"attention {NAME!r} runs one sequence at a time, found {q.shape[0]}")
+        raise UnsupportedModel(
+            f"attention {NAME!r} runs one sequence at a time, found {q.shape[0]}"
+        )
     rows = [x[0].transpose(0, 1) for x in (q, k, v)]
     extra = () if sinks is None else (sinks,)
     (out,) = attention_op.reference(
@@ -56,7 +58,9 @@ def traced_attention(
 
 
 @traced_attention.register_fake
-def _(q: Any, k: Any, v: Any, sinks: Any, scale: Any, causal: Any, window: Any, softcap: Any) -> Any:
+def _(
+    q: Any, k: Any, v: Any, sinks: Any, scale: Any, causal: Any, window: Any, softcap: Any
+) -> Any:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 

@@ -1,4 +1,4 @@
-"""The cpu driver: an arena in host memory and kernels that are Python callables over torch views."""
+"""The cpu driver: an arena in host memory, and kernels that are Python callables over it."""
 
 from __future__ import annotations
 
