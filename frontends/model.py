@@ -45,8 +45,14 @@ class Report:
         total = sum(self.seconds.values())
         lines = [
             f"{self.model_type} for {self.target} in {self.dtype}, compiled in {total:.1f} s",
-            f"weights {_size(self.weight_bytes)}, cache {_size(self.state_bytes)}, "
-            f"scratch {_size(self.arena_bytes)}",
+            ", ".join(
+                f"{name} {_size(nbytes)}"
+                for name, nbytes in (
+                    ("weights", self.weight_bytes),
+                    ("cache", self.state_bytes),
+                    ("scratch", self.arena_bytes),
+                )
+            ),
         ]
         for p in self.passes:
             matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
