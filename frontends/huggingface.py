@@ -23,7 +23,7 @@ from ..compiler.types import TensorType, symbol
 from ..compiler.weights import Weights
 from .checkpoint import open_checkpoint, weights_of
 from .meta_model import MetaModel, PreTrainedConfig, PreTrainedModel, build_meta_model, read_config
-from .torch_export import ImportFailure, Imported, import_program
+from .torch_export import Imported, ImportFailure, import_program
 from .traced_ops import register
 
 # Tokens in the traced sample; any number but 0 and 1, which torch.export treats as special.
@@ -58,7 +58,7 @@ class _Logits(torch.nn.Module):
 
 
 def trace(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
-    """The functional program of a meta model: input_ids, position_ids [1, T] -> logits [1, T, V]."""
+    """The functional program of a meta model: ids and positions [1, T] -> logits [1, T, V]."""
     ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device="meta")
     tokens = Dim("T", min=1, max=max(max_tokens, 2))
     with torch.no_grad():
