@@ -220,6 +220,7 @@ def inspect(
     everything: Annotated[
         bool, typer.Option("--all", help="Every layer, as text that can be parsed.")
     ] = False,
+    target: Target = "auto",
     dtype: Dtype = None,
     max_sequences: Sequences = 8,
     max_tokens: MaxTokens = 4096,
@@ -233,6 +234,7 @@ def inspect(
     with _errors_in_one_line(traceback):
         model = _compile(
             directory,
+            target=target,
             dtype=dtype,
             max_sequences=max_sequences,
             max_tokens_per_sequence=max_tokens,

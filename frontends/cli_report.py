@@ -125,7 +125,7 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{data['model_type']} for {data['target']} in {data['dtype']}",
         "weights {}, cache {}, scratch {}".format(*sizes),
-        f"one token, caches full: {token['flops'] / 1e6:.1f} Mflop, {show_bytes(token['bytes'])} moved",
+        f"one token, caches full: {token['flops'] / 1e6:.1f} Mflop, {show_bytes(token['bytes'])}",
         f"compiled in {sum(data['seconds'].values()):.1f} s: {stages}",
     ]
     if data["unused"]:

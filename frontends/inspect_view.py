@@ -115,26 +115,24 @@ def layout(graph: Graph) -> Layout:
 
 def _places(nodes: Sequence[Node], users: Mapping[Value, Sequence[Node]]) -> dict[Node, str]:
     """The module path of every node: its source, or for one without what its weights or operands
-    say. One without that later layers alone use belongs to the first of those.
+    say. Rows taken for later layers alone belong to the first of those.
     """
     places: dict[Node, str] = {}
-    order = {path: i for i, path in enumerate(dict.fromkeys(layer_path(n.source) for n in nodes))}
+    order: dict[str, int] = {"": -1}
 
     def rank(place: str) -> int:
-        return order.get(layer_path(place), -1) if layer_path(place) else -1
+        return order.setdefault(layer_path(place), len(order))
 
     for node in nodes:
         weights = [a.attrs["name"].rpartition(".")[0] for a in node.args if a.op.name == "constant"]
         known = [places[a.node] for a in node.args if a.node in places]
-        places[node] = (
-            node.source.split(" @")[0]
-            or max(weights, key=rank, default="")
-            or max(known, key=rank, default="")
-        )
+        source = node.source.split(" @")[0]
+        places[node] = source or max(weights or known, key=rank, default="")
+        rank(places[node])
     for node in reversed(nodes):
         used_by = [places[u] for r in node.results for u in users.get(r, ())]
         first = min(used_by, key=rank, default="")
-        if not node.source and layer_path(places[node]) and rank(first) > rank(places[node]):
+        if node.op.name == "take" and not node.source and rank(first) > rank(places[node]) >= 0:
             places[node] = first
     return places
 
