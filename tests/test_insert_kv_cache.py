@@ -232,8 +232,8 @@ MIXING = {
     "softmax over the tokens": ("%e = softmax(%x, dim=0)", "it works along the tokens"),
     "a shift by one": (
         (
-            "%h = slice(%x, dim=0, start=0, stop=T - 1)\n%f = full(value=0.0, shape=[1, 8], dtype='f32')"
-            "\n%e = cat(%f, %h, dim=0)"
+            "%h = slice(%x, dim=0, start=0, stop=T - 1)\n"
+            "%f = full(value=0.0, shape=[1, 8], dtype='f32')\n%e = cat(%f, %h, dim=0)"
         ),
         "has tokens elsewhere than as its first dim",
     ),
