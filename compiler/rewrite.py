@@ -173,6 +173,12 @@ def _inner_nodes(found: Match) -> set[Node]:
     return {v.node for p, v in found.items() if v.op.name == p.op_name and v.node.args}
 
 
+def _inputs(rule: Rule, found: Match) -> set[Node]:
+    """Nodes that the rule takes as they are, whatever they are: those that a wildcard matched."""
+    given = {v.node for p, v in found.items() if p.op is None and not p.options}
+    return given - {found[r].node for r in rule.results if isinstance(r, Pat) and r.op is None}
+
+
 def _leaves(inner: set[Node]) -> tuple[Value, ...]:
     """Values that the region takes from outside."""
     return tuple(dict.fromkeys(a for n in inner for a in n.args if a.node not in inner))
@@ -207,7 +213,7 @@ class _Sweep:
         """Whether no leaf depends on the region; regions taken before count as one node each."""
         # Nothing earlier depends on the region, but through an earlier part of a region that has a
         # later one: so the search goes down to the first node of those too.
-        first = min(self.first_shared, *(self.order[n] for n in inner))
+        first = min((self.first_shared, *(self.order[n] for n in inner)))
         stack, seen = [v.node for v in leaves], set[Node]()
         while stack:
             node = stack.pop()
@@ -228,9 +234,12 @@ class _Sweep:
         assert isinstance(root, Pat)
         earlier = len(log.declined)
         for found in _solutions(root, Value(node, root.index), {}):
-            inner = _inner_nodes(found)
             absent = any((r.pat if isinstance(r, Other) else r) not in found for r in rule.results)
-            if absent or inner & self.region.keys():
+            if absent:
+                continue
+            given = _inputs(rule, found)
+            inner = _inner_nodes(found) - given
+            if inner & self.region.keys():
                 continue
             kept = tuple(
                 Value(found[r.pat].node, r.index) if isinstance(r, Other) else found[r]
@@ -240,7 +249,8 @@ class _Sweep:
                 log.decline(rule.name, node, f"{value.op.name} inside the match is used outside")
                 continue
             leaves = _leaves(inner)
-            if len(kept) > 1 and not self.convex(inner, leaves):
+            waits = any(v.node in given for v in kept)
+            if waits or (len(kept) > 1 and not self.convex(inner, leaves)):
                 log.decline(rule.name, node, "an input of the match depends on one of its results")
                 continue
             try:
@@ -256,7 +266,7 @@ class _Sweep:
             self.replace(rule, kept, after, leaves, log)
             self.region.update(dict.fromkeys(inner, leaves))
             if len(kept) > 1:
-                self.first_shared = min(self.first_shared, *(self.order[n] for n in inner))
+                self.first_shared = min((self.first_shared, *(self.order[n] for n in inner)))
             return True
         return False
 
@@ -312,16 +322,23 @@ def rewrite(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Grap
 def rewrite_all(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Graph:
     """`rewrite` until nothing matches. RuntimeError when the rules do not come to an end."""
     log = Log() if log is None else log
-    earlier = len(log.declined)
+    earlier, first = len(log.declined), len(log.applied)
+    # Rules that double what they match would fill the memory long before the last sweep.
+    most = _SWEEPS * max(_SWEEPS, sum(1 for _ in graph.nodes()))
     for _ in range(_SWEEPS):
         # Only what the last sweep leaves alone is declined.
         del log.declined[earlier:]
         done = len(log.applied)
+        if done - first > most:
+            break
         graph = rewrite(graph, rules, log)
         if len(log.applied) == done:
             return graph
     names = sorted({a.rule for a in log.applied[-20:]})
-    raise RuntimeError(f"rewriting did not end after {_SWEEPS} sweeps; still matching: {names}")
+    raise RuntimeError(
+        f"rewriting did not end after {len(log.applied) - first} rewrites in at most {_SWEEPS} "
+        f"sweeps; still matching: {names}"
+    )
 
 
 def rebuild(
