@@ -15,6 +15,8 @@ import torch
 from .interpret import compute, random_tensor
 from .ir import Graph, Node, Value, walk
 from .ops.leaf import constant, param
+from .ops.pointwise import cast
+from .ops.shape import expand, permute, slice_, view
 from .rewrite import Applied
 from .torch_types import wide
 from .types import VerifyError
@@ -45,16 +47,21 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
                 )
 
 
+# Ops that only select elements: two of them on one value are not independent, so what is drawn
+# is the value behind them.
+_SELECTIONS = frozenset((view, permute, expand, slice_, cast))
+
+
 def _frontier(applied: Applied) -> set[Value]:
     """The values that both sides are computed from: the region's leaves, or where the new side
     looks behind a leaf, what lies there.
     """
     old_nodes = set(walk(applied.before))
-    new_only = set(walk(applied.after)) - old_nodes
-    roots = [v for v in applied.after if v.node not in new_only]
-    reached = {a for n in new_only for a in n.args if a.node not in new_only} | set(roots)
+    new_nodes = set(walk(applied.after)) - old_nodes
+    reached = {a for n in new_nodes for a in n.args if a.node not in new_nodes}
+    reached |= {v for v in applied.after if v.node not in new_nodes}
     frontier = {v for v in (*applied.leaves, *reached) if _is_input(v)}
-    while behind := _dependent(frontier):
+    while behind := _divisible(frontier, reached):
         frontier.discard(behind)
         frontier |= {a for a in behind.node.args if _is_input(a)}
     return frontier
@@ -65,11 +72,14 @@ def _is_input(value: Value) -> bool:
     return bool(value.node.args) or value.op in (param, constant)
 
 
-def _dependent(frontier: set[Value]) -> Value | None:
-    """A value of the frontier that is computed from another one."""
-    nodes = {v.node for v in frontier}
+def _divisible(frontier: set[Value], reached: set[Value]) -> Value | None:
+    """A value of the frontier that must not be drawn: it selects from another value, or is computed
+    from something that is drawn or used beside it.
+    """
+    fixed = {v.node for v in (*frontier, *reached)}
     for value in frontier:
-        if any(n in nodes for n in walk(value.node.args)):
+        selects = value.op in _SELECTIONS and bool(value.node.args)
+        if selects or any(n in fixed for n in walk(value.node.args)):
             return value
     return None
 
@@ -93,13 +103,13 @@ def _evaluate(
     roots: Iterable[Value], inputs: dict[Value, torch.Tensor], binding: dict[str, int]
 ) -> list[Any]:
     values: dict[Value, Any] = dict(inputs)
-    stack = [v.node for v in roots]
+    stack = list(roots)
     while stack:
-        node = stack[-1]
-        if all(r in values for r in node.results):
+        node = stack[-1].node
+        if stack[-1] in values:
             stack.pop()
             continue
-        if todo := [a.node for a in node.args if a not in values]:
+        if todo := [a for a in node.args if a not in values]:
             stack.extend(todo)
             continue
         results = compute(node, tuple(values[a] for a in node.args), binding)

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from ..compiler.ir import Graph, Node, Value
-from ..compiler.ops import pointwise, shape
+from ..compiler.ops import pointwise, reduce, shape
 from ..compiler.ops.leaf import is_literal, literal
 from ..compiler.ops.linear import embedding
 from ..compiler.pipeline import count_nodes
-from ..compiler.rewrite import Decline, Log, Match, Pat, Rule, pat, rebuild, rewrite_all
+from ..compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rebuild, rewrite_all
+from ..compiler.torch_types import torch_dtype
 from ..compiler.types import DTYPE_BITS, FLOATS, Shape, dim
 from .unit_dims import drop_unit_dims
 
@@ -66,6 +69,49 @@ def _filled(root: Pat) -> Any:
         return shape.full(value=_arg(m[root]).attrs["value"], shape=type_.shape, dtype=type_.dtype)
 
     return build
+
+
+# f of a filled tensor is a filled tensor
+def _function_of_full(op: Any) -> Rule:
+    root = pat(op, _over(shape.full))
+
+    def build(m: Match) -> Value:
+        source, type_ = _arg(m[root]), m[root].type
+        filled = torch.full((), source.attrs["value"], dtype=torch_dtype(source.type.dtype))
+        (result,) = op.reference(filled, **m[root].attrs)
+        return shape.full(value=result.item(), shape=type_.shape, dtype=type_.dtype)
+
+    return Rule(f"{op.name}-of-full", (root,), build)
+
+
+# where everywhere, or nowhere
+CHOOSE = pat(pointwise.where, _over(shape.full), X, Y)
+
+
+def _chosen(m: Match) -> Value:
+    value = m[X] if _arg(m[CHOOSE]).attrs["value"] else m[Y]
+    if value.type != m[CHOOSE].type:
+        raise Decline(f"{value.type} would have to be broadcast")
+    return value
+
+
+# the largest of one is that one
+ONE_OF_ONE = Pat(reduce.topk, (X,), where=lambda v: _arg(v).type.shape[v.attrs["dim"]] == 1)
+
+
+def _only_one(m: Match) -> tuple[Value, Value]:
+    return m[X], shape.full(value=0, shape=m[X].type.shape, dtype="i64")
+
+
+# a number scattered to every place of a unit dim is everywhere
+SCATTER_VALUE = pat("aten.scatter.value", X, Pat(where=lambda v: v.op is shape.full))
+
+
+def _scattered_everywhere(m: Match) -> Value:
+    attrs, type_, index = m[SCATTER_VALUE].attrs, m[X].type, m[SCATTER_VALUE].node.args[1]
+    if type_.shape[attrs["dim"]] != 1 or index.type.shape != type_.shape:
+        raise Decline("some places are not written")
+    return shape.full(value=attrs["value"], shape=type_.shape, dtype=type_.dtype)
 
 
 # permute(permute(x, a), b) == permute(x, [a[i] for i in b])
@@ -310,6 +356,11 @@ RULES = (
     Rule("view-of-view", (VIEW,), _view_of_view),
     Rule("view-of-full", (FULL_VIEW,), _filled(FULL_VIEW)),
     Rule("expand-of-full", (FULL_EXPAND,), _filled(FULL_EXPAND)),
+    _function_of_full(pointwise.cast),
+    _function_of_full(pointwise.logical_not),
+    Rule("where-of-full", (CHOOSE,), _chosen),
+    Rule("topk-of-one", (ONE_OF_ONE, Other(ONE_OF_ONE, 1)), _only_one),
+    Rule("scatter-everywhere", (SCATTER_VALUE,), _scattered_everywhere),
     Rule("permute-of-permute", (PERMUTE,), _permute_of_permute),
     Rule("trivial-permute", (ONE_PERMUTE,), _trivial_permute),
     Rule("same-expand", (SAME_EXPAND,), _same_type(SAME_EXPAND)),
