@@ -59,10 +59,15 @@ def free_symbols(shape: Shape) -> set[str]:
 
 
 def evaluate(d: Dim, binding: Mapping[str, int]) -> int:
-    """`d` with every symbol replaced; KeyError names a symbol that `binding` lacks."""
+    """`d` with every symbol replaced.
+
+    KeyError names a symbol that `binding` lacks; ValueError for a dim that is then no integer.
+    """
     if isinstance(d, int):
         return d
     value: Any = d.xreplace({s: sympy.Integer(binding[s.name]) for s in d.free_symbols})  # pyright: ignore
+    if not value.is_Integer:
+        raise ValueError(f"dim {d} is {value} at {dict(binding)}, which is no integer")
     return int(value)
 
 
@@ -110,7 +115,9 @@ class TensorType:
     def nbytes(self) -> Dim:
         """Bytes of the dense tensor; sub-byte dtypes are packed."""
         bits = self.numel * DTYPE_BITS[self.dtype]
-        return -(-bits // 8) if isinstance(bits, int) else dim(bits / sympy.Integer(8))
+        return (
+            -(-bits // 8) if isinstance(bits, int) else dim(sympy.ceiling(bits / sympy.Integer(8)))
+        )
 
     def bind(self, binding: Mapping[str, int]) -> TensorType:
         """This type with every symbol replaced by its value."""
