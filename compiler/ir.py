@@ -56,6 +56,10 @@ def moved_bytes(args: Types, results: Types, **attrs: Any) -> Cost:
     return Cost(0, sum((t.nbytes for t in (*args, *results)), 0))
 
 
+def _given(args: Types, attrs: Mapping[str, Any]) -> str:
+    return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in attrs.items())])})"
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One operation: type rule, meaning, price, samples and tolerance, registered once by name.
@@ -94,20 +98,17 @@ class Op:
         try:
             types = self.infer(*args, **attrs)
         except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
-            raise VerifyError(f"{self._applied(args, attrs)}: cannot be: {error}") from error
+            raise VerifyError(f"{self.name}: cannot take {_given(args, attrs)}: {error}") from error
         for type_ in types:
             if type_.dtype not in DTYPE_BITS:
                 known = ", ".join(DTYPE_BITS)
                 raise VerifyError(f"{self.name}: dtype is one of {known}; found {type_.dtype!r}")
             if any(isinstance(d, int) and d < 0 for d in type_.shape):
-                applied = self._applied(args, attrs)
-                raise VerifyError(f"{applied}: expected dims of at least 0, found {type_}")
+                raise VerifyError(
+                    f"{self.name}: expected dims of at least 0, found {type_} of "
+                    f"{_given(args, attrs)}"
+                )
         return types
-
-    def _applied(self, args: Types, attrs: Mapping[str, Any]) -> str:
-        return (
-            f"{self.name}({', '.join([*map(str, args), *(f'{k}={v}' for k, v in attrs.items())])})"
-        )
 
     def node(self, args: tuple[Value, ...], attrs: Mapping[str, Any], source: str = "") -> Node:
         """A checked node; VerifyError names the op, what it expected and what came."""

@@ -12,7 +12,7 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -177,7 +177,7 @@ def _parse_head(line: str) -> tuple[str, tuple[Value, ...], dict[str, range]]:
 
 
 @contextmanager
-def _quoting(number: int, line: str) -> Iterator[None]:
+def _quoting(number: int, line: str) -> Generator[None]:
     try:
         yield
     except VerifyError as error:
