@@ -218,9 +218,9 @@ def _compile_language_model(
 
     with stages("trace and import"):
         model = import_hugging_face(source, dtype=dtype, max_tokens=max_tokens)
-    config = model.config.get_text_config()
-    max_tokens = min(max_tokens, getattr(config, "max_position_embeddings", None) or max_tokens)
-    steps = passes or causal_lm(max_sequences=max_sequences, max_tokens_per_sequence=max_tokens)
+    steps = passes or causal_lm(
+        max_sequences=max_sequences, max_tokens_per_sequence=model.max_tokens
+    )
     results = stages.run(model.graph, steps, check)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]

@@ -35,13 +35,15 @@ _T = symbol("T")
 class HuggingFaceModel:
     """A causal language model: logits [T, vocab] from `tokens` and `positions`, both i32[T].
 
-    `unused` names tensors of the checkpoint that the graph does not read (an MTP layer, say).
+    T is at most `max_tokens`. `unused` names tensors of the checkpoint that the graph does not read
+    (an MTP layer, say).
     """
 
     graph: Graph
     weights: Weights
     config: PreTrainedConfig
     dtype: torch.dtype
+    max_tokens: int
     unused: tuple[str, ...]
 
 
@@ -130,7 +132,7 @@ def import_hugging_face(
 
     `source` is a directory with config.json and safetensors, or a model in memory (it is not
     changed, and its tensors are not copied where `dtype` is their own). `dtype` None keeps the
-    checkpoint's. `max_tokens` bounds T. SourceError (see meta_model) or ImportFailure tells what
+    checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. SourceError (see meta_model) or ImportFailure tells what
     is not supported.
     """
     register()
@@ -138,6 +140,8 @@ def import_hugging_face(
     config = source.config if in_memory else read_config(source)
     if in_memory and dtype is None:
         dtype = source.dtype
+    made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
+    max_tokens = min(max_tokens, made_for or max_tokens)
     meta = build_meta_model(config, dtype)
     if in_memory:
         weights, unused = weights_of(source, meta), ()
@@ -147,4 +151,4 @@ def import_hugging_face(
     imported = _import_traced(meta, config.model_type, max_tokens)
     _check(meta, imported)
     weights = weights.merged(imported.constants)
-    return HuggingFaceModel(imported.graph, weights, config, meta.model.dtype, unused)
+    return HuggingFaceModel(imported.graph, weights, config, meta.model.dtype, max_tokens, unused)
