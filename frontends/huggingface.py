@@ -132,8 +132,8 @@ def import_hugging_face(
 
     `source` is a directory with config.json and safetensors, or a model in memory (it is not
     changed, and its tensors are not copied where `dtype` is their own). `dtype` None keeps the
-    checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. SourceError (see meta_model) or ImportFailure tells what
-    is not supported.
+    checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. SourceError
+    (see meta_model) or ImportFailure tells what is not supported.
     """
     register()
     in_memory = isinstance(source, PreTrainedModel)
