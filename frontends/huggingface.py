@@ -7,6 +7,7 @@ for each, and every other operator is token-wise.
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..compiler.weights import Weights
 from .checkpoint import open_checkpoint, weights_of
 from .meta_model import MetaModel, PreTrainedConfig, PreTrainedModel, build_meta_model, read_config
 from .torch_export import Imported, ImportFailure, import_program
-from .traced_ops import register
+from .traced_ops import UnsupportedModel, register
 
 # Tokens in the traced sample; any number but 0 and 1, which torch.export treats as special.
 _SAMPLE_TOKENS = 20
@@ -63,11 +64,21 @@ def trace(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
     """The functional program of a meta model: ids and positions [1, T] -> logits [1, T, V]."""
     ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device="meta")
     tokens = Dim("T", min=1, max=max(max_tokens, 2))
-    with torch.no_grad():
-        program = export(
-            _Logits(model), (ids, ids.clone()), dynamic_shapes=({1: tokens}, {1: tokens})
-        )
-        return program.run_decompositions({})
+    try:
+        with torch.no_grad():
+            program = export(
+                _Logits(model), (ids, ids.clone()), dynamic_shapes=({1: tokens}, {1: tokens})
+            )
+            return program.run_decompositions({})
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # the model's own code runs here, and may fail in any way
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ImportFailure(
+            f"{model.config.model_type}: torch.export cannot trace it without a cache and with a "
+            f"dynamic number of tokens: {type(error).__name__} at {Path(last.filename).name}:"
+            f"{last.lineno}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _token_input(name: str, traced: TensorType) -> tuple[Value, Value]:
@@ -142,9 +153,10 @@ def import_hugging_face(
         dtype = source.dtype
     made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
     max_tokens = min(max_tokens, made_for or max_tokens)
-    meta = build_meta_model(config, dtype)
+    meta = build_meta_model(config, dtype, max_positions=max_tokens)
     if in_memory:
-        weights, unused = weights_of(source, meta), ()
+        frozen = Weights.of({n: meta.buffers[n] for n in meta.frozen}, "computed from the config")
+        weights, unused = Weights({**weights_of(source, meta), **frozen}), ()
     else:
         checkpoint = open_checkpoint(source, meta)
         weights, unused = checkpoint.weights, tuple(checkpoint.unused)

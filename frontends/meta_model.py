@@ -21,6 +21,7 @@ from .safetensors_files import SourceError
 try:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 except ImportError as error:
     raise ImportError(
         "Hugging Face models need transformers; install it with: pip install 'ingot[hf]'"
@@ -35,12 +36,14 @@ class MetaModel:
     `from_pretrained(dtype=...)` would give it. `buffers` holds the non-persistent buffers (rotary
     frequencies, embedding scales) by name as CPU tensors with their true values. `tied` maps each
     name that shares its parameter with an earlier one to that one: lm_head.weight to
-    model.embed_tokens.weight.
+    model.embed_tokens.weight. `frozen` names the buffers that hold a choice made for one length of
+    sequence, where the model itself chooses anew at every call.
     """
 
     model: PreTrainedModel
     buffers: Mapping[str, torch.Tensor]
     tied: Mapping[str, str]
+    frozen: frozenset[str] = frozenset()
 
     def types(self) -> dict[str, TensorType]:
         """The type of every parameter and buffer by name, tied names included."""
@@ -79,6 +82,7 @@ def build_meta_model(
     config: PreTrainedConfig,
     dtype: torch.dtype | None = None,
     *,
+    max_positions: int | None = None,
     attn_implementation: str = "ingot",
     experts_implementation: str | None = "ingot",
 ) -> MetaModel:
@@ -88,23 +92,37 @@ def build_meta_model(
     the model keeps in float32 stay so. The implementations are names registered with transformers;
     a model without experts ignores `experts_implementation`.
 
+    max_positions: how long sequences may become. Rotary embeddings of type "longrope" have one set
+    of frequencies for short and one for long sequences, and transformers chooses anew at every
+    length; with `max_positions` the choice is made once, for sequences of that length.
+
     SourceError for quantized configs, for rotary embeddings whose frequencies depend on the length
     of the sequence ("dynamic"), and where a buffer's value cannot be rebuilt.
     """
     refuse_quantized(config)
     wanted: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            deepcopy(config),
-            dtype=wanted,
-            trust_remote_code=False,
-            attn_implementation=attn_implementation,
-            experts_implementation=experts_implementation,
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                deepcopy(config),
+                dtype=wanted,
+                trust_remote_code=False,
+                attn_implementation=attn_implementation,
+                experts_implementation=experts_implementation,
+            )
+    except KeyError as error:
+        if error.args != (attn_implementation,):
+            raise
+        raise SourceError(
+            f"{config.model_type}: the model knows only attention of its own; it does not call "
+            "attention through transformers' attention interface"
+        ) from error
     model.eval().requires_grad_(False)
     _refuse_dynamic_rope(model)
     _keep_in_float32(model, wanted)
-    return MetaModel(model, _non_persistent_buffers(model), _tied_names(model))
+    buffers = _non_persistent_buffers(model)
+    frozen = {} if max_positions is None else _frozen_long_rope(model, max_positions)
+    return MetaModel(model, {**buffers, **frozen}, _tied_names(model), frozenset(frozen))
 
 
 def refuse_quantized(config: PreTrainedConfig) -> None:
@@ -142,6 +160,25 @@ def _refuse_dynamic_rope(model: torch.nn.Module) -> None:
                     "sequence, which a static graph cannot express; set rope_parameters in "
                     "config.json to 'default', 'linear', 'yarn' or 'llama3'"
                 )
+
+
+def _frozen_long_rope(model: torch.nn.Module, max_positions: int) -> dict[str, torch.Tensor]:
+    """Make every "longrope" embedding static; its frequencies for sequences of `max_positions`."""
+    frozen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        by_layer_type = kinds if isinstance(kinds, dict) else {None: kinds}
+        if "longrope" not in by_layer_type.values():
+            continue
+        for layer_type in (key for key, kind in by_layer_type.items() if kind == "longrope"):
+            leaf = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+            extra = {} if layer_type is None else {"layer_type": layer_type}
+            frozen[f"{name}.{leaf}"], _ = ROPE_INIT_FUNCTIONS["longrope"](
+                module.config, "cpu", seq_len=max_positions, **extra
+            )
+        static = {key: "default" if k == "longrope" else k for key, k in by_layer_type.items()}
+        module.rope_type = static if isinstance(kinds, dict) else static[None]
+    return frozen
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ class ImportFailure(Exception):
 
 @dataclass(frozen=True)
 class Imported:
-    """A graph, the tensors that the program itself held, and the names of all it referred to."""
+    """A graph, the tensors that the program itself held, and the names of all it reads."""
 
     graph: Graph
     constants: Weights
@@ -89,7 +89,6 @@ class _Importer:
 
     def run(self, name: str) -> Imported:
         params, constants = self._bind_placeholders()
-        referenced = {v.attrs["name"] for v in self.env.values() if v.op is constant}
         outputs: tuple[Value, ...] = ()
         for node in self.program.graph.nodes:
             self.node = node
@@ -99,6 +98,7 @@ class _Importer:
                 outputs = tuple(self.env[n] for n in node.args[0])
         bounds = {n: self.bounds[n] for n in self.bounds}
         graph = Graph(name, tuple(params), outputs, bounds)
+        referenced = (n.attrs["name"] for n in graph.nodes() if n.op is constant)
         return Imported(graph, constants, frozenset(referenced))
 
     def _bind_placeholders(self) -> tuple[list[Value], Weights]:

@@ -110,6 +110,15 @@ def _(x: Any, *rest: Any) -> Any:
     return torch.empty_like(x)
 
 
+def _layer_type(module: torch.nn.Module) -> str | None:
+    """The entry of config.layer_types for an attention module, wherever the model keeps it."""
+    if hasattr(module, "layer_type"):
+        return module.layer_type  # pyright: ignore[reportReturnType]
+    types: Any = getattr(getattr(module, "config", None), "layer_types", None)
+    layer: Any = getattr(module, "layer_idx", None)
+    return None if types is None or layer is None else types[layer]
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -131,7 +140,7 @@ def _attention(
     for name in ("indices", "position_bias", "block_mask"):
         if extra.get(name) is not None:
             raise UnsupportedModel(f"{where} passes {name!r} to attention: not supported")
-    if getattr(module, "layer_type", None) == "chunked_attention":
+    if _layer_type(module) == "chunked_attention":
         raise UnsupportedModel(f"{where} uses chunked attention: not supported")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
