@@ -33,6 +33,7 @@ DTYPE_BITS = {
     "f4e2m1": 4,
 }
 FLOATS = ("f16", "bf16", "f32", "f64")
+INTEGERS = ("u8", "i8", "i16", "i32", "i64")
 
 
 class VerifyError(Exception):

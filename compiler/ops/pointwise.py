@@ -11,7 +11,7 @@ import torch
 
 from ..ir import Cost, Op, Sample, Tolerance
 from ..torch_types import torch_dtype, wide
-from ..types import DTYPE_BITS, FLOATS, Dim, Shape, TensorType, Types, VerifyError
+from ..types import DTYPE_BITS, FLOATS, INTEGERS, Dim, Shape, TensorType, Types, VerifyError
 
 _T = TensorType("f32", (3, 5))
 _ROW = TensorType("f32", (5,))
@@ -173,7 +173,6 @@ logical_not = Op(
 # ---- two operands of one dtype
 
 
-INTEGERS = ("u8", "i8", "i16", "i32", "i64")
 _REAL = (*INTEGERS, *FLOATS)
 _NUMBERS = (*_REAL, "c64", "c128")
 _ANY = ("bool", *_NUMBERS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..ir import Cost, Op, Sample
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import FLOATS, INTEGERS, TensorType, Types, VerifyError
 from .shape import axis_of, replaced
 
 _T = TensorType("f32", (4, 6))
@@ -57,6 +57,8 @@ softmax = Op("softmax", _softmax_infer, _softmax_reference, _cost, (Sample((_T,)
 
 
 def _topk_infer(x: TensorType, *, k: int, dim: int) -> Types:
+    if x.dtype not in (*INTEGERS, *FLOATS):
+        raise VerifyError(f"topk: expected numbers in order, found {x}")
     axis = axis_of("topk", x, dim)
     size = x.shape[axis]
     if not isinstance(size, int) or not 1 <= k <= size:

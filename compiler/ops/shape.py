@@ -8,7 +8,7 @@ import torch
 
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype
-from ..types import DTYPE_BITS, Dim, Shape, TensorType, Types, VerifyError, dim
+from ..types import DTYPE_BITS, FLOATS, INTEGERS, Dim, Shape, TensorType, Types, VerifyError, dim
 
 _T = TensorType("f32", (4, 6))
 
@@ -203,8 +203,8 @@ full = Op(
 
 
 def _arange_infer(*, start: Dim, stop: Dim, step: int, dtype: str) -> Types:
-    if step < 1:
-        raise VerifyError(f"arange: expected a positive step, found {step}")
+    if step < 1 or dtype not in (*INTEGERS, *FLOATS):
+        raise VerifyError(f"arange: expected a positive step of numbers, found {step} of {dtype}")
     return (TensorType(dtype, (_length(start, stop, step),)),)
 
 
