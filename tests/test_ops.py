@@ -51,7 +51,7 @@ def draw(sample: Sample, dtype: str | None = None, seed: int = 0) -> tuple[torch
 def domain(op: Op, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """`args` where `op` is defined and well conditioned."""
     if op.name in ("log", "sqrt", "rsqrt", "pow"):
-        return tuple(x.abs() + 0.5 for x in args)
+        return tuple(x.abs() + 0.5 if x.is_floating_point() else x for x in args)
     if op.name == "div":
         return (args[0], args[1].sign() * (args[1].abs() + 0.5))
     return args
@@ -154,7 +154,7 @@ FUZZED_DTYPES = ("bool", "i32", "i64", "f16", "bf16", "f32", "f64", "c64")
 
 
 @st.composite
-def changed(draw_: Any) -> tuple[Op, tuple[TensorType, ...], dict[str, Any]]:
+def changed(draw_: Any) -> tuple[str, tuple[TensorType, ...], dict[str, Any]]:
     op, sample = draw_(st.sampled_from(CASES))
     args, attrs = list(sample.args), dict(sample.attrs)
     for _ in range(draw_(st.integers(1, 3))):
@@ -176,7 +176,7 @@ def changed(draw_: Any) -> tuple[Op, tuple[TensorType, ...], dict[str, Any]]:
             args[i] = args[i].with_shape(shape.replaced(args[i].shape, axis, new))
         if not args:
             break
-    return op, tuple(args), attrs
+    return op.name, tuple(args), attrs
 
 
 def changed_attribute(value: Any) -> st.SearchStrategy[Any]:
@@ -196,9 +196,10 @@ def changed_attribute(value: Any) -> st.SearchStrategy[Any]:
 @settings(max_examples=600)
 @given(changed())
 def test_infer_refuses_what_the_reference_cannot_compute_as_typed(
-    case: tuple[Op, tuple[TensorType, ...], dict[str, Any]],
+    case: tuple[str, tuple[TensorType, ...], dict[str, Any]],
 ) -> None:
-    op, args, attrs = case
+    name, args, attrs = case
+    op = Op.registry[name]
     if refuses(op, args, attrs) is not None:
         return
     expected = op.types(args, attrs)

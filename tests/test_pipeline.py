@@ -162,9 +162,9 @@ def test_a_required_pass_that_matches_nothing_tells_its_nearest_misses() -> None
 def test_near_misses_are_few_and_differ() -> None:
     x = param(name="x", type=X)
     outputs: list[Value] = []
-    for i in range(12):
-        (inner,) = neg.node((x,), {}, f"model.{i % 8}").results
-        (outer,) = neg.node((inner,), {}, f"model.{i % 8}").results
+    for i in range(16):
+        (inner,) = neg.node((x,), {}, f"model.{i // 2}").results
+        (outer,) = neg.node((inner,), {}, f"model.{i // 2}").results
         outputs += [inner, outer]
     with pytest.raises(PassError) as caught:
         run_pipeline(Graph("g", (x,), tuple(outputs), SYMBOLS), (Apply(),), require_match=["apply"])

@@ -430,6 +430,18 @@ def test_two_regions_that_would_form_a_cycle_together(between: int) -> None:
         assert names(done)["test.pair"] == 1
 
 
+def test_a_cycle_through_nodes_that_come_before_the_region() -> None:
+    """The way from the one region to the other lies before all of the other, in graph order."""
+    x, y = p("x"), p("y")
+    three = relu(y)
+    way = pointwise.tanh(three)
+    one = relu(x)
+    graph = graph_of(way, sub(one, neg(way)), mul(three, neg(one)))
+    done, log = applied(graph, pair_rule(sub), pair_rule(mul))
+    assert len(log.applied) == 1
+    assert names(done)["test.pair"] == 1
+
+
 def test_two_regions_that_only_follow_each_other_are_both_taken() -> None:
     x, y = p("x"), p("y")
     one, two = relu(x), neg(y)

@@ -258,6 +258,15 @@ def test_same_structure_tells_sharing_from_repetition() -> None:
     assert not same_structure(twice, shared)
 
 
+def test_same_structure_tells_which_node_is_meant() -> None:
+    x, y = param(name="x", type=X), param(name="y", type=X)
+    a, b = pointwise.relu(x), pointwise.relu(y)
+    one, two = (Graph("g", (x, y), (a, b, pointwise.sub(*o)), SYMBOLS) for o in ((a, b), (b, a)))
+    assert not same_structure(one, two)
+    forged = Value(Node(pointwise.relu, (x,), {}, (TensorType("f16", (T, 8)),)))
+    assert not same_structure(Graph("g", (x,), (a,), SYMBOLS), Graph("g", (x,), (forged,), SYMBOLS))
+
+
 def test_same_structure_tells_the_kinds_of_numbers_apart() -> None:
     kinds = [holding(a=v) for v in (1, 1.0, True, "1", (1,), None, 0.0, -0.0, math.nan, T, "T")]
     for i, a in enumerate(kinds):
