@@ -38,6 +38,50 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         ["%0 = full(value=2.0, shape=[T, 6], dtype='f32')", "return %0"],
         "%1 = expand(@w, shape=[T, 6])\nreturn %1",
     ),
+    "cast-of-full": (
+        "%0 = full(value=2.0, shape=[T, 6], dtype='f32')\n%1 = cast(%0, dtype='bool')\nreturn %1",
+        ["%0 = full(value=True, shape=[T, 6], dtype='bool')", "return %0"],
+        "%0 = cast(%x, dtype='bool')\nreturn %0",
+    ),
+    "logical_not-of-full": (
+        (
+            "%0 = full(value=True, shape=[T, 6], dtype='bool')\n%1 = logical_not(%0)\n"
+            "%2 = where(%1, %0, %0)\nreturn %1"
+        ),
+        ["%0 = full(value=False, shape=[T, 6], dtype='bool')", "return %0"],
+        "%0 = cast(%x, dtype='bool')\n%1 = logical_not(%0)\nreturn %1",
+    ),
+    "where-of-full": (
+        (
+            "%0 = full(value=False, shape=[4, 6], dtype='bool')\n%1 = where(%0, f32(-inf), %x)\n"
+            "return %1"
+        ),
+        ["return %x"],
+        (
+            "%0 = full(value=False, shape=[T, 4, 6], dtype='bool')\n%1 = where(%0, %x, @w)\n"
+            "return %1"
+        ),
+    ),
+    "topk-of-one": (
+        "%0 = view(%i, shape=[T, 1])\n%1, %2 = topk(%0, k=1, dim=1)\nreturn %1, %2",
+        [
+            "%0 = view(%i, shape=[T, 1])",
+            "%1 = full(value=0, shape=[T, 1], dtype='i64')",
+            "return %0, %1",
+        ],
+        "%0, %1 = topk(%x, k=1, dim=2)\nreturn %0, %1",
+    ),
+    "scatter-everywhere": (
+        (
+            "%0 = view(@w, shape=[6, 1])\n%1 = full(value=0, shape=[6, 1], dtype='i64')\n"
+            "%2 = aten.scatter.value(%0, %1, dim=1, value=3) : f32[6, 1]\nreturn %2"
+        ),
+        ["%0 = full(value=3, shape=[6, 1], dtype='f32')", "return %0"],
+        (
+            "%1 = full(value=0, shape=[8, 1], dtype='i64')\n"
+            "%2 = aten.scatter.value(@table, %1, dim=1, value=3)\nreturn %2"
+        ),
+    ),
     "permute-of-permute": (
         "%0 = permute(%x, dims=[1, 2, 0])\n%1 = permute(%0, dims=[0, 2, 1])\nreturn %1",
         ["%0 = permute(%x, dims=[1, 0, 2])", "return %0"],
