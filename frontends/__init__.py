@@ -8,6 +8,6 @@ the comparison with transformers, and `doctor`).
 
 The way in, top down: `huggingface` (a model directory to a graph and its weights), over
 `meta_model` (a config as a model without weights), `traced_ops` (attention and experts as one node
-each), `torch_export` (a traced program to a graph), `checkpoint` and `safetensors_files` (weights,
-read lazily).
+each), `torch_export` (a traced program to a graph) with `aten_rules` (what each operator becomes),
+`checkpoint` and `safetensors_files` (weights, read lazily).
 """
