@@ -783,6 +783,18 @@ def test_cached_attention_in_blocks_of_queries() -> None:
             assert torch.equal(results[0][slot], results[1][slot])
 
 
+@pytest.mark.parametrize("sink", [-1e4, 0.0, 200.0, 1e4])
+def test_sinks_of_any_size_stay_finite(sink: float) -> None:
+    """exp(200) is no f32: a sink above all scores takes nearly all of the weight."""
+    layout = Layout(lengths=(9, 2))
+    sinks = torch.full((layout.heads,), sink)
+    for slot, result in enumerate(serve(layout, at_once(layout), sinks)):
+        q, k, v = layout.sequences()[slot]
+        (expected,) = attention.attention.reference(q, k, v, sinks, scale=0.4)
+        assert result.isfinite().all()
+        torch.testing.assert_close(result, expected)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_kv_append_writes_rows_at_their_positions_and_nothing_else(count: int) -> None:
     caches = [torch.full((6, 4, 2, 3), math.nan) for _ in range(count)]
