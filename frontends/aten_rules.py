@@ -18,7 +18,7 @@ from ..compiler.ops import attention, linear, moe, norm, pointwise, shape
 from ..compiler.ops import reduce as reduction
 from ..compiler.ops.leaf import literal
 from ..compiler.torch_types import dtype_name, torch_dtype
-from ..compiler.types import Dim, TensorType, dim
+from ..compiler.types import FLOATS, Dim, TensorType, dim
 
 
 class Im(Protocol):
@@ -297,7 +297,9 @@ def _arange(im: Im, *args: Any, **kwargs: Any) -> Any:
 
 
 def _unary(op: Op) -> Rule:
-    def rule(im: Im, x: Value) -> Value:
+    def rule(im: Im, x: Value) -> Any:
+        if im.result.dtype not in FLOATS:
+            return NotImplemented
         return im.emit(op, im.to_dtype(x, im.result.dtype))
 
     return rule
@@ -379,6 +381,11 @@ def _pow(im: Im, x: Any, y: Any) -> Value:
     if y == 2:
         return im.emit(pointwise.mul, left, left)
     return im.emit(pointwise.pow_, left, right)
+
+
+@_rule("aten.square.default")
+def _square(im: Im, x: Value) -> Value:
+    return im.emit(pointwise.mul, x, x)
 
 
 @_rule("aten._to_copy.default", "aten.to.dtype", "aten.type_as.default")
@@ -475,6 +482,14 @@ def _matmul(im: Im, x: Value, y: Value) -> Any:
     if min(x.type.rank, y.type.rank) < 2:
         return NotImplemented
     return im.emit(linear.matmul, x, y)
+
+
+@_rule("aten.addmm.default")
+def _addmm(im: Im, bias: Value, x: Value, y: Value, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    """bias + x · y == linear(x, yᵀ, bias)"""
+    if (beta, alpha) != (1, 1) or bias.type.shape != y.type.shape[1:]:
+        return NotImplemented
+    return im.emit(linear.linear, x, im.emit(shape.permute, y, dims=(1, 0)), bias)
 
 
 @_rule("aten.embedding.default")

@@ -152,18 +152,34 @@ def _carries_permute(value: Value, depth: int = _SEARCH_DEPTH) -> bool:
     return through and depth > 0 and any(_carries_permute(a, depth - 1) for a in value.node.args)
 
 
+def _is_outer_product(value: Value) -> bool:
+    """Whether each operand of an element-wise op is a row or a column: permuting them is free."""
+    rows = all(sum(d != 1 for d in a.type.shape) <= 1 for a in value.node.args)
+    return rows and value.op in pointwise.POINTWISE and 1 not in value.type.shape
+
+
 def _permuted(value: Value, dims: tuple[int, ...]) -> Value:
     """An operand that broadcasts as `value` did before the dims of the result were permuted."""
     before = len(dims) - value.type.rank
     if value.op is literal or dims[before:] == tuple(range(before, len(dims))):
         return value
-    full: Shape = (1,) * (len(dims) - value.type.rank) + value.type.shape
+    full: Shape = (1,) * before + value.type.shape
     padded = value if value.type.shape == full else shape.view(value, shape=full)
     return shape.permute(padded, dims=dims)
 
 
+def _turned_row(value: Value, dims: tuple[int, ...]) -> Value:
+    """`_permuted` of a row or column: a view, without unit dims in front."""
+    full: Shape = (1,) * (len(dims) - value.type.rank) + value.type.shape
+    target = [full[i] for i in dims]
+    while target and target[0] == 1:
+        target.pop(0)
+    same = value.op is literal or value.type.shape == tuple(target)
+    return value if same else shape.view(value, shape=tuple(target))
+
+
 def _hoist(op: Any) -> Rule:
-    inner = Pat(op, where=_carries_permute)
+    inner = Pat(op, where=lambda v: _is_outer_product(v) or _carries_permute(v))
     root = pat(shape.permute, inner)
 
     def build(m: Match) -> Value:
@@ -171,7 +187,8 @@ def _hoist(op: Any) -> Rule:
         attrs = dict(node.attrs)
         if "dim" in attrs:
             attrs["dim"] = dims.index(attrs["dim"] % len(dims))
-        return op(*(_permuted(a, dims) for a in node.args), **attrs)
+        move = _turned_row if _is_outer_product(m[inner]) else _permuted
+        return op(*(move(a, dims) for a in node.args), **attrs)
 
     return Rule(f"permute-of-{op.name}", (root,), build)
 

@@ -32,13 +32,14 @@ _PROBE_TOKENS = 5
 def mixes_tokens(node: Node, tokens: str) -> str | None:
     """Why `node` may mix tokens or count them, None if it works on each alone.
 
-    `tokens` is the symbol T; a value with tokens is [T, ...], one without does not speak of T.
+    `tokens` is the symbol T. A value with tokens has them as its first dim, but for unit dims; one
+    without does not speak of T.
     """
     if node.op is param:
         return None
     operands, results = [a.type for a in node.args], list(node.types)
     for type_ in (*operands, *results):
-        if tokens in free_symbols(type_.shape[1:]) or not _starts(type_, tokens):
+        if _has_rows(type_, tokens) and _axis(type_, tokens) is None:
             return f"{type_} has tokens elsewhere than as its first dim"
     if not any(_has_rows(t, tokens) for t in (*operands, *results)):
         return None
@@ -47,8 +48,8 @@ def mixes_tokens(node: Node, tokens: str) -> str | None:
     if node.op in _ROW_BY_ROW:
         return None
     if node.op in _ALONG:
-        first = node.attrs["dim"] % operands[0].rank == 0
-        return "it works along the tokens" if first else None
+        along = node.attrs["dim"] % operands[0].rank
+        return "it works along the tokens" if along == _axis(operands[0], tokens) else None
     if node.op in _TABLE:
         table = operands[_TABLE[node.op]]
         return "it looks tokens up in other tokens" if _has_rows(table, tokens) else None
@@ -59,8 +60,11 @@ def _has_rows(type_: TensorType, tokens: str) -> bool:
     return tokens in free_symbols(type_.shape)
 
 
-def _starts(type_: TensorType, tokens: str) -> bool:
-    return not _has_rows(type_, tokens) or str(type_.shape[0]) == tokens
+def _axis(type_: TensorType, tokens: str) -> int | None:
+    """Which dim of `type_` counts the tokens: T alone, with nothing but unit dims before it."""
+    axis = next((i for i, d in enumerate(type_.shape) if d != 1), 0)
+    alone = str(type_.shape[axis]) == tokens and tokens not in free_symbols(type_.shape[axis + 1 :])
+    return axis if type_.rank and alone else None
 
 
 def _probed(node: Node, tokens: str) -> str | None:
@@ -70,7 +74,8 @@ def _probed(node: Node, tokens: str) -> str | None:
     order = torch.tensor([3, 0, 4, 1, 2])
 
     def turned(x: Any, value: Value) -> Any:
-        return x[order] if _has_rows(value.type, tokens) else x
+        axis = _axis(value.type, tokens) if _has_rows(value.type, tokens) else None
+        return x if axis is None else x.index_select(axis, order)
 
     try:
         given = tuple(

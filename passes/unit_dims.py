@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..compiler.ir import Graph, Node, Value
 from ..compiler.ops import linear, norm, pointwise, reduce, shape
+from ..compiler.ops.aten import overload_of
 from ..compiler.types import Shape
 
 
@@ -57,7 +60,9 @@ class _Dropper:
         self.source = node.source
         if node.op.name in ("param", "constant", "literal"):
             return tuple(self.dense(v) for v in node.results)
-        rule = _RULES.get(node.op.name)
+        rule = _RULES.get(node.op.name) or (
+            _pointwise if _is_pointwise_aten(node.op.name) else None
+        )
         results = rule(self, node, **node.attrs) if rule else None
         if results is None:
             args = tuple(self.shaped(a, a.type.shape) for a in node.args)
@@ -85,6 +90,11 @@ def drop_unit_dims(graph: Graph) -> Graph:
 
 # Each rule gives the new results of a node, None to keep the node between views.
 Rule = Callable[..., Value | tuple[Value, ...] | None]
+
+
+def _is_pointwise_aten(name: str) -> bool:
+    """Whether `name` is an aten operator that torch itself says to be element-wise."""
+    return name.startswith("aten.") and torch.Tag.pointwise in overload_of(name).tags
 
 
 def _pointwise(d: _Dropper, node: Node, **attrs: Any) -> Value:

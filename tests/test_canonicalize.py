@@ -324,6 +324,20 @@ def test_a_permute_that_cancels_nothing_is_not_moved() -> None:
     assert body(applied(Canonicalize(), before)[0])[2] == "%2 = permute(%1, dims=[1, 0, 2])"
 
 
+def test_an_outer_product_is_turned() -> None:
+    """Frequencies by positions become positions by frequencies."""
+    text = "%0 = cast(%i, dtype='f32')\n%1 = view(@w, shape=[6, 1])\n%2 = mul(%1, %0)\n"
+    before = graph_of(HEAD + text + "%3 = permute(%2, dims=[1, 0])\nreturn %3" + WHERE)
+    after, _ = applied(Canonicalize(), before)
+    assert_equal_results(before, after)
+    assert body(after) == [
+        "%0 = cast(%i, dtype='f32')",
+        "%1 = view(%0, shape=[T, 1])",
+        "%2 = mul(@w, %1)",
+        "return %2",
+    ]
+
+
 def test_twice_is_once() -> None:
     for text, _, other in CASES.values():
         once, _ = applied(Canonicalize(), graph_of(HEAD + text + WHERE))

@@ -220,6 +220,13 @@ MIXING = {
         "%e = aten.cumsum.default(%x, dim=0)",
         "its rows depend on one another or on their number",
     ),
+    "cumsum, the batch kept": (
+        (
+            "%h = view(%x, shape=[1, T, 8])\n%f = aten.cumsum.default(%h, dim=1)\n"
+            "%e = view(%f, shape=[T, 8])"
+        ),
+        "its rows depend on one another or on their number",
+    ),
     "roll": ("%e = aten.roll.default(%x, shifts=[1], dims=[0])", "its rows depend on one another"),
     "convolution over the tokens": (
         "%xt = permute(%x, dims=[1, 0])\n%e1 = neg(%xt)\n%e = permute(%e1, dims=[1, 0])",
@@ -251,6 +258,10 @@ MIXING = {
     ),
 }
 TOKEN_WISE = {
+    "an unknown op on each row, the batch kept": (
+        "%h = view(%x, shape=[1, T, 8])\n%f = aten.cumsum.default(%h, dim=2)\n"
+        "%g = softmax(%f, dim=2)\n%e = view(%g, shape=[T, 8])"
+    ),
     "an unknown op on each row": "%e = aten.cumsum.default(%x, dim=1)",
     "an unknown op on each element": "%e = aten.softplus.default(%x)",
     "a lookup by an unknown op": "%p = cast(%positions, dtype='i64')\n"

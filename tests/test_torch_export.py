@@ -159,6 +159,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "reciprocal": lambda m, i: (m * m + 1).reciprocal(),
     "one over": lambda m, i: 1 / (m * m + 1),
     "square": lambda m, i: m.pow(2),
+    "square itself": lambda m, i: m.square() + i.square(),
     "cube": lambda m, i: m**3,
     "power of a number": lambda m, i: 2.0**m,
     "power of a tensor": lambda m, i: (m * m + 1) ** i,
@@ -333,6 +334,13 @@ def test_products() -> None:
     assert_imports(lambda x: x @ x.mT, X)
     assert_imports(lambda x: torch.matmul(x, torch.ones(6, 2)), X)
     assert_imports(lambda x: torch.mm(x[:, 0], x[:, 1].T), X)
+    found = ops(
+        assert_imports(
+            lambda x: torch.addmm(x[0, 0, :2], x[:, 0], x[0, 1, :, None] * x[0, :2].T), X
+        )
+    )
+    assert found["linear"] == 1
+    assert_imports(lambda x: torch.addmm(x[0, 0], x[:, 0], x[0, :, :].T @ x[0], beta=2), X)
     assert_imports(lambda x: torch.bmm(x, x.transpose(1, 2)), X)
     assert_imports(lambda x: x[:, 0] @ torch.ones(6), X)
     assert_imports(lambda x: torch.einsum("tij,tkj->tik", x, x), X)

@@ -78,6 +78,8 @@ NODES = {
         "%a = view(%x, shape=[1, T, 12, 1, 2])\n%c = aten.view_as_complex.default(%a)\n"
         "%m = mul(%c, %c)\n%r = aten.view_as_real.default(%m)"
     ),
+    "an element-wise op of torch": "%r = aten.softplus.default(%x)",
+    "an element-wise op of torch over rows": "%r = aten.hypot.default(%x, %z)",
     "an unknown op keeps its shapes": "%r = aten.cumsum.default(%x, dim=2)",
 }
 
