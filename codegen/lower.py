@@ -64,6 +64,8 @@ def lower(
     entries: list[Entry] = []
     arena = 0
     for binding in bindings:
+        if outside := [n for n, size in binding.items() if size not in graph.symbols[n]]:
+            raise ValueError(f"{dict(binding)} is outside the ranges of {outside}: {graph.symbols}")
         builder = _EntryBuilder(graph, folded, constant_nodes, outputs, dict(binding), kernels)
         entry, size = builder.build()
         entries.append(entry)
@@ -293,5 +295,5 @@ def serving_bindings(
     top = max(min(largest, max_tokens), max_sequences)
     sizes = [1]
     while sizes[-1] < top:
-        sizes.append(sizes[-1] * 2)
+        sizes.append(min(sizes[-1] * 2, top))
     return [{"T": t, "L": min(t, max_sequences)} for t in sizes]

@@ -68,9 +68,13 @@ def compile(
         stages = _Stages(bar)
         check = check_rewrite if verify else None
         if _is_module(source):
+            if dtype is not None:
+                raise ValueError("dtype: a module keeps its own; convert it before (module.to)")
             return _compile_module(
                 source, example_inputs, dynamic_shapes, chosen, passes, check, stages
             )
+        if example_inputs is not None or dynamic_shapes is not None:
+            raise ValueError("example_inputs and dynamic_shapes belong to an nn.Module")
         return _compile_language_model(
             source,
             chosen,
@@ -174,16 +178,21 @@ def _compile_module(
 ) -> CompiledModule:
     if example_inputs is None:
         raise ValueError("an nn.Module needs example_inputs=(tensor, ...) to be traced with")
-    with stages("trace"), torch.no_grad():
-        program = export(source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes)
-        program = program.run_decompositions({})
+    training = source.training
+    try:
+        with stages("trace"), torch.no_grad():
+            program = export(source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes)
+            program = program.run_decompositions({})
+    finally:
+        source.train(training)
     with stages("import"):
         imported = import_program(program, type(source).__name__, symbols=_bounds(program))
         held = {n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
         weights = Weights.of({**held, **program.state_dict}, "the module")
     results = stages.run(imported.graph, module() if passes is None else passes, check)
     report = ModuleReport(imported.graph.name, target.name, tuple(results), stages.seconds)
-    return CompiledModule(_graphs(imported.graph, results), weights, target, report)
+    structure = program.call_spec.out_spec
+    return CompiledModule(_graphs(imported.graph, results), weights, target, report, structure)
 
 
 def _bounds(program: Any) -> dict[str, range]:
@@ -218,13 +227,12 @@ def _compile_language_model(
 
     with stages("trace and import"):
         model = import_hugging_face(source, dtype=dtype, max_tokens=max_tokens)
-    steps = passes or causal_lm(
-        max_sequences=max_sequences, max_tokens_per_sequence=model.max_tokens
-    )
-    results = stages.run(model.graph, steps, check)
+    if passes is None:
+        passes = causal_lm(max_sequences=max_sequences, max_tokens_per_sequence=model.max_tokens)
+    results = stages.run(model.graph, passes, check)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]
-    meta = _serving_meta(steps, final)
+    meta = _serving_meta(passes, final)
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
         lowered = lower(final, model.weights, target, bindings, ["logits"], meta)
@@ -245,7 +253,7 @@ def _compile_language_model(
     )
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
     tokenizer = Tokenizer.open(directory) if directory else None
-    stops = tokenizer.stop_token_ids if tokenizer else _eos(model.config)
+    stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     return Model(session, graphs, report, tokenizer, stops)
 
 
@@ -263,9 +271,13 @@ def _serving_meta(steps: Sequence[Pass], final: Graph) -> Mapping[str, Any]:
     }
 
 
-def _eos(config: Any) -> list[int]:
-    eos = getattr(config, "eos_token_id", None)
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+def _eos(source: Any, config: Any) -> set[int]:
+    """The end-of-text ids of a model without a tokenizer: its generation config's and its own."""
+    found: set[int] = set()
+    for holder in (getattr(source, "generation_config", None), config, config.get_text_config()):
+        eos = getattr(holder, "eos_token_id", None)
+        found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    return found
 
 
 __all__ = ["CompiledModule", "Completion", "Model", "TextEvent", "compile", "load"]

@@ -513,6 +513,33 @@ def _layer_norm(
     return im.emit(norm.layer_norm, x, *affine, eps=eps)
 
 
+@_rule("aten._native_batch_norm_legit_no_training.default")
+def _batch_norm(
+    im: Im,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    running_mean: Value,
+    running_var: Value,
+    momentum: float,
+    eps: float,
+) -> tuple[Value]:
+    """With the running statistics: (x - mean) · rsqrt(var + eps) · weight + bias, by channel. The
+    statistics of the batch, which are further results, are not computed.
+    """
+    columns = (x.type.shape[1], *(1,) * (x.type.rank - 2))
+
+    def channels(vector: Value) -> Value:
+        return im.to_shape(im.to_dtype(vector, x.type.dtype), columns)
+
+    small = literal(value=eps, dtype=running_var.type.dtype)
+    inverse = im.emit(pointwise.rsqrt, im.emit(pointwise.add, running_var, small))
+    y = im.emit(pointwise.sub, x, channels(running_mean))
+    y = im.emit(pointwise.mul, y, channels(inverse))
+    y = y if weight is None else im.emit(pointwise.mul, y, channels(weight))
+    return (y if bias is None else im.emit(pointwise.add, y, channels(bias)),)
+
+
 @_rule("aten.rms_norm.default")
 def _rms_norm(
     im: Im, x: Value, shape_: list[int], weight: Value | None = None, eps: float | None = None

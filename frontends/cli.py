@@ -72,10 +72,12 @@ def _is_usage(error: Exception) -> bool:
     """Whether other options would mend it: wrong values, but no model that cannot be read."""
     if isinstance(error, UsageError):
         return True
+    from ..codegen.lower import UnsupportedTarget
     from .model import NotYetError
     from .safetensors_files import SourceError
 
-    return isinstance(error, ValueError | NotYetError) and not isinstance(error, SourceError)
+    usage = ValueError | NotYetError | UnsupportedTarget
+    return isinstance(error, usage) and not isinstance(error, SourceError)
 
 
 def _version(wanted: bool) -> None:
@@ -295,7 +297,10 @@ def verify(
     Where the greedy tokens first differ, each must be among the other's top n.
     """
     with _errors_in_one_line(traceback):
-        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else []
+        text = prompts.read_text(encoding="utf-8") if prompts else ""
+        lines = [line for line in text.splitlines() if line]
+        if prompts and not lines:
+            raise UsageError(f"--prompts: {prompts} holds no prompt; expected one a line")
         model = _compile(directory, dtype=dtype)
         from .model_check import F32_TOLERANCE, built_in_prompts, check_model
 
@@ -307,7 +312,7 @@ def verify(
             raise UsageError(f"--prompts: {directory} has no tokenizer.json; leave the option out")
         ids = built_in_prompts(model.tokenizer, meta.vocab_size, longest)
         if lines and model.tokenizer is not None:
-            ids = [model.tokenizer.encode(line)[:longest] for line in lines if line]
+            ids = [model.tokenizer.encode(line)[:longest] for line in lines]
         if tolerance is None and model.report.dtype == "f32":
             tolerance = F32_TOLERANCE
         top = min(top, meta.vocab_size)

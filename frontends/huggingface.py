@@ -63,7 +63,7 @@ class _Logits(torch.nn.Module):
 def trace(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
     """The functional program of a meta model: ids and positions [1, T] -> logits [1, T, V]."""
     ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device="meta")
-    tokens = Dim("T", min=1, max=max(max_tokens, 2))
+    tokens = Dim("T", min=1, max=max(max_tokens, _SAMPLE_TOKENS))
     try:
         with torch.no_grad():
             program = export(

@@ -133,23 +133,26 @@ class Model:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | int | Sequence[str | int] = (),
         stream: bool = False,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         logprobs: int = 0,
     ) -> Any:
         """Continue one prompt or several together.
 
         A prompt is text or token ids. `temperature` 0 takes the most likely token. `stop` holds
         strings and token ids that end a completion, beside the model's own end-of-text tokens;
-        neither is part of the text. `logprobs` most likely tokens are reported beside each token.
+        neither is part of the text (the tokens that spelled a stop string stay in `tokens`).
+        `logprobs` most likely tokens are reported beside each token.
 
         One Completion for one prompt, a list for a list, with `stream` an iterator of TextEvent.
         ValueError for a prompt that cannot be served (empty, unknown ids, too long): none is then.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        prompts = prompts if isinstance(prompts, str) else list(prompts)
         single = _is_prompt(prompts)
         rows = [self._ids(p) for p in ([prompts] if single else prompts)]
         strings, ids = _split_stops(stop)
@@ -176,11 +179,10 @@ class NotYetError(NotImplementedError):
 
 
 def _is_prompt(prompts: Any) -> bool:
-    """Whether this is one prompt: text, or a sequence that holds numbers (or nothing)."""
+    """Whether this is one prompt: text, or a list of numbers. An empty list is no prompts."""
     if isinstance(prompts, str):
         return True
-    first = next(iter(prompts), 0)
-    return not isinstance(first, str) and not hasattr(first, "__len__")
+    return bool(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
 
 
 def _split_stops(stop: Any) -> tuple[list[str], list[int]]:

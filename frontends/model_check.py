@@ -32,7 +32,7 @@ from .tokenizer import Tokenizer
 
 # Largest |difference| relative to the largest |logit|. Narrower dtypes round differently with every
 # order of arithmetic, and a router may then choose another expert: there the tokens decide alone.
-F32_TOLERANCE = 1e-3
+F32_TOLERANCE = 1e-4
 
 _STACK = """class Stack:
     def __init__(self):
@@ -99,6 +99,8 @@ class Check:
     @property
     def failures(self) -> tuple[str, ...]:
         """What is wrong, a line each."""
+        if not self.prompts:
+            return ("there was nothing to compare: no prompts",)
         found = [
             f"prompt {i}: token {p.agreed} is {p.ours}, in transformers {p.theirs}, "
             f"and one is not among the other's top {self.top}"
@@ -109,6 +111,11 @@ class Check:
         # NaN is not within any tolerance
         if self.tolerance is not None and not error <= self.tolerance:
             found.append(f"logits differ by {error:.1e} of the largest, over {self.tolerance:.0e}")
+        found += [
+            f"{layer.path} differs by {layer.error:.1e}, over {self.tolerance:.0e}"
+            for layer in self.layers
+            if self.tolerance is not None and not layer.error <= self.tolerance
+        ]
         return tuple(found)
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_unflatten
 
 from ..codegen.lower import lower
 from ..compiler.interpret import bind_symbols
@@ -34,11 +35,18 @@ class CompiledModule:
     """
 
     def __init__(
-        self, graphs: Mapping[str, Graph], weights: Weights, target: Target, report: ModuleReport
+        self,
+        graphs: Mapping[str, Graph],
+        weights: Weights,
+        target: Target,
+        report: ModuleReport,
+        structure: Any,
     ) -> None:
+        """`structure` is the pytree spec of what the module returns."""
         self._graphs = dict(graphs)
         self._weights = weights
         self._target = target
+        self._structure = structure
         self._programs: dict[tuple[int, ...], CpuExecutable] = {}
         self.report = report
 
@@ -49,7 +57,7 @@ class CompiledModule:
         return self._graphs[which]
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        """The outputs for `inputs`, one tensor or a tuple. ValueError when they do not fit."""
+        """What the module gives for `inputs`. ValueError when they do not fit."""
         graph = self.graph()
         if len(inputs) != len(graph.params):
             raise ValueError(f"expected {len(graph.params)} inputs, found {len(inputs)}")
@@ -64,7 +72,7 @@ class CompiledModule:
             torch.from_numpy(results[name]).to(torch_dtype(value.type.dtype))
             for name, value in zip(_output_names(graph), graph.outputs, strict=True)
         ]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return tree_unflatten(outputs, self._structure)
 
     def _build(self, graph: Graph, binding: Mapping[str, int]) -> CpuExecutable:
         lowered = lower(graph, self._weights, self._target, [binding], _output_names(graph))

@@ -15,7 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from ..compiler.ir import Graph, Op, Value
 from ..compiler.ops import pointwise, shape
@@ -75,6 +75,7 @@ class _Importer:
     # ---- the walk
 
     def run(self, name: str) -> Imported:
+        self._refuse_mutation()
         params, constants = self._bind_placeholders()
         outputs: tuple[Value, ...] = ()
         for node in self.program.graph.nodes:
@@ -82,11 +83,24 @@ class _Importer:
             if node.op == "call_function":
                 self.env[node] = self._call(node)
             elif node.op == "output":
-                outputs = tuple(self.env[n] for n in node.args[0])
+                outputs = tuple(self._output(n) for n in node.args[0])
         bounds = {n: self.bounds[n] for n in self.bounds}
         graph = Graph(name, tuple(params), outputs, bounds)
         referenced = (n.attrs["name"] for n in graph.nodes() if n.op is constant)
         return Imported(graph, constants, frozenset(referenced))
+
+    def _output(self, node: Any) -> Value:
+        if not isinstance(node, torch.fx.Node) or not isinstance(self.env[node], Value):
+            raise ImportFailure(f"an output is {node}: only tensors can be outputs")
+        return self.env[node]
+
+    def _refuse_mutation(self) -> None:
+        for spec in self.program.graph_signature.output_specs:
+            if spec.kind is not OutputKind.USER_OUTPUT:
+                raise ImportFailure(
+                    f"the program writes into {spec.target or 'an input'} ({spec.kind.name}): "
+                    "only modules that leave their buffers and inputs as they are can be compiled"
+                )
 
     def _bind_placeholders(self) -> tuple[list[Value], Weights]:
         placeholders = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
@@ -125,6 +139,7 @@ class _Importer:
         kwargs = {k: self.arg(v) for k, v in node.kwargs.items()}
         try:
             if node.target is operator.getitem:
+                self._check("getitem", args[0][args[1]])
                 return args[0][args[1]]
             if name in RULES:
                 result = RULES[name](self, *args, **kwargs)
@@ -137,18 +152,15 @@ class _Importer:
         return result
 
     def _check(self, name: str, result: Any) -> None:
-        """The imported type must be the one that torch traced."""
-        traced = self.node.meta.get("val")
-        results = result if isinstance(result, tuple) else (result,)
-        expected = traced if isinstance(traced, tuple | list) else (traced,)
-        for value, tensor in zip(results, expected, strict=False):
-            if not isinstance(value, Value) or not isinstance(tensor, torch.Tensor):
-                continue
-            if value.type != self.tensor_type(tensor):
-                raise ImportFailure(
-                    f"{name} at {self.source()}: torch traced {self.tensor_type(tensor)}, "
-                    f"the import gives {value.type}"
-                )
+        """The imported type must be the one that torch traced; of several results, those in use."""
+        tensor = self.node.meta.get("val")
+        if not isinstance(result, Value) or not isinstance(tensor, torch.Tensor):
+            return
+        if result.type != self.tensor_type(tensor):
+            raise ImportFailure(
+                f"{name} at {self.source()}: torch traced {self.tensor_type(tensor)}, "
+                f"the import gives {result.type}"
+            )
 
     # ---- what rules use
 
@@ -228,7 +240,7 @@ class _Importer:
                 attrs[argument.name] = present if optional else len(given)
                 operands += [v for v in given if v is not None]
             elif "Tensor" in str(argument.type) and isinstance(given, int | float):
-                raise ImportFailure(f"{name} at {self.source()}: a number where a tensor belongs")
+                operands.append(literal(value=given, dtype=_NUMBER_DTYPES[type(given)]))
             elif isinstance(given, torch.dtype):
                 attrs[argument.name] = dtype_name(given)
             elif given != argument.default_value or given is None:
@@ -238,4 +250,6 @@ class _Importer:
         return results if isinstance(traced, tuple | list) else results[0]
 
 
+# What torch makes of a Python number where a tensor belongs.
+_NUMBER_DTYPES = {bool: "bool", int: "i64", float: "f32"}
 _SYMBOLIC = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}

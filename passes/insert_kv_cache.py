@@ -70,7 +70,9 @@ class InsertKvCache:
             caches.update(zip((c.attrs["name"] for c in pair), appended, strict=True))
             log.counts["cache"] += 1
         outputs = tuple(take(o, rows) for o in graph.outputs)
-        symbols = {**graph.symbols, "L": graph.symbols[str(tokens.shape[0])]}
+        # A step takes one token of every sequence at least, even where sequences are shorter.
+        most = range(1, max(self.max_tokens_per_sequence, self.max_sequences) + 1)
+        symbols = {**graph.symbols, str(tokens.shape[0]): most, "L": most}
         everything = (*graph.params, slots, page_table, rows, *params)
         return rebuild(Graph(graph.name, everything, outputs, symbols, caches), swap)
 

@@ -352,7 +352,7 @@ class Session:
         top_logprobs: int,
     ) -> Sequence:
         prompt = self._check_tokens(tokens)
-        if max_new_tokens < 1:
+        if index(max_new_tokens) < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
         if not 0 <= top_logprobs <= self.meta.vocab_size:
             raise ValueError(

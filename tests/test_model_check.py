@@ -69,7 +69,8 @@ def test_a_broken_layer_is_found_where_it_is(directory: Path, model: Any, tmp_pa
         )
         check = checked(tmp_path, model, top=1)
     assert not check.ok and "one is not among the other's top 1" in check.failures[0]
-    assert "logits differ by" in check.failures[-1]
+    assert any("logits differ by" in line for line in check.failures)
+    assert "model.layers.1 differs by" in check.failures[-2] and "2 differs" in check.failures[-1]
     errors = [layer.error for layer in check.layers]
     assert errors[0] < 1e-5 < 1e-2 < errors[1]
 
@@ -90,6 +91,7 @@ def test_tolerance_and_nan() -> None:
         prompt = PromptCheck(1, 1, 1, None, None, True, error)
         return Check("x", "f32", 5, tolerance, (prompt,), ())
 
+    assert not Check("x", "f32", 5, None, (), ()).ok  # nothing was compared
     assert check(1e-4, 1e-3).ok and check(1.0, None).ok
     assert not check(1e-2, 1e-3).ok and not check(math.nan, 1e-3).ok
     assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 4.0]])) == 0.5
