@@ -338,6 +338,16 @@ def test_an_outer_product_is_turned() -> None:
     ]
 
 
+def test_a_slice_of_a_slice_with_a_step_stays() -> None:
+    text = (
+        "%0 = slice(%x, dim=2, start=0, stop=6, step=2)\n%1 = slice(%0, dim=2, start=1, stop=3)\n"
+    )
+    before = graph_of(HEAD + text + "return %1" + WHERE)
+    after, log = applied(Canonicalize(), before)
+    assert_equal_results(before, after)
+    assert not log.matches["slice-of-slice"]
+
+
 def test_twice_is_once() -> None:
     for text, _, other in CASES.values():
         once, _ = applied(Canonicalize(), graph_of(HEAD + text + WHERE))

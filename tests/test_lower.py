@@ -311,6 +311,12 @@ COPIED = {
         "%0",
         "%1",
     ),
+    "it is given as a view and read elsewhere": (
+        "%va, %vb",
+        "%2 = add(%a, %0) : CACHE\nreturn %2",
+        "%0",
+        "%1",
+    ),
     "another node reads it": ("%a, %b", "%2 = add(%a, %0) : CACHE\nreturn %2", "%0", "%1"),
     "it is the next content of other state": ("%a, %b", "return %0, %1", "%0", "%a"),
     "one cache is given twice": ("%a, %a", "return %0, %1", "%0", "%1"),
@@ -334,7 +340,9 @@ def test_state_is_written_in_place() -> None:
 @pytest.mark.parametrize("why", COPIED, ids=str)
 def test_state_is_copied_when(why: str) -> None:
     caches, rest, a, b = COPIED[why]
-    text = state_graph(append("%0, %1", caches), rest, f"update %a = {a}", f"update %b = {b}")
+    seen_as = [f"%v{c} = view(%{c}, shape=[2, 4, 1, 3]) : CACHE" for c in "ab" if "v" in caches]
+    updates = (f"update %a = {a}", f"update %b = {b}")
+    text = state_graph(*seen_as, append("%0, %1", caches), rest, *updates)
     program, _ = stepped(text, steps=3)
     assert scratch_results(program, "kv_append") == 1
 

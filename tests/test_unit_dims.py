@@ -120,6 +120,10 @@ def test_no_unit_dims_are_left(name: str) -> None:
             assert all(1 not in t.shape for t in node.types), node
 
 
+def test_an_outer_product_is_element_wise() -> None:
+    assert ops(dropped(NODES["outer product"])[1])["matmul"] == 0
+
+
 def test_a_sum_of_one_is_no_sum() -> None:
     for name in ("amax of a unit dim", "mean of a kept unit dim"):
         assert set(ops(dropped(NODES[name])[1])) == {"view"}
