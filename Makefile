@@ -10,7 +10,7 @@ MODEL := examples/pico
 PROMPT := def read_lines(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test slow lint types format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -20,8 +20,11 @@ demo: $(INSTALLED) ## compile and run a real model, show what the passes did, co
 	$(BIN)/ingot inspect $(MODEL) --passes
 	$(BIN)/ingot verify $(MODEL)
 
-test: $(INSTALLED) ## all tests but those that need a GPU
-	$(BIN)/pytest -n 2 -m 'not gpu'
+test: $(INSTALLED) ## the tests that need no GPU and no patience
+	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
+
+slow: $(INSTALLED) ## the long sweeps: every architecture, peak memory, the demo from the shell
+	$(BIN)/pytest -n 2 -m 'slow and not gpu'
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -177,7 +178,8 @@ def _frozen_long_rope(model: torch.nn.Module, max_positions: int) -> dict[str, t
                 module.config, "cpu", seq_len=max_positions, **extra
             )
         static = {key: "default" if k == "longrope" else k for key, k in by_layer_type.items()}
-        module.rope_type = static if isinstance(kinds, dict) else static[None]
+        frozen_kind: Any = static if isinstance(kinds, dict) else static[None]
+        module.rope_type = frozen_kind
     return frozen
 
 

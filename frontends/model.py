@@ -152,9 +152,9 @@ class Model:
         ValueError for a prompt that cannot be served (empty, unknown ids, too long): none is then.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        prompts = prompts if isinstance(prompts, str) else list(prompts)
-        single = _is_prompt(prompts)
-        rows = [self._ids(p) for p in ([prompts] if single else prompts)]
+        given: Any = prompts if isinstance(prompts, str) else list(prompts)
+        single = _is_prompt(given)
+        rows = [self._ids(p) for p in ([given] if single else given)]
         strings, ids = _split_stops(stop)
         if strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")

@@ -96,7 +96,11 @@ def _chosen(m: Match) -> Value:
 
 
 # the largest of one is that one
-ONE_OF_ONE = Pat(reduce.topk, (X,), where=lambda v: _arg(v).type.shape[v.attrs["dim"]] == 1)
+def _of_one(value: Value) -> bool:
+    return _arg(value).type.shape[value.attrs["dim"]] == 1
+
+
+ONE_OF_ONE = Pat(reduce.topk, (X,), where=_of_one)
 
 
 def _only_one(m: Match) -> tuple[Value, Value]:

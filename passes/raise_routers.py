@@ -67,7 +67,7 @@ def _epsilon(m: Match) -> float:
     """What is added to the sum. A lower bound under sums of softmax scores never acts."""
     if CLAMP in m:
         k, experts = m[PICKED].type.shape[-1], m[LOGITS].type.shape[-1]
-        if SOFTMAX not in m or not m[CLAMP].attrs["min"] <= k / experts:  # pyright: ignore
+        if SOFTMAX not in m or not m[CLAMP].attrs["min"] <= k / experts:
             raise Decline("the sum of the weights is bounded from below")
         return 0.0
     return float(m[EPS].attrs["value"]) if EPS in m else 0.0
@@ -117,7 +117,7 @@ def _router(values: bool) -> Rule:
 
 # softmax(top-k of logits) == softmax(logits) at the top k, divided by its sum there
 def _over_topk(m: Match) -> tuple[Value, ...]:
-    softmax = next(v for p, v in m.items() if v.op is reduce.softmax)
+    softmax = next(v for v in m.values() if v.op is reduce.softmax)
     if m[LOGITS].type.rank != 2 or not _last(softmax) or not _last(m[TOP_LOGITS]):
         raise Decline("scores are not over the experts of a token")
     dtype = m[OVER_TOPK].type.dtype

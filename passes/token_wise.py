@@ -23,8 +23,10 @@ _ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
     *(rope.rope, rope.rope_tables, moe.router, moe.experts),
 }
 # These work along attrs["dim"], those look up rows of their table.
-_ALONG = frozenset((reduce.mean, reduce.sum_, reduce.amax, reduce.softmax, reduce.topk))
-_ALONG |= frozenset((shape.slice_, shape.slice_scatter, shape.cat, shape.gather))
+_ALONG: frozenset[Op] = frozenset(
+    (reduce.mean, reduce.sum_, reduce.amax, reduce.softmax, reduce.topk)
+    + (shape.slice_, shape.slice_scatter, shape.cat, shape.gather)
+)
 _TABLE = {linear.embedding: 1, shape.take: 0}
 _PROBE_TOKENS = 5
 
