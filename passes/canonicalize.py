@@ -182,8 +182,12 @@ def _turned_row(value: Value, dims: tuple[int, ...]) -> Value:
     return value if same else shape.view(value, shape=tuple(target))
 
 
+def _is_worth_moving(value: Value) -> bool:
+    return _is_outer_product(value) or _carries_permute(value)
+
+
 def _hoist(op: Any) -> Rule:
-    inner = Pat(op, where=lambda v: _is_outer_product(v) or _carries_permute(v))
+    inner = Pat(op, where=_is_worth_moving)
     root = pat(shape.permute, inner)
 
     def build(m: Match) -> Value:

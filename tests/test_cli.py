@@ -243,7 +243,7 @@ ERRORS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "system": (("run", "{}", "--prompt", "a", "--system", "b"), 2, "--system belongs to --chat"),
     "chat of ids": (("run", "{}", "--chat", "--ids", "1"), 2, "--chat takes text"),
     "output": (("compile", "{}", "-o", "x"), 2, "does not write ingots yet"),
-    "gpu": (("compile", "{}", "--target", "cuda:sm_90"), 1, "no kernels for cuda:sm_90"),
+    "gpu": (("compile", "{}", "--target", "cuda:sm_90"), 2, "no kernels for cuda:sm_90"),
     "target": (("compile", "{}", "--target", "tpu"), 2, "unknown target 'tpu'"),
     "dtype": (("run", "{}", "--prompt", "a", "--dtype", "f8"), 2, "dtype: expected one of"),
     "pass": (
