@@ -3,4 +3,5 @@
 Read `pipelines` first: it lists the passes in the order in which they run. The passes:
 `canonicalize` (with the rules of `unit_dims`), `raise_ops` (with those of `raise_norms`,
 `raise_rope`, `raise_routers`), `insert_kv_cache` (which asks `token_wise`), `gather_logits`.
+Several ask `weights`, for concatenations.
 """

@@ -1,7 +1,8 @@
 """The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
-· `glu` · `attention` · `moe` · `aten` any other functional torch operator.
+· `glu` · `attention` · `moe` · `prologue` what fused products do to their input · `aten` any other
+functional torch operator.
 """
 
 from . import aten, attention, glu, leaf, linear, moe, norm, pointwise, reduce, rope, shape

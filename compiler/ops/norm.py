@@ -36,12 +36,17 @@ def _rms_norm_infer(x: TensorType, *weight: TensorType, eps: float) -> Types:
     return _check("rms_norm", x, *weight)
 
 
+def rms_normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """rms_norm of `x` in f32 (or f64), not yet rounded."""
+    y = wide(x)
+    y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight
+
+
 def _rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float
 ) -> tuple[torch.Tensor]:
-    y = wide(x)
-    y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
-    return ((y if weight is None else y * weight).to(x.dtype),)
+    return (rms_normed(x, weight, eps).to(x.dtype),)
 
 
 rms_norm = Op(
