@@ -14,13 +14,14 @@ from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
 from .linear import product
 from .pointwise import sigmoid_of
 
-# ---- router: logits [T, E] (and a correction bias [E]) -> weights [T, k], indices [T, k]
+# ---- router: logits [T, E] (and a correction bias [E]) -> weights [T, k + S], indices [T, k + S]
 #
 #   scores  = softmax or sigmoid of the logits, in f32
 #   choice  = scores + bias; of `groups` equal groups only the best `topk_groups` stay, judged by
 #             their largest choice ("max") or the sum of their two largest ("top2")
 #   weights = the scores of the k best choices, divided by (their sum + eps) if `normalize`,
 #             times `scale`
+# and with `shared` = S, S more columns: the experts E … E + S - 1, which every token has, weigh 1.
 # (DeepSeek-V2, arXiv:2405.04434 §2.1.2; DeepSeek-V3, arXiv:2412.19437 §2.1.2. With one group,
 # no bias and `normalize` this is also softmax over the k largest logits.)
 
@@ -37,6 +38,7 @@ def _router_infer(
     group_score: str = "max",
     scale: float = 1.0,
     eps: float = 0.0,
+    shared: int = 0,
 ) -> Types:
     experts = logits.shape[-1] if logits.rank == 2 else 0
     if logits.dtype not in FLOATS or not isinstance(experts, int) or not 1 <= k <= experts:
@@ -59,7 +61,9 @@ def _router_infer(
             f"router: {topk_groups} of {groups} groups of {experts} experts, judged by "
             f"{group_score}, cannot give {k}"
         )
-    weights = TensorType(dtype, (logits.shape[0], k))
+    if shared < 0:
+        raise VerifyError(f"router: expected at least 0 shared experts, found {shared}")
+    weights = TensorType(dtype, (logits.shape[0], k + shared))
     return (weights, weights.with_dtype("i64"))
 
 
@@ -76,6 +80,7 @@ def _router_reference(
     group_score: str = "max",
     scale: float = 1.0,
     eps: float = 0.0,
+    shared: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     scores = wide(logits)
     scores = sigmoid_of(scores) if score == "sigmoid" else torch.softmax(scores, -1)
@@ -90,7 +95,13 @@ def _router_reference(
     weights = scores.gather(1, indices)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
-    return (weights * scale).to(torch_dtype(dtype)), indices
+    weights = (weights * scale).to(torch_dtype(dtype))
+    if not shared:
+        return weights, indices
+    always = torch.arange(shared, device=logits.device) + logits.shape[1]
+    always = always.expand(len(logits), -1)
+    ones = torch.ones_like(always, dtype=weights.dtype)
+    return torch.cat((weights, ones), 1), torch.cat((indices, always), 1)
 
 
 def _router_cost(args: Types, results: Types, **attrs: Any) -> Cost:
@@ -117,6 +128,7 @@ router = Op(
                 "group_score": "top2",
                 "scale": 2.5,
                 "eps": 1e-20,
+                "shared": 3,
             },
         ),
     ),
