@@ -6,7 +6,7 @@ transposition, a concatenation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..compiler.ir import Value
 from ..compiler.ops import shape
@@ -34,3 +34,11 @@ def concatenated_biases(products: Sequence[Value]) -> Value | None:
             for p, b in zip(products, biases, strict=True)
         ]
     )
+
+
+# f(mxfp4(a, s)) == mxfp4(f(a), f(s)) where f moves whole rows
+def by_rows(f: Callable[[Value], Value], weight: Value) -> Value:
+    """f(weight) for an `f` that moves rows and leaves the last dim as it is, whatever its size."""
+    if weight.op.name == "mxfp4":
+        return weight.op(*map(f, weight.node.args), **weight.attrs)
+    return f(weight)

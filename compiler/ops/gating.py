@@ -16,8 +16,8 @@ from .prologue import PROLOGUE, check_prologue, named_operands, prologue_flops, 
 GATING_OPERANDS = (*PROLOGUE, "bias", "correction")
 
 
-# ---- moe_gating: x [T, K], weight [E, K] -> weights [T, k + S], indices [T, k + S], then the n that
-# was multiplied if `normed`, then s if there is a delta (n and s from the prologue).
+# ---- moe_gating: x [T, K], weight [E, K] -> weights [T, k + S], indices [T, k + S], then n if there
+# is a norm (experts need it too), then s if there is a delta (n and s from the prologue).
 #
 # router(logits, correction) of logits = n · weightᵀ + bias, whose operands are brought to the dtype
 # `logits` first and which is rounded to it: a weight stays in memory as it is. `eps` is the norm's;
@@ -30,7 +30,6 @@ def _gating_infer(
     *operands: TensorType,
     logits: str,
     optional: tuple[str, ...] = (),
-    normed: bool = False,
     sum_eps: float = 0.0,
     eps: float | None = None,
     post_eps: float | None = None,
@@ -54,7 +53,7 @@ def _gating_infer(
         chosen = router.infer(scores, *correction, eps=sum_eps, **routing)
     except VerifyError as error:
         raise VerifyError(f"{name}: {error}") from error
-    return (*chosen, *((x,) if normed else ()), *sums)
+    return (*chosen, *((x,) if "norm" in given else ()), *sums)
 
 
 def _gating_reference(
@@ -63,7 +62,6 @@ def _gating_reference(
     *operands: torch.Tensor,
     logits: str,
     optional: tuple[str, ...] = (),
-    normed: bool = False,
     sum_eps: float = 0.0,
     eps: float | None = None,
     post_eps: float | None = None,
@@ -75,7 +73,7 @@ def _gating_reference(
     scores = product(n.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     correction = (given["correction"],) if "correction" in given else ()
     chosen = router.reference(scores, *correction, eps=sum_eps, **routing)
-    return (*chosen, *((n,) if normed else ()), *sums)
+    return (*chosen, *((n,) if "norm" in given else ()), *sums)
 
 
 def _gating_cost(args: Types, results: Types, **attrs: Any) -> Cost:
@@ -108,7 +106,6 @@ moe_gating = Op(
                 "sum_eps": 1e-20,
                 "shared": 2,
                 "optional": ("norm", "bias", "correction"),
-                "normed": True,
                 "eps": 1e-6,
             },
         ),
@@ -117,7 +114,6 @@ moe_gating = Op(
             {
                 **_ROUNDED,
                 "optional": ("norm", "delta", "post_norm"),
-                "normed": True,
                 "eps": 1e-5,
                 "post_eps": 1e-6,
             },
