@@ -50,7 +50,7 @@ def concatenated(values: Sequence[Value], dim: int = 0) -> Value:
 
 # mxfp4(a, s)[i:j] == mxfp4(a[i:j], s[i:j])
 def rows_of(value: Value, start: int, stop: int, step: int = 1) -> Value:
-    """Every `step`-th row of `value` from `start` on, up to `stop`, in its packed form if it has one."""
+    """Every `step`-th row of [start, stop) of `value`, in its packed form if it has one."""
     if (start, stop, step) == (0, value.type.shape[0], 1):
         return value
     if is_quantized(value):
