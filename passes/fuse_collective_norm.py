@@ -14,6 +14,7 @@ from ..compiler.ops.pointwise import add
 from ..compiler.rewrite import Decline, Log, Match, Pat, Rule, pat, rewrite
 from .fuse_linear_residual import takes_sum
 from .fuse_norm_linear import takes_norm
+from .products import readers
 
 X, DELTA, WEIGHT = Pat(), Pat(), Pat()
 SUM = pat(add, X, DELTA)
@@ -38,12 +39,12 @@ def _with_collective(m: Match) -> tuple[Value, Value]:
     return _fused(m, NORM_OF_RANKS, ranks=m[REDUCED].attrs["ranks"])
 
 
-def _rules(users: Mapping[Value, Sequence[Node]]) -> tuple[Rule, ...]:
+def _rules(reading: Mapping[Value, Sequence[Node | None]]) -> tuple[Rule, ...]:
     # s = x + d, rms_norm(s, w) == add_rms_norm(x, d, w), where neither goes into a product
     def without_collective(m: Match) -> tuple[Value, Value]:
-        if takes_sum(m[SUM], users):
+        if takes_sum(m[SUM], reading):
             raise Decline("the sum goes into the epilogue of a product")
-        if takes_norm(m[NORM], users):
+        if takes_norm(m[NORM], reading):
             raise Decline("the norm goes into the prologue of a product")
         return _fused(m, NORM)
 
@@ -64,4 +65,4 @@ class FuseCollectiveNorm:
     name: ClassVar[str] = "fuse-collective-norm"
 
     def __call__(self, graph: Graph, log: Log) -> Graph:
-        return rewrite(graph, _rules(graph.users()), log)
+        return rewrite(graph, _rules(readers(graph)), log)

@@ -30,18 +30,19 @@ TWO = pat(add, pat(add, P, Q), R)
 SCALED = pat(add, pat(mul, P, Pat(literal)), R)
 
 
-def takes_sum(total: Value, users: Mapping[Value, Sequence[Node]]) -> bool:
+def takes_sum(total: Value, readers: Mapping[Value, Sequence[Node | None]]) -> bool:
     """Whether `total`, a sum, can go into the epilogue of what it adds.
 
-    `users` are those of the graph.
+    `readers` are those of the graph (see `products`).
     """
 
     def alone(value: Value) -> bool:
-        return takes_residual(value) and value.type == total.type and len(users[value]) == 1
+        return takes_residual(value) and value.type == total.type and len(readers[value]) == 1
 
     x, y = total.node.args
-    inner = [a for a in (x, y) if a.op is add and len(users[a]) == 1 and len(set(a.node.args)) == 2]
-    return x != y and (any(map(alone, (x, y))) or any(all(map(alone, a.node.args)) for a in inner))
+    sums = [a.node.args for a in (x, y) if a.op is add and len(readers[a]) == 1]
+    both = any(p != q and alone(p) and alone(q) for p, q in sums)
+    return x != y and (alone(x) or alone(y) or both)
 
 
 def _with_residual(product: Value, residual: Value) -> Value:

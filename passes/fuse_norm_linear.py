@@ -13,14 +13,14 @@ from ..compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rewri
 from .products import PRODUCTS, Product, product_of
 
 
-def _reading(
-    product: Product, x: Pat, has: frozenset[str], has_not: frozenset[str]
-) -> Iterator[Pat]:
-    """The product over `x`, a pattern for each count of operands, where its prologue is as said."""
+def _reading(product: Product, x: Pat, has_norm: bool = False) -> Iterator[Pat]:
+    """The product over `x` without a prologue, or with a norm alone: a pattern for each count of
+    operands.
+    """
+    prologue = frozenset(("norm",) if has_norm else ())
 
     def fits(value: Value) -> bool:
-        prologue = product.prologue(value.node)
-        return has <= prologue and not has_not & prologue
+        return product.matches(value.node) and product.prologue(value.node) == prologue
 
     for more in range(len(product.options) + 1):
         yield Pat(product.op, (x, *(Pat() for _ in range(more + 1))), where=fits)
@@ -38,7 +38,7 @@ def _apart(built: tuple[Value, ...], *inner: Value) -> tuple[Value, ...]:
 def _norm_rules(product: Product) -> Iterator[Rule]:
     x, weight = Pat(), Pat()
     norm = pat(rms_norm, x, weight)
-    for root in _reading(product, norm, frozenset(), frozenset(("norm", "delta"))):
+    for root in _reading(product, norm):
         own = tuple(Other(root, i) for i in range(1, product.results))
         normed = (norm,) if product.gives_normed else ()
 
@@ -56,13 +56,9 @@ def _sum_rules(product: Product, sandwich: bool) -> Iterator[Rule]:
     x, delta, weight = Pat(), Pat(), Pat()
     post = pat(rms_norm, delta, weight)
     total = pat(add, x, post if sandwich else delta)
-    for normed in (True, False):
-        has, has_not = (
-            {"norm"} if normed else set[str](),
-            {"delta"} if normed else {"delta", "norm"},
-        )
-        count = product.results + (normed and product.gives_normed)
-        for root in _reading(product, total, frozenset(has), frozenset(has_not)):
+    for has_norm in (True, False):
+        count = product.results + (has_norm and product.gives_normed)
+        for root in _reading(product, total, has_norm):
             own = tuple(Other(root, i) for i in range(1, count))
 
             def build(m: Match, root: Pat = root) -> tuple[Value, ...]:
@@ -86,7 +82,7 @@ def _near_misses(product: Product) -> Iterator[Rule]:
         (Pat(layer_norm), "a layer_norm is no prologue"),
         (pat(cast, Pat(rms_norm)), "a cast stands between the norm and the product"),
     ):
-        for root in _reading(product, x, frozenset(), frozenset()):
+        for root in _reading(product, x):
 
             def build(m: Match, reason: str = reason) -> Value:
                 raise Decline(reason)
@@ -106,14 +102,14 @@ RULES = tuple(
 )
 
 
-def takes_norm(norm: Value, users: Mapping[Value, Sequence[Node]]) -> bool:
+def takes_norm(norm: Value, readers: Mapping[Value, Sequence[Node | None]]) -> bool:
     """Whether the one product that reads `norm`, or of several one that returns it, can compute it.
 
-    `users` are those of the graph.
+    `readers` are those of the graph (see `products`).
     """
-    readers = users.get(norm, ())
-    able = [p for n in readers if (p := product_of(n)) and _reads_plain(p, n, norm)]
-    return any(p.gives_normed for p in able) or (len(able) == len(readers) == 1)
+    reading = readers[norm]
+    able = [p for n in reading if n and (p := product_of(n)) and _reads_plain(p, n, norm)]
+    return any(p.gives_normed for p in able) or (len(able) == len(reading) == 1)
 
 
 def _reads_plain(product: Product, node: Node, x: Value) -> bool:

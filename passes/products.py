@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..compiler.ir import Node, Op, Value
+from ..compiler.ir import Graph, Node, Op, Value
 from ..compiler.ops.fused import GATED_OPTIONS, LINEAR_OPTIONS, fused_linear, gated_linear
 from ..compiler.ops.linear import linear
 from ..compiler.ops.prologue import PROLOGUE
@@ -20,8 +20,9 @@ class Product:
     """A product of x and a weight, args 0 and 1; what follows is optional and has names.
 
     `options` are those names in their order. `fused` is the op that it becomes with a prologue, the
-    same op if it has one. `results` counts those that it has without a prologue. With a norm, an op
-    that `gives_normed` returns n after these; with a delta every op returns s as its last.
+    same op if it has one. `results` counts those that it has without a prologue; an op whose nodes
+    differ in this has an entry for each count. With a norm, an op that `gives_normed` returns n
+    after these; with a delta every op returns s as its last.
     """
 
     op: Op
@@ -35,6 +36,14 @@ class Product:
         plain = ("bias",)[: len(node.args) - 2]
         names = plain if self.op is linear else node.attrs.get("optional", ())
         return dict(zip(names, node.args[2:], strict=True))
+
+    def matches(self, node: Node) -> bool:
+        """Whether this is the entry of `node`."""
+        if node.op is not self.op:
+            return False
+        names = node.attrs.get("optional", ())
+        extra = (self.gives_normed and "norm" in names) + ("delta" in names)
+        return len(node.types) == self.results + extra
 
     def prologue(self, node: Node) -> frozenset[str]:
         """What of a prologue `node` has."""
@@ -60,4 +69,12 @@ PRODUCTS = (
 
 def product_of(node: Node) -> Product | None:
     """The entry of the list that `node` is of."""
-    return next((p for p in PRODUCTS if p.op is node.op), None)
+    return next((p for p in PRODUCTS if p.matches(node)), None)
+
+
+def readers(graph: Graph) -> dict[Value, list[Node | None]]:
+    """Value to the nodes that take it as an argument, and a None where the graph returns it."""
+    found: dict[Value, list[Node | None]] = {v: [*nodes] for v, nodes in graph.users().items()}
+    for root in graph.roots:
+        found.setdefault(root, []).append(None)
+    return found

@@ -110,7 +110,7 @@ def _linear_cost(
     args: Types, results: Types, *, optional: tuple[str, ...] = (), **attrs: Any
 ) -> Cost:
     product_flops = 2 * results[0].numel * args[1].shape[1]
-    epilogue = results[0].numel * ("residual" in optional)
+    epilogue = results[0].numel if "residual" in optional else 0
     flops = product_flops + epilogue + prologue_flops(args[0], optional)
     return Cost(flops, _moved(args, results))
 
