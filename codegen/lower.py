@@ -19,7 +19,6 @@ from ..compiler.interpret import compute
 from ..compiler.ir import Graph, Node, Value, show_attr, walk
 from ..compiler.ops.leaf import constant, literal, param
 from ..compiler.ops.shape import view
-from ..compiler.rewrite import depends_only_on_constants
 from ..compiler.target import Target
 from ..compiler.types import TensorType, bind_attr
 from ..compiler.weights import Weights
@@ -56,7 +55,7 @@ def lower(
         raise UnsupportedTarget(
             f"this version generates no kernels for {target.name}; target='cpu' runs everywhere"
         )
-    constant_nodes = _constant_nodes(graph)
+    constant_nodes = graph.constants()
     folded = _folded(graph, constant_nodes)
     state = {name: _buffer(name, graph.param(name).type, {}, "state") for name in graph.updates}
     constants = {name: _buffer(name, v.type, {}, "weight") for v, name in folded.items()}
@@ -79,12 +78,6 @@ def lower(
 def _buffer(name: str, type_: TensorType, binding: Mapping[str, int], kind: Any) -> Buffer:
     bound: Any = type_.bind(binding)
     return Buffer(name, bound.dtype, bound.shape, kind, bound.nbytes)
-
-
-def _constant_nodes(graph: Graph) -> set[Node]:
-    """Nodes that depend on weights and literals alone."""
-    known: dict[Node, bool] = {}
-    return {n for n in graph.nodes() if depends_only_on_constants(Value(n), known)}
 
 
 def _folded(graph: Graph, constant_nodes: set[Node]) -> dict[Value, str]:

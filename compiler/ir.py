@@ -12,7 +12,16 @@ from typing import Any, ClassVar
 
 import sympy
 
-from .types import DTYPE_BITS, Dim, TensorType, Types, VerifyError, evaluate
+from .types import (
+    DTYPE_BITS,
+    Dim,
+    TensorType,
+    Types,
+    VerifyError,
+    attr_symbols,
+    evaluate,
+    free_symbols,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,8 @@ class Op:
     `cost(arg_types, result_types, **attrs)` prices one node.
     `inplace`, where given, computes the op by writing result i into argument i for every result:
     the planner may then donate those arguments' memory.
+    `stored`, where given, is the form in which others read the op's result: they are priced by it.
+    `collective` says that ranks exchange data: `reference` takes a `communicator` beside attrs.
     """
 
     name: str
@@ -79,6 +90,8 @@ class Op:
     tolerance: Tolerance = Tolerance()
     commutative: bool = False
     inplace: Callable[..., None] | None = None
+    stored: Callable[[Node], TensorType] | None = None
+    collective: bool = False
 
     registry: ClassVar[dict[str, Op]] = {}
 
@@ -151,9 +164,15 @@ class Node:
         return tuple(Value(self, i) for i in range(len(self.types)))
 
     @property
+    def is_symbolic(self) -> bool:
+        """Whether a symbol stands in the node's types or attributes."""
+        shapes = any(free_symbols(t.shape) for t in self.types)
+        return shapes or any(attr_symbols(v) for v in self.attrs.values())
+
+    @property
     def cost(self) -> Cost:
         """Flops and bytes, in the symbols of the graph."""
-        return self.op.cost(tuple(a.type for a in self.args), self.types, **self.attrs)
+        return self.op.cost(tuple(a.stored for a in self.args), self.types, **self.attrs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +185,11 @@ class Value:
     @property
     def type(self) -> TensorType:
         return self.node.types[self.index]
+
+    @property
+    def stored(self) -> TensorType:
+        """The type by which a read of this value is priced: its own, or its packed form's."""
+        return self.op.stored(self.node) if self.op.stored else self.type
 
     @property
     def op(self) -> Op:
@@ -213,9 +237,22 @@ class Graph:
                 users.setdefault(arg, []).append(node)
         return users
 
+    def constants(self) -> set[Node]:
+        """Nodes that depend on weights and literals alone, so that they are computed only once."""
+        found: set[Node] = set()
+        for node in self.nodes():
+            fixed = node.op.name != "param" and not node.is_symbolic
+            if fixed and all(a.node in found for a in node.args):
+                found.add(node)
+        return found
+
     def cost(self, binding: Mapping[str, int]) -> Cost:
-        """Flops and bytes of one run with every symbol bound; KeyError for an unbound symbol."""
-        costs = [node.cost for node in self.nodes()]
+        """Flops and bytes of one run with every symbol bound; KeyError for an unbound symbol.
+
+        What depends on weights alone was computed before the run.
+        """
+        folded = self.constants()
+        costs = [node.cost for node in self.nodes() if node not in folded]
         return Cost(
             sum(evaluate(sympy.sympify(c.flops), binding) for c in costs),
             sum(evaluate(sympy.sympify(c.bytes), binding) for c in costs),

@@ -40,8 +40,9 @@ class PassError(Exception):
 
 
 def count_nodes(graph: Graph) -> int:
-    """Nodes that compute something: parameters, weights and literals are not counted."""
-    return sum(n.op.name not in ("param", "constant", "literal") for n in graph.nodes())
+    """Nodes that run: parameters and what depends on weights and literals alone do not."""
+    folded = graph.constants()
+    return sum(n.op.name != "param" and n not in folded for n in graph.nodes())
 
 
 def run_pipeline(

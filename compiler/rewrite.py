@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .ir import Graph, Node, Op, Value
-from .types import VerifyError, attr_symbols, free_symbols
+from .types import VerifyError
 
 _SWEEPS = 100
 
@@ -395,11 +395,6 @@ def rebuild(
     )
 
 
-def _is_symbolic(node: Node) -> bool:
-    shapes = any(free_symbols(t.shape) for t in node.types)
-    return shapes or any(attr_symbols(v) for v in node.attrs.values())
-
-
 def depends_only_on_constants(value: Value, known: dict[Node, bool] | None = None) -> bool:
     """Whether `value` is computed from weights and literals alone, so that it can be folded.
 
@@ -411,7 +406,7 @@ def depends_only_on_constants(value: Value, known: dict[Node, bool] | None = Non
         node = stack[-1]
         if node in known:
             stack.pop()
-        elif node.op.name == "param" or _is_symbolic(node):
+        elif node.op.name == "param" or node.is_symbolic:
             known[stack.pop()] = False
         elif todo := [a.node for a in node.args if a.node not in known]:
             stack.extend(todo)

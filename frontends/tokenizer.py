@@ -86,7 +86,11 @@ class Tokenizer:
 
     def decoder(self) -> TextStream:
         """A new stream that decodes token by token."""
-        return TextStream(self.decode, self._special_ids, self._byte_ids)
+        return TextStream(self.decode, self._is_silent, self._byte_ids)
+
+    def _is_silent(self, token: int) -> bool:
+        """Whether `decode` leaves the token out."""
+        return token in self._special_ids or self.backend.id_to_token(token) is None
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -115,11 +119,11 @@ class TextStream:
     def __init__(
         self,
         decode: Callable[[list[int]], str],
-        special_ids: Set[int] = frozenset(),
+        is_silent: Callable[[int], bool] = lambda token: False,
         byte_ids: Set[int] = frozenset(),
     ) -> None:
         self._decode = decode
-        self._special_ids = special_ids
+        self._is_silent = is_silent
         self._byte_ids = byte_ids
         self._ids: list[int] = []  # the window
         self._given = 0  # characters of the window's text that were handed out
@@ -127,7 +131,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that `token` completes, often none."""
-        if token in self._special_ids:
+        if self._is_silent(token):
             return ""
         self._ids.append(token)
         if token in self._byte_ids:

@@ -1,7 +1,7 @@
 """What passes do to weights: ordinary ops on constants, folded when a program is loaded.
 
 A weight is any value that is computed from constants alone, not only a constant: a slice, a
-transposition, a concatenation.
+transposition, a concatenation, or an `mxfp4` node.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from ..compiler.ir import Value
 from ..compiler.ops import shape
-from ..compiler.rewrite import depends_only_on_constants
+from ..compiler.ops.mxfp4 import mxfp4
+from ..compiler.rewrite import Decline, depends_only_on_constants
 
 
 def is_weight(value: Value) -> bool:
@@ -18,9 +19,47 @@ def is_weight(value: Value) -> bool:
     return depends_only_on_constants(value)
 
 
+def is_quantized(value: Value) -> bool:
+    """Whether `value` is read in a packed form."""
+    return value.op is mxfp4
+
+
+# cat(mxfp4(a, s), mxfp4(b, t)) == mxfp4(cat(a, b), cat(s, t)), but along the packed dim
 def concatenated(values: Sequence[Value], dim: int = 0) -> Value:
-    """`values` one after the other along `dim`."""
-    return values[0] if len(values) == 1 else shape.cat(*values, dim=dim)
+    """`values` one after the other along `dim`, in the packed form if they have one.
+
+    Decline where some are packed and others not, where their formats differ, and along the dim in
+    which elements share scales.
+    """
+    first = values[0]
+    if len(values) == 1:
+        return first
+    if not any(map(is_quantized, values)):
+        return shape.cat(*values, dim=dim)
+    formats = {(v.stored.dtype, v.type.dtype) for v in values}
+    if not all(map(is_quantized, values)) or len(formats) > 1:
+        found = ", ".join(sorted({v.stored.dtype for v in values}))
+        raise Decline(f"weights in several formats are not one weight: {found}")
+    if dim % first.type.rank == first.type.rank - 1:
+        raise Decline("packed weights are not joined along the dim of their scales")
+    codes, scales = (
+        shape.cat(*(v.node.args[i] for v in values), dim=dim % first.type.rank) for i in (0, 1)
+    )
+    return mxfp4(codes, scales, **first.attrs)
+
+
+# mxfp4(a, s)[i:j] == mxfp4(a[i:j], s[i:j])
+def rows_of(value: Value, start: int, stop: int, step: int = 1) -> Value:
+    """Every `step`-th row of [start, stop) of `value`, in its packed form if it has one."""
+    if (start, stop, step) == (0, value.type.shape[0], 1):
+        return value
+    if is_quantized(value):
+        if value.type.rank == 1:
+            raise Decline("packed weights are not cut along the dim of their scales")
+        codes, scales = (rows_of(a, start, stop, step) for a in value.node.args)
+        return mxfp4(codes, scales, **value.attrs)
+    extra = {} if step == 1 else {"step": step}
+    return shape.slice_(value, dim=0, start=start, stop=stop, **extra)
 
 
 def concatenated_biases(products: Sequence[Value]) -> Value | None:

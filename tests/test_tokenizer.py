@@ -131,6 +131,15 @@ def test_stream_concatenates_to_decode(tokenizer: Tokenizer, data: st.DataObject
     assert stream.flush() == ""
 
 
+def test_unknown_ids_do_not_end_a_run_of_bytes() -> None:
+    tokenizer = Tokenizer(byte_fallback(), (), None)
+    zero, byte = (tokenizer.backend.token_to_id(name) for name in ("<0x00>", "<0x80>"))
+    ids = [zero, tokenizer.vocab_size + 1, byte]
+    stream = tokenizer.decoder()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids) == "\ufffd\ufffd"
+
+
 @given(text=st.text(st.sampled_from("aé東🙂 \n\ufffd'.b"), max_size=30))
 def test_stream_of_text_shows_whole_characters(text: str, tmp_path_factory: Any) -> None:
     for make in (byte_level, byte_fallback):

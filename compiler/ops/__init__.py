@@ -1,19 +1,23 @@
 """The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
-· `glu` · `attention` · `heads` · `moe` · `gating` · `prologue` what fused products do to their
-input · `aten` any other functional torch operator.
+· `glu` · `attention` · `moe` · `mxfp4` · `collective` what ranks exchange · `fused` products with
+what surrounds them, `heads` of attention and `gating` of experts alike, `prologue` what these share
+· `aten` any other functional torch operator.
 """
 
 from . import (
     aten,
     attention,
+    collective,
+    fused,
     gating,
     glu,
     heads,
     leaf,
     linear,
     moe,
+    mxfp4,
     norm,
     pointwise,
     reduce,
@@ -24,12 +28,15 @@ from . import (
 __all__ = [
     "aten",
     "attention",
+    "collective",
+    "fused",
     "gating",
     "glu",
     "heads",
     "leaf",
     "linear",
     "moe",
+    "mxfp4",
     "norm",
     "pointwise",
     "reduce",

@@ -137,7 +137,8 @@ router = Op(
 
 # ---- experts: sum over the chosen experts of weight · down(act(gate(x)) · up(x)).
 # gate_up [E, 2I, D] holds the gate rows first, then the up rows ([E, I, D] if not `gated`);
-# down is [E, D, I]; biases, both or none, are [E, 2I] and [E, D].
+# down is [E, D, I]; biases, both or none, are [E, 2I] and [E, D]. With `residual` the last operand
+# [T, D] is added to the sum, in f32, before it is rounded.
 
 
 def _experts_infer(
@@ -146,12 +147,14 @@ def _experts_infer(
     indices: TensorType,
     gate_up: TensorType,
     down: TensorType,
-    *biases: TensorType,
+    *optional: TensorType,
     activation: str,
     gated: bool = True,
     alpha: float = 0.0,
     limit: float = 0.0,
+    residual: bool = False,
 ) -> Types:
+    biases = optional[: len(optional) - residual]
     check_activation("experts", activation, alpha, limit)
     if activation == CLAMPED and not gated:
         raise VerifyError(f"experts: expected gated experts for {activation}, found ungated ones")
@@ -183,6 +186,9 @@ def _experts_infer(
         raise VerifyError(
             f"experts: expected biases [{count}, {rows}], [{count}, {width}], found {found}"
         )
+    if residual and optional[-1:] != (x,):
+        found = ", ".join(map(str, optional)) or "none"
+        raise VerifyError(f"experts: expected a residual {x} as last operand, found {found}")
     return (x,)
 
 
@@ -192,24 +198,26 @@ def _experts_reference(
     indices: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
-    *,
+    *optional: torch.Tensor,
     activation: str,
     gated: bool = True,
     alpha: float = 0.0,
     limit: float = 0.0,
+    residual: bool = False,
 ) -> tuple[torch.Tensor]:
+    biases = optional[: len(optional) - residual]
     tokens, k = indices.shape
     parts = x.new_empty(tokens * k, x.shape[1])
     chosen = indices.flatten()
     for expert in chosen.unique().tolist():
         mine = (chosen == expert).nonzero().squeeze(1)
-        bias = (None, None) if gate_up_bias is None else (gate_up_bias[expert], down_bias[expert])  # pyright: ignore
+        bias = [b[expert] for b in biases] or [None, None]
         h = product(x[mine // k], gate_up[expert], bias[0])
         h = _activate(h, activation, gated, alpha, limit)
         parts[mine] = product(h, down[expert], bias[1])
     out = (wide(parts).view(tokens, k, -1) * weights[..., None]).sum(1)
+    if residual:
+        out = out + wide(optional[-1])
     return (out.to(x.dtype),)
 
 
@@ -222,14 +230,16 @@ def _activate(
     return gated(gate, up, activation, alpha, limit)
 
 
-def _experts_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+def _experts_cost(args: Types, results: Types, *, residual: bool = False, **attrs: Any) -> Cost:
     """Bytes of the experts that T · k choices can touch at most: all that there are, or T · k."""
-    x, weights, indices, *parameters = args
+    x, weights, indices, *parameters = args[: len(args) - residual]
+    added = args[len(args) - residual :]
     of_one = [t.with_shape(t.shape[1:]) for t in parameters]
     touched: Any = sympy.Min(indices.numel, parameters[0].shape[0])
     flops = 2 * indices.numel * sum((t.numel for t in of_one[:2]), 0)
+    flops += sum((t.numel for t in added), 0)
     read = dim(touched) * sum((t.nbytes for t in of_one), 0)
-    return Cost(flops, read + sum((t.nbytes for t in (x, weights, indices, *results)), 0))
+    return Cost(flops, read + sum((t.nbytes for t in (x, weights, indices, *added, *results)), 0))
 
 
 _X, _W, _I = TensorType("f32", (5, 8)), TensorType("f32", (5, 2)), TensorType("i64", (5, 2))
@@ -245,6 +255,12 @@ experts = Op(
         Sample(
             (_X, _W, _I, _GATE_UP, _DOWN, *_BIASES),
             {"activation": "clamped_swiglu", "alpha": 1.702, "limit": 7.0},
+            high=4,
+        ),
+        Sample((_X, _W, _I, _GATE_UP, _DOWN, _X), {"activation": "silu", "residual": True}, high=4),
+        Sample(
+            (_X, _W, _I, _GATE_UP, _DOWN, *_BIASES, _X),
+            {"activation": "gelu_tanh", "residual": True},
             high=4,
         ),
     ),

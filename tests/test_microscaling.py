@@ -1,0 +1,169 @@
+"""MXFP4 numerics, bit by bit against ml_dtypes (elements) and torchao (blocks)."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ingot.compiler.microscaling import (
+    MAGNITUDES,
+    SCALE_RULES,
+    decode,
+    encode,
+    pack,
+    round_elements,
+    scale_values,
+    unpack,
+)
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.mx_tensor import to_mx
+
+RULES = tuple(rule for rule in SCALE_RULES if rule != "mse")
+
+
+def random_blocks(count: int, group: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal numbers of widely different sizes, [count, group]."""
+    spread = torch.randint(-60, 60, (count, 1)).float().exp2()
+    return (torch.randn(count, group) * spread).to(dtype)
+
+
+def edge_blocks() -> torch.Tensor:
+    """Ties between elements, largest magnitudes at every rule's threshold, zeros, tiny numbers."""
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0])
+    around = torch.cat([torch.nextafter(ties, torch.tensor(s)) for s in (0.0, 9.0)] + [ties])
+    blocks = torch.zeros(3 * len(around) + 4, 32)
+    for i, value in enumerate(around):
+        for j, power in enumerate((0, -90, 90)):
+            blocks[3 * i + j, : len(around)] = around * 2.0**power
+            blocks[3 * i + j, -1] = value * 2.0**power
+    blocks[-3, 5] = -0.0
+    blocks[-2, 7] = 1e-30
+    blocks[-1] = torch.linspace(-1, 1, 32) * torch.finfo(torch.float32).max
+    return torch.cat((blocks, -blocks))
+
+
+def test_elements_are_those_of_ml_dtypes() -> None:
+    x = torch.cat((torch.randn(1 << 20) * 3, edge_blocks().flatten()))
+    ours = round_elements(x)
+    theirs = x.numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    assert torch.equal(ours, torch.from_numpy(theirs))
+
+
+def test_every_code_decodes_to_the_number_of_ml_dtypes() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    ours = decode(pack(codes.repeat(2)), torch.tensor([127], dtype=torch.uint8), torch.float64)
+    theirs = codes.repeat(2).numpy().view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    assert torch.equal(ours, torch.from_numpy(theirs))
+    assert ours[:8].tolist() == list(MAGNITUDES)
+
+
+def test_every_scale_is_the_number_of_ml_dtypes() -> None:
+    scales = torch.arange(256).to(torch.uint8)
+    theirs = scales.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+    assert torch.equal(scale_values(scales).nan_to_num(-1), torch.from_numpy(theirs).nan_to_num(-1))
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_are_those_of_torchao(rule: str, group: int) -> None:
+    mode = ScaleCalculationMode(rule)
+    for w in (random_blocks(1 << 18, group), edge_blocks()):
+        codes, scales = encode(w, group, rule)
+        their_scales, theirs = to_mx(w.contiguous(), torch.float4_e2m1fn_x2, group, mode)[:2]
+        their_scales = their_scales.view(torch.uint8).view(scales.shape)
+        theirs = theirs.view(torch.uint8).view(codes.shape)
+        # What torchao does at the bottom of the range (bytes 0 and 1) is its own.
+        sure = (scales > 1) & (their_scales > 1)
+        if rule == "rceil":  # it takes log2(amax / 6) in f32, which is off close to whole numbers
+            mantissa = 2 * torch.frexp(w.abs().amax(-1, keepdim=True))[0]
+            sure &= ((mantissa - 1.5).abs() > 1e-5) | (mantissa == 1.5)
+        assert torch.equal(scales[sure], their_scales[sure])
+        compared = sure.repeat_interleave(group // 2, -1)
+        # It gives negative numbers that round to zero no sign.
+        ours, theirs = (_without_minus_zero(unpack(x[compared])) for x in (codes, theirs))
+        assert torch.equal(ours, theirs)
+        assert compared.float().mean() > 0.7
+
+
+def _without_minus_zero(elements: torch.Tensor) -> torch.Tensor:
+    return torch.where(elements == 8, 0, elements)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_decoding_is_exact(dtype: torch.dtype) -> None:
+    scales = torch.arange(1, 253, dtype=torch.uint8)[:, None]
+    codes = torch.randint(0, 256, (252, 16), dtype=torch.uint8)
+    exact = decode(codes, scales, torch.float64)
+    assert torch.equal(decode(codes, scales, dtype).double(), exact)
+    values = torch.tensor((*MAGNITUDES, *(-m for m in MAGNITUDES)), dtype=torch.float64)
+    expected = values[unpack(codes).int()] * 2.0 ** (scales.double() - 127)
+    assert torch.equal(exact, expected)
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_encoding_what_was_decoded_changes_nothing(rule: str) -> None:
+    w = decode(*encode(random_blocks(5000, 32), 32, "even"), torch.bfloat16)
+    again = decode(*encode(w, 32, rule), torch.bfloat16)
+    if rule in ("floor", "rceil", "mse"):  # the others widen scales that were tight
+        assert torch.equal(again, w)
+
+
+def test_mse_is_the_better_of_two_scales() -> None:
+    w = random_blocks(20_000, 32).double()
+
+    def error(rule: str) -> torch.Tensor:
+        return (decode(*encode(w, 32, rule), torch.float64) - w).square().sum(-1)
+
+    best = error("mse")
+    scale = w.square().sum(-1)
+    for rule in RULES:
+        assert bool((best <= error(rule) + 1e-6 * scale).all())
+    assert best.sum() < 0.999 * error("even").sum()
+
+
+def test_relative_error_of_normal_weights() -> None:
+    """Mean squared error / variance x 10³ of each rule, over groups of 32."""
+    w = torch.randn(100_000, 32)
+    for rule, expected in (("floor", 13.22), ("even", 12.52), ("rceil", 13.33), ("mse", 12.45)):
+        error = (decode(*encode(w, 32, rule), torch.float32) - w).square().mean()
+        assert float(error) * 1e3 == pytest.approx(expected, rel=0.02)
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16),
+    st.sampled_from(SCALE_RULES),
+)
+def test_any_block_is_encoded_within_its_scale(values: list[float], rule: str) -> None:
+    w = torch.tensor(values, dtype=torch.float32)
+    codes, scales = encode(w, 16, rule)
+    error = (decode(codes, scales, torch.float64) - w.double()).abs()
+    step = scale_values(scales)
+    # Half the widest step (from 4 to 6), or what saturation cuts off (up to 8 by floor).
+    cut = w.double().abs() - 6 * step
+    assert bool((error <= torch.maximum(step.expand(16), cut)).all())
+
+
+def test_chunks_do_not_show() -> None:
+    w = torch.randn(3, 5, 1 << 20)
+    codes, scales = encode(w)
+    assert (codes.shape, scales.shape) == ((3, 5, 1 << 19), (3, 5, 1 << 15))
+    part, its_scales = encode(w[1, 2])
+    assert torch.equal(codes[1, 2], part) and torch.equal(scales[1, 2], its_scales)
+    assert torch.equal(
+        decode(codes, scales, torch.float32)[1, 2], decode(part, its_scales, w.dtype)
+    )
+
+
+def test_what_cannot_be_encoded_is_refused() -> None:
+    for bad in (torch.nan, torch.inf):
+        w = torch.zeros(4, 32)
+        w[2, 3] = bad
+        with pytest.raises(ValueError, match="expected finite weights"):
+            encode(w)
+    with pytest.raises(ValueError, match="groups of 32 divide"):
+        encode(torch.zeros(4, 48))
+    with pytest.raises(ValueError, match="expected one of floor, even"):
+        encode(torch.zeros(4, 32), scale="best")
