@@ -17,8 +17,7 @@ from ..compiler.ops.attention import attention, cached_attention, kv_append
 from ..compiler.ops.heads import head_operands, project_heads
 from ..compiler.ops.linear import linear
 from ..compiler.rewrite import Decline, Log, Match, Pat, Rule, either, pat, rewrite
-from ..compiler.types import Dim
-from .weights import by_rows, concatenated, is_weight
+from .weights import by_rows, concatenated, is_weight, rows_of
 
 # Ops that may stand between a product and attention, and how many of them at most: columns, view,
 # columns, view, norm, RoPE, view.
@@ -47,14 +46,19 @@ class Part:
         return self.heads * self.size
 
     @property
-    def span(self) -> tuple[Dim, Dim] | None:
-        """The rows of the weight, if they are so many in a row."""
-        if not (cuts := [n for n in self.rows if n.op is shape.slice_]):
-            return 0, self.product.types[0].shape[-1]
-        (cut, *others), whole = cuts, self.product.types[0]
-        if others or cut.args[0].type != whole or cut.attrs.get("step", 1) != 1:
-            return None
-        return cut.attrs["start"], cut.attrs["stop"]
+    def span(self) -> tuple[int, int] | None:
+        """The rows of the weight, where they follow each other."""
+        whole = self.product.types[0]
+        start, stop = 0, whole.shape[-1]
+        cuts = [n for n in self.rows if n.op is shape.slice_]
+        for cut in cuts:
+            columns = cut.attrs["dim"] % whole.rank == whole.rank - 1
+            if cut is not cuts[0] or cut.args[0] != Value(self.product) or not columns:
+                return None
+            if cut.attrs.get("step", 1) != 1:
+                return None
+            start, stop = cut.attrs["start"], cut.attrs["stop"]
+        return (start, stop) if isinstance(stop, int) else None
 
 
 class Chain:
@@ -144,10 +148,10 @@ def _chosen(part: Part, weight: Value) -> Value:
     return shape.view(weight, shape=(part.width, *tail))
 
 
-# x·Wᵀ in columns [a, b) == x·(W in rows [a, b))ᵀ, and side by side == x·(both, one after the other)ᵀ
+# x·Wᵀ in some columns == x·(W in these rows)ᵀ, and x·Wᵀ ‖ x·Vᵀ == x·(W, then V)ᵀ
 def _weight(parts: Sequence[Part], operands: Sequence[Value]) -> Value:
     """The rows of each part one after the other; a weight that is just that, as it is."""
-    pieces: list[Value | tuple[Value, Dim, Dim]] = []
+    pieces: list[Value | tuple[Value, int, int]] = []
     for part, operand in zip(parts, operands, strict=True):
         last = pieces[-1] if pieces else None
         if (span := part.span) is None:
@@ -156,13 +160,7 @@ def _weight(parts: Sequence[Part], operands: Sequence[Value]) -> Value:
             pieces[-1] = (operand, last[1], span[1])
         else:
             pieces.append((operand, *span))
-    return concatenated([p if isinstance(p, Value) else _cut(*p) for p in pieces])
-
-
-def _cut(weight: Value, start: Dim, stop: Dim) -> Value:
-    if (start, stop) == (0, weight.type.shape[0]):
-        return weight
-    return by_rows(lambda w: shape.slice_(w, dim=0, start=start, stop=stop), weight)
+    return concatenated([p if isinstance(p, Value) else rows_of(*p) for p in pieces])
 
 
 def _bias(part: Part) -> Value:
@@ -282,7 +280,8 @@ def _reasons(node: Node) -> list[str]:
     if k.op is kv_append:
         k, v = k.node.args[2:4]
     found: list[str] = []
-    for name, value in zip("qkv", (node.args[0], k, v), strict=True):
+    for name, end in zip("qkv", (node.args[0], k, v), strict=True):
+        value = end
         while value.op in _BETWEEN:
             value = value.node.args[0]
         if value.op is linear:

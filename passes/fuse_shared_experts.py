@@ -7,7 +7,7 @@ takes the router with the columns of the shared experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..compiler.ir import Graph, Value, walk
 from ..compiler.ops import pointwise, shape
@@ -15,7 +15,7 @@ from ..compiler.ops.glu import glu
 from ..compiler.ops.linear import linear
 from ..compiler.ops.moe import experts, router
 from ..compiler.rewrite import Decline, Log, Match, Pat, Rule, either, pat, rewrite
-from .weights import by_rows, concatenated, is_weight
+from .weights import by_rows, concatenated, is_weight, rows_of
 
 
 def _weight() -> Pat:
@@ -60,20 +60,16 @@ class _Operands:
             _, weight, *bias = value.node.args
             return _Operands(weight, next(iter(bias), None))
         whole = _Operands.of(value.node.args[0])
-        cut = {k: v for k, v in value.attrs.items() if k != "dim"}
+        cut = (value.attrs["start"], value.attrs["stop"], value.attrs.get("step", 1))
         if value.attrs["dim"] % value.type.rank != value.type.rank - 1:
             raise Decline("gate and up are not columns of the shared product")
-
-        def rows(v: Value) -> Value:
-            return shape.slice_(v, dim=0, **cut)
-
-        return _Operands(by_rows(rows, whole.weight), whole.bias and rows(whole.bias))
+        return _Operands(rows_of(whole.weight, *cut), whole.bias and rows_of(whole.bias, *cut))
 
 
 def _each(value: Value, count: int) -> Value:
     """[count · n, …] as [count, n, …]: the rows of each expert."""
     size, *tail = value.type.shape
-    return shape.view(value, shape=(count, size // count, *tail))  # pyright: ignore
+    return shape.view(value, shape=(count, size // count, *tail))
 
 
 def _columns_of_each(weight: Value, count: int) -> Value:
@@ -81,16 +77,16 @@ def _columns_of_each(weight: Value, count: int) -> Value:
 
     def split(v: Value) -> Value:
         rows, width = v.type.shape
-        if width % count:  # pyright: ignore
+        if width % count:
             raise Decline("packed groups of the shared down weight straddle two experts")
-        parts = shape.view(v, shape=(rows, count, width // count))  # pyright: ignore
+        parts = shape.view(v, shape=(rows, count, width // count))
         return shape.permute(parts, dims=(1, 0, 2))
 
     return by_rows(split, weight)
 
 
-# down·(act(gate·x) ∘ up·x) == Σ_s down[:, s]·(act(gate[s]·x) ∘ up[s]·x), s the S parts of its width,
-# each an expert that weighs 1: so it joins the sum over the experts that were chosen
+# down·(act(gate·x) ∘ up·x) == Σ_s down[:, s]·(act(gate[s]·x) ∘ up[s]·x) over S parts s of its
+# width: S experts that weigh 1, in the same sum as the chosen ones
 def _joined(m: Match) -> Value:
     routed, down = m[ROUTED], _Operands.of(m[DOWN])
     gate, up = map(_Operands.of, m[UNIT].node.args)

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..compiler.ir import Graph, Node, Op, Value
 from ..compiler.ops.fused import GATED_OPTIONS, LINEAR_OPTIONS, fused_linear, gated_linear
+from ..compiler.ops.gating import GATING_OPERANDS, moe_gating
+from ..compiler.ops.heads import head_operands, project_heads
 from ..compiler.ops.linear import linear
 from ..compiler.ops.prologue import PROLOGUE
 
@@ -64,6 +66,8 @@ PRODUCTS = (
     LINEAR,
     Product(fused_linear, fused_linear, LINEAR_OPTIONS),
     Product(gated_linear, gated_linear, GATED_OPTIONS),
+    *(Product(project_heads, project_heads, head_operands(n), results=n) for n in (1, 2, 3)),
+    Product(moe_gating, moe_gating, GATING_OPERANDS, results=2, gives_normed=True),
 )
 
 

@@ -62,6 +62,14 @@ def rows_of(value: Value, start: int, stop: int, step: int = 1) -> Value:
     return shape.slice_(value, dim=0, start=start, stop=stop, **extra)
 
 
+# f(mxfp4(a, s)) == mxfp4(f(a), f(s)) where f moves whole rows, or whole groups of a shared scale
+def by_rows(f: Callable[[Value], Value], weight: Value) -> Value:
+    """f(weight), in its packed form if it has one; `f` splits and moves, whatever the last dim."""
+    if is_quantized(weight):
+        return mxfp4(*map(f, weight.node.args), **weight.attrs)
+    return f(weight)
+
+
 def concatenated_biases(products: Sequence[Value]) -> Value | None:
     """The biases of linear products one after the other; zeros where only others have one."""
     biases = [p.node.args[2] if len(p.node.args) > 2 else None for p in products]
@@ -73,11 +81,3 @@ def concatenated_biases(products: Sequence[Value]) -> Value | None:
             for p, b in zip(products, biases, strict=True)
         ]
     )
-
-
-# f(mxfp4(a, s)) == mxfp4(f(a), f(s)) where f moves whole rows
-def by_rows(f: Callable[[Value], Value], weight: Value) -> Value:
-    """f(weight) for an `f` that moves rows and leaves the last dim as it is, whatever its size."""
-    if weight.op.name == "mxfp4":
-        return weight.op(*map(f, weight.node.args), **weight.attrs)
-    return f(weight)

@@ -1,4 +1,4 @@
-"""What tests of fusions share: traced tiny models, and two graphs compared step by step as served."""
+"""What tests of fusions share: traced tiny models, and the logits of two graphs compared."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _served_logits(graph: Graph, weights: Weights) -> list[torch.Tensor]:
 def assert_same_logits(
     before: Graph, after: Graph, weights: Weights, tolerance: float = 1e-4
 ) -> None:
-    """Both graphs, cached or not, give the same logits; `tolerance` bounds max |Δ| / max |logit|."""
+    """Both graphs, cached or not, give the same logits; `tolerance` is relative to the largest."""
     run = _served_logits if before.updates else _logits
     for a, b in zip(run(before, weights), run(after, weights), strict=True):
         error = float((a - b).float().abs().max() / a.float().abs().max())

@@ -16,12 +16,12 @@ from .prologue import PROLOGUE, check_prologue, named_operands, prologue_flops, 
 GATING_OPERANDS = (*PROLOGUE, "bias", "correction")
 
 
-# ---- moe_gating: x [T, K], weight [E, K] -> weights [T, k + S], indices [T, k + S], then n if there
-# is a norm (experts need it too), then s if there is a delta (n and s from the prologue).
+# ---- moe_gating: x [T, K], weight [E, K] -> weights [T, k + S], indices [T, k + S], then n
+# (experts need it too) if there is a norm, then s if there is a delta.
 #
-# router(logits, correction) of logits = n · weightᵀ + bias, whose operands are brought to the dtype
-# `logits` first and which is rounded to it: a weight stays in memory as it is. `eps` is the norm's;
-# the router's is `sum_eps`.
+# router(logits, correction) of logits = n · weightᵀ + bias, n and s from the prologue. The operands
+# of the product are brought to the dtype `logits` and it is rounded to that: a weight of another
+# dtype stays in memory as it is. `eps` is the norm's; the router's is `sum_eps`.
 
 
 def _gating_infer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ def head_operands(parts: int) -> tuple[str, ...]:
     return (*PROLOGUE, "bias", *(f"norm_{i}" for i in range(parts)), "cos", "sin")
 
 
-# ---- project_heads: x [T, K] and a weight [N, K] whose rows are the parts one after the other, part
-# i of heads[i] heads of dims[i] -> part i [T, heads[i], dims[i]], then s if there is a delta.
+# ---- project_heads: x [T, K], weight [N, K] of the parts one after the other, part i of heads[i]
+# heads of dims[i] -> [T, heads[i], dims[i]] for each part i, then s if there is a delta.
 #
 #   y     = n · weightᵀ + bias              n and s from the prologue (ops/prologue.py)
 #   parts = y cut into parts, parts into heads
@@ -123,19 +122,18 @@ def _heads_reference(
     y = product(wide(n), weight, given.get("bias"))
     widths = [h * d for h, d in zip(heads, dims, strict=True)]
     results: list[torch.Tensor] = []
-    for i, (part, size) in enumerate(zip(y.split(widths, -1), dims, strict=True)):
-        norm = given.get(f"norm_{i}")
-        if norm is not None and norm_of == "part":
-            part = rms_normed(part, norm, head_eps or 0.0)
-        part = part.unflatten(-1, (-1, size))
-        if norm is not None and norm_of == "head":
-            part = rms_normed(part, norm, head_eps or 0.0)
+    for i, (columns, size) in enumerate(zip(y.split(widths, -1), dims, strict=True)):
+        norms = {norm_of: given[f"norm_{i}"]} if f"norm_{i}" in given else {}
+        part = _normed(columns, norms.get("part"), head_eps).unflatten(-1, (-1, size))
+        part = _normed(part, norms.get("head"), head_eps)
         if rotate and rotate[i]:
             (part,) = rope.reference(part, given["cos"], given["sin"], form=form, start=start)
-        if norm is not None and norm_of == "rotated head":
-            part = rms_normed(part, norm, head_eps or 0.0)
-        results.append(part.to(x.dtype))
+        results.append(_normed(part, norms.get("rotated head"), head_eps).to(x.dtype))
     return (*results, *sums)
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
+    return x if weight is None else rms_normed(x, weight, eps or 0.0)
 
 
 def _heads_cost(args: Types, results: Types, **attrs: Any) -> Cost:
