@@ -154,13 +154,13 @@ def test_with_a_cache(name: str) -> None:
         assert_same(model, before, results[-1].graph, inputs)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_in_bf16_as_much_is_found(name: str) -> None:
     _, results = fused(imported(name, torch.bfloat16).graph, SERVING)
     assert_found(name, results)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3"])
 def test_a_session_of_the_fused_graph_gives_what_transformers_computes(name: str) -> None:
     model = tiny_model(name)
     source = imported(name)
