@@ -21,6 +21,8 @@ from ingot.passes.fuse_linear_residual import FuseLinearResidual
 from ingot.passes.fuse_norm_linear import FuseNormLinear
 from ingot.passes.fuse_swiglu import FuseSwiglu
 from ingot.passes.pipelines import causal_lm, module
+from ingot.passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ingot.passes.weights import is_quantized
 from ingot.runtime.cpu import CpuDriver
 from ingot.runtime.session import Session
 from pass_checks import ops
@@ -158,6 +160,20 @@ def test_with_a_cache(name: str) -> None:
 def test_in_bf16_as_much_is_found(name: str) -> None:
     _, results = fused(imported(name, torch.bfloat16).graph, SERVING)
     assert_found(name, results)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_packed_weights_stay_packed(name: str) -> None:
+    """Of all products but lm_head's, which keeps its dtype."""
+    model = imported(name)
+    before, results = fused(model.graph, (*module(), QuantizeMxfp4(MXFP4(scale="even"))))
+    assert_found(name, results)
+    after = results[-1].graph
+    products = [n for n in after.nodes() if n.op.name in ("fused_linear", "gated_linear")]
+    packed = [n for n in products if is_quantized(n.args[1])]
+    assert len(packed) == len(products) - 1
+    inputs = {"tokens": torch.arange(5).int(), "positions": torch.arange(5).int()}
+    assert_same(model, before, after, inputs)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "deepseek_v3"])
