@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .frontends.api import Completion, Model, compile, load
+    from .frontends.api import MXFP4, Completion, Model, compile, load
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Model", "__version__", "compile", "load"]
+__all__ = ["MXFP4", "Completion", "Model", "__version__", "compile", "load"]
 
 
 def __getattr__(name: str) -> Any:

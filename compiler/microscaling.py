@@ -73,6 +73,18 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
     return out.view(shape)
 
 
+def relative_error(w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> float:
+    """|w - decoded| / |w|, Frobenius norms in f64; 0 for a weight of zeros."""
+    group = w.shape[-1] // scales.shape[-1]
+    blocks, pairs, flat = w.reshape(-1, group), codes.reshape(-1, group // 2), scales.reshape(-1)
+    lost = total = 0.0
+    for part in _parts(len(blocks), group):
+        some = blocks[part].double()
+        lost += float((some - decode(pairs[part], flat[part, None], torch.float64)).square().sum())
+        total += float(some.square().sum())
+    return math.sqrt(lost / total) if total else 0.0
+
+
 def _parts(blocks: int, group: int) -> Iterator[slice]:
     step = max(1, _CHUNK // group)
     return (slice(start, start + step) for start in range(0, blocks, step))

@@ -20,6 +20,7 @@ from ..compiler.validate import check_rewrite
 from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
+from ..passes.quantize_mxfp4 import MXFP4
 from ..runtime.cpu import CpuDriver
 from ..runtime.session import Session
 from .completion import Completion, TextEvent
@@ -28,13 +29,14 @@ from .module import CompiledModule, ModuleReport
 from .progress import Progress
 from .tokenizer import Tokenizer
 from .torch_export import import_program
+from .weight_report import PackingErrors, weight_reports
 
 
 def compile(
     source: Any,
     *,
     target: str = "auto",
-    quantize: str | None = None,
+    quantize: str | MXFP4 | None = None,
     speculate: str | None = None,
     tensor_parallel: int = 1,
     max_sequences: int = 8,
@@ -54,6 +56,9 @@ def compile(
     `example_inputs`, becomes a CompiledModule, and is traced with torch.export, to which
     `dynamic_shapes` goes.
 
+    `quantize` "mxfp4", or an MXFP4 with options, packs the weights of products; the report lists
+    them. The cpu target computes with what the packed weights stand for.
+
     `target` "auto" is the best that this version generates code for: "cpu". `passes` replaces the
     pipeline. `verify` runs every rewritten region, before and after, on sampled inputs. `progress`
     shows a bar on stderr.
@@ -63,13 +68,16 @@ def compile(
     options that this version does not have, ValueError for wrong arguments.
     """
     chosen = _target(target)
-    _check_options(quantize, speculate, tensor_parallel, max_sequences, max_tokens_per_sequence)
+    packing = _quantization(quantize)
+    _check_options(speculate, tensor_parallel, max_sequences, max_tokens_per_sequence)
     with Progress(enabled=progress) as bar:
         stages = _Stages(bar)
         check = check_rewrite if verify else None
         if _is_module(source):
             if dtype is not None:
                 raise ValueError("dtype: a module keeps its own; convert it before (module.to)")
+            if packing is not None:
+                raise NotYetError("quantize: this version packs only language models' weights")
             return _compile_module(
                 source, example_inputs, dynamic_shapes, chosen, passes, check, stages
             )
@@ -81,6 +89,7 @@ def compile(
             max_sequences,
             max_tokens_per_sequence,
             _dtype(dtype),
+            packing,
             passes,
             check,
             stages,
@@ -123,15 +132,21 @@ def _target(name: str) -> Target:
     return target
 
 
+def _quantization(given: str | MXFP4 | None) -> MXFP4 | None:
+    if given is None or isinstance(given, MXFP4):
+        return given
+    if given != "mxfp4":
+        raise ValueError(f"quantize: expected 'mxfp4', an MXFP4 or None, found {given!r}")
+    return MXFP4()
+
+
 def _check_options(
-    quantize: str | None,
     speculate: str | None,
     tensor_parallel: int,
     max_sequences: int,
     max_tokens_per_sequence: int,
 ) -> None:
     for name, value, default in (
-        ("quantize", quantize, None),
         ("speculate", speculate, None),
         ("tensor_parallel", tensor_parallel, 1),
     ):
@@ -219,6 +234,7 @@ def _compile_language_model(
     max_sequences: int,
     max_tokens: int,
     dtype: torch.dtype | None,
+    packing: MXFP4 | None,
     passes: Sequence[Pass] | None,
     check: Callable[..., None] | None,
     stages: _Stages,
@@ -228,17 +244,33 @@ def _compile_language_model(
     with stages("trace and import"):
         model = import_hugging_face(source, dtype=dtype, max_tokens=max_tokens)
     if passes is None:
-        passes = causal_lm(max_sequences=max_sequences, max_tokens_per_sequence=model.max_tokens)
+        passes = causal_lm(
+            max_sequences=max_sequences,
+            max_tokens_per_sequence=model.max_tokens,
+            quantize=packing,
+        )
+    elif packing is not None:
+        raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
     results = stages.run(model.graph, passes, check)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]
     meta = _serving_meta(passes, final)
+    errors = PackingErrors()
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-        lowered = lower(final, model.weights, target, bindings, ["logits"], meta)
+        lowered = lower(
+            final, model.weights, target, bindings, ["logits"], meta, observe=errors.observe
+        )
     with stages("load weights"):
-        session = Session(lowered.program, CpuDriver(), lowered.load_weight)
-    buffers = lowered.program.buffers.values()
+        buffers = lowered.program.buffers.values()
+        stages.bar.expect(sum(b.kind == "weight" for b in buffers))
+
+        def load_weight(name: str) -> torch.Tensor:
+            tensor = lowered.load_weight(name)
+            stages.bar.advance()
+            return tensor
+
+        session = Session(lowered.program, CpuDriver(), load_weight)
     report = Report(
         model_type=model.config.model_type,
         target=target.name,
@@ -250,6 +282,7 @@ def _compile_language_model(
         arena_bytes=lowered.program.arena_bytes,
         unused=model.unused,
         seconds=stages.seconds,
+        weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
     )
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
     tokenizer = Tokenizer.open(directory) if directory else None
@@ -280,4 +313,4 @@ def _eos(source: Any, config: Any) -> set[int]:
     return found
 
 
-__all__ = ["CompiledModule", "Completion", "Model", "TextEvent", "compile", "load"]
+__all__ = ["MXFP4", "CompiledModule", "Completion", "Model", "TextEvent", "compile", "load"]

@@ -45,6 +45,9 @@ Target = Annotated[str, typer.Option(help="Target, or auto; see `ingot doctor`."
 Dtype = Annotated[
     str | None, typer.Option(help="bf16, f16, f32 or f64 instead of the checkpoint's own.")
 ]
+Quantize = Annotated[
+    str | None, typer.Option(help="mxfp4 packs the weights of products (4.25 bits each).")
+]
 Sequences = Annotated[int, typer.Option(min=1, help="Sequences that are served at once.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest sequence, in tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
@@ -105,6 +108,7 @@ def compile_command(
     ] = None,
     target: Target = "auto",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     max_sequences: Sequences = 8,
     max_tokens: MaxTokens = 4096,
     validate: Annotated[
@@ -124,6 +128,7 @@ def compile_command(
             directory,
             target=target,
             dtype=dtype,
+            quantize=quantize,
             max_sequences=max_sequences,
             max_tokens_per_sequence=max_tokens,
             verify=validate,
@@ -162,6 +167,7 @@ def run(
     ] = None,
     target: Target = "auto",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     max_tokens: MaxTokens = 4096,
     as_json: Json = False,
     traceback: Traceback = False,
@@ -185,6 +191,7 @@ def run(
             directory,
             target=target,
             dtype=dtype,
+            quantize=quantize,
             max_sequences=1,
             max_tokens_per_sequence=max_tokens,
         )
@@ -217,6 +224,9 @@ def inspect(
     ] = None,
     passes: Annotated[bool, typer.Option("--passes", help="The table of passes.")] = False,
     entries: Annotated[bool, typer.Option("--entries", help="Launches of each entry.")] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="With --quantize: how each weight is held, and why.")
+    ] = False,
     dot: Annotated[Path | None, typer.Option(help="Write the graph as Graphviz DOT.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the graph (needs Graphviz).")] = None,
     everything: Annotated[
@@ -224,6 +234,7 @@ def inspect(
     ] = False,
     target: Target = "auto",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     max_sequences: Sequences = 8,
     max_tokens: MaxTokens = 4096,
     as_json: Json = False,
@@ -238,6 +249,7 @@ def inspect(
             directory,
             target=target,
             dtype=dtype,
+            quantize=quantize,
             max_sequences=max_sequences,
             max_tokens_per_sequence=max_tokens,
         )
@@ -255,7 +267,10 @@ def inspect(
             dot.write_text(dot_text(graph, everything=everything), encoding="utf-8")
         if svg is not None:
             write_svg(dot_text(graph, everything=everything), svg)
-        wanted = after is not None or everything or not (passes or entries or dot or svg)
+        if weights and not model.report.weights:
+            raise UsageError("--weights tells of quantized weights: give --quantize too")
+        tables = passes or entries or weights
+        wanted = after is not None or everything or not (tables or dot or svg)
         if as_json:
             text = {"graph": {"name": which, "text": str(graph)}} if wanted else {}
             print_json({**cli_report.report_data(model), **text})
@@ -265,7 +280,7 @@ def inspect(
             title = "as traced" if which == "traced" else f"after {which}"
             text = str(graph) if everything else page(graph, title)
             _print_lines(out, text.splitlines())
-        if not passes and not entries:
+        if not tables:
             return
         data = cli_report.report_data(model)
         if passes:
@@ -273,6 +288,8 @@ def inspect(
             _print_lines(out, cli_report.declined_lines(data))
         if entries:
             out.print(cli_report.entry_table(data))
+        if weights:
+            out.print(cli_report.weight_table(data))
         _print_lines(out, cli_report.summary_lines(data))
 
 

@@ -76,6 +76,7 @@ def report_data(model: Model) -> dict[str, Any]:
             {"name": name, "launches": launches, "scratch_bytes": scratch}
             for name, launches, scratch in report.entries
         ],
+        "weights": [asdict(weight) for weight in report.weights],
         "weight_bytes": report.weight_bytes,
         "state_bytes": report.state_bytes,
         "arena_bytes": report.arena_bytes,
@@ -115,6 +116,16 @@ def entry_table(data: Mapping[str, Any]) -> Table:
         [e["name"], str(e["launches"]), show_bytes(e["scratch_bytes"])] for e in data["entries"]
     ]
     return _table("Entries", ["entry", "launches", "scratch"], rows, right=(1, 2))
+
+
+def weight_table(data: Mapping[str, Any]) -> Table:
+    """How each weight of a product or an embedding is held, what that cost, and why."""
+    rows: list[list[str]] = []
+    for w in data["weights"]:
+        error = "" if w["error"] is None else f"{w['error']:.2%}"
+        rows.append([w["name"], w["format"], f"{w['bits']:g}", error, w["reason"]])
+    heads = ["weight", "format", "bits", "relative error", "why"]
+    return _table("Weights", heads, rows, right=(2, 3))
 
 
 def summary_lines(data: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from ..runtime.sampling import Sampling
 from ..runtime.session import Session
 from .completion import Completion, TextEvent, TextFollower
 from .tokenizer import Tokenizer
+from .weight_report import WeightReport
 
 Prompt = str | Sequence[int]
 
@@ -27,7 +28,7 @@ class Report:
 
     `entries` has, for each bucket, its name, its launches, and the bytes of arena that it uses.
     Sizes are bytes. `unused` names tensors of the checkpoint that the program does not read.
-    `seconds` is wall time by stage.
+    `seconds` is wall time by stage. `weights` is empty where nothing is quantized.
     """
 
     model_type: str
@@ -40,6 +41,7 @@ class Report:
     arena_bytes: int
     unused: tuple[str, ...]
     seconds: Mapping[str, float]
+    weights: tuple[WeightReport, ...] = ()
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from rich import progress
 from rich.console import Console
-from rich.status import Status
 
 
 class Progress:
-    """Shows the stage at hand with a spinner, if `enabled` and stderr is a terminal."""
+    """Shows the stage at hand, and how far it is, if `enabled` and stderr is a terminal."""
 
     def __init__(self, *, enabled: bool) -> None:
         console = Console(stderr=True)
-        shown = enabled and console.is_terminal
-        self._status = Status("compiling", console=console) if shown else None
+        self._bar = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._bar.add_task("compiling", total=None)
 
     def __enter__(self) -> Progress:
-        if self._status:
-            self._status.start()
+        self._bar.start()
         return self
 
     def __exit__(
@@ -27,10 +35,16 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._status:
-            self._status.stop()
+        self._bar.stop()
 
     def stage(self, name: str) -> None:
         """Say what happens now."""
-        if self._status:
-            self._status.update(f"compiling: {name}")
+        self._bar.reset(self._task, total=None, description=f"compiling: {name}")
+
+    def expect(self, steps: int) -> None:
+        """The stage at hand has this many steps."""
+        self._bar.update(self._task, total=steps, completed=0)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.advance(self._task)

@@ -2,8 +2,8 @@
 
 Read `pipelines` first: it lists the passes in the order in which they run. The passes:
 `canonicalize` (with the rules of `unit_dims`), `raise_ops` (with those of `raise_norms`,
-`raise_rope`, `raise_routers`), `insert_kv_cache` (which asks `token_wise`), `gather_logits`,
-`fuse_shared_experts`, `fuse_qkv_rope`, `fuse_swiglu`, `fuse_moe_gating`, `fuse_collective_norm`,
-`fuse_linear_residual`, `fuse_norm_linear`. The fusions share `weights` (concatenation) and `products`
-(which ops have a prologue).
+`raise_rope`, `raise_routers`), `quantize_mxfp4`, `insert_kv_cache` (which asks `token_wise`),
+`gather_logits`, `fuse_shared_experts`, `fuse_qkv_rope`, `fuse_swiglu`, `fuse_moe_gating`,
+`fuse_collective_norm`, `fuse_linear_residual`, `fuse_norm_linear`. The fusions share `weights`
+(concatenation) and `products` (which ops have a prologue).
 """

@@ -12,7 +12,19 @@ import torch
 
 from ..compiler.interpret import compute, random_tensor
 from ..compiler.ir import Node, Op, Value
-from ..compiler.ops import glu, linear, moe, norm, pointwise, reduce, rope, shape
+from ..compiler.ops import (
+    fused,
+    gating,
+    glu,
+    heads,
+    linear,
+    moe,
+    norm,
+    pointwise,
+    reduce,
+    rope,
+    shape,
+)
 from ..compiler.ops.leaf import param
 from ..compiler.types import TensorType, VerifyError, free_symbols
 
@@ -21,6 +33,8 @@ _ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
     *(shape.view, shape.permute, shape.expand, shape.full),
     *(linear.linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
     *(rope.rope, rope.rope_tables, moe.router, moe.experts),
+    *(fused.fused_linear, fused.gated_linear, fused.add_rms_norm),
+    *(heads.project_heads, gating.moe_gating),
 }
 # These work along attrs["dim"], those look up rows of their table.
 _ALONG: frozenset[Op] = frozenset(

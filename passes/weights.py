@@ -24,12 +24,11 @@ def is_quantized(value: Value) -> bool:
     return value.op is mxfp4
 
 
-# cat(mxfp4(a, s), mxfp4(b, t)) == mxfp4(cat(a, b), cat(s, t)), but along the packed dim
+# cat(mxfp4(a, s), mxfp4(b, t)) == mxfp4(cat(a, b), cat(s, t)): no scale is for two operands
 def concatenated(values: Sequence[Value], dim: int = 0) -> Value:
     """`values` one after the other along `dim`, in the packed form if they have one.
 
-    Decline where some are packed and others not, where their formats differ, and along the dim in
-    which elements share scales.
+    Decline where some are packed and others not, or where their formats differ.
     """
     first = values[0]
     if len(values) == 1:
@@ -40,11 +39,7 @@ def concatenated(values: Sequence[Value], dim: int = 0) -> Value:
     if not all(map(is_quantized, values)) or len(formats) > 1:
         found = ", ".join(sorted({v.stored.dtype for v in values}))
         raise Decline(f"weights in several formats are not one weight: {found}")
-    if dim % first.type.rank == first.type.rank - 1:
-        raise Decline("packed weights are not joined along the dim of their scales")
-    codes, scales = (
-        shape.cat(*(v.node.args[i] for v in values), dim=dim % first.type.rank) for i in (0, 1)
-    )
+    codes, scales = (shape.cat(*(v.node.args[i] for v in values), dim=dim) for i in (0, 1))
     return mxfp4(codes, scales, **first.attrs)
 
 

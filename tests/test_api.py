@@ -70,7 +70,7 @@ def test_graphs_by_name(model: Any) -> None:
 
 
 def test_options_are_refused_not_ignored(source: Any) -> None:
-    for option in ({"quantize": "mxfp4"}, {"speculate": "mtp"}, {"tensor_parallel": 2}):
+    for option in ({"speculate": "mtp"}, {"tensor_parallel": 2}):
         with pytest.raises(NotYetError, match=next(iter(option))):
             ingot.compile(source, **option)
     with pytest.raises(UnsupportedTarget, match="no kernels"):

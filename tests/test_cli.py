@@ -231,6 +231,17 @@ def test_doctor_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'ingot[onnx]'" in done("doctor")
 
 
+def test_inspect_tells_how_weights_are_held(directory: Path) -> None:
+    small = ("--max-sequences", "1", "--max-tokens", "64", "--quantize", "mxfp4")
+    shown = done("inspect", directory, "--weights", *small)
+    assert "mxfp4g32" in shown and "scores experts for the router" in shown
+    data = json.loads(done("inspect", directory, "--json", *small))
+    held = {w["name"]: w for w in data["weights"]}
+    assert held["lm_head.weight"]["reason"] == "gives an output of the model"
+    packed = [w for w in data["weights"] if w["format"] == "mxfp4g32"]
+    assert packed and all(w["bits"] == 4.25 and 0.05 < w["error"] < 0.2 for w in packed)
+
+
 ERRORS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no directory": (("run", "{}/nowhere"), 2, "does not exist"),
     "unknown option": (("run", "{}", "--nothing"), 2, "No such option"),
@@ -245,6 +256,12 @@ ERRORS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "output": (("compile", "{}", "-o", "x"), 2, "does not write ingots yet"),
     "gpu": (("compile", "{}", "--target", "cuda:sm_90"), 2, "no kernels for cuda:sm_90"),
     "target": (("compile", "{}", "--target", "tpu"), 2, "unknown target 'tpu'"),
+    "quantize": (("run", "{}", "--prompt", "a", "--quantize", "int4"), 2, "expected 'mxfp4'"),
+    "weights": (
+        ("inspect", "{}", "--weights", "--max-sequences", "1", "--max-tokens", "64"),
+        2,
+        "give --quantize too",
+    ),
     "dtype": (("run", "{}", "--prompt", "a", "--dtype", "f8"), 2, "dtype: expected one of"),
     "pass": (
         ("inspect", "{}", "--after", "fold", "--max-sequences", "1", "--max-tokens", "64"),

@@ -61,6 +61,10 @@ MOVES = {
     "rms_norm": "%r = rms_norm(%x, @norm, eps=1e-05)",
     "layer_norm": "%r = layer_norm(%x, @norm, @b, eps=1e-05)",
     "element-wise": "%a = tanh(%x)\n%c = mul(%a, f32(30.0))\n%r = cast(%c, dtype='f64')",
+    "slices of columns": (
+        "%a = slice(%x, dim=1, start=0, stop=4)\n%b = slice(%x, dim=-1, start=1, stop=8, step=2)\n"
+        "%r = glu(%a, %b, activation='silu')"
+    ),
     "a weight that is broadcast": "%r = add(%x, @b)",
     "a view that keeps the rows": (
         "%a = view(%x, shape=[T, 2, 4])\n%c = exp(%a)\n%r = view(%c, shape=[T, 8])"
@@ -96,12 +100,13 @@ def test_stops_at_attention() -> None:
     [
         ("%a = view(%x, shape=[4*T, 2])\n%r = exp(%a)", "does not keep the rows"),
         ("%a = slice(%x, dim=0, start=0, stop=1)\n%r = add(%a, %y)", "does not have the rows"),
+        ("%r = slice(%x, dim=0, start=0, stop=T)", "the slice is along the rows"),
     ],
-    ids=["a view that mixes rows", "an operand without the rows"],
+    ids=["a view that mixes rows", "an operand without the rows", "a slice of rows"],
 )
 def test_declines(lines: str, reason: str) -> None:
     after, declined = gathered(lines)
-    assert taken(after)[0] in ("add", "view")
+    assert taken(after)[0] in ("add", "view", "slice")
     assert reason in "\n".join(declined)
 
 

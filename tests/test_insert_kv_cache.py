@@ -268,12 +268,18 @@ TOKEN_WISE = {
     "%e = aten.index.Tensor(@embed, %p, indices=[True])",
     "filled": "%e = full(value=2.0, shape=[T, 8], dtype='f32')",
     "weights for all": "%e = expand(@inv8, shape=[T, 8])",
+    "fused products": (
+        "%f = fused_linear(%x, @wq, %x, optional=['residual'])\n"
+        "%g, %h = gated_linear(%x, @both, @inv8, %f, activation='silu',"
+        " optional=['norm', 'delta'], eps=0.01)\n"
+        "%i, %e = add_rms_norm(%g, %h, @inv8, eps=0.01)"
+    ),
 }
 
 
 def with_line(line: str) -> Graph:
     text = model_text(KINDS["plain"], extra=f"{line}\n%x1 = add(%x, %e)")
-    text = text.replace("@inv: f32[2]", "@inv: f32[2]\n@inv8: f32[8]")
+    text = text.replace("@inv: f32[2]", "@inv: f32[2]\n@inv8: f32[8]\n@both: f32[16, 8]")
     return graph_of(text.replace("%y = add(%x, %of)", "%y = add(%x1, %of)"))
 
 

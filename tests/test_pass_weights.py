@@ -12,7 +12,7 @@ from ingot.compiler.ops.linear import linear
 from ingot.compiler.ops.mxfp4 import mxfp4, mxfp4_encode
 from ingot.compiler.rewrite import Decline
 from ingot.compiler.types import TensorType, symbol
-from ingot.passes.weights import concatenated, concatenated_biases, is_quantized, is_weight
+from ingot.passes.weights import concatenated, concatenated_biases, is_quantized, is_weight, rows_of
 from pass_checks import random_weights
 
 X = param(name="x", type=TensorType("f32", (symbol("T"), 64)))
@@ -40,9 +40,17 @@ def test_dense_weights() -> None:
     assert concatenated(parts[:1]) == parts[0]
 
 
-@pytest.mark.parametrize("dim", [0, 1, -2])
+SIZES = {
+    0: [(3, 2, 64), (5, 2, 64)],
+    1: [(2, 3, 64), (2, 5, 64)],
+    -2: [(2, 3, 64), (2, 5, 64)],
+    -1: [(2, 3, 64), (2, 3, 128)],
+}
+
+
+@pytest.mark.parametrize("dim", SIZES)
 def test_packed_weights_stay_packed(dim: int) -> None:
-    sizes = [(2, 3, 64), (2, 5, 64)] if dim else [(3, 2, 64), (5, 2, 64)]
+    sizes = SIZES[dim]
     parts = [packed(name, *dims) for name, dims in zip("ab", sizes, strict=True)]
     joined = concatenated(parts, dim)
     assert joined.op is mxfp4
@@ -51,17 +59,27 @@ def test_packed_weights_stay_packed(dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "dim", "reason"),
+    ("parts", "reason"),
     [
-        ([packed("a", 3, 64), weight("b", 5, 64)], 0, "several formats .*f32, mxfp4g32"),
-        ([packed("a", 3, 64), packed("b", 5, 64, group=16)], 0, "mxfp4g16, mxfp4g32"),
-        ([packed("a", 3, 64), packed("b", 5, 64, dtype="bf16")], 0, "several formats"),
-        ([packed("a", 3, 64), packed("b", 3, 64)], -1, "along the dim of their scales"),
+        ([packed("a", 3, 64), weight("b", 5, 64)], "several formats .*f32, mxfp4g32"),
+        ([packed("a", 3, 64), packed("b", 5, 64, group=16)], "mxfp4g16, mxfp4g32"),
+        ([packed("a", 3, 64), packed("b", 5, 64, dtype="bf16")], "several formats"),
     ],
 )
-def test_declines(parts: list[Value], dim: int, reason: str) -> None:
+def test_declines(parts: list[Value], reason: str) -> None:
     with pytest.raises(Decline, match=reason):
-        concatenated(parts, dim)
+        concatenated(parts)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_of_packed_weights(step: int) -> None:
+    whole = packed("a", 6, 64)
+    rows = rows_of(whole, 1, 5, step)
+    assert is_quantized(rows)
+    assert torch.equal(value_of(rows), value_of(whole)[1:5:step])
+    assert rows_of(whole, 0, 6) == whole
+    with pytest.raises(Decline, match="not cut along the dim of their scales"):
+        rows_of(packed("a", 64), 0, 32)
 
 
 def test_biases() -> None:

@@ -1,0 +1,63 @@
+"""How each weight is held, and what rounding it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..compiler.ir import Graph, Node
+from ..compiler.microscaling import relative_error
+from ..compiler.ops.mxfp4 import mxfp4_encode
+from ..compiler.pipeline import Pass
+from ..compiler.types import STORED_BITS
+from ..passes.quantize_mxfp4 import QuantizeMxfp4, Site, find_sites
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One weight of a product or an embedding: how it is held, and why.
+
+    `bits` are those of one element, its share of the scales included. `error` is what rounding
+    cost, |w - packed| / |w|; None where nothing was rounded.
+    """
+
+    name: str
+    format: str
+    bits: float
+    error: float | None
+    reason: str
+
+
+@dataclass
+class PackingErrors:
+    """Measures every weight that is packed, when it is packed; by the names of their sites."""
+
+    errors: dict[str, float] = field(default_factory=dict[str, float])
+
+    def observe(self, node: Node, args: Sequence[Any], results: Sequence[Any]) -> None:
+        """See codegen.lower.Observer."""
+        if node.op is mxfp4_encode:
+            self.errors[node.source] = relative_error(args[0], *results)
+
+
+def weight_reports(
+    graphs: Sequence[Graph], passes: Sequence[Pass], measured: PackingErrors
+) -> tuple[WeightReport, ...]:
+    """A line for each weight that the pass quantize-mxfp4 met; none where it did not run.
+
+    graphs[i] is what passes[i] was given.
+    """
+    reports: list[WeightReport] = []
+    for graph, step in zip(graphs, passes, strict=False):
+        if isinstance(step, QuantizeMxfp4):
+            reports += [_report(s, step, measured) for s in find_sites(graph, step.options)]
+    return tuple(reports)
+
+
+def _report(site: Site, step: QuantizeMxfp4, measured: PackingErrors) -> WeightReport:
+    if site.action != "quantize":
+        return WeightReport(site.name, site.weight.stored.dtype, site.bits, None, site.reason)
+    format_ = f"mxfp4g{step.options.group}"
+    bits = float(STORED_BITS[format_])
+    return WeightReport(site.name, format_, bits, measured.errors.get(site.name), site.reason)

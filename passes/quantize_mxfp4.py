@@ -1,0 +1,201 @@
+"""quantize-mxfp4: weights of products become MXFP4, by ops on constants.
+
+A weight is found by what it does, not by its name: the second operand of a product that depends on
+weights alone. What stays in its own dtype is found in the same way: the product that scores experts
+for a router, the one that gives an output (lm_head), embeddings, and weights that are packed
+already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from ..compiler.ir import Graph, Node, Op, Value, walk
+from ..compiler.microscaling import GROUPS, SCALE_RULES
+from ..compiler.ops import linear, moe, pointwise, shape
+from ..compiler.ops.leaf import constant
+from ..compiler.ops.mxfp4 import mxfp4, mxfp4_encode
+from ..compiler.rewrite import Applied, Log, rebuild
+from ..compiler.types import STORED_BITS
+
+# The operands of each product that hold [..., N, K], K being summed over.
+WEIGHTS_OF: Mapping[Op, tuple[int, ...]] = {
+    linear.linear: (1,),
+    moe.experts: (3, 4),
+}
+# Weights of fewer rows than this (a gate, say) are too small for their bytes to matter.
+_FEWEST_ROWS = 16
+# Between a product and the router or output that it is for.
+_PASSING = frozenset({*pointwise.POINTWISE, shape.view, shape.take, shape.slice_})
+
+
+@dataclass(frozen=True)
+class MXFP4:
+    """How weights are quantized to MXFP4 (OCP Microscaling Formats v1.0).
+
+    `group` elements share a scale: 32 as the specification says, or 16. `scale` is the rule by
+    which it is chosen (microscaling.SCALE_RULES). Weights whose names match a glob of `keep` stay
+    in their dtype; those that match one of `also` are quantized even where they would not be.
+    """
+
+    group: int = 32
+    scale: str = "mse"
+    keep: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise ValueError(f"group: expected one of {GROUPS}, found {self.group!r}")
+        if self.scale not in SCALE_RULES:
+            known = ", ".join(SCALE_RULES)
+            raise ValueError(f"scale: expected one of {known}; found {self.scale!r}")
+        for name in ("keep", "also"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise ValueError(f"{name}: expected a list of patterns, found the text {given!r}")
+            object.__setattr__(self, name, tuple(given))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight of the graph, and what becomes of it.
+
+    `name` is that of the constant behind it, with what is done to it where that is not nothing.
+    `action` is "quantize", "keep", or "packed" for a weight that the checkpoint holds in MXFP4.
+    """
+
+    name: str
+    weight: Value
+    users: tuple[Node, ...]
+    action: Literal["quantize", "keep", "packed"]
+    reason: str
+
+    @property
+    def bits(self) -> float:
+        """Bits of one element, its share of the scales included, as the weight is now."""
+        stored = self.weight.stored
+        packed = STORED_BITS.get(stored.dtype)
+        elements: int = self.weight.type.numel  # pyright: ignore[reportAssignmentType]
+        return float(packed) if packed else 8 * int(stored.nbytes) / elements
+
+
+def find_sites(graph: Graph, options: MXFP4) -> list[Site]:
+    """Every weight of a product or an embedding, in order of use, and what becomes of it."""
+    folded = graph.constants()
+    users: dict[Value, dict[Node, None]] = {}
+    for node in graph.nodes():
+        if node in folded:
+            continue
+        for i in (1,) if node.op is linear.embedding else WEIGHTS_OF.get(node.op, ()):
+            if node.args[i].node in folded:
+                users.setdefault(node.args[i], {})[node] = None
+    routers = [n.args[0] for n in graph.nodes() if n.op is moe.router]
+    kept = {
+        **dict.fromkeys(_products_behind(graph.outputs), "gives an output of the model"),
+        **dict.fromkeys(_products_behind(routers), "scores experts for the router"),
+    }
+    return [_site(weight, tuple(nodes), kept, options) for weight, nodes in users.items()]
+
+
+def _products_behind(values: Iterable[Value]) -> Iterator[Node]:
+    """The linears that `values` come from, with only element-wise ops and views between."""
+    stack, seen = [v.node for v in values], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node.op is linear.linear:
+            yield node
+        elif node.op in _PASSING and node not in seen:
+            seen.add(node)
+            stack.extend(a.node for a in node.args)
+
+
+def _site(weight: Value, users: tuple[Node, ...], kept: Mapping[Node, str], options: MXFP4) -> Site:
+    action, reason = _decision(weight, users, kept, options)
+    return Site(_name(weight), weight, users, action, reason)
+
+
+def _decision(
+    weight: Value, users: tuple[Node, ...], kept: Mapping[Node, str], options: MXFP4
+) -> tuple[Literal["quantize", "keep", "packed"], str]:
+    behind = list(walk((weight,)))
+    names = [n.attrs["name"] for n in behind if n.op is constant]
+    rows, inner = weight.type.shape[-2:]
+    if weight.op is mxfp4:
+        return "packed", "stored as MXFP4"
+    if any(n.op is mxfp4 for n in behind):
+        return "keep", "made from MXFP4: to round it again would lose more"
+    if any(n.op is linear.embedding for n in users):
+        return "keep", "rows are looked up"
+    if not isinstance(inner, int) or inner % options.group:
+        return "keep", f"groups of {options.group} do not divide K = {inner}"
+    if pattern := _matching(names, options.keep):
+        return "keep", f"matches keep={pattern!r}"
+    if pattern := _matching(names, options.also):
+        return "quantize", f"matches also={pattern!r}"
+    if reason := next((kept[n] for n in users if n in kept), None):
+        return "keep", reason
+    if not isinstance(rows, int) or rows < _FEWEST_ROWS:
+        return "keep", f"has only {rows} rows"
+    return "quantize", "a projection" if users[0].op is linear.linear else "experts"
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    return next((p for p in patterns if any(fnmatchcase(n, p) for n in names)), None)
+
+
+def _name(value: Value) -> str:
+    """`model.q_proj.weight`, or `slice(model.kv_b_proj.weight, start=0, stop=32)`."""
+    if value.op is constant:
+        return value.attrs["name"]
+    args = ", ".join(_name(a) for a in value.node.args)
+    attrs = "".join(f", {k}={v}" for k, v in value.attrs.items())
+    return f"{value.op.name}({args}{attrs})"
+
+
+@dataclass(frozen=True)
+class QuantizeMxfp4:
+    """Weights of products, by policy, to mxfp4(mxfp4_encode(w)).
+
+    The new nodes' sources are the names of the weights: what is loaded is reported, and refused, by
+    them.
+    """
+
+    name: ClassVar[str] = "quantize-mxfp4"
+    options: MXFP4 = field(default_factory=MXFP4)
+
+    def __call__(self, graph: Graph, log: Log) -> Graph:
+        swap: dict[tuple[Node, int], Value] = {}
+        for site in find_sites(graph, self.options):
+            if site.action == "keep":
+                log.decline(self.name, site.users[0], f"{site.name}: {site.reason}")
+            if site.action != "quantize":
+                continue
+            packed = self._packed(site)
+            kind = "experts" if site.users[0].op is moe.experts else "projection"
+            weight = (site.weight,)
+            log.applied.append(Applied(f"mxfp4-{kind}", weight, weight, (packed,)))
+            for node in site.users:
+                for i in WEIGHTS_OF[node.op]:
+                    if node.args[i] == site.weight:
+                        swap[node, i] = packed
+        return _with_operands(graph, swap)
+
+    def _packed(self, site: Site) -> Value:
+        attrs = {"group": self.options.group, "scale": self.options.scale}
+        parts = mxfp4_encode.node((site.weight,), attrs, site.name).results
+        return Value(mxfp4.node(parts, {"dtype": site.weight.type.dtype}, site.name))
+
+
+def _with_operands(graph: Graph, swap: Mapping[tuple[Node, int], Value]) -> Graph:
+    """`graph` with operand i of a node replaced, for every (node, i) in `swap`."""
+    changed: dict[Node, list[Value]] = {}
+    for (node, i), value in swap.items():
+        changed.setdefault(node, list(node.args))[i] = value
+    new: dict[Value, Value] = {}
+    for node, args in changed.items():
+        after = node.op.node(tuple(args), node.attrs, node.source)
+        new.update(zip(node.results, after.results, strict=True))
+    return rebuild(graph, new) if new else graph
