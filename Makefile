@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ORACLES := $(VENV)/oracles
 
 MODEL := examples/pico
 PROMPT := def read_lines(path):
@@ -20,7 +21,7 @@ demo: $(INSTALLED) ## compile and run a real model, show what the passes did, co
 	$(BIN)/ingot inspect $(MODEL) --passes
 	$(BIN)/ingot verify $(MODEL)
 
-test: $(INSTALLED) ## the tests that need no GPU and no patience
+test: $(INSTALLED) $(ORACLES) ## the tests that need no GPU and no patience
 	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
 
 slow: $(INSTALLED) ## the long sweeps: every architecture, peak memory, the demo from the shell
@@ -40,6 +41,11 @@ format: $(INSTALLED) ## mend what ruff can mend
 clean: ## remove the virtual environment, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What tests compare with but nothing may import beside it: transformers would.
+$(ORACLES): constraints.txt | $(INSTALLED)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $@ torchao
+	touch $@
 
 # The constraints also keep pip from replacing the build of torch that a machine offers by a newer one.
 $(INSTALLED): pyproject.toml constraints.txt
