@@ -1,10 +1,24 @@
 """The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
-· `glu` · `attention` · `moe` · `mxfp4` · `aten` any other functional torch operator.
+· `glu` · `attention` · `mla` · `moe` · `mxfp4` · `aten` any other functional torch operator.
 """
 
-from . import aten, attention, glu, leaf, linear, moe, mxfp4, norm, pointwise, reduce, rope, shape
+from . import (
+    aten,
+    attention,
+    glu,
+    leaf,
+    linear,
+    mla,
+    moe,
+    mxfp4,
+    norm,
+    pointwise,
+    reduce,
+    rope,
+    shape,
+)
 
 __all__ = [
     "aten",
@@ -12,6 +26,7 @@ __all__ = [
     "glu",
     "leaf",
     "linear",
+    "mla",
     "moe",
     "mxfp4",
     "norm",
