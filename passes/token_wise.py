@@ -12,15 +12,15 @@ import torch
 
 from ..compiler.interpret import compute, random_tensor
 from ..compiler.ir import Node, Op, Value
-from ..compiler.ops import glu, linear, moe, norm, pointwise, reduce, rope, shape
+from ..compiler.ops import glu, linear, mla, moe, norm, pointwise, reduce, rope, shape
 from ..compiler.ops.leaf import param
 from ..compiler.types import TensorType, VerifyError, free_symbols
 
 # Each row of these is made of the operands' rows, wherever those have rows at all.
 _ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
     *(shape.view, shape.permute, shape.expand, shape.full),
-    *(linear.linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
-    *(rope.rope, rope.rope_tables, moe.router, moe.experts),
+    *(linear.linear, linear.head_linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
+    *(rope.rope, rope.rope_tables, mla.mla_latent, moe.router, moe.experts),
 }
 # These work along attrs["dim"], those look up rows of their table.
 _ALONG: frozenset[Op] = frozenset(
