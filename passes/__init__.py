@@ -2,6 +2,7 @@
 
 Read `pipelines` first: it lists the passes in the order in which they run. The passes:
 `canonicalize` (with the rules of `unit_dims`), `raise_ops` (with those of `raise_norms`,
-`raise_rope`, `raise_routers`), `quantize_mxfp4`, `insert_kv_cache` (which asks `token_wise`),
-`gather_logits`.
+`raise_rope`, `raise_routers`), `absorb_mla` (with `premultiply_mla`; it reads `head_rows`),
+`quantize_mxfp4`, `insert_kv_cache` (which asks `token_wise`), `gather_logits`,
+`fuse_mla_projections`. Several ask `weights`, for concatenations.
 """
