@@ -17,6 +17,7 @@ from ingot.passes.absorb_mla import AbsorbMla
 from ingot.passes.canonicalize import Canonicalize
 from ingot.passes.fuse_mla_projections import FuseMlaProjections
 from ingot.passes.insert_kv_cache import InsertKvCache
+from ingot.passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ingot.passes.raise_ops import RaiseOps
 from mla_graphs import LATENT, OUTPUT, QUERY, mla_text
 from pass_checks import applied, assert_equal_results, graph_of, ops
@@ -188,3 +189,20 @@ def test_after_the_cache_is_in(golden: Callable[[str], None]) -> None:
     verify(after)
     assert log.matches == {"fuse-mla-projections": 1}
     golden(str(after))
+
+
+def test_quantized_models_stay_packed() -> None:
+    imported = import_hugging_face(tiny_model("deepseek_v3"), dtype=None, max_tokens=96)
+    passes = (
+        *(Canonicalize(), RaiseOps(), AbsorbMla(premultiply=False)),
+        QuantizeMxfp4(MXFP4(group=16, also=("*.q_a_proj.*",))),
+    )
+    before = run_pipeline(imported.graph, passes)[-1].graph
+    after, log = applied(PASS, before)
+    assert log.matches == {"fuse-mla-projections": 2}
+    heads = [n.args[1].op.name for n in after.nodes() if n.op.name == "head_linear"]
+    assert heads == ["mxfp4"] * 4
+    weights = [n.args[1] for n in after.nodes() if n.op.name == "linear"]
+    joined = [w for w in weights if w.op.name == "mxfp4" and w.node.args[0].op.name == "cat"]
+    assert [w.type.shape for w in joined] == [(24 + 40, 64)] * 2
+    assert_equal_results(before, after, 1e-5, sizes=(3,))
