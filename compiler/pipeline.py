@@ -33,6 +33,7 @@ class PassResult:
     nodes_before: int
     nodes_after: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 class PassError(Exception):
@@ -83,6 +84,17 @@ def run_pipeline(
         nodes = count_nodes(after)
         seconds = perf_counter() - start
         declined = tuple(dict.fromkeys(log.declined))
-        results.append(PassResult(step.name, after, log.matches, declined, before, nodes, seconds))
+        results.append(
+            PassResult(
+                step.name,
+                after,
+                log.matches,
+                declined,
+                before,
+                nodes,
+                seconds,
+                tuple(log.notes),
+            )
+        )
         graph, before = after, nodes
     return results

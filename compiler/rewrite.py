@@ -94,12 +94,14 @@ class Applied:
 class Log:
     """What a pass did: rewrites in order, and the reasons for those that it left alone.
 
-    `counts` holds, by name, what was rewritten otherwise than by rules.
+    `counts` holds, by name, what was rewritten otherwise than by rules; `notes` what was decided
+    for a reason that the report should show.
     """
 
     applied: list[Applied] = field(default_factory=list[Applied])
     declined: list[str] = field(default_factory=list[str])
     counts: Counter[str] = field(default_factory=Counter[str])
+    notes: list[str] = field(default_factory=list[str])
 
     @property
     def matches(self) -> Counter[str]:

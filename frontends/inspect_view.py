@@ -31,6 +31,7 @@ _PARAMETERS = {
     "logit_rows": "the tokens whose logits are wanted",
     "k_cache": "keys [page, token, head, width]",
     "v_cache": "values [page, token, head, width]",
+    "latent_cache": "c_kv and rotated k_pe [page, token, width]",
 }
 
 

@@ -59,6 +59,7 @@ class Report:
         for p in self.passes:
             matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
             lines.append(f"{p.name}: {p.nodes_before} -> {p.nodes_after} nodes ({matches})")
+            lines += [f"  {note}" for note in p.notes]
         return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ from .canonicalize import merge_equal
 TOKEN_WISE: tuple[Op, ...] = (
     *sorted(pointwise.POINTWISE, key=lambda op: op.name),
     linear.linear,
+    linear.head_linear,
     norm.rms_norm,
     norm.layer_norm,
     glu.glu,

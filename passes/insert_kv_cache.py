@@ -9,13 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..compiler.ir import Graph, Node, Value
+from ..compiler.ir import Graph, Node, Op, Value
 from ..compiler.ops.attention import attention, cached_attention, kv_append
 from ..compiler.ops.leaf import param
+from ..compiler.ops.mla import cached_mla_attention, mla_attention
 from ..compiler.ops.shape import take
 from ..compiler.rewrite import Log, rebuild
 from ..compiler.types import TensorType, symbol
 from .token_wise import mixes_tokens
+
+# Attention over one sequence: the op that serves it from caches, and the names of those. Their rows
+# are as many operands, after the queries.
+_CACHED: dict[Op, tuple[Op, tuple[str, ...], int]] = {
+    attention: (cached_attention, ("k_cache", "v_cache"), 1),
+    mla_attention: (cached_mla_attention, ("latent_cache",), 2),
+}
 
 
 class CannotCache(Exception):
@@ -27,9 +35,10 @@ class InsertKvCache:
     """attention(q, k, v) -> kv_append and cached_attention, with the caches as state.
 
     New parameters: slots i32[T], page_table i32[max_sequences, pages a slot], logit_rows i32[L],
-    and k_cache.i, v_cache.i [pages, page_size, G, D] of layer i. Token t attends to its slot's
-    cache up to positions[t]; windows, sinks and soft caps are kept. Output j is row logit_rows[j].
-    `pages` None gives every slot its full length.
+    and k_cache.i, v_cache.i [pages, page_size, G, D] of layer i, or where it has mla_attention
+    latent_cache.i [pages, page_size, R + P]. Token t attends to its slot's cache up to
+    positions[t]; windows, sinks and soft caps are kept. Output j is row logit_rows[j]. `pages` None
+    gives every slot its full length.
     """
 
     name: ClassVar[str] = "insert-kv-cache"
@@ -43,7 +52,7 @@ class InsertKvCache:
         return -(-self.max_tokens_per_sequence // self.page_size)
 
     def __call__(self, graph: Graph, log: Log) -> Graph:
-        nodes = [n for n in graph.nodes() if n.op is attention]
+        nodes = [n for n in graph.nodes() if n.op in _CACHED]
         positions = graph.param("positions")
         tokens = positions.type
         slots = param(name="slots", type=tokens)
@@ -58,16 +67,18 @@ class InsertKvCache:
         for i, node in enumerate(nodes):
             reason = _refusal(node, tokens)
             if reason:
-                raise CannotCache(f"attention at {node.source or f'number {i}'}: {reason}")
-            _, k, v, *sinks = node.args
-            pair = tuple(self._cache(f"{kind}_cache.{i}", x) for kind, x in (("k", k), ("v", v)))
-            appended = kv_append.node((*pair, k, v, *index), {}, node.source).results
+                raise CannotCache(f"{node.op.name} at {node.source or f'number {i}'}: {reason}")
+            cached, names, first = _CACHED[node.op]
+            end = first + len(names)
+            queries, written, rest = node.args[:first], node.args[first:end], node.args[end:]
+            empty = tuple(self._cache(f"{n}.{i}", x) for n, x in zip(names, written, strict=True))
+            appended = kv_append.node((*empty, *written, *index), {}, node.source).results
             attrs = {key: value for key, value in node.attrs.items() if key != "causal"}
-            args = (node.args[0], *appended, *index, *sinks)
-            (out,) = cached_attention.node(args, attrs, node.source).results
+            args = (*queries, *appended, *index, *rest)
+            (out,) = cached.node(args, attrs, node.source).results
             swap[Value(node)] = out
-            params.extend(pair)
-            caches.update(zip((c.attrs["name"] for c in pair), appended, strict=True))
+            params.extend(empty)
+            caches.update(zip((c.attrs["name"] for c in empty), appended, strict=True))
             log.counts["cache"] += 1
         outputs = tuple(take(o, rows) for o in graph.outputs)
         # A step takes one token of every sequence at least, even where sequences are shorter.
@@ -85,7 +96,7 @@ class InsertKvCache:
 def _refuse_mixing(graph: Graph, tokens: str) -> None:
     """CannotCache where something else than attention takes tokens together."""
     for node in graph.nodes():
-        if node.op is not attention and (reason := mixes_tokens(node, tokens)):
+        if node.op not in _CACHED and (reason := mixes_tokens(node, tokens)):
             raise CannotCache(f"{node.op.name} at {node.source or 'an unknown place'}: {reason}")
 
 

@@ -24,6 +24,7 @@ from ..compiler.types import STORED_BITS
 # The operands of each product that hold [..., N, K], K being summed over.
 WEIGHTS_OF: Mapping[Op, tuple[int, ...]] = {
     linear.linear: (1,),
+    linear.head_linear: (1,),
     moe.experts: (3, 4),
 }
 # Weights of fewer rows than this (a gate, say) are too small for their bytes to matter.
@@ -139,7 +140,7 @@ def _decision(
         return "keep", reason
     if not isinstance(rows, int) or rows < _FEWEST_ROWS:
         return "keep", f"has only {rows} rows"
-    return "quantize", "a projection" if users[0].op is linear.linear else "experts"
+    return "quantize", "experts" if users[0].op is moe.experts else "a projection"
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ from ..compiler.types import Shape
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """Dims [start, stop) by step of the last dim of `base`."""
 
     base: Value
@@ -27,12 +27,12 @@ class _Span:
     step: int
 
 
-def _span(value: Value) -> _Span:
+def span_of(value: Value) -> Span:
     last = value.type.rank - 1
     if value.op is shape.slice_ and value.attrs["dim"] % value.type.rank == last:
         attrs, base = value.attrs, value.node.args[0]
-        return _Span(base, attrs["start"], attrs["stop"], attrs.get("step", 1))
-    return _Span(value, 0, _size(value), 1)
+        return Span(base, attrs["start"], attrs["stop"], attrs.get("step", 1))
+    return Span(value, 0, _size(value), 1)
 
 
 def _size(value: Value) -> int:
@@ -50,7 +50,7 @@ def _slice(value: Value, start: int, stop: int) -> Value:
 
 def _rotated(a: Value, b: Value) -> tuple[Value, str]:
     """The value whose two members of each pair are `a` and `b`, and how it holds them."""
-    p, q = _span(a), _span(b)
+    p, q = span_of(a), span_of(b)
     half = _size(a)
     if p.base != q.base:
         raise Decline("the two halves are not of one value")
@@ -109,7 +109,7 @@ def _first_half(table: Value) -> Value:
 def _whole_half(table: Value) -> Value:
     """A table [T, R/2]; where it is cut out of one that repeats it, what that repeats."""
     if table.op is shape.slice_ and table.node.args[0].type.rank == 2:
-        span = _span(table)
+        span = span_of(table)
         if (span.start, span.stop, span.step) == (0, _size(span.base) // 2, 1):
             return _first_half(span.base)
     return table
@@ -190,7 +190,7 @@ HALF = pat(
 
 def _is_turned(x: Value, whole: Value) -> bool:
     """Whether `x` is `whole`, which its parts were cut out of before or after a cast of `x`."""
-    return _span(x) == _span(whole) or _span(_unwidened(x)) == _span(whole)
+    return span_of(x) == span_of(whole) or span_of(_unwidened(x)) == span_of(whole)
 
 
 def _half(m: Match) -> Value:
@@ -325,7 +325,7 @@ def _part_rule(before: bool, after: bool) -> Rule:
         if m[root].attrs["dim"] % m[root].type.rank != m[root].type.rank - 1:
             raise Decline("the parts are not joined along the last dim")
         spans = [
-            _span(m[p]) for p in (*((low,) if before else ()), part, *((high,) if after else ()))
+            span_of(m[p]) for p in (*((low,) if before else ()), part, *((high,) if after else ()))
         ]
         base, first = spans[0].base, spans[0].start
         ends = [first, *(s.stop for s in spans)]

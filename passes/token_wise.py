@@ -18,6 +18,7 @@ from ..compiler.ops import (
     glu,
     heads,
     linear,
+    mla,
     moe,
     norm,
     pointwise,
@@ -31,8 +32,8 @@ from ..compiler.types import TensorType, VerifyError, free_symbols
 # Each row of these is made of the operands' rows, wherever those have rows at all.
 _ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
     *(shape.view, shape.permute, shape.expand, shape.full),
-    *(linear.linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
-    *(rope.rope, rope.rope_tables, moe.router, moe.experts),
+    *(linear.linear, linear.head_linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
+    *(rope.rope, rope.rope_tables, mla.mla_latent, moe.router, moe.experts),
     *(fused.fused_linear, fused.gated_linear, fused.add_rms_norm),
     *(heads.project_heads, gating.moe_gating),
 }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from ingot.codegen.lower import lower, serving_bindings
 from ingot.compiler.ir import Graph
-from ingot.compiler.pipeline import PassError, run_pipeline
+from ingot.compiler.pipeline import Pass, PassError, run_pipeline
 from ingot.compiler.target import CPU
 from ingot.frontends.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.safetensors_files import SourceError
@@ -48,10 +48,18 @@ SPELLED_OUT = {
 RAISED = ("raise-ops", "insert-kv-cache", "gather-logits")
 
 
-def served(model: HuggingFaceModel, require_match: Sequence[str] = RAISED) -> tuple[Graph, Session]:
+def serving_passes() -> tuple[Pass, ...]:
+    return causal_lm(max_sequences=len(PROMPTS), max_tokens_per_sequence=MAX_TOKENS)
+
+
+def served(
+    model: HuggingFaceModel,
+    require_match: Sequence[str] = RAISED,
+    passes: Sequence[Pass] | None = None,
+) -> tuple[Graph, Session]:
     """The final graph of `model`, and a session that serves it on the CPU."""
     insert = InsertKvCache()
-    passes = causal_lm(max_sequences=len(PROMPTS), max_tokens_per_sequence=MAX_TOKENS)
+    passes = serving_passes() if passes is None else passes
     graph = run_pipeline(model.graph, passes, require_match=require_match)[-1].graph
     pages_per_slot = -(-MAX_TOKENS // insert.page_size)
     meta = {

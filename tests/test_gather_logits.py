@@ -58,6 +58,10 @@ def taken(graph: Graph) -> list[str]:
 MOVES = {
     "linear": "%r = linear(%x, @v)",
     "linear with a bias": "%r = linear(%x, @w, @b)",
+    "head_linear": (
+        "%a = view(%x, shape=[T, 4, 2])\n%h = slice(@up, dim=2, start=0, stop=2)\n"
+        "%r = head_linear(%a, %h)"
+    ),
     "rms_norm": "%r = rms_norm(%x, @norm, eps=1e-05)",
     "layer_norm": "%r = layer_norm(%x, @norm, @b, eps=1e-05)",
     "element-wise": "%a = tanh(%x)\n%c = mul(%a, f32(30.0))\n%r = cast(%c, dtype='f64')",

@@ -12,7 +12,9 @@ from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph
 from ingot.compiler.rewrite import Log
 from ingot.compiler.verify import verify
+from ingot.passes.absorb_mla import AbsorbMla
 from ingot.passes.insert_kv_cache import CannotCache, InsertKvCache
+from mla_graphs import LATENT, OUTPUT, QUERY, mla_text
 from pass_checks import graph_of, ops, random_weights
 
 SLOTS, PAGE, LENGTH = 3, 4, 24  # three slots of six pages
@@ -70,7 +72,8 @@ def model_text(attention: str, second: str = "%q2, %k2, %v2, scale=0.5", extra: 
 def cached(graph: Graph, step: InsertKvCache = PASS) -> Graph:
     after = step(graph, log := Log())
     verify(after)
-    assert log.matches["cache"] == ops(graph)["attention"]
+    found = ops(graph)
+    assert log.matches["cache"] == found["attention"] + found["mla_attention"]
     return after
 
 
@@ -201,6 +204,86 @@ def test_pages(tokens: int, pages: int | None, shape: int) -> None:
     assert list(after.updates) == ["k_cache.0", "v_cache.0", "k_cache.1", "v_cache.1"]
 
 
+# ---- latent attention
+
+
+def mla_model(absorb: AbsorbMla | None, latent: str = LATENT, second: str = "") -> Graph:
+    """One layer of latent attention over 12 hidden values, then what `second` says of %y."""
+    last = "%y1" if second else "%y"
+    text = mla_text(
+        query="%x = embedding(%tokens, @embed)" + QUERY,
+        latent=latent,
+        output=OUTPUT + second + f"%logits = linear({last}, @embed)",
+        results="%logits",
+    )
+    text = text.replace("%x: f32[T, 12]", "%tokens: i32[T]").replace(
+        "@inv:", "@embed: f32[16, 12]\n@inv:"
+    )
+    return absorb(graph_of(text), Log()) if absorb else graph_of(text)
+
+
+ABSORBED = {
+    "run time": mla_model(AbsorbMla(premultiply=False)),
+    "pre-multiplied": mla_model(AbsorbMla(premultiply=True)),
+    "joined latent": mla_model(AbsorbMla(), LATENT.replace(", @kv_norm", "")),
+}
+
+
+@pytest.mark.parametrize("kind", ABSORBED)
+def test_serves_latent_attention(kind: str) -> None:
+    assert ops(ABSORBED[kind])["mla_attention"] == 1
+    prefill = [(1, t % 16) for t in range(11)]
+    steps = [prefill, *([(1, t)] for t in (3, 5, 7, 2)), [(0, 4), (-1, 0), (1, 9), (0, 2)]]
+    assert_serves(ABSORBED[kind], steps)
+
+
+@settings(max_examples=8)
+@given(schedules())
+def test_any_mix_over_latents(steps: list[list[tuple[int, int]]]) -> None:
+    assert_serves(ABSORBED["run time"], steps)
+
+
+def test_a_token_of_latent_cache_is_c_kv_and_k_pe() -> None:
+    after = cached(ABSORBED["run time"])
+    assert list(after.updates) == ["latent_cache.0"]
+    cache = after.param("latent_cache.0").type
+    assert cache.shape == (SLOTS * LENGTH // PAGE, PAGE, 7 + 4)
+    assert cache.nbytes == SLOTS * LENGTH * (7 + 4) * 4
+    full = cached(mla_model(None))
+    state = sum(full.param(name).type.nbytes for name in full.updates)
+    assert state == SLOTS * LENGTH * 3 * (10 + 5) * 4  # what keys and values would take
+
+
+def test_caches_are_numbered_by_layer_whatever_they_hold() -> None:
+    second = """
+        %q2 = view(%y, shape=[T, 3, 4])
+        %o2 = attention(%q2, %q2, %q2, scale=0.5)
+        %y1 = view(%o2, shape=[T, 12])
+    """
+    graph = mla_model(AbsorbMla(), second=second)
+    after = cached(graph)
+    assert list(after.updates) == ["latent_cache.0", "k_cache.1", "v_cache.1"]
+    assert_serves(graph, [[(0, 1), (0, 2), (1, 3)], [(1, 4), (0, 5)]])
+
+
+def test_latent_text(golden: Callable[[str], None]) -> None:
+    golden(str(cached(ABSORBED["run time"])))
+
+
+def test_refuses_latent_attention_over_other_rows() -> None:
+    text = """
+        graph @g(%positions: i32[T]) T=1..8 {
+          %o = mla_attention(@q, @p, @c, scale=0.5)
+          return %o
+        } where {
+          @q: f32[7, 2, 4]
+          @p: f32[7, 2, 2]
+          @c: f32[7, 6]
+        }"""
+    with pytest.raises(CannotCache, match="mla_attention at number 0: it is over .7. rows"):
+        PASS(graph_of(text), Log())
+
+
 # ---- what cannot be served
 
 ROWS = "@memory: f32[7, 2, 4]\n@wk"
@@ -261,6 +344,11 @@ TOKEN_WISE = {
     "an unknown op on each row, the batch kept": (
         "%h = view(%x, shape=[1, T, 8])\n%f = aten.cumsum.default(%h, dim=2)\n"
         "%g = softmax(%f, dim=2)\n%e = view(%g, shape=[T, 8])"
+    ),
+    "a product for each head": (
+        "%h = view(%x, shape=[T, 2, 4])\n%w3 = view(@wq, shape=[2, 8, 4])\n"
+        "%h3 = head_linear(%h, %w3)\n%h1 = slice(%h3, dim=1, start=1, stop=2)\n"
+        "%e = view(%h1, shape=[T, 8])"
     ),
     "an unknown op on each row": "%e = aten.cumsum.default(%x, dim=1)",
     "an unknown op on each element": "%e = aten.softplus.default(%x)",

@@ -32,7 +32,10 @@ every_sample = pytest.mark.parametrize(
     [pytest.param(*case, id=f"{case[0].name}-{i}") for i, case in enumerate(CASES)],
 )
 # Made of symbols and attributes alone, or needing arguments that hang together (tested below).
-WITHOUT_SAMPLES = {"param", "constant", "literal", "kv_append", "cached_attention"}
+WITHOUT_SAMPLES = {
+    *("param", "constant", "literal"),
+    *("kv_append", "cached_attention", "cached_mla_attention"),
+}
 
 
 def seeded(seed: int = 0) -> torch.Generator:

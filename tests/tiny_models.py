@@ -80,6 +80,8 @@ _CONFIGS: dict[str, dict] = {
     "dots1": dict(**_GROUPED, head_dim=16, layer_types=["full_attention"] * 2),
     "olmoe": dict(num_experts=8, num_experts_per_tok=2),
     "smollm3": {},
+    "glm4_moe_lite": dict(**_MLA, **_GROUPED),
+    "youtu": dict(**_MLA),
 }
 MODELS = tuple(_CONFIGS)
 COVERAGE = MODELS[:17]  # what the importer promises; the others are tried beside them

@@ -1,9 +1,9 @@
 """The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
-· `glu` · `attention` · `moe` · `mxfp4` · `collective` what ranks exchange · `fused` products with
-what surrounds them, `heads` of attention and `gating` of experts alike, `prologue` what these share
-· `aten` any other functional torch operator.
+· `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` · `collective` what ranks
+exchange · `fused` products with what surrounds them, `heads` of attention and `gating` of experts
+alike, `prologue` what these share · `aten` any other functional torch operator.
 """
 
 from . import (
@@ -16,6 +16,7 @@ from . import (
     heads,
     leaf,
     linear,
+    mla,
     moe,
     mxfp4,
     norm,
@@ -35,6 +36,7 @@ __all__ = [
     "heads",
     "leaf",
     "linear",
+    "mla",
     "moe",
     "mxfp4",
     "norm",

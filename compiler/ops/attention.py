@@ -133,7 +133,7 @@ attention = Op(
 # positions, page_table) gives the new caches
 
 
-def _check_index(name: str, tokens: Any, index: tuple[TensorType, ...]) -> None:
+def check_index(name: str, tokens: Any, index: tuple[TensorType, ...]) -> None:
     slots, positions, page_table = index
     expected = TensorType("i32", (tokens,))
     if (
@@ -164,7 +164,7 @@ def _append_infer(*args: TensorType) -> Types:
             raise VerifyError(
                 f"kv_append: expected caches of equal pages, found {cache}, {args[0]}"
             )
-    _check_index("kv_append", args[count].shape[0], args[2 * count :])
+    check_index("kv_append", args[count].shape[0], args[2 * count :])
     return args[:count]
 
 
@@ -221,7 +221,7 @@ def _cached_infer(
 ) -> Types:
     _check_heads("cached_attention", q, k_cache, v_cache)
     _check_options("cached_attention", q, sinks, window, softcap)
-    _check_index("cached_attention", q.shape[0], (slots, positions, page_table))
+    check_index("cached_attention", q.shape[0], (slots, positions, page_table))
     if k_cache.rank != 4 or k_cache.shape[:2] != v_cache.shape[:2]:
         raise VerifyError(
             f"cached_attention: expected caches [pages, size, G, D], found {k_cache}, {v_cache}"

@@ -1,4 +1,4 @@
-"""Products: linear, matmul, and the embedding lookup."""
+"""Products: linear, one a head, matmul, and the embedding lookup."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _linear_reference(
 
 
 def _linear_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    flops = 2 * results[0].numel * args[1].shape[1]
+    flops = 2 * results[0].numel * args[1].shape[-1]
     return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
 
 
@@ -75,6 +75,32 @@ linear = Op(
         Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)))),
         Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)), TensorType("f32", (5,)))),
     ),
+)
+
+
+# ---- head_linear: each head's rows by that head's weight, x [T, H, K] · weightᵀ [H, K, N]
+
+
+def _head_linear_infer(x: TensorType, weight: TensorType) -> Types:
+    fits = x.rank == weight.rank == 3 and x.shape[1:] == (weight.shape[0], weight.shape[2])
+    if not fits or x.dtype != weight.dtype or x.dtype not in FLOATS:
+        raise VerifyError(
+            f"head_linear: expected x [T, H, K] and weight [H, N, K] of one float dtype, "
+            f"found {x} and {weight}"
+        )
+    return (x.with_shape((*x.shape[:2], weight.shape[1])),)
+
+
+def _head_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor]:
+    return (product(x.transpose(0, 1), weight).transpose(0, 1),)
+
+
+head_linear = Op(
+    "head_linear",
+    _head_linear_infer,
+    _head_linear_reference,
+    _linear_cost,
+    (Sample((TensorType("f32", (5, 3, 8)), TensorType("f32", (3, 6, 8)))),),
 )
 
 

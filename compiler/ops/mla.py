@@ -1,0 +1,192 @@
+"""Multi-head latent attention in its absorbed form (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+T tokens, H heads. A token's row of latent is c_kv (R dims) ‖ k_pe (P dims), the same for all heads:
+keys are the whole row, values its first R dims. It is all that a cache holds of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ir import Cost, Op, Sample
+from ..types import FLOATS, TensorType, Types, VerifyError
+from .attention import attention, cached_attention, check_index
+from .norm import rms_norm
+from .rope import FORMS, rope
+
+
+def _check_query(name: str, q_latent: TensorType, q_pe: TensorType, rows: TensorType) -> None:
+    """q_latent [T, H, R], q_pe [T, H, P], rows [..., R + P]."""
+    sizes = (*q_latent.shape[1:], *q_pe.shape[1:], *rows.shape[-1:])
+    one_dtype = q_latent.dtype == q_pe.dtype == rows.dtype and q_latent.dtype in FLOATS
+    if q_latent.rank == q_pe.rank == 3 and one_dtype and all(isinstance(d, int) for d in sizes):
+        heads, rank, heads_pe, size_pe, width = sizes
+        same = heads == heads_pe and q_latent.shape[0] == q_pe.shape[0]
+        if same and rank + size_pe == width and rank > 0 and size_pe > 0:
+            return
+    raise VerifyError(
+        f"{name}: expected q_latent [T, H, R], q_pe [T, H, P] and rows [..., R + P] of one float "
+        f"dtype with static heads, found {q_latent}, {q_pe}, {rows}"
+    )
+
+
+# ---- mla_attention: every token sees itself and those before it, in one sequence
+
+
+def _attention_infer(
+    q_latent: TensorType, q_pe: TensorType, latent: TensorType, *, scale: float
+) -> Types:
+    _check_query("mla_attention", q_latent, q_pe, latent)
+    if latent.rank != 2 or latent.shape[0] != q_latent.shape[0]:
+        raise VerifyError(
+            f"mla_attention: expected a latent [T, R + P] of the tokens of {q_latent}, "
+            f"found {latent}"
+        )
+    return (q_latent,)
+
+
+def _attention_reference(
+    q_latent: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor]:
+    rank = q_latent.shape[-1]
+    q, k = torch.cat((q_latent, q_pe), -1), latent.unsqueeze(1)
+    (out,) = attention.reference(q, k, k[..., :rank], scale=scale)
+    return (out,)
+
+
+def _flops(args: Types, results: Types, context: Any) -> Any:
+    """Scores over R + P dims, and values of R dims, for each of `context` rows."""
+    return 2 * (args[0].numel + args[1].numel + results[0].numel) * context
+
+
+def _attention_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    moved = sum((t.nbytes for t in (*args, *results)), 0)
+    return Cost(_flops(args, results, args[2].shape[0]), moved)
+
+
+_ROWS, _WIDE_ROWS = (TensorType("f32", (7, n)) for n in (14, 5))
+mla_attention = Op(
+    "mla_attention",
+    _attention_infer,
+    _attention_reference,
+    _attention_cost,
+    (
+        Sample(
+            (TensorType("f32", (7, 4, 10)), TensorType("f32", (7, 4, 4)), _ROWS), {"scale": 0.3}
+        ),
+        Sample(
+            (TensorType("f32", (7, 1, 3)), TensorType("f32", (7, 1, 2)), _WIDE_ROWS), {"scale": 1.0}
+        ),
+    ),
+)
+
+
+# ---- cached_mla_attention: token t sees its slot's rows of the paged cache up to its own position
+
+
+def _cached_infer(
+    q_latent: TensorType,
+    q_pe: TensorType,
+    cache: TensorType,
+    slots: TensorType,
+    positions: TensorType,
+    page_table: TensorType,
+    *,
+    scale: float,
+) -> Types:
+    _check_query("cached_mla_attention", q_latent, q_pe, cache)
+    check_index("cached_mla_attention", q_latent.shape[0], (slots, positions, page_table))
+    if cache.rank != 3:
+        raise VerifyError(
+            f"cached_mla_attention: expected a cache [pages, size, R + P], found {cache}"
+        )
+    return (q_latent,)
+
+
+def _cached_reference(
+    q_latent: torch.Tensor,
+    q_pe: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    page_table: torch.Tensor,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor]:
+    rank = q_latent.shape[-1]
+    q, k = torch.cat((q_latent, q_pe), -1), cache.unsqueeze(2)
+    (out,) = cached_attention.reference(
+        q, k, k[..., :rank], slots, positions, page_table, scale=scale
+    )
+    return (out,)
+
+
+def _cached_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    """Bytes of every page a slot may hold, each read once for keys and values together."""
+    q_latent, q_pe, cache, _, _, page_table = args
+    page = cache.with_shape(cache.shape[1:])
+    moved = q_latent.nbytes + q_pe.nbytes + results[0].nbytes + page_table.numel * page.nbytes
+    return Cost(_flops(args, results, page_table.shape[1] * cache.shape[1]), moved)
+
+
+cached_mla_attention = Op("cached_mla_attention", _cached_infer, _cached_reference, _cached_cost)
+
+
+# ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe) of c_kv ‖ k_pe, each rounded once
+
+
+def _latent_infer(
+    kv: TensorType,
+    norm_weight: TensorType,
+    cos: TensorType,
+    sin: TensorType,
+    *,
+    eps: float,
+    form: str,
+) -> Types:
+    if form not in FORMS:
+        raise VerifyError(f"mla_latent: form is one of {', '.join(FORMS)}, found {form!r}")
+    kinds = {kv.dtype, norm_weight.dtype, cos.dtype} <= {*FLOATS}
+    ranks = (kv.rank, norm_weight.rank, cos.rank) == (2, 1, 2)
+    if not kinds or not ranks or cos != sin or cos.shape[0] != kv.shape[0]:
+        raise VerifyError(
+            f"mla_latent: expected floats kv [T, R + P], norm_weight [R], cos and sin [T, P/2], "
+            f"found {kv}, {norm_weight}, {cos}, {sin}"
+        )
+    if kv.shape[1] != norm_weight.shape[0] + 2 * cos.shape[1]:
+        raise VerifyError(
+            f"mla_latent: expected kv of {norm_weight.shape[0]} + 2 · {cos.shape[1]} columns, "
+            f"found {kv}"
+        )
+    return (kv,)
+
+
+def _latent_reference(
+    kv: torch.Tensor,
+    norm_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    eps: float,
+    form: str,
+) -> tuple[torch.Tensor]:
+    rank = norm_weight.shape[0]
+    (c_kv,) = rms_norm.reference(kv[:, :rank], norm_weight, eps=eps)
+    (k_pe,) = rope.reference(kv[:, rank:], cos, sin, form=form)
+    return (torch.cat((c_kv, k_pe), -1),)
+
+
+def _latent_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+    return Cost(4 * args[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+
+
+_KV, _NORM, _TABLE = (TensorType("f32", shape) for shape in ((5, 14), (6,), (5, 4)))
+mla_latent = Op(
+    "mla_latent",
+    _latent_infer,
+    _latent_reference,
+    _latent_cost,
+    tuple(Sample((_KV, _NORM, _TABLE, _TABLE), {"eps": 1e-6, "form": form}) for form in FORMS),
+)
