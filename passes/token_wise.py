@@ -13,6 +13,7 @@ import torch
 from ..compiler.interpret import compute, random_tensor
 from ..compiler.ir import Node, Op, Value
 from ..compiler.ops import (
+    collective,
     fused,
     gating,
     glu,
@@ -35,12 +36,12 @@ _ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
     *(linear.linear, linear.head_linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
     *(rope.rope, rope.rope_tables, mla.mla_latent, moe.router, moe.experts),
     *(fused.fused_linear, fused.gated_linear, fused.add_rms_norm),
-    *(heads.project_heads, gating.moe_gating),
+    *(heads.project_heads, gating.moe_gating, collective.all_reduce),
 }
 # These work along attrs["dim"], those look up rows of their table.
 _ALONG: frozenset[Op] = frozenset(
     (reduce.mean, reduce.sum_, reduce.amax, reduce.softmax, reduce.topk)
-    + (shape.slice_, shape.slice_scatter, shape.cat, shape.gather)
+    + (shape.slice_, shape.slice_scatter, shape.cat, shape.gather, collective.all_gather)
 )
 _TABLE = {linear.embedding: 1, shape.take: 0}
 _PROBE_TOKENS = 5
