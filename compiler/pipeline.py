@@ -46,6 +46,14 @@ def count_nodes(graph: Graph) -> int:
     return sum(n.op.name != "param" and n not in folded for n in graph.nodes())
 
 
+def _check(check: Callable[[Graph, Applied], None], name: str, graph: Graph, log: Log) -> None:
+    for applied in log.applied:
+        try:
+            check(graph, applied)
+        except VerifyError as error:
+            raise PassError(f"pass {name}: {error}") from error
+
+
 def run_pipeline(
     graph: Graph,
     passes: Sequence[Pass],
@@ -57,9 +65,9 @@ def run_pipeline(
     """Apply `passes` in order and verify the graph after each.
 
     `require_match` names passes that must rewrite something. `check` is called with every rewrite
-    that a pass logged and raises when the two sides differ. `progress` hears each pass's name
-    before it runs. PassError names the pass and, if it matched nothing, its nearest misses;
-    ValueError a required pass that is not among `passes`.
+    that a pass logged and raises VerifyError when the two sides differ. `progress` hears each
+    pass's name before it runs. PassError names the pass and, if it matched nothing, its nearest
+    misses; ValueError a required pass that is not among `passes`.
     """
     if absent := set(require_match) - {step.name for step in passes}:
         raise ValueError(f"required to match, but not in the pipeline: {', '.join(sorted(absent))}")
@@ -75,8 +83,7 @@ def run_pipeline(
         except (VerifyError, ValueError, RuntimeError) as error:
             raise PassError(f"pass {step.name}: {error}") from error
         if check:
-            for applied in log.applied:
-                check(graph, applied)
+            _check(check, step.name, graph, log)
         if step.name in require_match and not log.matches:
             nearest = list(dict.fromkeys(log.declined))[:5]
             misses = "\n  ".join(nearest) or "nothing came near"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .ir import Graph, Node, Op, Value
 from .types import VerifyError
@@ -82,12 +82,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Applied:
-    """One rewrite that happened: the region between `leaves` and `before` became `after`."""
+    """One rewrite that happened: the region between `leaves` and `before` became `after`.
+
+    Where the two sides mean the same only for certain inputs (one sequence in a cache of many),
+    `given` says which: "zeros", or "index" for the numbers from 0 on in row-major order.
+    """
 
     rule: str
     leaves: tuple[Value, ...]
     before: tuple[Value, ...]
     after: tuple[Value, ...]
+    given: Mapping[Value, Literal["zeros", "index"]] = field(default_factory=dict[Value, Any])
 
 
 @dataclass

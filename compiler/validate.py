@@ -7,8 +7,9 @@ references from the same random inputs, for several values of every symbol.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Set
+from math import prod
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +20,7 @@ from .ops.pointwise import cast
 from .ops.shape import expand, permute, slice_, view
 from .ranks import Echo
 from .rewrite import Applied
-from .torch_types import wide
+from .torch_types import torch_dtype, wide
 from .types import VerifyError
 
 _ROUNDS = 3
@@ -36,7 +37,7 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
     frontier = _frontier(applied)
     for _ in range(_ROUNDS):
         binding = _sample_symbols(graph)
-        inputs = {v: _sample(v, binding) for v in frontier}
+        inputs = {v: _sample(v, binding, applied.given.get(v)) for v in frontier}
         before = _evaluate(applied.before, inputs, binding)
         after = _evaluate(applied.after, inputs, binding)
         for old, new, a, b in zip(applied.before, applied.after, before, after, strict=True):
@@ -58,11 +59,11 @@ def _frontier(applied: Applied) -> set[Value]:
     looks behind a leaf, what lies there.
     """
     old_nodes = set(walk(applied.before))
-    new_nodes = set(walk(applied.after)) - old_nodes
+    new_nodes = {n for n in walk(applied.after) if n.op not in (param, constant)} - old_nodes
     reached = {a for n in new_nodes for a in n.args if a.node not in new_nodes}
     reached |= {v for v in applied.after if v.node not in new_nodes}
     frontier = {v for v in (*applied.leaves, *reached) if _is_input(v)}
-    while behind := _divisible(frontier, reached):
+    while behind := _divisible(frontier, reached, applied.given.keys()):
         frontier.discard(behind)
         frontier |= {a for a in behind.node.args if _is_input(a)}
     return frontier
@@ -73,11 +74,11 @@ def _is_input(value: Value) -> bool:
     return bool(value.node.args) or value.op in (param, constant)
 
 
-def _divisible(frontier: set[Value], reached: set[Value]) -> Value | None:
+def _divisible(frontier: set[Value], reached: set[Value], given: Set[Value]) -> Value | None:
     """A value of the frontier that must not be drawn: it selects from another value, or is computed
     from something that is drawn or used beside it.
     """
-    fixed = {v.node for v in (*frontier, *reached)}
+    fixed = {v.node for v in (*frontier, *reached) if v not in given}
     for value in frontier:
         selects = value.op in _SELECTIONS and bool(value.node.args)
         if selects or any(n in fixed for n in walk(value.node.args)):
@@ -96,8 +97,15 @@ def _sample_symbols(graph: Graph) -> dict[str, int]:
     return binding
 
 
-def _sample(value: Value, binding: dict[str, int]) -> torch.Tensor:
-    return random_tensor(value.type.bind(binding))
+def _sample(
+    value: Value, binding: dict[str, int], given: Literal["zeros", "index"] | None
+) -> torch.Tensor:
+    bound = value.type.bind(binding)
+    if given is None:
+        return random_tensor(bound)
+    shape: Any = bound.shape
+    numbers = torch.arange(prod(shape), dtype=torch_dtype(bound.dtype)).view(shape)
+    return numbers if given == "index" else torch.zeros_like(numbers)
 
 
 def _evaluate(

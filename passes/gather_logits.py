@@ -80,21 +80,7 @@ def _view_rule() -> Rule:
     return Rule("take-before-view", (root,), build)
 
 
-def _slice_rule() -> Rule:
-    """take(slice(x), rows) == slice(take(x, rows)) where the slice is along another dim."""
-    x = Pat()
-    inner = pat(shape.slice_, x)
-    root = pat(shape.take, inner, ROWS)
-
-    def build(m: Match) -> Value:
-        if m[inner].attrs["dim"] % m[x].type.rank == 0:
-            raise Decline("the slice is along the rows")
-        return shape.slice_(shape.take(m[x], m[ROWS]), **m[inner].attrs)
-
-    return Rule("take-before-slice", (root,), build)
-
-
-RULES = (*map(_rule, (*TOKEN_WISE, *ALONG)), _view_rule(), _slice_rule())
+RULES = (*map(_rule, (*TOKEN_WISE, *ALONG)), _view_rule())
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ one slot), decode (one token of each slot), verification of drafts (k + 1 tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..compiler.ir import Graph, Node, Op, Value
 from ..compiler.ops.attention import attention, cached_attention, kv_append
 from ..compiler.ops.leaf import param
 from ..compiler.ops.mla import cached_mla_attention, mla_attention
 from ..compiler.ops.shape import take
-from ..compiler.rewrite import Log, rebuild
+from ..compiler.rewrite import Applied, Log, rebuild
 from ..compiler.types import TensorType, symbol
 from .token_wise import mixes_tokens
 
@@ -79,7 +79,9 @@ class InsertKvCache:
             swap[Value(node)] = out
             params.extend(empty)
             caches.update(zip((c.attrs["name"] for c in empty), appended, strict=True))
-            log.counts["cache"] += 1
+            # Tokens 0, 1, … of one sequence, in a cache of which nothing was written before.
+            one: dict[Value, Any] = {slots: "zeros", positions: "index", page_table: "index"}
+            log.applied.append(Applied("cache", node.args, (Value(node),), (out,), one))
         outputs = tuple(take(o, rows) for o in graph.outputs)
         # A step takes one token of every sequence at least, even where sequences are shorter.
         most = range(1, max(self.max_tokens_per_sequence, self.max_sequences) + 1)

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from ..compiler.pipeline import Pass
+from .absorb_mla import AbsorbMla
 from .canonicalize import Canonicalize
+from .fuse_collective_norm import FuseCollectiveNorm
+from .fuse_linear_residual import FuseLinearResidual
+from .fuse_mla_projections import FuseMlaProjections
+from .fuse_moe_gating import FuseMoeGating
+from .fuse_norm_linear import FuseNormLinear
+from .fuse_qkv_rope import FuseQkvRope
+from .fuse_shared_experts import FuseSharedExperts
+from .fuse_swiglu import FuseSwiglu
 from .gather_logits import GatherLogits
 from .insert_kv_cache import InsertKvCache
 from .quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from .raise_ops import RaiseOps
+
+# What one kernel computes. Shared experts are found as the products that fuse-swiglu would join;
+# what no other product could take, the norms' own pass does before the last two.
+FUSIONS: tuple[Pass, ...] = (
+    FuseSharedExperts(),
+    FuseMlaProjections(),
+    FuseQkvRope(),
+    FuseSwiglu(),
+    FuseMoeGating(),
+    FuseCollectiveNorm(),
+    FuseLinearResidual(),
+    FuseNormLinear(),
+)
 
 
 def causal_lm(
@@ -21,12 +43,14 @@ def causal_lm(
     return (
         Canonicalize(),
         RaiseOps(),
+        AbsorbMla(),
         *(() if quantize is None else (QuantizeMxfp4(quantize),)),
         InsertKvCache(max_sequences, max_tokens_per_sequence, pages=pages),
         GatherLogits(),
+        *FUSIONS,
     )
 
 
 def module() -> tuple[Pass, ...]:
-    """For a module that is no language model: the same cleaning, no cache."""
-    return (Canonicalize(), RaiseOps())
+    """For a module that is no language model: the same cleaning and fusions, no cache."""
+    return (Canonicalize(), RaiseOps(), *FUSIONS)
