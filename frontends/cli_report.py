@@ -66,6 +66,7 @@ def report_data(model: Model) -> dict[str, Any]:
                 "name": p.name,
                 "matches": dict(p.matches),
                 "declined": list(p.declined),
+                "notes": list(p.notes),
                 "nodes": {"before": p.nodes_before, "after": p.nodes_after},
                 "one_token": {"before": before, "after": after},
                 "seconds": p.seconds,
@@ -101,9 +102,10 @@ def pass_table(data: Mapping[str, Any]) -> Table:
 
 
 def declined_lines(data: Mapping[str, Any], most: int = 5) -> list[str]:
-    """Why matches were left alone, the first of each pass."""
+    """What passes decided, and why matches were left alone, the first of each pass."""
     lines: list[str] = []
     for p in data["passes"]:
+        lines += [f"{p['name']}: {note}" for note in p["notes"]]
         lines += [f"{p['name']} declined {reason}" for reason in p["declined"][:most]]
         if len(p["declined"]) > most:
             lines.append(f"{p['name']} declined {len(p['declined']) - most} more (see --json)")

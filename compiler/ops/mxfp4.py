@@ -80,7 +80,7 @@ mxfp4 = Op(
 
 
 def _encode_infer(w: TensorType, *, group: int, scale: str) -> Types:
-    inner = w.shape[-1] if w.rank else 0
+    inner = w.shape[-1] if w.rank else 1
     if w.dtype not in FLOATS or not isinstance(inner, int) or group not in GROUPS or inner % group:
         raise VerifyError(
             f"mxfp4_encode: expected floats [..., K] with K a multiple of the group (one of "
