@@ -11,7 +11,10 @@ from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.torch_types import torch_dtype
 from ingot.compiler.weights import Weights
 from ingot.frontends.huggingface import import_hugging_face
-from ingot.passes.pipelines import causal_lm, module
+from ingot.passes.canonicalize import Canonicalize
+from ingot.passes.gather_logits import GatherLogits
+from ingot.passes.insert_kv_cache import InsertKvCache
+from ingot.passes.raise_ops import RaiseOps
 from tiny_models import tiny_model
 
 SLOTS, MAX_TOKENS, VOCABULARY = 2, 48, 128
@@ -22,16 +25,15 @@ STEPS = (((0, 19), (1, 6)), ((1, 1), (0, 1)), ((0, 1), (1, 5)), ((-1, 2), (1, 1)
 
 @cache
 def traced(name: str, dtype: str = "f32", **overrides: int) -> tuple[Graph, Weights]:
-    """A tiny model as the passes of `module` leave it, and its weights."""
+    """A tiny model with its ops raised and nothing fused, and its weights."""
     model = tiny_model(name, dtype=torch_dtype(dtype), **overrides)
     imported = import_hugging_face(model, dtype=torch_dtype(dtype), max_tokens=MAX_TOKENS)
-    return run_pipeline(imported.graph, module())[-1].graph, imported.weights
+    return run_pipeline(imported.graph, (Canonicalize(), RaiseOps()))[-1].graph, imported.weights
 
 
 def cached(graph: Graph) -> Graph:
-    """A graph of `traced` over a paged cache, before any fusion."""
-    passes = causal_lm(max_sequences=SLOTS, max_tokens_per_sequence=MAX_TOKENS)
-    return run_pipeline(graph, passes)[-1].graph
+    """A graph of `traced` over a paged cache."""
+    return run_pipeline(graph, (InsertKvCache(SLOTS, MAX_TOKENS), GatherLogits()))[-1].graph
 
 
 def _drawn(count: int) -> torch.Tensor:
