@@ -4,6 +4,7 @@ Read in this order: `types` (dims, dtypes, tensor types), `torch_types` (their t
 `microscaling` (MXFP4), `ir`
 (ops, nodes, values, graphs), `weights` (what constants name), `ops/` (one block an op), `text` (the
 printed form and its parser), `verify` (what every graph must keep), `interpret` (what a graph
-means), `rewrite` (rules as values), `validate` (a rewrite, before and after, compared), `pipeline`
-(passes in order, each verified), `target` (what the hardware is).
+means), `ranks` (the graphs of several ranks, run at once), `rewrite` (rules as values), `validate`
+(a rewrite, before and after, compared), `pipeline` (passes in order, each verified), `target` (what
+the hardware is).
 """

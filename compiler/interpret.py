@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .ir import Graph, Node, Value
+from .ops.collective import Communicator
 from .ops.leaf import constant, param
 from .torch_types import dtype_name, torch_dtype
 from .types import TensorType, VerifyError, bind_attr, evaluate, free_symbols
@@ -54,11 +55,20 @@ def bind_symbols(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return binding
 
 
-def compute(node: Node, args: tuple[Any, ...], binding: Mapping[str, int]) -> tuple[Any, ...]:
-    """One node through its reference; VerifyError when a result is not what its type says."""
+def compute(
+    node: Node,
+    args: tuple[Any, ...],
+    binding: Mapping[str, int],
+    communicator: Communicator | None = None,
+) -> tuple[Any, ...]:
+    """One node through its reference; VerifyError when a result is not what its type says.
+
+    `communicator` is this rank's way to the others, for collectives.
+    """
     attrs = {k: bind_attr(v, binding) for k, v in node.attrs.items()}
     args = _literals_as_tensors(node, args)
-    results = node.op.reference(*args, **attrs)
+    line = {"communicator": communicator} if node.op.collective else {}
+    results = node.op.reference(*args, **attrs, **line)
     for result, type_ in zip(results, node.types, strict=True):
         if isinstance(result, torch.Tensor):
             expected = type_.bind(binding)
@@ -87,13 +97,17 @@ def _is_tensor(x: Any) -> bool:
 
 
 def interpret(
-    graph: Graph, inputs: Mapping[str, torch.Tensor], weights: Weights | None = None
+    graph: Graph,
+    inputs: Mapping[str, torch.Tensor],
+    weights: Weights | None = None,
+    communicator: Communicator | None = None,
 ) -> Results:
     """Run every node's reference once.
 
-    `inputs` are the parameters by name. Values are freed after their last use. KeyError for a
-    weight that the store lacks, ValueError for inputs that do not fit, VerifyError for a reference
-    that breaks its type rule.
+    `inputs` are the parameters by name, `communicator` the way to other ranks (`ranks` runs several
+    graphs at once). Values are freed after their last use. KeyError for a weight that the store
+    lacks, ValueError for inputs that do not fit, VerifyError for a reference that breaks its type
+    rule.
     """
     binding = bind_symbols(graph, {n: tuple(t.shape) for n, t in inputs.items()})
     for p in graph.params:
@@ -111,7 +125,7 @@ def interpret(
                 raise KeyError(f"weight @{node.attrs['name']} is needed, but no weights were given")
             values[Value(node)] = _load(node, weights)
         else:
-            results = compute(node, tuple(values[a] for a in node.args), binding)
+            results = compute(node, tuple(values[a] for a in node.args), binding, communicator)
             values.update(zip(node.results, results, strict=True))
         for arg in node.args:
             if last[arg.node] == i and arg.node not in kept:

@@ -17,6 +17,7 @@ from .ir import Graph, Node, Value, walk
 from .ops.leaf import constant, param
 from .ops.pointwise import cast
 from .ops.shape import expand, permute, slice_, view
+from .ranks import Echo
 from .rewrite import Applied
 from .torch_types import wide
 from .types import VerifyError
@@ -112,7 +113,9 @@ def _evaluate(
         if todo := [a for a in node.args if a not in values]:
             stack.extend(todo)
             continue
-        results = compute(node, tuple(values[a] for a in node.args), binding)
+        # Ranks that all hold the same are ranks too: what is true of any is true of them.
+        alone = Echo(node.attrs.get("ranks", 1)) if node.op.collective else None
+        results = compute(node, tuple(values[a] for a in node.args), binding, alone)
         values.update((k, v) for k, v in zip(node.results, results, strict=True) if k not in values)
         stack.pop()
     return [values[v] for v in roots]

@@ -1,0 +1,108 @@
+"""Collectives: what the ranks of a tensor-parallel run exchange. One graph a rank.
+
+A reference that takes part in an exchange has the keyword `communicator` (`Op.collective` says so):
+whoever runs the graph hands in this rank's end of the line. Every rank must run the same
+collectives in the same order. The attribute `ranks` of such an op is how many there are; without a
+communicator there is one, and an op that was made for more refuses to compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from ..ir import Op, Sample
+from ..torch_types import wide
+from ..types import FLOATS, TensorType, Types, VerifyError
+from .shape import axis_of, replaced
+
+
+class Communicator(Protocol):
+    """One rank's end of an exchange among `ranks` of them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def ranks(self) -> int: ...
+
+    def exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Give `x` to every rank; what each of them gave, in the order of ranks."""
+        ...
+
+
+def exchanged(x: torch.Tensor, ranks: int, communicator: Communicator | None) -> list[torch.Tensor]:
+    """`x` of every rank in order. VerifyError unless there are `ranks` of them."""
+    found = 1 if communicator is None else communicator.ranks
+    if found != ranks:
+        raise VerifyError(f"a collective among {ranks} ranks runs among {found}")
+    return [x] if communicator is None else communicator.exchange(x)
+
+
+def summed(x: torch.Tensor, ranks: int, communicator: Communicator | None) -> torch.Tensor:
+    """The sum of every rank's `x`: in f32, in the order of ranks, rounded once.
+
+    So all ranks hold the same bits, and an element's sum does not depend on its neighbours.
+    """
+    first, *others = exchanged(x, ranks, communicator)
+    total = wide(first)
+    for other in others:
+        total = total + wide(other)
+    return total.to(x.dtype)
+
+
+def check_ranks(name: str, ranks: int) -> None:
+    if ranks < 1:
+        raise VerifyError(f"{name}: expected at least one rank, found {ranks}")
+
+
+# ---- all_reduce: the sum over ranks, on every rank
+
+
+def _all_reduce_infer(x: TensorType, *, ranks: int) -> Types:
+    check_ranks("all_reduce", ranks)
+    if x.dtype not in FLOATS:
+        raise VerifyError(f"all_reduce: expected a float, found {x}")
+    return (x,)
+
+
+def _all_reduce_reference(
+    x: torch.Tensor, *, ranks: int, communicator: Communicator | None = None
+) -> tuple[torch.Tensor]:
+    return (summed(x, ranks, communicator),)
+
+
+_T = TensorType("f32", (4, 6))
+all_reduce = Op(
+    "all_reduce",
+    _all_reduce_infer,
+    _all_reduce_reference,
+    samples=(Sample((_T,), {"ranks": 1}),),
+    collective=True,
+)
+
+
+# ---- all_gather: what the ranks hold, joined along one dim in the order of ranks, on every rank
+
+
+def _all_gather_infer(x: TensorType, *, dim: int, ranks: int) -> Types:
+    check_ranks("all_gather", ranks)
+    axis = axis_of("all_gather", x, dim)
+    size: Any = x.shape[axis]
+    return (x.with_shape(replaced(x.shape, axis, size * ranks)),)
+
+
+def _all_gather_reference(
+    x: torch.Tensor, *, dim: int, ranks: int, communicator: Communicator | None = None
+) -> tuple[torch.Tensor]:
+    return (torch.cat(exchanged(x, ranks, communicator), dim),)
+
+
+all_gather = Op(
+    "all_gather",
+    _all_gather_infer,
+    _all_gather_reference,
+    samples=(Sample((_T,), {"dim": -1, "ranks": 1}), Sample((_T,), {"dim": 0, "ranks": 1})),
+    collective=True,
+)
