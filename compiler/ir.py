@@ -263,8 +263,13 @@ class Graph:
         return "\n".join(text_lines(self)[0])
 
 
-def walk(roots: tuple[Value, ...]) -> Iterator[Node]:
-    """Every node that `roots` need, once, arguments before users, in a stable order."""
+def walk(
+    roots: tuple[Value, ...], is_leaf: Callable[[Node], bool] = lambda node: False
+) -> Iterator[Node]:
+    """Every node that `roots` need, once, arguments before users, in a stable order.
+
+    A leaf is taken without its arguments.
+    """
     done: set[Node] = set()
     stack = [(root.node, False) for root in reversed(roots)]
     while stack:
@@ -276,6 +281,8 @@ def walk(roots: tuple[Value, ...]) -> Iterator[Node]:
             yield node
         else:
             stack.append((node, True))
+            if is_leaf(node):
+                continue
             stack.extend((arg.node, False) for arg in reversed(node.args) if arg.node not in done)
 
 

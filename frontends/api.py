@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +21,9 @@ from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
 from ..passes.quantize_mxfp4 import MXFP4
+from ..passes.raise_ops import RaiseOps
+from ..passes.shard_tensor_parallel import ShardTensorParallel
+from ..runtime.collectives import ProcessGroup
 from ..runtime.cpu import CpuDriver
 from ..runtime.session import Session
 from .completion import Completion, TextEvent
@@ -59,6 +62,12 @@ def compile(
     `quantize` "mxfp4", or an MXFP4 with options, packs the weights of products; the report lists
     them. The cpu target computes with what the packed weights stand for.
 
+    `tensor_parallel` N splits a language model over N processes that were started together
+    (torchrun) and share a gloo group of torch.distributed: each calls `compile` with the same
+    arguments, loads its share of the weights, and then makes the same calls; every one gets the
+    same tokens. GroupError tells what is amiss with the group, PassError heads and dims that do not
+    divide. With `passes` of your own, put ShardTensorParallel among them.
+
     `target` "auto" is the best that this version generates code for: "cpu". `passes` replaces the
     pipeline. `verify` runs every rewritten region, before and after, on sampled inputs. `progress`
     shows a bar on stderr.
@@ -70,6 +79,7 @@ def compile(
     chosen = _target(target)
     packing = _quantization(quantize)
     _check_options(speculate, tensor_parallel, max_sequences, max_tokens_per_sequence)
+    group = ProcessGroup(tensor_parallel) if tensor_parallel > 1 else None
     with Progress(enabled=progress) as bar:
         stages = _Stages(bar)
         check = check_rewrite if verify else None
@@ -78,6 +88,8 @@ def compile(
                 raise ValueError("dtype: a module keeps its own; convert it before (module.to)")
             if packing is not None:
                 raise NotYetError("quantize: this version packs only language models' weights")
+            if group:
+                raise NotYetError("tensor_parallel: this version splits language models only")
             return _compile_module(
                 source, example_inputs, dynamic_shapes, chosen, passes, check, stages
             )
@@ -93,6 +105,7 @@ def compile(
             passes,
             check,
             stages,
+            group,
         )
 
 
@@ -148,11 +161,11 @@ def _check_options(
 ) -> None:
     for name, value, default in (
         ("speculate", speculate, None),
-        ("tensor_parallel", tensor_parallel, 1),
     ):
         if value != default:
             raise NotYetError(f"{name}={value!r}: this version supports only {name}={default!r}")
     for name, value in (
+        ("tensor_parallel", tensor_parallel),
         ("max_sequences", max_sequences),
         ("max_tokens_per_sequence", max_tokens_per_sequence),
     ):
@@ -238,6 +251,7 @@ def _compile_language_model(
     passes: Sequence[Pass] | None,
     check: Callable[..., None] | None,
     stages: _Stages,
+    group: ProcessGroup | None,
 ) -> Model:
     from .huggingface import import_hugging_face  # needs transformers, which is an extra
 
@@ -249,6 +263,7 @@ def _compile_language_model(
             max_tokens_per_sequence=model.max_tokens,
             quantize=packing,
         )
+        passes = _sharded(passes, group) if group else passes
     elif packing is not None:
         raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
     results = stages.run(model.graph, passes, check)
@@ -259,8 +274,13 @@ def _compile_language_model(
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
         lowered = lower(
-            final, model.weights, target, bindings, ["logits"], meta, observe=errors.observe
+            final, model.weights, target, bindings, ["logits"], meta, errors.observe, group
         )
+    directory = None if isinstance(source, torch.nn.Module) else Path(source)
+    tokenizer = Tokenizer.open(directory) if directory else None
+    stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
+    if group:
+        group.agree(_exchanges(final, meta, stops))
     with stages("load weights"):
         buffers = lowered.program.buffers.values()
         stages.bar.expect(sum(b.kind == "weight" for b in buffers))
@@ -270,7 +290,8 @@ def _compile_language_model(
             stages.bar.advance()
             return tensor
 
-        session = Session(lowered.program, CpuDriver(), load_weight)
+        draw_seed = group.draw_seed if group else None
+        session = Session(lowered.program, CpuDriver(), load_weight, draw_seed=draw_seed)
     report = Report(
         model_type=model.config.model_type,
         target=target.name,
@@ -284,10 +305,21 @@ def _compile_language_model(
         seconds=stages.seconds,
         weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
     )
-    directory = None if isinstance(source, torch.nn.Module) else Path(source)
-    tokenizer = Tokenizer.open(directory) if directory else None
-    stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     return Model(session, graphs, report, tokenizer, stops)
+
+
+def _sharded(steps: Sequence[Pass], group: ProcessGroup) -> tuple[Pass, ...]:
+    """`steps` with sharding where models are raised and caches are not there yet."""
+    at = next(i for i, step in enumerate(steps) if isinstance(step, RaiseOps)) + 1
+    return (*steps[:at], ShardTensorParallel(group.ranks, group.rank), *steps[at:])
+
+
+def _exchanges(final: Graph, meta: Mapping[str, Any], stops: Iterable[int]) -> str:
+    """What must be the same on every rank: the collectives in order, and what steps depend on."""
+    lines = [
+        f"{node.op.name} {node.attrs} {node.types}" for node in final.nodes() if node.op.collective
+    ]
+    return "\n".join([*lines, str(sorted(meta.items())), str(sorted(stops))])
 
 
 def _serving_meta(steps: Sequence[Pass], final: Graph) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import FLOATS, TensorType
-from ..compiler.weights import Entry, Weights
+from ..compiler.weights import Bounds, Entry, Weights, within
 from .meta_model import MetaModel, named_tensors, refuse_quantized
 from .safetensors_files import File, SourceError, Stored, listed, safetensors_files
 
@@ -97,9 +97,14 @@ def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
     for name, type_ in types.items():
         tensor = tensors[name].detach()
         _check(name, type_, type_of(tensor), f"{type(model).__name__} holds")
-        load = partial(tensor.to, "cpu", torch_dtype(type_.dtype))
-        entries[name] = Entry(type_, load, f"{type(model).__name__} in memory")
+        dtype = torch_dtype(type_.dtype)
+        load, part = partial(tensor.to, "cpu", dtype), partial(_cast_part, tensor, dtype)
+        entries[name] = Entry(type_, load, f"{type(model).__name__} in memory", part)
     return Weights(entries)
+
+
+def _cast_part(tensor: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> torch.Tensor:
+    return within(tensor, bounds).to("cpu", dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,23 +167,33 @@ class _Conversion:
                 return None
 
     def load(self, target: str, type_: TensorType) -> torch.Tensor:
-        """The target called `target`. Stacks are filled in place: nothing is held beside them."""
+        """The target called `target`."""
+        if self.stack_dim is not None:
+            shape: Any = type_.shape
+            return self.load_part(type_, tuple((0, size) for size in shape))
         dtype = torch_dtype(type_.dtype)
+        tensors = {
+            pattern: [stored.read().to(dtype) for _, stored in parts]
+            for pattern, parts in self.sources.items()
+        }
+        return self.apply(tensors)[target]
+
+    def load_part(self, type_: TensorType, bounds: Bounds) -> torch.Tensor:
+        """Of a stack, what is within `bounds`: filled in place, nothing is held beside it."""
         dim = self.stack_dim
-        if dim is None:
-            tensors = {
-                pattern: [stored.read().to(dtype) for _, stored in parts]
-                for pattern, parts in self.sources.items()
-            }
-            return self.apply(tensors)[target]
-        shape: Any = type_.shape
-        out = torch.empty(shape, dtype=dtype)
-        start = 0
+        assert dim is not None
+        (first, last), *inner = bounds
+        out = torch.empty([stop - start for start, stop in bounds], dtype=torch_dtype(type_.dtype))
+        start = 0  # of a source within its element, along `dim`
         for pattern in self.converter.source_patterns:
             parts = [stored for _, stored in self.sources[pattern]]
-            for element, stored in zip(out, parts, strict=True):
-                stored.read_into(element.narrow(dim, start, stored.shape[dim]))
+            low, high = max(inner[dim][0], start), min(inner[dim][1], start + parts[0].shape[dim])
+            there = (*inner[:dim], (low - start, high - start), *inner[dim + 1 :])
             start += parts[0].shape[dim]
+            if low >= high:
+                continue
+            for element, stored in zip(out, parts[first:last], strict=True):
+                stored.read_into(element.narrow(dim, low - inner[dim][0], high - low), there)
         return out
 
 
@@ -227,7 +242,10 @@ def _direct(name: str, type_: TensorType, source: str, stored: Stored) -> Entry:
     def load() -> torch.Tensor:
         return stored.read().to(dtype)
 
-    return Entry(type_, load, f"{stored.file.path}: {source}")
+    def load_part(bounds: Bounds) -> torch.Tensor:
+        return within(stored.read(), bounds).to(dtype)
+
+    return Entry(type_, load, f"{stored.file.path}: {source}", load_part)
 
 
 def _converted(
@@ -242,7 +260,8 @@ def _converted(
         for dtype in dtypes:
             _check(name, types[name], TensorType(dtype, shape), f"{conversion.origin} give")
         load: Callable[[], torch.Tensor] = partial(conversion.load, name, types[name])
-        yield name, Entry(types[name], load, conversion.origin)
+        part = None if conversion.stack_dim is None else partial(conversion.load_part, types[name])
+        yield name, Entry(types[name], load, conversion.origin, part)
 
 
 def _check(name: str, expected: TensorType, found: TensorType, verb: str) -> None:

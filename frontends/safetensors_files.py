@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import DTYPE_BITS, TensorType
+from ..compiler.weights import Bounds, within
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -77,18 +78,21 @@ class Stored:
             release.atexit = False
         return tensor
 
-    def read_into(self, out: torch.Tensor) -> None:
-        """Read into `out`, which has this shape, casting where its dtype differs.
+    def read_into(self, out: torch.Tensor, bounds: Bounds) -> None:
+        """Read what is within `bounds` into `out`, casting where its dtype differs.
 
-        Without a cast the data goes straight into `out`, about three times as fast as through the
+        Whole rows without a cast go straight into `out`, about three times as fast as through the
         mapping, whose pages would be faulted in one by one to be used once.
         """
-        if self.type != type_of(out) or not out.is_contiguous():
-            out.copy_(self.read())
+        (_, stop), *inner = bounds
+        whole_rows = all(b == (0, size) for b, size in zip(inner, self.shape[1:], strict=True))
+        if type_of(out).dtype != self.dtype or not out.is_contiguous() or not whole_rows:
+            out.copy_(within(self.read(), bounds))
             return
         rest = out.view(-1).view(torch.uint8).numpy().data
+        end = self.offset + self.nbytes * stop // self.shape[0]
         while rest:
-            at = self.offset + self.nbytes - len(rest)
+            at = end - len(rest)
             count = os.preadv(self.file.descriptor, [rest], at)
             if count == 0:
                 raise SourceError(f"{self.file.path}: cut short since it was opened")

@@ -6,7 +6,7 @@ shard-tensor-parallel, for activations and for the weights that a rank reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from ..compiler.ir import Node, Op, Value
 from ..compiler.ops import attention, glu, linear, norm, pointwise, reduce, rope, shape
 from ..compiler.ops.leaf import constant
+from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.types import Shape, dim
 
 
@@ -68,10 +69,12 @@ def sliced(value: Value, cut: Cut) -> Value:
 def cut_weight(value: Value, cut: Cut) -> Value:
     """A cut of what depends on weights alone, so that little more is read than it needs.
 
-    Past the end there are zeros.
+    Past the end there are zeros. Misaligned where a packed weight cannot be cut.
     """
     size = value.type.shape[cut.axis]
     assert isinstance(size, int)
+    if value.op is mxfp4 and not is_all(value, cut):
+        return _cut_each(value, _mxfp4(value.node, cut))
     if cut.stop > size:
         held = Cut(cut.axis, min(cut.start, size), size)
         padding = list(value.type.shape)
@@ -80,11 +83,26 @@ def cut_weight(value: Value, cut: Cut) -> Value:
         return shape.cat(cut_weight(value, held), zeros, dim=cut.axis) if held.size else zeros
     if value.op is constant or is_all(value, cut):
         return sliced(value, cut)
-    inner = pushed(value.node, cut)
-    if inner is None:
-        return sliced(value, cut)
+    try:
+        inner = pushed(value.node, cut)
+    except Misaligned:
+        inner = None
+    return sliced(value, cut) if inner is None else _cut_each(value, inner)
+
+
+def _cut_each(value: Value, inner: Pushed) -> Value:
     args = tuple(cut_weight(a, c) if c else a for a, c in inner.args)
     return value.op.node(args, inner.attrs, value.node.source).results[0]
+
+
+def joined_cuts(weight: Value, cuts: Sequence[Cut]) -> Value:
+    """Cuts of the rows of a weight one after the other; of a packed weight, in its packed form."""
+    if len(cuts) == 1:
+        return cut_weight(weight, cuts[0])
+    if weight.op is mxfp4:
+        parts = tuple(joined_cuts(a, cuts) for a in weight.node.args)
+        return mxfp4.node(parts, weight.attrs, weight.node.source).results[0]
+    return shape.cat(*(cut_weight(weight, c) for c in cuts), dim=cuts[0].axis)
 
 
 def _with_size(dims: Shape, axis: int, size: int) -> Shape:
@@ -178,6 +196,22 @@ def _cat(node: Node, cut: Cut) -> Pushed | None:
     return Pushed(tuple(parts), node.attrs) if parts else None
 
 
+# slice(mxfp4(codes, scales)) == mxfp4(slice(codes), slice(scales)), along K between two groups
+def _mxfp4(node: Node, cut: Cut) -> Pushed:
+    (codes, scales), (type_,) = node.args, node.types
+    if cut.axis < type_.rank - 1:
+        return Pushed(((codes, cut), (scales, cut)), node.attrs)
+    inner, blocks = type_.shape[-1], scales.type.shape[-1]
+    assert isinstance(inner, int) and isinstance(blocks, int)
+    group = inner // blocks
+    if cut.start % group or cut.stop % group:
+        raise Misaligned(f"groups of {group} along K = {inner} are cut in parts of {cut.size}")
+    pairs = Cut(cut.axis, cut.start // 2, cut.stop // 2)
+    return Pushed(
+        ((codes, pairs), (scales, Cut(cut.axis, cut.start // group, cut.stop // group))), node.attrs
+    )
+
+
 def _full(node: Node, cut: Cut) -> Pushed:
     return Pushed((), {**node.attrs, "shape": _with_size(node.types[0].shape, cut.axis, cut.size)})
 
@@ -233,4 +267,5 @@ _RULES: dict[Op, Callable[[Node, Cut], Pushed | None]] = {
     rope.rope: _rope,
     reduce.softmax: _softmax,
     attention.attention: _attention,
+    mxfp4: _mxfp4,
 }

@@ -10,7 +10,7 @@ from typing import Any
 from ..compiler.ir import Node, Op, Value
 from ..compiler.ops import linear, moe, pointwise, shape
 from ..compiler.ops.leaf import literal
-from .cuts import Cut, cut_weight
+from .cuts import Cut, cut_weight, joined_cuts
 
 
 def share(size: int, ranks: int, rank: int, axis: int) -> Cut:
@@ -44,9 +44,8 @@ def experts_by_intermediate(node: Node, args: tuple[Value, ...], ranks: int, ran
 
     def rows(value: Value) -> Value:
         """Of gate rows and then up rows, those of the rank's units."""
-        starts = (mine.start + half * hidden for half in range(halves))
-        parts = [cut_weight(value, Cut(1, start, start + mine.size)) for start in starts]
-        return parts[0] if halves == 1 else shape.cat(*parts, dim=1)
+        starts = [mine.start + half * hidden for half in range(halves)]
+        return joined_cuts(value, [Cut(1, start, start + mine.size) for start in starts])
 
     weights = [rows(gate_up), cut_weight(down, mine)]
     if biases:

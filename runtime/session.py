@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, count
 from operator import index
 from time import perf_counter
@@ -50,8 +51,12 @@ class Session:
         weights: WeightLoader,
         *,
         pages: int | None = None,
+        draw_seed: Callable[[], int] | None = None,
     ) -> None:
         """Load `program`. `pages` uses fewer of the program's KV pages than there are.
+
+        `draw_seed` gives a number in [0, 2^64) for sampling that fixes none, by default from the
+        operating system; processes that serve the same sequences together must draw the same.
 
         ValueError when the program is no serving program or `pages` is out of range.
         """
@@ -69,6 +74,7 @@ class Session:
         self._scheduler = Scheduler(
             self._cache, tokens=self._buckets.tokens, sequences=self._buckets.rows
         )
+        self._draw_seed = draw_seed or partial(secrets.randbits, 64)
         self._ids = count(1)
         self._events: list[Event] = []
         self._stats = SessionStats()
@@ -363,7 +369,7 @@ class Session:
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            seed=self._draw_seed() if sampling.seed is None else sampling.seed,
             stop_tokens=frozenset(stop_tokens),
             top_count=top_logprobs,
             stats=SequenceStats(prompt_tokens=len(prompt)),
