@@ -99,7 +99,10 @@ class Facts:
         if x.type.rank - 1 not in self.gains.get(x, ()) or not self._are_weights((*parameters,)):
             return False
         if not isinstance(inner, int) or inner % self.ranks:
-            raise CannotShard(at(node, f"{inner} inputs do not divide over {self.ranks} ranks"))
+            heads = x.node.args[0].type.shape[1:] if x.op is shape.view else ()
+            shown = f" ({' · '.join(map(str, heads))})" if heads else ""
+            found = f"{inner} inputs{shown}"
+            raise CannotShard(at(node, f"{found} do not divide over {self.ranks} ranks"))
         return self._can_cut(node, ((parameters[0], 1),))
 
     def _can_cut(self, node: Node, weights: tuple[tuple[Value, int], ...]) -> bool:
@@ -257,10 +260,11 @@ class Plan:
                 log.counts[f"experts-by-{layout}" if layout else _SPLIT[node.op]] += 1
             elif how in ("cuts", "gather") and node.op is linear.linear:
                 log.counts["column-parallel"] += 1
-            elif how == "whole" and node.op in _SPLIT:
+            elif how == "whole" and node.op in _SPLIT and node not in self.facts.kept:
                 by = self.wanted[Value(node)].get("whole", "another cut")
-                reason = self.facts.kept.get(node, f"{by} needs all of it")
-                log.decline(name, node, f"whole on every rank: {reason}")
+                log.decline(name, node, f"whole on every rank: {by} needs all of it")
+            if node in self.facts.kept:
+                log.decline(name, node, f"not split: {self.facts.kept[node]}")
             if how in ("sum", "gather"):
                 log.counts["all-reduce" if how == "sum" else "all-gather"] += 1
 
