@@ -15,7 +15,12 @@ from typing import Any
 import ingot
 import pytest
 import rank_worker
+from ingot.compiler.pipeline import run_pipeline
+from ingot.frontends.huggingface import import_hugging_face
+from ingot.passes.canonicalize import Canonicalize
+from ingot.passes.raise_ops import RaiseOps
 from ingot.runtime.collectives import GroupError
+from safetensors.torch import save_file
 from tiny_models import tiny_model
 
 MODELS = ("llama", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -28,7 +33,7 @@ SECONDS = 120.0
 def server() -> ForkServerContext:
     """A server that has everything imported, and no thread, when it forks a rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_worker", "transformers"])
+    context.set_forkserver_preload(["ingot.frontends.api", "ingot.frontends.huggingface"])
     return context
 
 
@@ -71,28 +76,39 @@ def run(server: ForkServerContext, tmp_path: Path) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, list[list[int]]]:
-    return rank_worker.tokens(MODELS, 1)
+def models(tmp_path_factory: pytest.TempPathFactory) -> rank_worker.Models:
+    """Traced once: ranks are given the graph and the weights."""
+    folder = tmp_path_factory.mktemp("models")
+    found: dict[str, tuple[str, str]] = {}
+    for name in MODELS:
+        model = import_hugging_face(tiny_model(name), dtype=None, max_tokens=rank_worker.TOKENS)
+        graph = run_pipeline(model.graph, (Canonicalize(), RaiseOps()))[-1].graph
+        used = {n.attrs["name"] for n in graph.nodes() if n.op.name == "constant"}
+        file = str(folder / f"{name}.safetensors")
+        save_file({n: model.weights.load(n).clone() for n in used}, file)
+        found[name] = (str(graph), file)
+    return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_tokens_of_ranks_are_those_of_one(
-    ranks: int, run: Run, expected: dict[str, list[list[int]]]
-) -> None:
-    for found in run(ranks, rank_worker.tokens, MODELS):
+def test_tokens_of_ranks_are_those_of_one(ranks: int, run: Run, models: rank_worker.Models) -> None:
+    expected = rank_worker.tokens(models, 1)
+    for found in run(ranks, rank_worker.tokens, models):
         assert found == expected
 
 
-def test_ranks_draw_the_same_seed(run: Run) -> None:
-    first, second = run(2, rank_worker.drawn)
-    assert first == second and first[0] != first[1]
+def test_front_door(run: Run) -> None:
+    """`compile` gives every rank the tokens of one process, and draws of one seed."""
+    expected, _ = rank_worker.compiled(1)
+    (first, drawn), (second, also_drawn) = run(2, rank_worker.compiled)
+    assert first == second == expected
+    assert drawn == also_drawn and drawn[0] != drawn[1]
 
 
 def test_groups_that_do_not_fit(run: Run) -> None:
-    for size, sequences, dtype in run(2, rank_worker.refused):
+    for size, options in run(2, rank_worker.refused):
         assert size.startswith("GroupError: tensor_parallel=3: expected a group of 3, found one of")
-        for said in (sequences, dtype):
-            assert "compiled different programs: expected the same model and the same" in said
+        assert "compiled different programs: expected the same model and the same" in options
 
 
 def test_without_a_group_it_says_how_to_start_one() -> None:
