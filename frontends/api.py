@@ -159,9 +159,7 @@ def _check_options(
     max_sequences: int,
     max_tokens_per_sequence: int,
 ) -> None:
-    for name, value, default in (
-        ("speculate", speculate, None),
-    ):
+    for name, value, default in (("speculate", speculate, None),):
         if value != default:
             raise NotYetError(f"{name}={value!r}: this version supports only {name}={default!r}")
     for name, value in (
