@@ -104,7 +104,7 @@ def find_sites(graph: Graph, options: MXFP4) -> list[Site]:
 
 
 def _products_behind(values: Iterable[Value]) -> Iterator[Node]:
-    """The linears that `values` come from, with only element-wise ops, views and collectives between."""
+    """The linears that `values` come from through element-wise ops, views and collectives."""
     stack, seen = [v.node for v in values], set[Node]()
     while stack:
         node = stack.pop()

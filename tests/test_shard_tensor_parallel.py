@@ -408,7 +408,6 @@ def test_shares_are_packed_as_the_whole_is(name: str) -> None:
     assert_ranks_agree(whole, graphs, model.weights, tolerance=1e-4, high=128)
 
 
-
 def test_end_of_the_network_runs_for_wanted_rows_alone() -> None:
     before, _ = imported("deepseek_v3")
     steps = (ShardTensorParallel(2, 1), InsertKvCache(2, 64, 16), GatherLogits())
