@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from ..compiler.ir import Graph, Node, Op, Value, walk
 from ..compiler.microscaling import GROUPS, SCALE_RULES
 from ..compiler.ops import linear, moe, pointwise, shape
+from ..compiler.ops.collective import all_gather, all_reduce
 from ..compiler.ops.leaf import constant
 from ..compiler.ops.mxfp4 import mxfp4, mxfp4_encode
 from ..compiler.rewrite import Applied, Log, rebuild
@@ -30,7 +31,9 @@ WEIGHTS_OF: Mapping[Op, tuple[int, ...]] = {
 # Weights of fewer rows than this (a gate, say) are too small for their bytes to matter.
 _FEWEST_ROWS = 16
 # Between a product and the router or output that it is for.
-_PASSING = frozenset({*pointwise.POINTWISE, shape.view, shape.take, shape.slice_})
+_PASSING = frozenset(
+    {*pointwise.POINTWISE, shape.view, shape.take, shape.slice_, all_gather, all_reduce}
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def find_sites(graph: Graph, options: MXFP4) -> list[Site]:
 
 
 def _products_behind(values: Iterable[Value]) -> Iterator[Node]:
-    """The linears that `values` come from, with only element-wise ops and views between."""
+    """The linears that `values` come from through element-wise ops, views and collectives."""
     stack, seen = [v.node for v in values], set[Node]()
     while stack:
         node = stack.pop()

@@ -53,7 +53,7 @@ def _served(text: str, weights: str, ranks: int) -> list[list[int]]:
     }
     bindings = serving_bindings(SEQUENCES, TOKENS)
     store = Weights.of(load_file(weights))
-    lowered = lower(final, store, CPU, bindings, ["logits"], meta, group)
+    lowered = lower(final, store, CPU, bindings, ["logits"], meta, communicator=group)
     with Session(lowered.program, CpuDriver(), lowered.load_weight) as session:
         running = [session.submit(p, max_new_tokens=NEW_TOKENS) for p in PROMPTS]
         while not session.idle:

@@ -18,10 +18,11 @@ from ingot.frontends.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.passes.canonicalize import Canonicalize
 from ingot.passes.gather_logits import GatherLogits
 from ingot.passes.insert_kv_cache import InsertKvCache
+from ingot.passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ingot.passes.raise_ops import RaiseOps
 from ingot.passes.shard_tensor_parallel import CannotShard, ShardTensorParallel
 from pass_checks import body, graph_of, ops, random_inputs, random_weights
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
 
 
 def sharded(graph: Graph, ranks: int) -> tuple[list[Graph], Log]:
@@ -390,6 +391,21 @@ def test_sum_keeps_a_packed_weight_that_cannot_be_cut() -> None:
 
 
 # ---- with the passes that follow
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_shares_are_packed_as_the_whole_is(name: str) -> None:
+    """Where groups lie within shares; the product that gives the logits is kept on ranks too."""
+    sizes = {"intermediate_size": 128, "moe_intermediate_size": 64}
+    sizes = {k: v for k, v in sizes.items() if hasattr(tiny_config(name), k)}
+    before, model = imported(name, **sizes)
+    pack = QuantizeMxfp4(MXFP4())
+    graphs = [
+        run_pipeline(before, (ShardTensorParallel(2, rank), pack))[-1].graph for rank in range(2)
+    ]
+    whole = run_pipeline(before, (pack,))[-1].graph
+    assert ops(whole)["mxfp4"] == ops(graphs[0])["mxfp4"] > 10
+    assert_ranks_agree(whole, graphs, model.weights, tolerance=1e-4, high=128)
 
 
 def test_end_of_the_network_runs_for_wanted_rows_alone() -> None:
