@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -38,6 +38,7 @@ _DTYPES = {
     "F8_E4M3": "f8e4m3",
     "F8_E5M2": "f8e5m2",
     "F8_E8M0": "e8m0",
+    "F4": "f4e2m1",
 }
 
 
@@ -47,7 +48,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One tensor of a file. `dtype` is the IR's name, or the format's where the IR has none."""
+    """One tensor of a file; `dtype` is the IR's name. A 4-bit dtype is read as bytes alone."""
 
     file: File
     dtype: str
@@ -76,6 +77,20 @@ class Stored:
             release = weakref.finalize(tensor, mapped.madvise, mmap.MADV_DONTNEED, start, length)
             release.atexit = False
         return tensor
+
+    def read_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """`read`, cast to `dtype` where it differs."""
+        return self.read().to(dtype)
+
+    def as_bytes(self) -> Stored:
+        """The same data as u8; of a packed 4-bit dtype the last dim counts pairs."""
+        if DTYPE_BITS[self.dtype] == 8:
+            return replace(self, dtype="u8")
+        return replace(self, dtype="u8", shape=(*self.shape[:-1], self.shape[-1] // 2))
+
+    def reshaped(self, *shape: int) -> Stored:
+        """The same data under another shape of as many elements."""
+        return replace(self, shape=shape)
 
     def read_into(self, out: torch.Tensor) -> None:
         """Read into `out`, which has this shape, casting where its dtype differs.
