@@ -9,7 +9,9 @@ on both sides (`tokenizer`, `chat`), `progress`, and `cli` (the command line ove
 The way in, top down: `huggingface` (a model directory to a graph and its weights), over
 `meta_model` (a config as a model without weights), `traced_ops` (attention and experts as one node
 each), `torch_export` (a traced program to a graph) with `aten_rules` (what each operator becomes),
-`checkpoint` and `safetensors_files` (weights, read lazily), over `quantized` (several stored tensors
-as one weight) with `quantization_config` (what the config promises) and `dequantize` (formats that
-become dense).
+`checkpoint` and `safetensors_files` (weights, read lazily), over `conversions` (what transformers
+does to them) and `quantized` (several stored tensors as one weight) with `quantization_config`
+(what the config promises) and `dequantize` (formats that become dense).
+
+The way out: `export_quantized` (a directory in MXFP4 for others to read) and `safetensors_writer`.
 """

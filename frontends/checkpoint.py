@@ -9,30 +9,19 @@ is two entries, its codes and its scales.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import FLOATS, TensorType
 from ..compiler.weights import Entry, Weights
-from .meta_model import MetaModel, named_tensors, read_config, refuse_quantized
+from .conversions import Conversion, dense, places_of
 from .dequantize import Dequantized
+from .meta_model import MetaModel, named_tensors, read_config, refuse_quantized
 from .quantization_config import quantization_of
 from .quantized import Packed, Source, sources_of
 from .safetensors_files import File, SourceError, Stored, listed, safetensors_files
@@ -120,156 +109,31 @@ def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
     return Weights(entries)
 
 
-@dataclass(frozen=True, eq=False)
-class _Conversion:
-    """One converter of transformers and the stored tensors of one place in the model.
-
-    `name` is the first target. `sources` maps each source pattern to its tensors in index order.
-    """
-
-    converter: WeightConverter
-    model: PreTrainedModel
-    name: str
-    sources: dict[str, list[tuple[str, Source]]]
-
-    def apply(self, tensors: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The targets by full name, from tensors by source pattern."""
-        converter = deepcopy(self.converter)  # it collects tensors: one for each use
-        for pattern, parts in tensors.items():
-            for part in parts:
-                future: Any = part  # a tensor that is there already serves as a future
-                converter.add_tensor(self.name, pattern, pattern, future)
-        results = converter.convert(self.name, model=self.model, config=self.model.config)
-        return {k: v[0] if isinstance(v, list) else v for k, v in results.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each target, by converting meta tensors; SourceError when they do not fit."""
-        tensors = {
-            pattern: [torch.empty(stored.shape, device="meta") for _, stored in parts]
-            for pattern, parts in self.sources.items()
-        }
-        try:
-            return {name: tuple(tensor.shape) for name, tensor in self.apply(tensors).items()}
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise SourceError(
-                f"{self.name}: cannot be built from {self.origin}: {error}"
-            ) from error
-
-    @property
-    def origin(self) -> str:
-        parts = [part for parts in self.sources.values() for part in parts]
-        (first, stored), (last, _) = parts[0], parts[-1]
-        if len(parts) == 1:
-            return f"{stored.file.path}: {first}"
-        return f"{stored.file.path.parent}: {len(parts)} tensors, {first} to {last}"
-
-    @property
-    def stack_dim(self) -> int | None:
-        """For a stack whose elements are sources side by side: along which dim of an element.
-
-        None for other conversions. Element i comes from the i-th source of every pattern.
-        """
-        if self.sources.keys() != set(self.converter.source_patterns):
-            return None
-        match self.converter.operations:
-            case [MergeModulelist(dim=0)] if len(self.sources) == 1:
-                return 0
-            case [MergeModulelist(dim=0), Concatenate(dim=dim)] if dim > 0:
-                return dim - 1
-            case _:
-                return None
-
-    @property
-    def packed(self) -> bool | None:
-        """Whether its sources are in MXFP4; None where some are and some are not."""
-        kinds = {isinstance(s, Packed) for parts in self.sources.values() for _, s in parts}
-        return kinds.pop() if len(kinds) == 1 else None
-
-    def of(self, part: Callable[[Packed], Stored]) -> _Conversion:
-        """The same conversion of the codes or the scales of sources in MXFP4."""
-        sources: dict[str, list[tuple[str, Source]]] = {
-            pattern: [(name, part(s)) for name, s in parts if isinstance(s, Packed)]
-            for pattern, parts in self.sources.items()
-        }
-        return replace(self, sources=sources)
-
-    @property
-    def keeps_rows(self) -> bool:
-        """Whether it only arranges rows: the last dim of every source stays what it is."""
-        dense = not any(
-            isinstance(s, Packed) and s.transposed for p in self.sources.values() for _, s in p
-        )
-        rank = 2
-        for operation in self.converter.operations:
-            match operation:
-                case MergeModulelist(dim=0):
-                    rank += 1
-                case Concatenate(dim=dim) | Chunk(dim=dim) if 0 <= dim < rank - 1:
-                    pass
-                case _:
-                    return False
-        return dense
-
-    def load(self, target: str, type_: TensorType) -> torch.Tensor:
-        """The target called `target`. Stacks are filled in place: nothing is held beside them."""
-        dtype = torch_dtype(type_.dtype)
-        dim = self.stack_dim
-        if dim is None:
-            tensors = {
-                pattern: [_dense(stored).read_as(dtype) for _, stored in parts]
-                for pattern, parts in self.sources.items()
-            }
-            return self.apply(tensors)[target]
-        shape: Any = type_.shape
-        out = torch.empty(shape, dtype=dtype)
-        start = 0
-        for pattern in self.converter.source_patterns:
-            parts = [_dense(stored) for _, stored in self.sources[pattern]]
-            for element, stored in zip(out, parts, strict=True):
-                stored.read_into(element.narrow(dim, start, stored.shape[dim]))
-            start += parts[0].shape[dim]
-        return out
-
-
-def _dense(source: Source) -> Stored | Dequantized:
-    assert not isinstance(source, Packed)
-    return source
-
-
 def _entries(
     stored: Mapping[str, Source], meta: MetaModel
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]], list[str]]:
     """Entries by the model's names, which of them are packed, and the names without a place."""
     types = meta.types()
-    places = meta.model.state_dict()
-    transforms = get_model_conversion_mapping(meta.model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix = meta.model.base_model_prefix
-
     entries: dict[str, Entry] = {}
     packed: dict[str, tuple[int, ...]] = {}
-    conversions: dict[str, _Conversion] = {}
+    conversions: dict[str, Conversion] = {}
     unused: list[str] = []
-    for source in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(source, renamings, converters, prefix, places)
-        if name not in places and source in places:
-            name, pattern = source, None
-        if name not in places:
+    for source, place in places_of(stored, meta):
+        if place is None:
             unused.append(source)
-        elif pattern is not None:
-            conversion = conversions.setdefault(
-                name, _Conversion(converter_of[pattern], meta.model, name, {})
-            )
-            conversion.sources.setdefault(pattern, []).append((source, stored[source]))
+            continue
+        name, tensor = place.name, stored[source]
+        if place.converter is not None:
+            new = Conversion(place.converter, meta.model, name, {})
+            conversion = conversions.setdefault(name, new)
+            conversion.sources.setdefault(place.pattern, []).append((source, tensor))
         elif name in entries or name in packed:
             raise SourceError(f"two stored tensors for {name}: {source!r} and another")
-        elif isinstance(place := stored[source], Packed):
-            packed[name] = _order(place)
-            entries |= _packed(name, types[name], source, place)
+        elif isinstance(tensor, Packed):
+            packed[name] = _order(tensor)
+            entries |= _packed(name, types[name], source, tensor)
         else:
-            entries[name] = _direct(name, types[name], source, place)
+            entries[name] = _direct(name, types[name], source, tensor)
     for conversion in conversions.values():
         for name, made in _converted(conversion, types):
             if name in entries or name in packed:
@@ -318,7 +182,7 @@ def _without_nan(name: str, load: Callable[[], torch.Tensor]) -> Callable[[], to
 
 
 def _converted(
-    conversion: _Conversion, types: Mapping[str, TensorType]
+    conversion: Conversion, types: Mapping[str, TensorType]
 ) -> Iterable[tuple[str, dict[str, Entry]]]:
     """For each target that the model has: its entry, or those of its codes and scales."""
     for parts in conversion.sources.values():
@@ -330,7 +194,7 @@ def _converted(
     if conversion.packed:
         yield from _converted_packed(conversion, types)
         return
-    dtypes = {_dense(s).dtype for parts in conversion.sources.values() for _, s in parts}
+    dtypes = {dense(s).dtype for parts in conversion.sources.values() for _, s in parts}
     for name, shape in conversion.shapes().items():
         if name not in types:
             continue
@@ -341,7 +205,7 @@ def _converted(
 
 
 def _converted_packed(
-    conversion: _Conversion, types: Mapping[str, TensorType]
+    conversion: Conversion, types: Mapping[str, TensorType]
 ) -> Iterable[tuple[str, dict[str, Entry]]]:
     """Codes are converted like the rows that they stand for, and scales likewise."""
     if not conversion.keeps_rows:

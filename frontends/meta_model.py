@@ -131,8 +131,7 @@ def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of `config` that says nothing of quantized weights: the model's own layers."""
     plain = deepcopy(config)
     for holder in (plain, plain.get_text_config()):
-        if hasattr(holder, "quantization_config"):
-            del holder.quantization_config
+        vars(holder).pop("quantization_config", None)
     return plain
 
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import DTYPE_BITS, TensorType
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_NAMES = 5  # names that an error lists before it only counts
 
@@ -40,6 +40,9 @@ _DTYPES = {
     "F8_E8M0": "e8m0",
     "F4": "f4e2m1",
 }
+
+
+FORMAT_NAMES = {ours: theirs for theirs, ours in _DTYPES.items()}
 
 
 class SourceError(ValueError):
@@ -162,9 +165,9 @@ def safetensors_files(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory")
-    if (directory / _SINGLE).exists():
-        return [_inside(directory, _SINGLE)]
-    if (directory / _INDEX).exists():
+    if (directory / SINGLE).exists():
+        return [_inside(directory, SINGLE)]
+    if (directory / INDEX).exists():
         return [_inside(directory, name) for name in _shards(directory)]
     names = sorted(path.name for path in directory.iterdir())
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
@@ -173,19 +176,19 @@ def safetensors_files(directory: Path) -> list[Path]:
             "the model as safetensors (save_pretrained does)"
         )
     raise SourceError(
-        f"{directory}: expected {_SINGLE} or {_INDEX}, found {listed(names) if names else 'none'}"
+        f"{directory}: expected {SINGLE} or {INDEX}, found {listed(names) if names else 'none'}"
     )
 
 
 def _shards(directory: Path) -> list[str]:
     """The file names in the index, each once, in order."""
     try:
-        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{directory / _INDEX}: not readable as JSON: {error}") from error
+        raise SourceError(f"{directory / INDEX}: not readable as JSON: {error}") from error
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-        raise SourceError(f"{directory / _INDEX}: expected a weight_map of names to file names")
+        raise SourceError(f"{directory / INDEX}: expected a weight_map of names to file names")
     return sorted(set(files.values()))
 
 
@@ -195,9 +198,9 @@ def _inside(directory: Path, name: str) -> Path:
     A Hugging Face cache (snapshots/<revision>/<name> linking to blobs/<hash>) counts as inside.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise SourceError(f"{directory / _INDEX}: expected plain file names, found {name!r}")
+        raise SourceError(f"{directory / INDEX}: expected plain file names, found {name!r}")
     if not name.endswith(".safetensors"):
-        raise SourceError(f"{directory / _INDEX}: expected .safetensors files, found {name!r}")
+        raise SourceError(f"{directory / INDEX}: expected .safetensors files, found {name!r}")
     path = directory / name
     if not path.is_file():
         raise SourceError(f"{path}: no such file")

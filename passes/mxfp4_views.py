@@ -21,11 +21,9 @@ ROWS = Pat()
 
 
 def _inside(weight: Value, move: Callable[[Value, int], Value]) -> Value:
-    """mxfp4 of `move(codes, 2)` and `move(scales, group)`: how many elements one of theirs holds."""
+    """mxfp4 of the moved codes and scales; `move` is told how many elements one of each holds."""
     codes, scales = weight.node.args
-    return mxfp4(
-        move(codes, 2), move(scales, _group(weight)), dtype=weight.attrs["dtype"]
-    )
+    return mxfp4(move(codes, 2), move(scales, _group(weight)), dtype=weight.attrs["dtype"])
 
 
 def _group(weight: Value) -> int:

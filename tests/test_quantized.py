@@ -14,7 +14,6 @@ from ingot.compiler.ir import Graph, Node, Value
 from ingot.compiler.pipeline import run_pipeline
 from ingot.frontends.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.passes.pipelines import module
-from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parent / "fixtures" / "quantized"
 KEPT_PACKED = (
