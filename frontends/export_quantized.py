@@ -169,7 +169,7 @@ class _Plan:
             if self.format == GPT_OSS:
                 return _gpt_oss(name, source, self.options)
             return _compressed_tensors(name, source, self.options)
-        if place is not None and source.type.rank > 1:
+        if place is not None and (place.name in self.decisions or self._is_linear(place)):
             self.kept[name] = reason
         if not isinstance(source, Dequantized):
             return Item({name: source.type}, lambda: [source.read()])
