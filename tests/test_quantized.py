@@ -465,11 +465,11 @@ DAMAGED: dict[str, tuple[str, str, Any, str]] = {
         lambda t: t.float(),
         r"expected scales of E8M0 .* f32\[96, 2\]",
     ),
-    "stored twice": (
+    "stored dense and packed": (
         "ct_mxfp4",
         f"{UP}.weight",
         lambda _: torch.ones(96, 64),
-        f"two stored tensors for {UP}.weight",
+        f"{UP}.weight: stored dense as .* beside '{UP}.weight_scale'",
     ),
     "another format than promised": (
         "ct_nvfp4",
