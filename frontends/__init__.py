@@ -3,8 +3,8 @@
 The doors: `api` (`compile` and `load`, the whole way from model to tokens: read it first), what it
 gives (`model`, `weight_report` and `completion`; `module` for what is no language model), the text
 on both sides (`tokenizer`, `chat`), `progress`, and `cli` (the command line over `api`: `cli_run`,
-`cli_report` and `cli_graph` are its commands, over `inspect_view`, the page that shows a graph,
-`model_check`, the comparison with transformers, and `doctor`).
+`cli_report`, `cli_graph` and `cli_quantize` are its commands, over `inspect_view`, the page that
+shows a graph, `model_check`, the comparison with transformers, and `doctor`).
 
 The way in, top down: `huggingface` (a model directory to a graph and its weights), over
 `meta_model` (a config as a model without weights), `traced_ops` (attention and experts as one node

@@ -31,7 +31,7 @@ class Dequantized(ABC):
     file: File
     shape: tuple[int, ...]
 
-    dtype: ClassVar[str] = "f32"  # what can be cast to any float dtype; the cast is the one rounding
+    dtype: ClassVar[str] = "f32"  # which any float dtype can be made of
 
     @property
     def type(self) -> TensorType:

@@ -1,4 +1,4 @@
-"""What a config says of quantized weights: which formats, which groups, which modules stay dense."""
+"""What a config says of quantized weights: their formats and groups, and what stays dense."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from .safetensors_files import File, SourceError, Stored
 _E8M0 = ("u8", "e8m0")
 # What gpt-oss calls its experts' weights.
 _BLOCKS = ("gate_up_proj_blocks", "down_proj_blocks")
-# What stands beside a quantized `X.weight` in one format or another, as `X.` and this; and `X.scale`,
-# which where it is no E8M0 may be anything.
+# What stands beside a quantized `X.weight`, in one format or another, as `X.` and this; and
+# `X.scale`, which may be anything if it is no E8M0.
 _COMPANIONS = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale")
 
 
@@ -84,7 +84,7 @@ class _Gathering:
     def finish(self) -> dict[str, Source]:
         """The weights and, under their own names, the tensors that are part of none."""
         for name, tensor in self.stored.items():
-            module, _, leaf = name.rpartition(".")
+            module = name.rpartition(".")[0]
             if name in self.used:
                 continue
             if self._is_companion(name) and self._lacks_weight(module):
@@ -126,7 +126,11 @@ class _Gathering:
         scales = self._companion(name, f"{stem}_scales")
         self._check_promise(name, MXFP4)
         groups = blocks.shape[:-1]
-        if blocks.type.rank < 3 or blocks.shape[-1] != 16 or scales.type != TensorType("u8", groups):
+        if (
+            blocks.type.rank < 3
+            or blocks.shape[-1] != 16
+            or scales.type != TensorType("u8", groups)
+        ):
             raise SourceError(
                 f"{name}: expected blocks u8 [..., N, K/32, 16] and scales u8 [..., N, K/32], "
                 f"found {blocks.type} and {scales.type}"
@@ -219,7 +223,7 @@ class _Gathering:
         """SourceError for a dense weight beside scales, unless its module is to be dense."""
         if self.promise.ignores(module):
             return
-        beside = [n for n in (f"{module}.{leaf}" for leaf in (*_COMPANIONS, "scale"))]
+        beside = (f"{module}.{leaf}" for leaf in (*_COMPANIONS, "scale"))
         scale = next(filter(self._is_companion, beside), None)
         if scale is not None and self.promise.method:
             raise SourceError(
