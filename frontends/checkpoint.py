@@ -1,35 +1,29 @@
 """A directory of safetensors files as a lazy `Weights` store under a model's own names.
 
 Opening reads headers only. A tensor that is stored as the model wants it is a view into a mapping
-of its file; one that must be cast, transposed or stacked from several (per-expert tensors) is built
-when it is asked for, in its own memory plus that of one part.
+of its file; one that must be cast, transposed, dequantized or stacked from several (per-expert
+tensors) is built when it is asked for, in its own memory plus that of one part. A weight in MXFP4
+is two entries, its codes and its scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import FLOATS, TensorType
 from ..compiler.weights import Bounds, Entry, Weights, within
-from .meta_model import MetaModel, named_tensors, refuse_quantized
+from .conversions import Conversion, dense, places_of
+from .dequantize import Dequantized
+from .meta_model import MetaModel, named_tensors, read_config, refuse_quantized
+from .quantization_config import quantization_of
+from .quantized import Packed, Source, sources_of
 from .safetensors_files import File, SourceError, Stored, listed, safetensors_files
 
 
@@ -38,11 +32,14 @@ class Checkpoint:
     """An opened checkpoint.
 
     `weights` has an entry for every parameter and buffer name of the model: stored ones, tied ones
-    (the same entry under each name) and the non-persistent buffers. `unused` are the stored names
-    that the model has no place for, `files` the safetensors files, `total_bytes` their tensor data.
+    (the same entry under each name) and the non-persistent buffers. A name in `packed` has none of
+    its own but `<name>.codes` and `<name>.scales`: mxfp4 of both, its dims permuted as `packed`
+    says, is the parameter. `unused` are the stored names that the model has no place for, `files`
+    the safetensors files, `total_bytes` their tensor data.
     """
 
     weights: Weights
+    packed: Mapping[str, tuple[int, ...]]
     unused: tuple[str, ...]
     files: tuple[Path, ...]
     total_bytes: int
@@ -53,10 +50,31 @@ def open_checkpoint(directory: str | Path, meta: MetaModel) -> Checkpoint:
 
     Names and layouts are converted as transformers does when it loads; a tensor stored in another
     float dtype than the model's is cast when it is loaded. SourceError names what is missing, of
-    another shape, truncated, quantized, stored as a pickle or outside the directory.
+    another shape, truncated, quantized otherwise than config.json promises, stored as a pickle or
+    outside the directory.
     """
-    refuse_quantized(meta.model.config)
-    files = [File(path) for path in safetensors_files(Path(directory))]
+    directory = Path(directory)
+    stored, files = stored_tensors(directory)
+    promise = quantization_of(read_config(directory), directory)
+    entries, packed, unused = _entries(sources_of(stored, promise), meta)
+    _resolve_ties(entries, packed, meta)
+    held = entries.keys() | packed.keys()
+    if missing := [name for name in meta.stored_names() if name not in held]:
+        raise SourceError(f"{directory}: no tensor for {listed(missing)}")
+    return Checkpoint(
+        weights=Weights(entries).merged(
+            Weights.of(meta.buffers, origin="computed from the config")
+        ),
+        packed=packed,
+        unused=tuple(unused),
+        files=tuple(file.path for file in files),
+        total_bytes=sum(tensor.nbytes for tensor in stored.values()),
+    )
+
+
+def stored_tensors(directory: Path) -> tuple[dict[str, Stored], list[File]]:
+    """Every tensor of a checkpoint by its stored name, and the files; headers are read."""
+    files = [File(path) for path in safetensors_files(directory)]
     stored: dict[str, Stored] = {}
     for file in files:
         for name, tensor in file.tensors.items():
@@ -66,18 +84,7 @@ def open_checkpoint(directory: str | Path, meta: MetaModel) -> Checkpoint:
                     f"and in {file.path.name}"
                 )
             stored[name] = tensor
-    entries, unused = _entries(stored, meta)
-    _resolve_ties(entries, meta)
-    if missing := [name for name in meta.stored_names() if name not in entries]:
-        raise SourceError(f"{directory}: no tensor for {listed(missing)}")
-    return Checkpoint(
-        weights=Weights(entries).merged(
-            Weights.of(meta.buffers, origin="computed from the config")
-        ),
-        unused=tuple(unused),
-        files=tuple(file.path for file in files),
-        total_bytes=sum(tensor.nbytes for tensor in stored.values()),
-    )
+    return stored, files
 
 
 def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
@@ -86,7 +93,7 @@ def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
     Tensors on the CPU in the wanted dtype are not copied; others are when they are loaded. Buffers
     are the model's own. SourceError for a quantized model, meta tensors, missing names and shapes.
     """
-    refuse_quantized(model.config)
+    refuse_quantized(model)
     tensors = dict(named_tensors(model))
     types = meta.types()
     if missing := [name for name in types if name not in tensors]:
@@ -107,161 +114,141 @@ def _cast_part(tensor: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> torc
     return within(tensor, bounds).to("cpu", dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _Conversion:
-    """One converter of transformers and the stored tensors of one place in the model.
-
-    `name` is the first target. `sources` maps each source pattern to its tensors in index order.
-    """
-
-    converter: WeightConverter
-    model: PreTrainedModel
-    name: str
-    sources: dict[str, list[tuple[str, Stored]]]
-
-    def apply(self, tensors: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The targets by full name, from tensors by source pattern."""
-        converter = deepcopy(self.converter)  # it collects tensors: one for each use
-        for pattern, parts in tensors.items():
-            for part in parts:
-                future: Any = part  # a tensor that is there already serves as a future
-                converter.add_tensor(self.name, pattern, pattern, future)
-        results = converter.convert(self.name, model=self.model, config=self.model.config)
-        return {k: v[0] if isinstance(v, list) else v for k, v in results.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each target, by converting meta tensors; SourceError when they do not fit."""
-        tensors = {
-            pattern: [torch.empty(stored.shape, device="meta") for _, stored in parts]
-            for pattern, parts in self.sources.items()
-        }
-        try:
-            return {name: tuple(tensor.shape) for name, tensor in self.apply(tensors).items()}
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise SourceError(
-                f"{self.name}: cannot be built from {self.origin}: {error}"
-            ) from error
-
-    @property
-    def origin(self) -> str:
-        parts = [part for parts in self.sources.values() for part in parts]
-        (first, stored), (last, _) = parts[0], parts[-1]
-        if len(parts) == 1:
-            return f"{stored.file.path}: {first}"
-        return f"{stored.file.path.parent}: {len(parts)} tensors, {first} to {last}"
-
-    @property
-    def stack_dim(self) -> int | None:
-        """For a stack whose elements are sources side by side: along which dim of an element.
-
-        None for other conversions. Element i comes from the i-th source of every pattern.
-        """
-        if self.sources.keys() != set(self.converter.source_patterns):
-            return None
-        match self.converter.operations:
-            case [MergeModulelist(dim=0)] if len(self.sources) == 1:
-                return 0
-            case [MergeModulelist(dim=0), Concatenate(dim=dim)] if dim > 0:
-                return dim - 1
-            case _:
-                return None
-
-    def load(self, target: str, type_: TensorType) -> torch.Tensor:
-        """The target called `target`."""
-        if self.stack_dim is not None:
-            shape: Any = type_.shape
-            return self.load_part(type_, tuple((0, size) for size in shape))
-        dtype = torch_dtype(type_.dtype)
-        tensors = {
-            pattern: [stored.read().to(dtype) for _, stored in parts]
-            for pattern, parts in self.sources.items()
-        }
-        return self.apply(tensors)[target]
-
-    def load_part(self, type_: TensorType, bounds: Bounds) -> torch.Tensor:
-        """Of a stack, what is within `bounds`: filled in place, nothing is held beside it."""
-        dim = self.stack_dim
-        assert dim is not None
-        (first, last), *inner = bounds
-        out = torch.empty([stop - start for start, stop in bounds], dtype=torch_dtype(type_.dtype))
-        start = 0  # of a source within its element, along `dim`
-        for pattern in self.converter.source_patterns:
-            parts = [stored for _, stored in self.sources[pattern]]
-            low, high = max(inner[dim][0], start), min(inner[dim][1], start + parts[0].shape[dim])
-            there = (*inner[:dim], (low - start, high - start), *inner[dim + 1 :])
-            start += parts[0].shape[dim]
-            if low >= high:
-                continue
-            for element, stored in zip(out, parts[first:last], strict=True):
-                stored.read_into(element.narrow(dim, low - inner[dim][0], high - low), there)
-        return out
-
-
-def _entries(stored: Mapping[str, Stored], meta: MetaModel) -> tuple[dict[str, Entry], list[str]]:
-    """Entries by the model's names, and the stored names that it has no place for."""
+def _entries(
+    stored: Mapping[str, Source], meta: MetaModel
+) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]], list[str]]:
+    """Entries by the model's names, which of them are packed, and the names without a place."""
     types = meta.types()
-    places = meta.model.state_dict()
-    transforms = get_model_conversion_mapping(meta.model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix = meta.model.base_model_prefix
-
     entries: dict[str, Entry] = {}
-    conversions: dict[str, _Conversion] = {}
+    packed: dict[str, tuple[int, ...]] = {}
+    conversions: dict[str, Conversion] = {}
     unused: list[str] = []
-    for source in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(source, renamings, converters, prefix, places)
-        if name not in places and source in places:
-            name, pattern = source, None
-        if name not in places:
+    for source, place in places_of(stored, meta):
+        if place is None:
             unused.append(source)
-        elif pattern is not None:
-            conversion = conversions.setdefault(
-                name, _Conversion(converter_of[pattern], meta.model, name, {})
-            )
-            conversion.sources.setdefault(pattern, []).append((source, stored[source]))
-        elif name in entries:
-            raise SourceError(
-                f"two stored tensors for {name}: {source!r} and {entries[name].origin}"
-            )
+            continue
+        name, tensor = place.name, stored[source]
+        if place.converter is not None:
+            new = Conversion(place.converter, meta.model, name, {})
+            conversion = conversions.setdefault(name, new)
+            conversion.sources.setdefault(place.pattern, []).append((source, tensor))
+        elif name in entries or name in packed:
+            raise SourceError(f"two stored tensors for {name}: {source!r} and another")
+        elif isinstance(tensor, Packed):
+            packed[name] = _order(tensor)
+            entries |= _packed(name, types[name], source, tensor)
         else:
-            entries[name] = _direct(name, types[name], source, stored[source])
+            entries[name] = _direct(name, types[name], source, tensor)
     for conversion in conversions.values():
-        for name, entry in _converted(conversion, types):
-            if name in entries:
-                raise SourceError(f"two stored tensors for {name}: {entry.origin} and another")
-            entries[name] = entry
-    return entries, unused
+        for name, made in _converted(conversion, types):
+            if name in entries or name in packed:
+                raise SourceError(f"two stored tensors for {name}: {conversion.origin} and another")
+            if name not in made:
+                packed[name] = tuple(range(len(types[name].shape)))
+            entries |= made
+    return entries, packed, unused
 
 
-def _direct(name: str, type_: TensorType, source: str, stored: Stored) -> Entry:
+def _direct(name: str, type_: TensorType, source: str, stored: Stored | Dequantized) -> Entry:
     _check(name, type_, stored.type, f"{stored.file.path.name} stores as {source!r}")
     dtype = torch_dtype(type_.dtype)
 
-    def load() -> torch.Tensor:
-        return stored.read().to(dtype)
-
     def load_part(bounds: Bounds) -> torch.Tensor:
-        return within(stored.read(), bounds).to(dtype)
+        whole = stored.read() if isinstance(stored, Stored) else stored.read_as(dtype)
+        return within(whole, bounds).to(dtype)
 
-    return Entry(type_, load, f"{stored.file.path}: {source}", load_part)
+    return Entry(type_, partial(stored.read_as, dtype), f"{stored.file.path}: {source}", load_part)
+
+
+def _order(packed: Packed) -> tuple[int, ...]:
+    """The permutation that gives the model's layout."""
+    *lead, row, column = range(len(packed.shape))
+    return (*lead, column, row) if packed.transposed else (*lead, row, column)
+
+
+def _packed(name: str, type_: TensorType, source: str, packed: Packed) -> dict[str, Entry]:
+    """The entries of the codes and the scales of a weight in MXFP4."""
+    shape = tuple(packed.shape[i] for i in _order(packed))
+    found = TensorType(type_.dtype, shape)
+    _check(name, type_, found, f"{packed.file.path.name} stores as {source!r}, in MXFP4,")
+    origin = f"{packed.file.path}: {source}"
+    codes, scales = packed.codes, packed.scales
+    return {
+        f"{name}.codes": Entry(codes.type, codes.read, origin, _part_of(codes)),
+        f"{name}.scales": Entry(scales.type, _without_nan(name, scales.read), origin),
+    }
+
+
+def _part_of(stored: Stored) -> Callable[[Bounds], torch.Tensor]:
+    return lambda bounds: within(stored.read(), bounds).clone()
+
+
+def _without_nan(name: str, load: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`load` of E8M0 bytes; SourceError where one stands for NaN."""
+
+    def checked() -> torch.Tensor:
+        scales = load()
+        if count := int((scales == 255).sum()):
+            raise SourceError(f"{name}: {count} of {scales.numel()} scales are NaN (byte 255)")
+        return scales
+
+    return checked
 
 
 def _converted(
-    conversion: _Conversion, types: Mapping[str, TensorType]
-) -> Iterable[tuple[str, Entry]]:
+    conversion: Conversion, types: Mapping[str, TensorType]
+) -> Iterable[tuple[str, dict[str, Entry]]]:
+    """For each target that the model has: its entry, or those of its codes and scales."""
     for parts in conversion.sources.values():
         _check_indices(conversion.name, [name for name, _ in parts])
-    dtypes = {stored.dtype for parts in conversion.sources.values() for _, stored in parts}
+    if conversion.packed is None:
+        raise SourceError(
+            f"{conversion.name}: {conversion.origin} are partly stored in MXFP4 and partly not"
+        )
+    if conversion.packed:
+        yield from _converted_packed(conversion, types)
+        return
+    dtypes = {dense(s).dtype for parts in conversion.sources.values() for _, s in parts}
     for name, shape in conversion.shapes().items():
         if name not in types:
             continue
         for dtype in dtypes:
             _check(name, types[name], TensorType(dtype, shape), f"{conversion.origin} give")
         load: Callable[[], torch.Tensor] = partial(conversion.load, name, types[name])
-        part = None if conversion.stack_dim is None else partial(conversion.load_part, types[name])
-        yield name, Entry(types[name], load, conversion.origin, part)
+        part = conversion.part_loader(types[name])
+        yield name, {name: Entry(types[name], load, conversion.origin, part)}
+
+
+def _converted_packed(
+    conversion: Conversion, types: Mapping[str, TensorType]
+) -> Iterable[tuple[str, dict[str, Entry]]]:
+    """Codes are converted like the rows that they stand for, and scales likewise."""
+    if not conversion.keeps_rows:
+        raise SourceError(
+            f"{conversion.name}: {conversion.origin} are stored in MXFP4, and transformers loads "
+            f"them by {conversion.converter.operations}, which splits the groups of a scale"
+        )
+    codes, scales = conversion.of(lambda p: p.codes), conversion.of(lambda p: p.scales)
+    of_scales = scales.shapes()
+    for name, shape in codes.shapes().items():
+        if name not in types:
+            continue
+        dense = TensorType(types[name].dtype, (*shape[:-1], 2 * shape[-1]))
+        _check(name, types[name], dense, f"{conversion.origin}, in MXFP4, give")
+        of_codes, of_blocks = TensorType("u8", shape), TensorType("u8", of_scales[name])
+        load = _without_nan(name, partial(scales.load, name, of_blocks))
+        yield (
+            name,
+            {
+                f"{name}.codes": Entry(
+                    of_codes,
+                    partial(codes.load, name, of_codes),
+                    conversion.origin,
+                    codes.part_loader(of_codes),
+                ),
+                f"{name}.scales": Entry(of_blocks, load, conversion.origin),
+            },
+        )
 
 
 def _check(name: str, expected: TensorType, found: TensorType, verb: str) -> None:
@@ -271,8 +258,8 @@ def _check(name: str, expected: TensorType, found: TensorType, verb: str) -> Non
     castable = found.dtype in FLOATS and expected.dtype in FLOATS
     if found.dtype != expected.dtype and not castable:
         raise SourceError(
-            f"{name}: the model expects {expected}, {verb} {found}, which is not a plain float "
-            "tensor (quantized weights are not supported yet)"
+            f"{name}: the model expects {expected}, {verb} {found}, which is neither a plain float "
+            "tensor nor known as a quantized one"
         )
 
 
@@ -291,12 +278,19 @@ def _check_indices(name: str, sources: list[str]) -> None:
         )
 
 
-def _resolve_ties(entries: dict[str, Entry], meta: MetaModel) -> None:
+def _resolve_ties(
+    entries: dict[str, Entry], packed: Mapping[str, tuple[int, ...]], meta: MetaModel
+) -> None:
     """Give every tied name the one entry that is stored, under whichever of the names it is.
 
     SourceError when both are stored and differ: the model would be traced as if they were one.
     """
     for alias, original in meta.tied.items():
+        if alias in packed or original in packed:
+            raise SourceError(
+                f"{alias} and {original} are tied in the config but stored in MXFP4; set "
+                "tie_word_embeddings to false in config.json"
+            )
         if alias in entries and original in entries:
             if not torch.equal(entries[alias].load(), entries[original].load()):
                 raise SourceError(

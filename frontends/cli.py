@@ -1,4 +1,4 @@
-"""The command line: compile, run, inspect, verify, doctor.
+"""The command line: compile, run, inspect, verify, quantize, doctor.
 
 What is heavy is imported inside the commands, so that `ingot --help` is quick. Text and tables go
 to stdout, progress and figures to stderr. Exit codes: 0, 1 when something failed or disagrees, 2
@@ -346,6 +346,47 @@ def verify(
             _print_lines(out, [verdict, *check.failures, "agrees" if check.ok else "DISAGREES"])
         if not check.ok:
             raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    directory: Directory,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR2", help="New directory to write.")
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(help="compressed-tensors, or gpt-oss for a gpt-oss; without it, which fits."),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="Rule of the scales: mse, even, floor, rceil or ceil.")
+    ] = "mse",
+    group: Annotated[int, typer.Option(help="Numbers that share a scale.")] = 32,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of weights to leave as they are; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a model with its weights in MXFP4, for transformers, vLLM and Ingot to read."""
+    with _errors_in_one_line(traceback):
+        from ..passes.quantize_mxfp4 import MXFP4
+        from .cli_quantize import bar, exported_data, kept_table, summary
+        from .export_quantized import quantize_directory
+
+        options = MXFP4(group=group, scale=scale, keep=tuple(keep or ()))
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        with bar() as progress:
+            exported = quantize_directory(
+                directory, output, options, format=format, progress=progress
+            )
+        if as_json:
+            print_json(exported_data(exported))
+        else:
+            out = _console()
+            out.print(kept_table(exported))
+            _print_lines(out, [summary(exported)])
 
 
 @app.command()

@@ -8,6 +8,7 @@ for each, and every other operator is token-wise.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from torch.export import Dim, ExportedProgram, export
 
 from ..compiler.ir import Graph, Value
 from ..compiler.ops.attention import attention
-from ..compiler.ops.leaf import param
+from ..compiler.ops.leaf import constant, param
 from ..compiler.ops.moe import experts
+from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.pointwise import cast
-from ..compiler.ops.shape import view
+from ..compiler.ops.shape import permute, view
+from ..compiler.rewrite import rebuild
 from ..compiler.types import TensorType, symbol
 from ..compiler.weights import Weights
 from .checkpoint import open_checkpoint, weights_of
@@ -105,6 +108,25 @@ def _import_traced(meta: MetaModel, name: str, max_tokens: int) -> Imported:
     return Imported(graph, imported.constants, imported.referenced)
 
 
+def _with_packed(graph: Graph, packed: Mapping[str, tuple[int, ...]], weights: Weights) -> Graph:
+    """`graph` with the weights that are stored in MXFP4 in that form.
+
+    `packed` gives for each the order of mxfp4's dims in which they are the model's own.
+    """
+    swap: dict[Value, Value] = {}
+    for node in graph.nodes():
+        if node.op is not constant or node.attrs["name"] not in packed:
+            continue
+        name = node.attrs["name"]
+        parts = [f"{name}.codes", f"{name}.scales"]
+        codes, scales = (constant(name=part, type=weights[part].type) for part in parts)
+        value = mxfp4(codes, scales, dtype=node.types[0].dtype)
+        order = packed[name]
+        turned = order != tuple(range(len(order)))
+        swap[Value(node)] = permute(value, dims=order) if turned else value
+    return rebuild(graph, swap)
+
+
 def _count_expert_modules(model: torch.nn.Module) -> int:
     """Modules that hold their experts' weights as one 3-D stack."""
     stacks = (getattr(m, "down_proj", None) for m in model.modules())
@@ -156,11 +178,12 @@ def import_hugging_face(
     meta = build_meta_model(config, dtype, max_positions=max_tokens)
     if in_memory:
         frozen = Weights.of({n: meta.buffers[n] for n in meta.frozen}, "computed from the config")
-        weights, unused = Weights({**weights_of(source, meta), **frozen}), ()
+        weights, packed, unused = Weights({**weights_of(source, meta), **frozen}), {}, ()
     else:
         checkpoint = open_checkpoint(source, meta)
-        weights, unused = checkpoint.weights, tuple(checkpoint.unused)
+        weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
     imported = _import_traced(meta, config.model_type, max_tokens)
     _check(meta, imported)
     weights = weights.merged(imported.constants)
-    return HuggingFaceModel(imported.graph, weights, config, meta.model.dtype, max_tokens, unused)
+    graph = _with_packed(imported.graph, packed, weights)
+    return HuggingFaceModel(graph, weights, config, meta.model.dtype, max_tokens, unused)

@@ -89,6 +89,8 @@ def build_meta_model(
 ) -> MetaModel:
     """The causal language model of `config` on the meta device; `config` itself is not changed.
 
+    What the config says of quantized weights is left aside: the layers are the plain ones.
+
     dtype: of the parameters, None for the config's own (float32 where it names none). Modules that
     the model keeps in float32 stay so. The implementations are names registered with transformers;
     a model without experts ignores `experts_implementation`.
@@ -97,15 +99,14 @@ def build_meta_model(
     of frequencies for short and one for long sequences, and transformers chooses anew at every
     length; with `max_positions` the choice is made once, for sequences of that length.
 
-    SourceError for quantized configs, for rotary embeddings whose frequencies depend on the length
-    of the sequence ("dynamic"), and where a buffer's value cannot be rebuilt.
+    SourceError for rotary embeddings whose frequencies depend on the length of the sequence
+    ("dynamic"), and where a buffer's value cannot be rebuilt.
     """
-    refuse_quantized(config)
     wanted: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                deepcopy(config),
+                without_quantization(config),
                 dtype=wanted,
                 trust_remote_code=False,
                 attn_implementation=attn_implementation,
@@ -126,16 +127,23 @@ def build_meta_model(
     return MetaModel(model, {**buffers, **frozen}, _tied_names(model), frozenset(frozen))
 
 
-def refuse_quantized(config: PreTrainedConfig) -> None:
-    """SourceError when `config` describes quantized weights."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of `config` that says nothing of quantized weights: the model's own layers."""
+    plain = deepcopy(config)
+    for holder in (plain, plain.get_text_config()):
+        vars(holder).pop("quantization_config", None)
+    return plain
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """SourceError when transformers holds quantized weights in `model`."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
         return
-    as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = str(as_dict.get("quant_method", "unknown"))
+    method = str(getattr(quantizer.quantization_config, "quant_method", "unknown"))
     raise SourceError(
-        f"the weights are quantized (quant_method {method!r}), which is not supported yet; "
-        "use an unquantized (bf16, f16 or f32) version of the model"
+        f"{type(model).__name__} holds quantized weights in memory ({method!r}), in a layout of "
+        "transformers' own; give the directory that it was loaded from instead"
     )
 
 

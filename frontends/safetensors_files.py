@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -18,8 +18,8 @@ from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import DTYPE_BITS, TensorType
 from ..compiler.weights import Bounds, within
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_NAMES = 5  # names that an error lists before it only counts
 
@@ -39,7 +39,11 @@ _DTYPES = {
     "F8_E4M3": "f8e4m3",
     "F8_E5M2": "f8e5m2",
     "F8_E8M0": "e8m0",
+    "F4": "f4e2m1",
 }
+
+
+FORMAT_NAMES = {ours: theirs for theirs, ours in _DTYPES.items()}
 
 
 class SourceError(ValueError):
@@ -48,7 +52,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One tensor of a file. `dtype` is the IR's name, or the format's where the IR has none."""
+    """One tensor of a file; `dtype` is the IR's name. A 4-bit dtype is read as bytes alone."""
 
     file: File
     dtype: str
@@ -77,6 +81,20 @@ class Stored:
             release = weakref.finalize(tensor, mapped.madvise, mmap.MADV_DONTNEED, start, length)
             release.atexit = False
         return tensor
+
+    def read_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """`read`, cast to `dtype` where it differs."""
+        return self.read().to(dtype)
+
+    def as_bytes(self) -> Stored:
+        """The same data as u8; of a packed 4-bit dtype the last dim counts pairs."""
+        if DTYPE_BITS[self.dtype] == 8:
+            return replace(self, dtype="u8")
+        return replace(self, dtype="u8", shape=(*self.shape[:-1], self.shape[-1] // 2))
+
+    def reshaped(self, *shape: int) -> Stored:
+        """The same data under another shape of as many elements."""
+        return replace(self, shape=shape)
 
     def read_into(self, out: torch.Tensor, bounds: Bounds) -> None:
         """Read what is within `bounds` into `out`, casting where its dtype differs.
@@ -151,9 +169,9 @@ def safetensors_files(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory")
-    if (directory / _SINGLE).exists():
-        return [_inside(directory, _SINGLE)]
-    if (directory / _INDEX).exists():
+    if (directory / SINGLE).exists():
+        return [_inside(directory, SINGLE)]
+    if (directory / INDEX).exists():
         return [_inside(directory, name) for name in _shards(directory)]
     names = sorted(path.name for path in directory.iterdir())
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
@@ -162,19 +180,19 @@ def safetensors_files(directory: Path) -> list[Path]:
             "the model as safetensors (save_pretrained does)"
         )
     raise SourceError(
-        f"{directory}: expected {_SINGLE} or {_INDEX}, found {listed(names) if names else 'none'}"
+        f"{directory}: expected {SINGLE} or {INDEX}, found {listed(names) if names else 'none'}"
     )
 
 
 def _shards(directory: Path) -> list[str]:
     """The file names in the index, each once, in order."""
     try:
-        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{directory / _INDEX}: not readable as JSON: {error}") from error
+        raise SourceError(f"{directory / INDEX}: not readable as JSON: {error}") from error
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-        raise SourceError(f"{directory / _INDEX}: expected a weight_map of names to file names")
+        raise SourceError(f"{directory / INDEX}: expected a weight_map of names to file names")
     return sorted(set(files.values()))
 
 
@@ -184,9 +202,9 @@ def _inside(directory: Path, name: str) -> Path:
     A Hugging Face cache (snapshots/<revision>/<name> linking to blobs/<hash>) counts as inside.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise SourceError(f"{directory / _INDEX}: expected plain file names, found {name!r}")
+        raise SourceError(f"{directory / INDEX}: expected plain file names, found {name!r}")
     if not name.endswith(".safetensors"):
-        raise SourceError(f"{directory / _INDEX}: expected .safetensors files, found {name!r}")
+        raise SourceError(f"{directory / INDEX}: expected .safetensors files, found {name!r}")
     path = directory / name
     if not path.is_file():
         raise SourceError(f"{path}: no such file")

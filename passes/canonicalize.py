@@ -20,6 +20,7 @@ from ..compiler.pipeline import count_nodes
 from ..compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rebuild, rewrite_all
 from ..compiler.torch_types import torch_dtype
 from ..compiler.types import DTYPE_BITS, FLOATS, Shape, dim
+from .mxfp4_views import RULES as MXFP4_RULES
 from .unit_dims import drop_unit_dims
 
 _INTEGERS = ("bool", "u8", "i8", "i16", "i32", "i64")
@@ -407,6 +408,7 @@ RULES = (
     _neutral(pointwise.div, 1),
     _neutral(pointwise.add, 0),
     _neutral(pointwise.sub, 0),
+    *MXFP4_RULES,
 )
 
 

@@ -288,8 +288,12 @@ def test_leaves_alone(rule: str) -> None:
 
 
 def test_every_kind_of_rule_is_tested() -> None:
-    """Of the rules that move a permute there is one an op; four stand for all."""
-    assert {r.name for r in RULES if not r.name.startswith("permute-of-")} <= CASES.keys()
+    """Of the rules that move a permute there is one an op; four stand for all.
+
+    Those of mxfp4_views have tests of their own.
+    """
+    elsewhere = ("permute-of-", "mxfp4-")
+    assert {r.name for r in RULES if not r.name.startswith(elsewhere)} <= CASES.keys()
     assert {r for r in CASES if r.startswith("permute-of-")} <= {r.name for r in RULES}
 
 

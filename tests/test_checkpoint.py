@@ -362,9 +362,13 @@ def test_shapes_must_agree(tmp_path: Path) -> None:
 def test_dtypes_that_no_cast_brings_over(tmp_path: Path) -> None:
     tensors = saved(tmp_path, "llama")
     name = "model.layers.0.self_attn.q_proj.weight"
-    for dtype in (torch.int8, torch.float8_e4m3fn):
+    for dtype, lacking in (
+        (torch.int8, "no tensor .*weight_scale' is stored beside it; config.json has no quant"),
+        (torch.float8_e4m3fn, r"no scales .*weight_scale_inv' are stored for f8e4m3\["),
+        (torch.int32, r"i32\[.*neither a plain float tensor nor known as a quantized one"),
+    ):
         store(tmp_path, tensors | {name: tensors[name].to(dtype)})
-        with pytest.raises(SourceError, match=rf"{name}: .* {dtype_name(dtype)}\[.*quantized"):
+        with pytest.raises(SourceError, match=rf"{name}: .*{lacking}"):
             opened(tmp_path)
 
 

@@ -169,10 +169,13 @@ def test_a_buffer_that_nothing_fills_is_an_error(monkeypatch: pytest.MonkeyPatch
         meta_model(tiny_config("llama"))
 
 
-def test_quantized_configs_are_refused_by_method() -> None:
-    config = tiny_config("gpt_oss", quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(SourceError, match=r"quant_method 'mxfp4'\), which is not supported yet"):
-        meta_model(config)
+def test_layers_are_the_plain_ones_whatever_the_weights_are_stored_in() -> None:
+    section = {"quant_method": "mxfp4"}
+    config = tiny_config("gpt_oss", quantization_config=section)
+    meta, plain = meta_model(config), meta_model(tiny_config("gpt_oss"))
+    assert meta.types() == plain.types()
+    assert not hasattr(meta.model.config, "quantization_config")
+    assert config.quantization_config == section
 
 
 def test_a_directory_without_config_says_what_is_there(tmp_path: Path) -> None:
