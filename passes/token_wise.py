@@ -12,7 +12,7 @@ import torch
 
 from ..compiler.interpret import compute, random_tensor
 from ..compiler.ir import Node, Op, Value
-from ..compiler.ops import glu, linear, moe, norm, pointwise, reduce, rope, shape
+from ..compiler.ops import glu, hadamard, linear, moe, norm, pointwise, reduce, rope, shape
 from ..compiler.ops.leaf import param
 from ..compiler.types import TensorType, VerifyError, free_symbols
 
@@ -20,7 +20,7 @@ from ..compiler.types import TensorType, VerifyError, free_symbols
 _ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
     *(shape.view, shape.permute, shape.expand, shape.full),
     *(linear.linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
-    *(rope.rope, rope.rope_tables, moe.router, moe.experts),
+    *(rope.rope, rope.rope_tables, moe.router, moe.experts, hadamard.hadamard),
 }
 # These work along attrs["dim"], those look up rows of their table.
 _ALONG: frozenset[Op] = frozenset(
