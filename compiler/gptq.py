@@ -76,7 +76,8 @@ def _rounded_block(
     block: torch.Tensor, exponents: torch.Tensor, factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[group, N] at each of the scales [choices, N]: numbers and errors / U_ii [choices, group, N],
-    and their cost [choices, N] in the error of the product, once later columns make it good.
+    and their cost [choices, N] in the error of the product, once later columns make it good, in
+    units of the first scale's square.
     """
     # In units of the scales, which are powers of two: nothing is rounded by that.
     left = scaled(block.expand(len(exponents), *block.shape), -exponents[:, None])
@@ -87,5 +88,6 @@ def _rounded_block(
         errors[:, i] = (column - taken) / factor[i, i]
         left[:, i + 1 :] -= factor[i, i + 1 :, None] * errors[:, i, None]
         left[:, i] = taken
+    cost = errors.square().sum(1) * 4.0 ** (exponents - exponents[0])
     left, errors = (scaled(x, exponents[:, None]) for x in (left, errors))
-    return left, errors, errors.square().sum(1)
+    return left, errors, cost

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import export
@@ -20,9 +20,10 @@ from ..compiler.validate import check_rewrite
 from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
-from ..passes.quantize_mxfp4 import MXFP4
+from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ..runtime.cpu import CpuDriver
 from ..runtime.session import Session
+from .calibration import calibrated, token_sequences
 from .completion import Completion, TextEvent
 from .model import Model, NotYetError, Report, entry_sizes
 from .module import CompiledModule, ModuleReport
@@ -30,6 +31,9 @@ from .progress import Progress
 from .tokenizer import Tokenizer
 from .torch_export import import_program
 from .weight_report import PackingErrors, weight_reports
+
+if TYPE_CHECKING:
+    from .huggingface import HuggingFaceModel
 
 
 def compile(
@@ -57,7 +61,8 @@ def compile(
     `dynamic_shapes` goes.
 
     `quantize` "mxfp4", or an MXFP4 with options, packs the weights of products; the report lists
-    them. The cpu target computes with what the packed weights stand for.
+    them. The cpu target computes with what the packed weights stand for. Options that need a text
+    (GPTQ) run the model over it, which takes a while.
 
     `target` "auto" is the best that this version generates code for: "cpu". `passes` replaces the
     pipeline. `verify` runs every rewritten region, before and after, on sampled inputs. `progress`
@@ -69,6 +74,12 @@ def compile(
     """
     chosen = _target(target)
     packing = _quantization(quantize)
+    if packing is not None and packing.calibrated and tensor_parallel > 1:
+        raise ValueError(
+            f"quantize: calibration runs the whole model, not one of {tensor_parallel} ranks: "
+            "quantize into a directory first, then compile that with tensor_parallel="
+            f"{tensor_parallel}"
+        )
     _check_options(speculate, tensor_parallel, max_sequences, max_tokens_per_sequence)
     with Progress(enabled=progress) as bar:
         stages = _Stages(bar)
@@ -251,7 +262,9 @@ def _compile_language_model(
         )
     elif packing is not None:
         raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
-    results = stages.run(model.graph, passes, check)
+    directory = None if isinstance(source, torch.nn.Module) else Path(source)
+    tokenizer = Tokenizer.open(directory) if directory else None
+    results, passes, weights, notes = _run_passes(model, tokenizer, passes, check, stages)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]
     meta = _serving_meta(passes, final)
@@ -259,7 +272,7 @@ def _compile_language_model(
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
         lowered = lower(
-            final, model.weights, target, bindings, ["logits"], meta, observe=errors.observe
+            final, weights, target, bindings, ["logits"], meta, observe=errors.observe
         )
     with stages("load weights"):
         buffers = lowered.program.buffers.values()
@@ -283,11 +296,39 @@ def _compile_language_model(
         unused=model.unused,
         seconds=stages.seconds,
         weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
+        notes=notes,
     )
-    directory = None if isinstance(source, torch.nn.Module) else Path(source)
-    tokenizer = Tokenizer.open(directory) if directory else None
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     return Model(session, graphs, report, tokenizer, stops)
+
+
+def _run_passes(
+    model: HuggingFaceModel,
+    tokenizer: Tokenizer | None,
+    passes: Sequence[Pass],
+    check: Callable[..., None] | None,
+    stages: _Stages,
+) -> tuple[list[PassResult], list[Pass], Weights, tuple[str, ...]]:
+    """Every pass in order, those that need a text calibrated on the graph that they are given.
+
+    The results, the passes as they ran, the weights of the last graph, and what there is to say.
+    """
+    graph, weights = model.graph, model.weights
+    results: list[PassResult] = []
+    steps: list[Pass] = []
+    notes: list[str] = []
+    for step in passes:
+        if isinstance(step, QuantizeMxfp4) and step.options.calibrated and not step.encoded:
+            vocab = graph.outputs[0].type.shape[-1]
+            texts = step.options.calibrate
+            with stages("calibrate"):
+                sequences = token_sequences(texts, tokenizer, model.max_tokens, int(vocab))
+                step, weights, note = calibrated(step, graph, weights, sequences, stages.bar)
+            notes.append(note)
+        results += stages.run(graph, [step], check)
+        steps.append(step)
+        graph = results[-1].graph
+    return results, steps, weights, tuple(notes)
 
 
 def _serving_meta(steps: Sequence[Pass], final: Graph) -> Mapping[str, Any]:

@@ -28,7 +28,8 @@ class Report:
 
     `entries` has, for each bucket, its name, its launches, and the bytes of arena that it uses.
     Sizes are bytes. `unused` names tensors of the checkpoint that the program does not read.
-    `seconds` is wall time by stage. `weights` is empty where nothing is quantized.
+    `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `notes` are what
+    was measured and decided.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class Report:
     unused: tuple[str, ...]
     seconds: Mapping[str, float]
     weights: tuple[WeightReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
@@ -59,7 +61,7 @@ class Report:
         for p in self.passes:
             matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
             lines.append(f"{p.name}: {p.nodes_before} -> {p.nodes_after} nodes ({matches})")
-        return "\n".join(lines)
+        return "\n".join((*lines, *self.notes))
 
 
 def _size(nbytes: int) -> str:

@@ -17,7 +17,7 @@ from ..types import FLOATS, TensorType, Types, VerifyError
 
 
 def _hadamard_infer(x: TensorType, *, block: int) -> Types:
-    inner = x.shape[-1] if x.rank else 0
+    inner = x.shape[-1] if x.rank else None
     if block < 1 or block & (block - 1):
         raise VerifyError(f"hadamard: expected a block that is a power of two, found {block}")
     if x.dtype not in FLOATS or not isinstance(inner, int) or inner % block:
