@@ -13,24 +13,29 @@ import torch
 
 from .microscaling import block_exponents, encode_at, nearest, scaled
 
+# Added to the diagonal of the Gram matrix, as a share of its mean. On Pico a tenth left a fifth
+# less of the divergence than the usual hundredth where an expert saw some 2000 tokens, and as much
+# where it saw 8000.
+DAMPING = 0.1
+
 
 def gptq(
     w: torch.Tensor,
     gram: torch.Tensor,
     group: int = 32,
     scale: str = "mse",
-    damping: float = 0.01,
+    damping: float = DAMPING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [N, K] and the Gram matrix [K, K] of its inputs -> codes u8 [N, K/2], scales u8 [N, K/group].
+    """w [N, K], Gram matrix [K, K] of its inputs -> codes u8 [N, K/2], scales u8 [N, K/group].
 
-    `damping` is what is added to the diagonal, as a share of its mean. `scale` is a rule of
+    `scale` is a rule of
     microscaling; "mse" takes, of two scales, the one that costs less in the product. ValueError for
     weights that are not finite, and for a Gram matrix that is not, or is zero.
     """
     return compensated(w, inverse_factor(gram, damping), group, scale)
 
 
-def inverse_factor(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+def inverse_factor(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """The upper triangular U, f32, with Uᵀ·U = (gram + damping · mean of its diagonal)⁻¹."""
     damped = gram.double()
     extra = float(damped.diagonal().mean()) * damping

@@ -161,7 +161,7 @@ def nearest(x: torch.Tensor) -> torch.Tensor:
 
 
 def encode_at(x: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """f32 [..., K] at the scales 2^exponents i32 [..., K/group] -> codes and scales, as `encode`."""
+    """f32 [..., K] at the scales 2^exponents i32 [..., K/group] -> codes and scales."""
     blocks = x.unflatten(-1, (exponents.shape[-1], -1))
     codes = round_elements(scaled(blocks, -exponents[..., None]))
     return pack(codes.flatten(-2)), (exponents + 127).to(torch.uint8)

@@ -271,9 +271,7 @@ def _compile_language_model(
     errors = PackingErrors()
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-        lowered = lower(
-            final, weights, target, bindings, ["logits"], meta, observe=errors.observe
-        )
+        lowered = lower(final, weights, target, bindings, ["logits"], meta, observe=errors.observe)
     with stages("load weights"):
         buffers = lowered.program.buffers.values()
         stages.bar.expect(sum(b.kind == "weight" for b in buffers))
@@ -317,7 +315,8 @@ def _run_passes(
     results: list[PassResult] = []
     steps: list[Pass] = []
     notes: list[str] = []
-    for step in passes:
+    for given in passes:
+        step = given
         if isinstance(step, QuantizeMxfp4) and step.options.calibrated and not step.encoded:
             vocab = graph.outputs[0].type.shape[-1]
             texts = step.options.calibrate

@@ -85,8 +85,8 @@ def calibrated(
     bar.expect(len(choices) * count_matrices(graph, options))
     runs: dict[bool, Calibrated] = {}
     for rotate in choices:
-        chosen = replace(options, hadamard=rotate)
-        runs[rotate] = calibrate(graph, weights, sequences, chosen, _Spool(), bar.advance)
+        args = (graph, weights, sequences, options, rotate, _Spool(), bar.advance)
+        runs[rotate] = calibrate(*args)
     best = min(runs, key=lambda rotate: runs[rotate].product_error)
     found = runs[best]
     tokens = sum(map(len, sequences))

@@ -11,7 +11,7 @@ from ..compiler.microscaling import relative_error
 from ..compiler.ops.mxfp4 import mxfp4_encode
 from ..compiler.pipeline import Pass
 from ..compiler.types import STORED_BITS
-from ..passes.quantize_mxfp4 import QuantizeMxfp4, Site, find_sites, is_rotated
+from ..passes.quantize_mxfp4 import QuantizeMxfp4, Site, find_sites
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,5 @@ def _report(site: Site, step: QuantizeMxfp4, measured: PackingErrors) -> WeightR
     if done := step.encoded.get(site.name):
         reason = f"{site.reason}; {done}"
         return WeightReport(site.name, format_, bits, done.error, reason, done.product_error)
-    reason = f"{site.reason}; rotated" if is_rotated(site, step.options) else site.reason
+    reason = f"{site.reason}; rotated" if step.rotates(site) else site.reason
     return WeightReport(site.name, format_, bits, measured.errors.get(site.name), reason)

@@ -32,8 +32,8 @@ from .quantize_mxfp4 import (
     WEIGHTS_OF,
     Encoded,
     Site,
+    can_rotate,
     find_sites,
-    is_rotated,
 )
 
 # A tensor under a name, to where it can be read again.
@@ -56,8 +56,7 @@ class Calibrated:
 
 def count_matrices(graph: Graph, options: MXFP4) -> int:
     """How many matrices `calibrate` will encode: one a projection, one an expert."""
-    sites = (s for s in find_sites(graph, options) if s.action == "quantize")
-    return sum(math.prod(s.weight.type.shape[:-2]) for s in sites)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return sum(s.matrices for s in find_sites(graph, options) if s.action == "quantize")
 
 
 def calibrate(
@@ -65,18 +64,20 @@ def calibrate(
     weights: Weights,
     sequences: Sequence[Sequence[int]],
     options: MXFP4,
+    rotate: bool,
     store: Store,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibrated:
     """Encode every weight that `options` quantizes, over `sequences` of token ids.
 
-    `graph` is over the tokens of one sequence (parameters tokens and positions). `options.hadamard`
-    is True or False. `store` takes tensors as they are made; `advance` is called after each matrix.
-    In memory are one weight and the activations, of all sequences, that are still to be used.
-    ValueError names a weight that cannot be encoded.
+    `graph` is over the tokens of one sequence (parameters tokens and positions). With `rotate`,
+    whatever `options.hadamard` says, the weights that can be are rotated. `store` takes tensors as
+    they are made; `advance` is called after each matrix. In memory are one weight and the
+    activations, of all sequences, that are still to be used. ValueError names a weight that cannot
+    be encoded.
     """
     sites = {s.weight: s for s in find_sites(graph, options) if s.action == "quantize"}
-    return _Calibration(graph, weights, options, sites, store, advance).run(sequences)
+    return _Calibration(graph, weights, options, rotate, sites, store, advance).run(sequences)
 
 
 # The rows [n, K] that matrix `part` of weight operand i is multiplied by, for each op. An expert
@@ -129,6 +130,7 @@ class _Calibration:
     graph: Graph
     weights: Weights
     options: MXFP4
+    rotate: bool
     sites: Mapping[Value, Site]
     store: Store
     advance: Callable[[], None]
@@ -173,7 +175,7 @@ class _Calibration:
         rows = [list(row) for row in zip(*columns, strict=True)]
         for i in packed:
             site = self.sites[node.args[i]]
-            rotated = is_rotated(site, self.options)
+            rotated = self.rotate and can_rotate(site)
             for row in rows if rotated else ():
                 x = INPUT_OF[node.op][i]
                 (row[x],) = hadamard.reference(row[x], block=ROTATED)

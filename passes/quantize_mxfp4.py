@@ -12,6 +12,7 @@ constants and the activation's where it is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -132,6 +133,11 @@ class Site:
     reason: str
 
     @property
+    def matrices(self) -> int:
+        """How many matrices [N, K] the weight is a stack of: one, or one an expert."""
+        return math.prod(map(int, self.weight.type.shape[:-2]))
+
+    @property
     def bits(self) -> float:
         """Bits of one element, its share of the scales included, as the weight is now."""
         stored = self.weight.stored
@@ -240,12 +246,15 @@ class Encoded:
         )
 
 
-def is_rotated(site: Site, options: MXFP4) -> bool:
-    """Whether a weight that is quantized is rotated: its activation must be an operand as well."""
-    if options.hadamard is not True or site.weight.type.shape[-1] % ROTATED:  # pyright: ignore[reportOperatorIssue]
-        return False
+def can_rotate(site: Site) -> bool:
+    """Whether blocks divide the weight, and its activation is an operand as well."""
+    inner = site.weight.type.shape[-1]
     operands = [(n.op, i) for n in site.users for i in operands_of(n, site.weight)]
-    return all(i in INPUT_OF.get(op, {}) for op, i in operands)
+    return (
+        isinstance(inner, int)
+        and inner % ROTATED == 0
+        and all(i in INPUT_OF.get(op, {}) for op, i in operands)
+    )
 
 
 def operands_of(node: Node, weight: Value) -> list[int]:
@@ -281,7 +290,7 @@ class QuantizeMxfp4:
                     f"{self.options.hadamard!r} need a weight that was encoded over a calibration "
                     "text: compile does that"
                 )
-            rotated = done.rotated if done else is_rotated(site, self.options)
+            rotated = done.rotated if done else self.rotates(site)
             packed = _given(site, done, self.options) if done else self._packed(site, rotated)
             for node in site.users:
                 for i in operands_of(node, site.weight):
@@ -291,6 +300,10 @@ class QuantizeMxfp4:
                         swap[node, x] = turned.setdefault(node.args[x], _turned(node.args[x]))
             _log(log, site, packed, done, rotated)
         return _with_operands(graph, swap)
+
+    def rotates(self, site: Site) -> bool:
+        """Whether a weight that is not encoded yet is rotated before."""
+        return self.options.hadamard is True and can_rotate(site)
 
     def _packed(self, site: Site, rotated: bool) -> Value:
         # (x·H)·(W·H)ᵀ == x·Wᵀ

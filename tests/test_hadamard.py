@@ -15,7 +15,7 @@ from ingot.compiler.ops.hadamard import hadamard
 from ingot.compiler.ops.linear import linear
 from ingot.compiler.validate import check_rewrite
 from ingot.passes.insert_kv_cache import InsertKvCache
-from ingot.passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4, find_sites, is_rotated
+from ingot.passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4, can_rotate, find_sites
 from pass_checks import applied, assert_equal_results, graph_of, ops
 from tiny_models import tiny_model
 
@@ -116,7 +116,7 @@ def test_one_rotation_for_each_activation() -> None:
     users = graph.users()
     (shared,) = (n for n in on_activations if n.args[0].op.name == "embedding")
     assert [n.op for n in users[shared.results[0]]] == [linear] * 3
-    sites = {s.name: is_rotated(s, options) for s in find_sites(before, options)}
+    sites = {s.name: can_rotate(s) for s in find_sites(before, options)}
     assert sites["gate_up"] and not sites["down"]
     assert log.matches == {
         "mxfp4-projection-rotated": 5,

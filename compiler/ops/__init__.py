@@ -4,7 +4,21 @@
 · `glu` · `attention` · `moe` · `mxfp4` · `hadamard` · `aten` any other torch operator.
 """
 
-from . import aten, attention, glu, hadamard, leaf, linear, moe, mxfp4, norm, pointwise, reduce, rope, shape
+from . import (
+    aten,
+    attention,
+    glu,
+    hadamard,
+    leaf,
+    linear,
+    moe,
+    mxfp4,
+    norm,
+    pointwise,
+    reduce,
+    rope,
+    shape,
+)
 
 __all__ = [
     "aten",

@@ -214,7 +214,7 @@ def _activate(
 def expert_hidden(
     x: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None, attrs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """What one expert's down projection is given: [n, I] for x [n, D] and the attributes of a node."""
+    """What one expert's down projection is given, [n, I], for x [n, D] and a node's attributes."""
     alpha, limit = attrs.get("alpha", 0.0), attrs.get("limit", 0.0)
     h = product(x, gate_up, bias)
     return _activate(h, attrs["activation"], attrs.get("gated", True), alpha, limit)
