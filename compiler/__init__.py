@@ -1,7 +1,7 @@
 """The IR, and all that knows only the IR. Imports nothing of ours.
 
 Read in this order: `types` (dims, dtypes, tensor types), `torch_types` (their torch names),
-`microscaling` (MXFP4), `ir`
+`microscaling` (MXFP4), `gptq` (rounding to it with the least error of products), `ir`
 (ops, nodes, values, graphs), `weights` (what constants name), `ops/` (one block an op), `text` (the
 printed form and its parser), `verify` (what every graph must keep), `interpret` (what a graph
 means), `ranks` (the graphs of several ranks, run at once), `rewrite` (rules as values), `validate`

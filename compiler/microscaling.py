@@ -51,7 +51,7 @@ def encode(w: torch.Tensor, group: int = 32, scale: str = "mse") -> tuple[torch.
     for part in _parts(len(blocks), group):
         some = blocks[part].float()
         exponents = block_exponents(some, scale)
-        codes[part] = pack(round_elements(_scaled(some, -exponents[:, None])))
+        codes[part] = pack(round_elements(scaled(some, -exponents[:, None])))
         scales[part] = (exponents + 127).to(torch.uint8)
     lead = w.shape[:-1]
     return codes.view(*lead, w.shape[-1] // 2), scales.view(*lead, w.shape[-1] // group)
@@ -118,12 +118,12 @@ def block_exponents(blocks: torch.Tensor, scale: str) -> torch.Tensor:
 
 def _squared_error(blocks: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """What rounding at the scales 2^exponents costs each block, in units of their squares."""
-    scaled = _scaled(blocks, -exponents.clamp(-127, 127)[..., None]).abs_()
-    steps, halves = _steps(scaled)
-    return (steps.mul_(halves).clamp_(max=MAGNITUDES[-1]).sub_(scaled)).square_().sum(-1)
+    magnitudes = scaled(blocks, -exponents.clamp(-127, 127)[..., None]).abs_()
+    steps, halves = _steps(magnitudes)
+    return (steps.mul_(halves).clamp_(max=MAGNITUDES[-1]).sub_(magnitudes)).square_().sum(-1)
 
 
-def _scaled(x: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+def scaled(x: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """x · 2^exponents, in two exact steps: one factor alone may leave the range of f32."""
     half = exponents >> 1
     return x * _power_of_two(half) * _power_of_two(exponents - half)
@@ -152,6 +152,19 @@ def round_elements(x: torch.Tensor) -> torch.Tensor:
     # from 4; the exponent field of a step of 0.5 is 126.
     code = steps.int().add_((halves.view(torch.int32) >> 23).sub_(126).mul_(2)).clamp_(max=7)
     return code.bitwise_or_((x.view(torch.int32) >> 28).bitwise_and_(8)).to(torch.uint8)
+
+
+def nearest(x: torch.Tensor) -> torch.Tensor:
+    """The E2M1 numbers nearest to f32 `x`: ties to the even code, saturating."""
+    steps, halves = _steps(x.abs())
+    return steps.mul_(halves).clamp_(max=MAGNITUDES[-1]).copysign_(x)
+
+
+def encode_at(x: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f32 [..., K] at the scales 2^exponents i32 [..., K/group] -> codes and scales."""
+    blocks = x.unflatten(-1, (exponents.shape[-1], -1))
+    codes = round_elements(scaled(blocks, -exponents[..., None]))
+    return pack(codes.flatten(-2)), (exponents + 127).to(torch.uint8)
 
 
 def pack(elements: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -397,6 +396,8 @@ def save(pico: Pico, tokenizer: Tokenizer, out: Path) -> None:
 
 def plot(history: list[dict[str, float]], file: Path) -> None:
     """The loss curve."""
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     steps = [entry["step"] for entry in history]
     labels = {"loss": "training", "val_loss": "held-out files", "mtp_loss": "MTP, training"}

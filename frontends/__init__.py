@@ -2,7 +2,8 @@
 
 The doors: `api` (`compile` and `load`, the whole way from model to tokens: read it first), what it
 gives (`model`, `weight_report` and `completion`; `module` for what is no language model), the text
-on both sides (`tokenizer`, `chat`), `progress`, and `cli` (the command line over `api`: `cli_run`,
+on both sides (`tokenizer`, `chat`), `calibration` (the texts over which weights are encoded),
+`progress`, and `cli` (the command line over `api`: `cli_run`,
 `cli_report`, `cli_graph` and `cli_quantize` are its commands, over `inspect_view`, the page that
 shows a graph, `model_check`, the comparison with transformers, and `doctor`).
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import export
@@ -20,12 +21,13 @@ from ..compiler.validate import check_rewrite
 from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
-from ..passes.quantize_mxfp4 import MXFP4
+from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ..passes.raise_ops import RaiseOps
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
 from ..runtime.cpu import CpuDriver
 from ..runtime.session import Session
+from .calibration import calibrated, token_sequences
 from .completion import Completion, TextEvent
 from .model import Model, NotYetError, Report, entry_sizes
 from .module import CompiledModule, ModuleReport
@@ -33,6 +35,9 @@ from .progress import Progress
 from .tokenizer import Tokenizer
 from .torch_export import import_program
 from .weight_report import PackingErrors, weight_reports
+
+if TYPE_CHECKING:
+    from .huggingface import HuggingFaceModel
 
 
 def compile(
@@ -60,7 +65,8 @@ def compile(
     `dynamic_shapes` goes.
 
     `quantize` "mxfp4", or an MXFP4 with options, packs the weights of products; the report lists
-    them. The cpu target computes with what the packed weights stand for.
+    them. The cpu target computes with what the packed weights stand for. Options that need a text
+    (GPTQ) run the model over it, which takes a while.
 
     `tensor_parallel` N splits a language model over N processes that were started together
     (torchrun) and share a gloo group of torch.distributed: each calls `compile` with the same
@@ -78,6 +84,12 @@ def compile(
     """
     chosen = _target(target)
     packing = _quantization(quantize)
+    if packing is not None and packing.calibrated and tensor_parallel > 1:
+        raise ValueError(
+            f"quantize: calibration runs the whole model, not one of {tensor_parallel} ranks: "
+            "quantize into a directory first, then compile that with tensor_parallel="
+            f"{tensor_parallel}"
+        )
     _check_options(speculate, tensor_parallel, max_sequences, max_tokens_per_sequence)
     group = ProcessGroup(tensor_parallel) if tensor_parallel > 1 else None
     with Progress(enabled=progress) as bar:
@@ -264,18 +276,16 @@ def _compile_language_model(
         passes = _sharded(passes, group) if group else passes
     elif packing is not None:
         raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
-    results = stages.run(model.graph, passes, check)
+    directory = None if isinstance(source, torch.nn.Module) else Path(source)
+    tokenizer = Tokenizer.open(directory) if directory else None
+    results, passes, weights = _run_passes(model, tokenizer, passes, check, stages)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]
     meta = _serving_meta(passes, final)
     errors = PackingErrors()
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-        lowered = lower(
-            final, model.weights, target, bindings, ["logits"], meta, errors.observe, group
-        )
-    directory = None if isinstance(source, torch.nn.Module) else Path(source)
-    tokenizer = Tokenizer.open(directory) if directory else None
+        lowered = lower(final, weights, target, bindings, ["logits"], meta, errors.observe, group)
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     if group:
         group.agree(_exchanges(final, meta, stops))
@@ -318,6 +328,36 @@ def _exchanges(final: Graph, meta: Mapping[str, Any], stops: Iterable[int]) -> s
         f"{node.op.name} {node.attrs} {node.types}" for node in final.nodes() if node.op.collective
     ]
     return "\n".join([*lines, str(sorted(meta.items())), str(sorted(stops))])
+
+
+def _run_passes(
+    model: HuggingFaceModel,
+    tokenizer: Tokenizer | None,
+    passes: Sequence[Pass],
+    check: Callable[..., None] | None,
+    stages: _Stages,
+) -> tuple[list[PassResult], list[Pass], Weights]:
+    """Every pass in order, those that need a text calibrated on the graph that they are given.
+
+    The results, the passes as they ran, and the weights of the last graph.
+    """
+    graph, weights = model.graph, model.weights
+    results: list[PassResult] = []
+    steps: list[Pass] = []
+    for given in passes:
+        step, notes = given, ()
+        if isinstance(step, QuantizeMxfp4) and step.options.calibrated and not step.encoded:
+            vocab = graph.outputs[0].type.shape[-1]
+            texts = step.options.calibrate
+            with stages("calibrate"):
+                sequences = token_sequences(texts, tokenizer, model.max_tokens, int(vocab))
+                step, weights, note = calibrated(step, graph, weights, sequences, stages.bar)
+            notes = (note,)
+        (result,) = stages.run(graph, [step], check)
+        results.append(replace(result, notes=(*notes, *result.notes)))
+        steps.append(step)
+        graph = results[-1].graph
+    return results, steps, weights
 
 
 def _serving_meta(steps: Sequence[Pass], final: Graph) -> Mapping[str, Any]:

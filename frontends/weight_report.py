@@ -19,7 +19,8 @@ class WeightReport:
     """One weight of a product or an embedding: how it is held, and why.
 
     `bits` are those of one element, its share of the scales included. `error` is what rounding
-    cost, |w - packed| / |w|; None where nothing was rounded.
+    cost, |w - packed| / |w|; None where nothing was rounded. `product_error` is what it costs what
+    the weight gives, |x·(w - packed)ᵀ| / |x·wᵀ| over a calibration text, where there was one.
     """
 
     name: str
@@ -27,6 +28,7 @@ class WeightReport:
     bits: float
     error: float | None
     reason: str
+    product_error: float | None = None
 
 
 @dataclass
@@ -60,4 +62,8 @@ def _report(site: Site, step: QuantizeMxfp4, measured: PackingErrors) -> WeightR
         return WeightReport(site.name, site.weight.stored.dtype, site.bits, None, site.reason)
     format_ = f"mxfp4g{step.options.group}"
     bits = float(STORED_BITS[format_])
-    return WeightReport(site.name, format_, bits, measured.errors.get(site.name), site.reason)
+    if done := step.encoded.get(site.name):
+        reason = f"{site.reason}; {done}"
+        return WeightReport(site.name, format_, bits, done.error, reason, done.product_error)
+    reason = f"{site.reason}; rotated" if step.rotates(site) else site.reason
+    return WeightReport(site.name, format_, bits, measured.errors.get(site.name), reason)

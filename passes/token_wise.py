@@ -17,6 +17,7 @@ from ..compiler.ops import (
     fused,
     gating,
     glu,
+    hadamard,
     heads,
     linear,
     mla,
@@ -37,6 +38,7 @@ _ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
     *(rope.rope, rope.rope_tables, mla.mla_latent, moe.router, moe.experts),
     *(fused.fused_linear, fused.gated_linear, fused.add_rms_norm),
     *(heads.project_heads, gating.moe_gating, collective.all_reduce),
+    hadamard.hadamard,
 }
 # These work along attrs["dim"], those look up rows of their table.
 _ALONG: frozenset[Op] = frozenset(

@@ -1,9 +1,9 @@
 """The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
-· `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` · `collective` what ranks
-exchange · `fused` products with what surrounds them, `heads` of attention and `gating` of experts
-alike, `prologue` what these share · `aten` any other functional torch operator.
+· `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` · `hadamard` · `collective`
+what ranks exchange · `fused` products with what surrounds them, `heads` of attention and `gating`
+of experts alike, `prologue` what these share · `aten` any other functional torch operator.
 """
 
 from . import (
@@ -13,6 +13,7 @@ from . import (
     fused,
     gating,
     glu,
+    hadamard,
     heads,
     leaf,
     linear,
@@ -33,6 +34,7 @@ __all__ = [
     "fused",
     "gating",
     "glu",
+    "hadamard",
     "heads",
     "leaf",
     "linear",

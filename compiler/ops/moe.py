@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -228,6 +229,15 @@ def _activate(
         return ACTIVATIONS[activation](h)
     gate, up = h.chunk(2, -1)
     return gated(gate, up, activation, alpha, limit)
+
+
+def expert_hidden(
+    x: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None, attrs: Mapping[str, Any]
+) -> torch.Tensor:
+    """What one expert's down projection is given, [n, I], for x [n, D] and a node's attributes."""
+    alpha, limit = attrs.get("alpha", 0.0), attrs.get("limit", 0.0)
+    h = product(x, gate_up, bias)
+    return _activate(h, attrs["activation"], attrs.get("gated", True), alpha, limit)
 
 
 def _experts_cost(args: Types, results: Types, *, residual: bool = False, **attrs: Any) -> Cost:
