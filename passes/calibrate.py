@@ -80,12 +80,16 @@ def calibrate(
     return _Calibration(graph, weights, options, rotate, sites, store, advance).run(sequences)
 
 
-# The rows [n, K] that matrix `part` of weight operand i is multiplied by, for each op. An expert
-# has the tokens that were sent to it.
+# The rows [n, K] that matrix `part` of weight operand i is multiplied by, for each op. A head has
+# its part of every token, an expert the tokens that were sent to it.
 
 
 def _rows_of_linear(args: Sequence[Any], attrs: Mapping[str, Any], i: int, part: int) -> Any:
     return args[0].reshape(-1, args[0].shape[-1])
+
+
+def _rows_of_head(args: Sequence[Any], attrs: Mapping[str, Any], i: int, part: int) -> Any:
+    return args[0][:, part]
 
 
 def _rows_of_expert(args: Sequence[Any], attrs: Mapping[str, Any], i: int, part: int) -> Any:
@@ -98,6 +102,7 @@ def _rows_of_expert(args: Sequence[Any], attrs: Mapping[str, Any], i: int, part:
 
 _ROWS: Mapping[Op, Callable[[Sequence[Any], Mapping[str, Any], int, int], torch.Tensor]] = {
     linear.linear: _rows_of_linear,
+    linear.head_linear: _rows_of_head,
     moe.experts: _rows_of_expert,
 }
 
@@ -194,7 +199,7 @@ class _Calibration:
     ) -> None:
         weight: torch.Tensor = self._constant(site.weight)
         *lead, height, inner = weight.shape
-        matrices = weight.view(-1, height, inner)
+        matrices = weight.reshape(-1, height, inner)
         codes = torch.empty(len(matrices), height, inner // 2, dtype=torch.uint8)
         scales = codes.new_empty(len(matrices), height, inner // self.options.group)
         lost, whole, product_lost, product = 0.0, 0.0, 0.0, 0.0

@@ -37,6 +37,7 @@ WEIGHTS_OF: Mapping[Op, tuple[int, ...]] = {
 # The activation that such an operand is multiplied by, where it is an operand itself.
 INPUT_OF: Mapping[Op, Mapping[int, int]] = {
     linear.linear: {1: 0},
+    linear.head_linear: {1: 0},
     moe.experts: {3: 0},
 }
 # Elements that are rotated together.
