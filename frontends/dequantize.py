@@ -83,7 +83,8 @@ def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     near = exact.float()
     wide = near.double()
     bits = near.view(torch.int32)
-    to_odd = (wide != exact) & near.isfinite() & (bits & 1 == 0)
+    infinite = bits & 0x7FFFFFFF == 0x7F800000
+    to_odd = (wide != exact) & (bits & 1 == 0) & ~infinite
     away = torch.where(wide.abs() < exact.abs(), 1, -1).to(torch.int32)
     return torch.where(to_odd, bits + away, bits).view(torch.float32).to(dtype)
 
@@ -111,7 +112,8 @@ def _block_rows(
 ) -> torch.Tensor:
     of_rows = scale[torch.arange(rows.start, rows.stop) // block[0]]
     scales = of_rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
-    return weight[rows].double() * scales
+    # By way of f32: twice as fast in torch as from FP8 to f64 at once.
+    return weight[rows].float().double() * scales
 
 
 # ---- NVFP4: E2M1 codes, an FP8 scale for every 16 of them, and an f32 scale for all

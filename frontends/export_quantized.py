@@ -32,7 +32,7 @@ from .huggingface import import_hugging_face
 from .meta_model import MetaModel, build_meta_model, read_config
 from .quantization_config import quantization_of
 from .quantized import Packed, Source, sources_of
-from .safetensors_files import SourceError
+from .safetensors_files import SourceError, Stored
 from .safetensors_writer import Item, write_checkpoint
 
 COMPRESSED_TENSORS, GPT_OSS = "compressed-tensors", "gpt-oss"
@@ -239,17 +239,17 @@ class _Plan:
         }
 
 
-def _compressed_tensors(name: str, source: Any, options: MXFP4) -> Item:
+def _compressed_tensors(name: str, source: Stored | Dequantized, options: MXFP4) -> Item:
     """X.weight [N, K] as X.weight_packed [N, K/2] and X.weight_scale [N, K/32]."""
     rows, width = source.shape
     types = {
         f"{name}_packed": TensorType("u8", (rows, width // 2)),
         f"{name}_scale": TensorType("u8", (rows, width // options.group)),
     }
-    return Item(types, lambda: _encoded(name, source.read_as(torch.float32), options))
+    return Item(types, lambda: _encoded(name, _dense(source), options))
 
 
-def _gpt_oss(name: str, source: Any, options: MXFP4) -> Item:
+def _gpt_oss(name: str, source: Stored | Dequantized, options: MXFP4) -> Item:
     """P [E, K, N] as P_blocks [E, N, K/32, 16] and P_scales [E, N, K/32]."""
     experts, width, rows = source.shape
     groups = (experts, rows, width // 32)
@@ -259,7 +259,7 @@ def _gpt_oss(name: str, source: Any, options: MXFP4) -> Item:
     }
 
     def load() -> Sequence[torch.Tensor]:
-        dense = source.read_as(torch_dtype(source.dtype))
+        dense = _dense(source)
         codes, scales = torch.empty(experts, rows, width // 2, dtype=torch.uint8), []
         for i, expert in enumerate(dense):
             codes[i], of_one = _encoded(name, expert.transpose(0, 1), options)
@@ -267,6 +267,11 @@ def _gpt_oss(name: str, source: Any, options: MXFP4) -> Item:
         return codes.view(*groups, 16), torch.stack(scales)
 
     return Item(types, load)
+
+
+def _dense(source: Stored | Dequantized) -> torch.Tensor:
+    """A weight as it is stored, or in f32 what it stands for."""
+    return source.read() if isinstance(source, Stored) else source.read_as(torch.float32)
 
 
 def _encoded(name: str, dense: torch.Tensor, options: MXFP4) -> Sequence[torch.Tensor]:
