@@ -15,7 +15,11 @@ from .verify import verify
 
 
 class Pass(Protocol):
-    """A frozen dataclass whose fields are its options. Graph to Graph; reports into the log."""
+    """A frozen dataclass whose fields are its options. Graph to Graph; reports into the log.
+
+    A pass that is there for something that can be counted also has `expected(graph) -> int`: in how
+    many places of `graph` it is still to be rewritten.
+    """
 
     name: ClassVar[str]
 
@@ -24,7 +28,11 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did, and the graph it left behind."""
+    """What one pass did, and the graph it left behind.
+
+    `expected` counts the places that the pass is there for, `found` those of them that it rewrote;
+    None for a pass that does not count them.
+    """
 
     name: str
     graph: Graph
@@ -34,6 +42,8 @@ class PassResult:
     nodes_after: int
     seconds: float
     notes: tuple[str, ...] = ()
+    expected: int | None = None
+    found: int | None = None
 
 
 class PassError(Exception):
@@ -44,6 +54,11 @@ def count_nodes(graph: Graph) -> int:
     """Nodes that run: parameters and what depends on weights and literals alone do not."""
     folded = graph.constants()
     return sum(n.op.name != "param" and n not in folded for n in graph.nodes())
+
+
+def _count(step: Pass, graph: Graph) -> int | None:
+    expected: Callable[[Graph], int] | None = getattr(step, "expected", None)
+    return expected(graph) if expected else None
 
 
 def _check(check: Callable[[Graph, Applied], None], name: str, graph: Graph, log: Log) -> None:
@@ -91,6 +106,7 @@ def run_pipeline(
         nodes = count_nodes(after)
         seconds = perf_counter() - start
         declined = tuple(dict.fromkeys(log.declined))
+        expected, left = (_count(step, g) for g in (graph, after))
         results.append(
             PassResult(
                 step.name,
@@ -101,6 +117,8 @@ def run_pipeline(
                 nodes,
                 seconds,
                 tuple(log.notes),
+                expected,
+                None if expected is None or left is None else expected - left,
             )
         )
         graph, before = after, nodes

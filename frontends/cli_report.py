@@ -67,6 +67,8 @@ def report_data(model: Model) -> dict[str, Any]:
                 "matches": dict(p.matches),
                 "declined": list(p.declined),
                 "notes": list(p.notes),
+                "expected": p.expected,
+                "found": p.found,
                 "nodes": {"before": p.nodes_before, "after": p.nodes_after},
                 "one_token": {"before": before, "after": after},
                 "seconds": p.seconds,
@@ -96,9 +98,11 @@ def pass_table(data: Mapping[str, Any]) -> Table:
         moved = f"{show_bytes(before['bytes'])} → {show_bytes(after['bytes'])}"
         nodes = f"{p['nodes']['before']} → {p['nodes']['after']}"
         declined = str(len(p["declined"])) if p["declined"] else ""
-        rows.append([p["name"], "\n".join(matches), declined, nodes, moved, f"{p['seconds']:.2f}"])
-    heads = ["pass", "rewritten", "declined", "nodes", "bytes a token, caches full", "seconds"]
-    return _table("Passes", heads, rows, right=(2, 3, 4, 5))
+        found = "" if p["expected"] is None else f"{p['found']} of {p['expected']}"
+        time = f"{p['seconds']:.2f}"
+        rows.append([p["name"], "\n".join(matches), found, declined, nodes, moved, time])
+    heads = ["pass", "rewritten", "found", "declined", "nodes", "bytes a token", "seconds"]
+    return _table("Passes; bytes are with full caches", heads, rows, right=(2, 3, 4, 5, 6))
 
 
 def declined_lines(data: Mapping[str, Any], most: int = 5) -> list[str]:

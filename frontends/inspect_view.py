@@ -7,7 +7,7 @@ column, and a layer that is built as an earlier one is a line that says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -57,13 +57,14 @@ class Layer:
 class Layout:
     """The nodes of a graph by place: before the layers, in them, after them.
 
-    `places` has the module path of every node.
+    `places` has the module path of every node; `folded` are those that depend on weights alone.
     """
 
     before: tuple[Node, ...]
     layers: tuple[Layer, ...]
     after: tuple[Node, ...]
     places: Mapping[Node, str]
+    folded: Set[Node]
 
     @property
     def shown(self) -> tuple[Layer, ...]:
@@ -111,7 +112,7 @@ def layout(graph: Graph) -> Layout:
         twin = twins.setdefault((path.rpartition(".")[0], key), number)
         layers.append(Layer(number, path, tuple(members), leaving, twin))
         incoming = leaving
-    return Layout(before, tuple(layers), after, places)
+    return Layout(before, tuple(layers), after, places, graph.constants())
 
 
 def _places(nodes: Sequence[Node], users: Mapping[Value, Sequence[Node]]) -> dict[Node, str]:
@@ -210,7 +211,11 @@ def page(graph: Graph, title: str) -> str:
     lines = [f"graph @{graph.name} {title}: {count_nodes(graph)} nodes", *_header(graph), ""]
     if plan.before:
         lines += [
-            _rule("embedding, and what all layers share" if plan.layers else "body", plan.before),
+            _rule(
+                "embedding, and what all layers share" if plan.layers else "body",
+                plan.before,
+                plan.folded,
+            ),
             "",
         ]
         lines += [*_body(plan.before, plan, names, ""), ""]
@@ -219,21 +224,29 @@ def page(graph: Graph, title: str) -> str:
             lines += [*_as_before(list(run), graph, names), ""]
             continue
         for layer in run:
-            lines += [_rule(_layer_title(layer, plan), layer.nodes), ""]
+            lines += [_rule(_layer_title(layer, plan), layer.nodes, plan.folded), ""]
             lines += [*_body(layer.nodes, plan, names, layer.path), ""]
     if plan.after:
-        lines += [_rule("head", plan.after), "", *_body(plan.after, plan, names, ""), ""]
+        lines += [_rule("head", plan.after, plan.folded), ""]
+        lines += [*_body(plan.after, plan, names, ""), ""]
     refer = {v: names.get(v) or show_inline(v) for v in graph.roots}
     outputs = ", ".join(f"{refer[v]} : {v.type}" for v in graph.outputs)
     return "\n".join([*lines, f"  return {outputs}", *_updates(graph, plan, refer)])
 
 
-def _rule(title: str, nodes: Iterable[Node]) -> str:
-    """A heading with the weights that its section reads."""
+def _rule(title: str, nodes: Sequence[Node], folded: Set[Node]) -> str:
+    """A heading with the number of ops that compute, and the weights that the section reads."""
     weights = {a.attrs["name"]: a for n in nodes for a in n.args if a.op.name == "constant"}
     size: Any = sum(a.type.nbytes for a in weights.values())
-    note = f" {len(weights)} weights, {show_bytes(size)}" if weights else ""
+    count = len(computing(nodes, folded))
+    note = f" {count} op{'s' if count != 1 else ''}"
+    note += f", {len(weights)} weights, {show_bytes(size)}" if weights else ""
     return f"# {title} {'─' * (WIDTH - 3 - len(title) - len(note))}{note}"
+
+
+def computing(nodes: Iterable[Node], folded: Set[Node]) -> list[Node]:
+    """Those that do arithmetic when the graph runs: views, copies and cache writes move only."""
+    return [n for n in nodes if n not in folded and n.cost.flops != 0]
 
 
 def _layer_title(layer: Layer, plan: Layout) -> str:
@@ -274,7 +287,12 @@ def _header(graph: Graph) -> Iterator[str]:
 def _body(
     nodes: Sequence[Node], plan: Layout, names: Mapping[Value, str], path: str
 ) -> Iterator[str]:
-    """Lines of a section; submodules of more than a few lines get a heading, the rest a gap."""
+    """Lines of a section; submodules of more than a few lines get a heading, the rest a gap.
+
+    What is made of weights alone comes last.
+    """
+    made = [node for node in nodes if node in plan.folded]
+    nodes = [node for node in nodes if node not in plan.folded]
 
     def section_at(node: Node) -> str:
         return section_of(plan.places[node])
@@ -290,6 +308,9 @@ def _body(
             yield f"  # {heading}"
         yield from (_line(node, names, path) for node in run)
         small_before = small
+    if made:
+        yield from ("", "  # made of weights when they are loaded")
+        yield from (_line(node, names, path) for node in made)
 
 
 def _line(node: Node, names: Mapping[Value, str], path: str) -> str:

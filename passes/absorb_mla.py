@@ -170,6 +170,10 @@ class AbsorbMla:
     name: ClassVar[str] = "absorb-mla"
     premultiply: bool | Literal["auto"] = "auto"
 
+    def expected(self, graph: Graph) -> int:
+        """Attentions over keys of two parts, one of which may be all heads'."""
+        return sum(n.op is attention and n.args[1].op is shape.cat for n in graph.nodes())
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         users, roots = graph.users(), frozenset(graph.roots)
         rules = [

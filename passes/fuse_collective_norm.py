@@ -64,5 +64,10 @@ class FuseCollectiveNorm:
 
     name: ClassVar[str] = "fuse-collective-norm"
 
+    def expected(self, graph: Graph) -> int:
+        """Sums over ranks that are added to something."""
+        adds = (n for n in graph.nodes() if n.op is add)
+        return sum(any(a.op is all_reduce for a in n.args) for n in adds)
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         return rewrite(graph, _rules(readers(graph)), log)

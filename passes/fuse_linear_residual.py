@@ -12,7 +12,7 @@ from ..compiler.ops.linear import linear
 from ..compiler.ops.moe import experts
 from ..compiler.ops.pointwise import add, mul
 from ..compiler.rewrite import Decline, Log, Match, Pat, Rule, either, pat, rewrite
-from .products import LINEAR
+from .products import LINEAR, readers
 
 
 def takes_residual(value: Value) -> bool:
@@ -87,6 +87,11 @@ class FuseLinearResidual:
     """add(linear, r) -> fused_linear with r as residual, and the same for experts."""
 
     name: ClassVar[str] = "fuse-linear-residual"
+
+    def expected(self, graph: Graph) -> int:
+        """Sums that can go into the epilogue of what they add."""
+        reading = readers(graph)
+        return sum(n.op is add and takes_sum(Value(n), reading) for n in graph.nodes())
 
     def __call__(self, graph: Graph, log: Log) -> Graph:
         return rewrite(graph, RULES, log)

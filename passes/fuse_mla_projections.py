@@ -94,11 +94,24 @@ def _joined(products: list[Node]) -> tuple[Value, ...]:
     return tuple(slices)
 
 
+def _has_several(node: Node) -> bool:
+    if node.op not in (mla_attention, cached_mla_attention):
+        return False
+    try:
+        return bool(_down_projections(node))
+    except Decline:
+        return False
+
+
 @dataclass(frozen=True)
 class FuseMlaProjections:
     """linear(x, W_DQ), linear(x, W_DKV), … -> slices of one linear, where attention reads them."""
 
     name: ClassVar[str] = "fuse-mla-projections"
+
+    def expected(self, graph: Graph) -> int:
+        """Attentions of which several products of one value make the query and the latent."""
+        return sum(_has_several(n) for n in graph.nodes())
 
     def __call__(self, graph: Graph, log: Log) -> Graph:
         swap: dict[Value, Value] = {}

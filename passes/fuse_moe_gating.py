@@ -54,6 +54,10 @@ class FuseMoeGating:
 
     name: ClassVar[str] = "fuse-moe-gating"
 
+    def expected(self, graph: Graph) -> int:
+        """Routers."""
+        return sum(n.op is router for n in graph.nodes())
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         rule = Rule("moe-gating", (ROUTED, Other(ROUTED, 1)), _gating)
         graph = rewrite(graph, (rule,), log)

@@ -127,5 +127,9 @@ class FuseNormLinear:
 
     name: ClassVar[str] = "fuse-norm-linear"
 
+    def expected(self, graph: Graph) -> int:
+        """Norms with a weight."""
+        return sum(n.op is rms_norm and len(n.args) == 2 for n in graph.nodes())
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         return rewrite_all(graph, RULES, log)

@@ -16,6 +16,7 @@ from ..compiler.ops import norm, rope, shape
 from ..compiler.ops.attention import attention, cached_attention, kv_append
 from ..compiler.ops.heads import head_operands, project_heads
 from ..compiler.ops.linear import linear
+from ..compiler.ops.mla import cached_mla_attention, mla_attention
 from ..compiler.rewrite import Decline, Log, Match, Pat, Rule, either, pat, rewrite
 from .weights import by_rows, concatenated, is_weight, rows_of
 
@@ -265,22 +266,31 @@ class FuseQkvRope:
 
     name: ClassVar[str] = "fuse-qkv-rope"
 
+    def expected(self, graph: Graph) -> int:
+        """Attentions whose q, k or v, or whose query of MLA, is not made by project_heads."""
+        return sum(bool(_reasons(n)) for n in graph.nodes())
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         graph = rewrite(graph, RULES, log)
         for node in graph.nodes():
-            if node.op in (attention, cached_attention):
-                for reason in _reasons(node):
-                    log.decline("qkv", node, reason)
+            for reason in _reasons(node):
+                log.decline("qkv", node, reason)
         return graph
 
 
 def _reasons(node: Node) -> list[str]:
     """Why q, k or v of an attention are not parts of a product, by the op in the way."""
-    k, v = node.args[1:3]
-    if k.op is kv_append:
-        k, v = k.node.args[2:4]
+    if node.op in (mla_attention, cached_mla_attention):
+        ends = {"q_pe": node.args[1]}
+    elif node.op in (attention, cached_attention):
+        k, v = node.args[1:3]
+        if k.op is kv_append:
+            k, v = k.node.args[2:4]
+        ends = {"q": node.args[0], "k": k, "v": v}
+    else:
+        return []
     found: list[str] = []
-    for name, end in zip("qkv", (node.args[0], k, v), strict=True):
+    for name, end in ends.items():
         value = end
         while value.op in _BETWEEN:
             value = value.node.args[0]

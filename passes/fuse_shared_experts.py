@@ -6,10 +6,11 @@ takes the router with the columns of the shared experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..compiler.ir import Graph, Value, walk
+from ..compiler.ir import Graph, Node, Value, walk
 from ..compiler.ops import pointwise, shape
 from ..compiler.ops.glu import glu
 from ..compiler.ops.linear import linear
@@ -131,17 +132,25 @@ class FuseSharedExperts:
 
     name: ClassVar[str] = "fuse-shared-experts"
 
+    def expected(self, graph: Graph) -> int:
+        """Experts to which something that is computed from their input is added."""
+        return len({node for node, _ in _shared(graph)})
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         graph = rewrite(graph, (Rule("shared-experts", (ROOT,), _joined),), log)
-        users = graph.users()
-        for node in graph.nodes():
-            if node.op is not experts:
-                continue
-            for user in users.get(Value(node), ()):
-                for other in user.args:
-                    if _is_shared(other, node.args[0]):
-                        log.decline("shared-experts", node, f"{other.op.name} is added to it")
+        for node, other in _shared(graph):
+            log.decline("shared-experts", node, f"{other.op.name} is added to it")
         return graph
+
+
+def _shared(graph: Graph) -> Iterator[tuple[Node, Value]]:
+    """Experts, and what is added to them that is computed from what they are given."""
+    users = graph.users()
+    for node in graph.nodes():
+        if node.op is not experts:
+            continue
+        for user in users.get(Value(node), ()):
+            yield from ((node, v) for v in user.args if _is_shared(v, node.args[0]))
 
 
 def _is_shared(value: Value, x: Value) -> bool:

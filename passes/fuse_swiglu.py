@@ -77,5 +77,9 @@ class FuseSwiglu:
 
     name: ClassVar[str] = "fuse-swiglu"
 
+    def expected(self, graph: Graph) -> int:
+        """Gated units."""
+        return sum(n.op is glu for n in graph.nodes())
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         return rewrite(graph, RULES, log)

@@ -51,6 +51,10 @@ class InsertKvCache:
     def pages_per_slot(self) -> int:
         return -(-self.max_tokens_per_sequence // self.page_size)
 
+    def expected(self, graph: Graph) -> int:
+        """Attentions over the tokens of one sequence."""
+        return sum(n.op in _CACHED for n in graph.nodes())
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         nodes = [n for n in graph.nodes() if n.op in _CACHED]
         positions = graph.param("positions")

@@ -280,6 +280,10 @@ class QuantizeMxfp4:
     options: MXFP4 = field(default_factory=MXFP4)
     encoded: Mapping[str, Encoded] = field(default_factory=dict[str, Encoded], hash=False)
 
+    def expected(self, graph: Graph) -> int:
+        """Weights that the policy packs."""
+        return sum(s.action == "quantize" for s in find_sites(graph, self.options))
+
     def __call__(self, graph: Graph, log: Log) -> Graph:
         swap: dict[tuple[Node, int], Value] = {}
         turned: dict[Value, Value] = {}
