@@ -64,7 +64,7 @@ def test_end_of_text_ids_come_from_the_generation_config(source: Any) -> None:
 
 def test_graphs_by_name(model: Any) -> None:
     assert model.graph("traced") is not model.graph("final")
-    assert model.graph() is model.graph("gather-logits")
+    assert model.graph() is model.graph("fuse-norm-linear")
     with pytest.raises(KeyError, match="insert-kv-cache"):
         model.graph("nothing")
 
