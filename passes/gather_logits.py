@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..compiler.ir import Graph, Op, Value
-from ..compiler.ops import glu, linear, moe, norm, pointwise, shape
+from ..compiler.ops import collective, glu, linear, moe, norm, pointwise, shape
 from ..compiler.rewrite import (
     Decline,
     Log,
@@ -31,7 +31,10 @@ TOKEN_WISE: tuple[Op, ...] = (
     norm.layer_norm,
     glu.glu,
     moe.experts,
+    collective.all_reduce,
 )
+# The same, where the dim that they work along is not that of the rows.
+ALONG: tuple[Op, ...] = (collective.all_gather, shape.slice_)
 
 ROWS = Pat()
 
@@ -44,6 +47,8 @@ def _rule(op: Op) -> Rule:
     def build(m: Match) -> Value:
         node, rows = m[inner].node, m[ROWS]
         tokens, rank = m[inner].type.shape[0], m[inner].type.rank
+        if op in ALONG and node.attrs["dim"] % rank == 0:
+            raise Decline("it works along the rows")
 
         def taken(x: Value) -> Value:
             if x.op.name == "literal" or depends_only_on_constants(x):
@@ -74,21 +79,7 @@ def _view_rule() -> Rule:
     return Rule("take-before-view", (root,), build)
 
 
-def _slice_rule() -> Rule:
-    """take(slice(x), rows) == slice(take(x, rows)) where the slice is along another dim."""
-    x = Pat()
-    inner = pat(shape.slice_, x)
-    root = pat(shape.take, inner, ROWS)
-
-    def build(m: Match) -> Value:
-        if m[inner].attrs["dim"] % m[x].type.rank == 0:
-            raise Decline("the slice is along the rows")
-        return shape.slice_(shape.take(m[x], m[ROWS]), **m[inner].attrs)
-
-    return Rule("take-before-slice", (root,), build)
-
-
-RULES = (*map(_rule, TOKEN_WISE), _view_rule(), _slice_rule())
+RULES = (*map(_rule, (*TOKEN_WISE, *ALONG)), _view_rule())
 
 
 @dataclass(frozen=True)
