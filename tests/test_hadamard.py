@@ -173,12 +173,14 @@ def test_a_cache_is_inserted_as_before() -> None:
     assert ops(cached)["cached_attention"] == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_models(name: str) -> None:
     source = tiny_model(name)
     tokens = list(range(1, 30))
     plain, straight, turned = (
-        ingot.compile(source, quantize=q, max_tokens_per_sequence=64, progress=False)
+        ingot.compile(
+            source, quantize=q, max_tokens_per_sequence=64, verify=q is not None, progress=False
+        )
         for q in (None, MXFP4(), MXFP4(hadamard=True))
     )
     expected, *found = (m.logits(tokens) for m in (plain, straight, turned))
