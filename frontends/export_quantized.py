@@ -23,7 +23,7 @@ from ..compiler.ops.shape import permute
 from ..compiler.pipeline import run_pipeline
 from ..compiler.torch_types import torch_dtype
 from ..compiler.types import FLOATS, TensorType
-from ..passes.pipelines import module
+from ..passes.pipelines import RAISING
 from ..passes.quantize_mxfp4 import MXFP4, find_sites
 from .checkpoint import stored_tensors
 from .conversions import Place, places_of
@@ -127,7 +127,7 @@ def _format(format: str | None, model_type: str, options: MXFP4) -> str:
 def _decisions(source: Path, options: MXFP4) -> dict[str, str]:
     """By the model's names: "" for a weight to be quantized, else why it is kept."""
     imported = import_hugging_face(source, dtype=None, max_tokens=2)
-    graph = run_pipeline(imported.graph, module())[-1].graph
+    graph = run_pipeline(imported.graph, RAISING)[-1].graph
     found: dict[str, str] = {}
     for site in find_sites(graph, options):
         reason = "" if site.action == "quantize" else site.reason

@@ -18,6 +18,8 @@ from .insert_kv_cache import InsertKvCache
 from .quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from .raise_ops import RaiseOps
 
+# What the model says, in the IR's own ops.
+RAISING: tuple[Pass, ...] = (Canonicalize(), RaiseOps())
 # What one kernel computes. Shared experts are found as the products that fuse-swiglu would join;
 # what no other product could take, the norms' own pass does before the last two.
 FUSIONS: tuple[Pass, ...] = (
@@ -41,8 +43,7 @@ def causal_lm(
 ) -> tuple[Pass, ...]:
     """From a traced causal language model to one that serves from a paged cache."""
     return (
-        Canonicalize(),
-        RaiseOps(),
+        *RAISING,
         AbsorbMla(),
         *(() if quantize is None else (QuantizeMxfp4(quantize),)),
         InsertKvCache(max_sequences, max_tokens_per_sequence, pages=pages),
@@ -53,4 +54,4 @@ def causal_lm(
 
 def module() -> tuple[Pass, ...]:
     """For a module that is no language model: the same cleaning and fusions, no cache."""
-    return (Canonicalize(), RaiseOps(), *FUSIONS)
+    return (*RAISING, *FUSIONS)

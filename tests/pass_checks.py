@@ -17,6 +17,14 @@ from ingot.compiler.torch_types import type_of
 from ingot.compiler.types import VerifyError
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Entry, Weights
+from ingot.passes.gather_logits import GatherLogits
+from ingot.passes.insert_kv_cache import InsertKvCache
+from ingot.passes.pipelines import RAISING
+
+
+def plain_serving(max_sequences: int, max_tokens_per_sequence: int) -> tuple[Pass, ...]:
+    """To a paged cache without absorption and fusions: each op of the model by itself."""
+    return (*RAISING, InsertKvCache(max_sequences, max_tokens_per_sequence), GatherLogits())
 
 
 def graph_of(text: str) -> Graph:

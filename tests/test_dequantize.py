@@ -66,9 +66,13 @@ def assert_reads(source: Dequantized, exact: list[list[Fraction]]) -> None:
         assert found.dtype == dtype and found.shape == source.shape
         assert found.tolist() == [[nearest(x, dtype) for x in row] for row in exact]
     into = torch.zeros(source.shape[0], source.shape[1] + 3, dtype=torch.bfloat16)
-    source.read_into(into[:, 2:-1])
+    rows, columns = source.shape
+    source.read_into(into[:, 2:-1], ((0, rows), (0, columns)))
     assert torch.equal(into[:, 2:-1], source.read_as(torch.bfloat16))
     assert not into[:, [0, 1, -1]].any()
+    part = torch.empty(1, columns - 1, dtype=torch.float32)
+    source.read_into(part, ((1, 2), (1, columns)))
+    assert torch.equal(part, source.read_as(torch.float32)[1:2, 1:])
 
 
 def fractions(tensor: torch.Tensor) -> list:

@@ -118,7 +118,7 @@ def test_packed_weights_are_joined_packed() -> None:
     log = Log()
     mixed = graph_of(text.replace("KV", "32"))
     assert PASS(mixed, log) is mixed
-    assert "weights differ in format: mxfp4g16, mxfp4g32" in log.declined[0]
+    assert "weights in several formats are not one weight: mxfp4g16, mxfp4g32" in log.declined[0]
 
 
 STAYS: dict[str, tuple[str, str]] = {

@@ -20,17 +20,17 @@ from ingot.passes.fuse_collective_norm import FuseCollectiveNorm
 from ingot.passes.fuse_linear_residual import FuseLinearResidual
 from ingot.passes.fuse_norm_linear import FuseNormLinear
 from ingot.passes.fuse_swiglu import FuseSwiglu
-from ingot.passes.pipelines import causal_lm, module
+from ingot.passes.pipelines import RAISING
 from ingot.passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ingot.passes.weights import is_quantized
 from ingot.runtime.cpu import CpuDriver
 from ingot.runtime.session import Session
-from pass_checks import ops
+from pass_checks import ops, plain_serving
 from tiny_models import tiny_model
 
 FUSIONS = (FuseSwiglu(), FuseCollectiveNorm(), FuseLinearResidual(), FuseNormLinear())
 SLOTS, LENGTH = 3, 64
-SERVING = causal_lm(max_sequences=SLOTS, max_tokens_per_sequence=LENGTH)
+SERVING = plain_serving(SLOTS, LENGTH)
 
 # Two layers each. q, k and v are products by themselves here, so that the norm before them stays,
 # where it is one: fuse-qkv-rope makes them one product.
@@ -121,7 +121,7 @@ def assert_same(model: HuggingFaceModel, before: Graph, after: Graph, inputs: di
 @pytest.mark.parametrize("name", FOUND)
 def test_without_a_cache(name: str) -> None:
     model = imported(name)
-    before, results = fused(model.graph, module())
+    before, results = fused(model.graph, RAISING)
     assert assert_found(name, results) == FOUND[name][1]
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 2, 7, 33):
@@ -166,7 +166,7 @@ def test_in_bf16_as_much_is_found(name: str) -> None:
 def test_packed_weights_stay_packed(name: str) -> None:
     """Of all products but lm_head's, which keeps its dtype."""
     model = imported(name)
-    before, results = fused(model.graph, (*module(), QuantizeMxfp4(MXFP4(scale="even"))))
+    before, results = fused(model.graph, (*RAISING, QuantizeMxfp4(MXFP4(scale="even"))))
     assert_found(name, results)
     after = results[-1].graph
     products = [n for n in after.nodes() if n.op.name in ("fused_linear", "gated_linear")]

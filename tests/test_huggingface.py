@@ -15,7 +15,7 @@ from ingot.frontends.safetensors_files import SourceError
 from ingot.frontends.torch_export import ImportFailure
 from ingot.frontends.traced_ops import UnsupportedModel
 from ingot.passes.insert_kv_cache import CannotCache
-from ingot.passes.pipelines import causal_lm, module
+from ingot.passes.pipelines import RAISING, causal_lm
 from pass_checks import ops
 from tiny_models import tiny_model
 from torch import nn
@@ -41,7 +41,7 @@ def llama() -> PreTrainedModel:
 
 
 def logits_of(imported: HuggingFaceModel, tokens: torch.Tensor) -> torch.Tensor:
-    graph = run_pipeline(imported.graph, module())[-1].graph
+    graph = run_pipeline(imported.graph, RAISING)[-1].graph
     inputs = {"tokens": tokens.int(), "positions": torch.arange(len(tokens)).int()}
     return interpret(graph, inputs, imported.weights).outputs[0]
 
@@ -205,7 +205,7 @@ def test_dtype_of_import() -> None:
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "cohere2"])
 def test_bf16_models_are_raised(name: str) -> None:
     imported = import_hugging_face(tiny_model(name), dtype=torch.bfloat16, max_tokens=64)
-    found = ops(run_pipeline(imported.graph, module())[-1].graph)
+    found = ops(run_pipeline(imported.graph, RAISING)[-1].graph)
     left = {"rsqrt", "mean", "cos", "sin", "neg", "sigmoid", "silu", "gelu", "gather", "topk"}
     assert not found.keys() & left
     assert not [op for op in found if op.startswith("aten.")]
@@ -235,7 +235,7 @@ def test_long_rope_is_chosen_by_capacity(max_tokens: int, tokens: int) -> None:
     imported = import_hugging_face(model, dtype=None, max_tokens=max_tokens)
     ids = torch.randint(3, 128, (tokens,), generator=torch.Generator().manual_seed(0))
     assert_close(logits_of(imported, ids), eager(model, ids))
-    found = ops(run_pipeline(imported.graph, module())[-1].graph)
+    found = ops(run_pipeline(imported.graph, RAISING)[-1].graph)
     assert found["rope"] == 4 and found["rope_tables"] == 1
 
 

@@ -21,9 +21,9 @@ from ingot.compiler.target import CPU, TARGETS
 from ingot.compiler.text import parse
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.weights import Entry, Weights
-from ingot.passes.pipelines import causal_lm
 from ingot.runtime.cpu import CpuDriver
 from ingot.runtime.program import Program, Slice
+from pass_checks import plain_serving
 
 # Two layers that share a shape, so that their kernels are the same; heads of 4.
 MODEL = """
@@ -80,7 +80,7 @@ class Loads(Counter[str]):
 
 @cache
 def served() -> Graph:
-    passes = causal_lm(max_sequences=2, max_tokens_per_sequence=8)
+    passes = plain_serving(2, 8)
     return run_pipeline(parse(MODEL), passes)[-1].graph
 
 

@@ -9,8 +9,6 @@ import torch
 from ingot.compiler.pipeline import Pass
 from ingot.frontends.huggingface import import_hugging_face
 from ingot.passes.absorb_mla import AbsorbMla
-from ingot.passes.fuse_mla_projections import FuseMlaProjections
-from ingot.passes.raise_ops import RaiseOps
 from pass_checks import ops
 from test_coverage import MAX_TOKENS, PROMPTS, assert_same, served, serving_passes
 from tiny_models import tiny_model
@@ -21,12 +19,8 @@ REQUIRED = ("absorb-mla", "insert-kv-cache", "gather-logits")
 
 
 def absorbing_passes(absorb: AbsorbMla) -> tuple[Pass, ...]:
-    """The serving passes with absorb-mla after raise-ops and the projections joined at the end."""
-    passes = tuple(
-        p for p in serving_passes() if p.name not in (absorb.name, "fuse-mla-projections")
-    )
-    at = next(i for i, p in enumerate(passes) if isinstance(p, RaiseOps)) + 1
-    return (*passes[:at], absorb, *passes[at:], FuseMlaProjections())
+    """The serving passes with this absorb-mla among them."""
+    return tuple(absorb if p.name == absorb.name else p for p in serving_passes())
 
 
 @pytest.mark.parametrize("premultiply", ["auto", True, False])

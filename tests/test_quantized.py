@@ -23,7 +23,7 @@ from ingot.frontends.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.meta_model import build_meta_model, read_config
 from ingot.frontends.quantization_config import Promise
 from ingot.frontends.safetensors_files import SourceError, Stored
-from ingot.passes.pipelines import module
+from ingot.passes.pipelines import RAISING
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -79,7 +79,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def logits(model: HuggingFaceModel, tokens: torch.Tensor) -> torch.Tensor:
-    graph = run_pipeline(model.graph, module())[-1].graph
+    graph = run_pipeline(model.graph, RAISING)[-1].graph
     inputs = {"tokens": tokens.int(), "positions": torch.arange(len(tokens)).int()}
     return interpret(graph, inputs, model.weights).outputs[0]
 
@@ -97,7 +97,7 @@ def test_weights_are_those_that_the_library_dequantizes(name: str) -> None:
 def test_codes_and_scales_are_the_stored_bits(name: str) -> None:
     """Through passes, too: the weight of every product is mxfp4(...) itself, of stored bytes."""
     model = imported(FIXTURES / name)
-    graph = run_pipeline(model.graph, module())[-1].graph
+    graph = run_pipeline(model.graph, RAISING)[-1].graph
     products = [n for n in graph.nodes() if n.op.name in ("linear", "experts")]
     weights = [a for n in products for a in n.args if a.op.name == "mxfp4"]
     stored = load_file(FIXTURES / name / "model.safetensors")
@@ -273,7 +273,7 @@ def test_scales_are_read_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     real = Stored.read
     monkeypatch.setattr(Stored, "read", lambda self: reads.append(self) or real(self))
     for name in ("ct_mxfp4_qwen3_moe", "ct_int4_qwen3_moe", "modelopt_nvfp4", "fp8_qwen3"):
-        run_pipeline(imported(FIXTURES / name).graph, module())
+        run_pipeline(imported(FIXTURES / name).graph, RAISING)
     assert reads == []
 
 

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from ingot.compiler.ir import Graph
 from ingot.compiler.pipeline import run_pipeline
-from ingot.passes.pipelines import module
+from ingot.passes.pipelines import RAISING
 from ingot.passes.raise_ops import RaiseOps
 from pass_checks import applied, assert_equal_results, checked, graph_of, ops
 
@@ -67,7 +67,7 @@ def norm_text(
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
 def test_every_form_becomes_one_op(root: str, weight: str, dtype: str) -> None:
     before = graph_of(norm_text(root, weight, dtype))
-    after = run_pipeline(before, module())[-1].graph
+    after = run_pipeline(before, RAISING)[-1].graph
     assert ops(after)["rms_norm"] == 1
     assert not ops(after).keys() & {"mean", "rsqrt", "sqrt", "pow", "view"}
     assert_equal_results(before, after, {"bf16": 2e-2, "f16": 3e-3, "f32": 1e-5}[dtype])
@@ -102,7 +102,7 @@ def test_heads_that_were_moved_first() -> None:
         } where {
           @w: f32[8]
         }""")
-    after = run_pipeline(before, module())[-1].graph
+    after = run_pipeline(before, RAISING)[-1].graph
     assert ops(after) == {"view": 1, "rms_norm": 1}
     assert_equal_results(before, after)
 

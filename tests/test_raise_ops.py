@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from ingot.compiler.pipeline import PassError, run_pipeline
-from ingot.passes.pipelines import module
+from ingot.passes.pipelines import RAISING
 from ingot.passes.raise_ops import RaiseOps
 from pass_checks import applied, assert_equal_results, checked, graph_of, ops
 
@@ -130,14 +130,14 @@ BLOCK = """
 def test_block(golden: Callable[[str], None]) -> None:
     """A block as bf16 models are traced, batch and all."""
     before = graph_of(BLOCK.format(dtype="bf16"))
-    after = run_pipeline(before, module())[-1].graph
+    after = run_pipeline(before, RAISING)[-1].graph
     assert_equal_results(before, after, 6e-2)
     golden(str(after))
 
 
 def test_block_in_f32() -> None:
     before = graph_of(BLOCK.format(dtype="f32"))
-    after = run_pipeline(before, module())[-1].graph
+    after = run_pipeline(before, RAISING)[-1].graph
     assert_equal_results(before, after, 1e-5)
     assert ops(after)["rope"] == ops(after)["rms_norm"] == ops(after)["glu"] == 1
 
@@ -145,10 +145,10 @@ def test_block_in_f32() -> None:
 def test_required_and_nothing_to_raise() -> None:
     graph = graph_of("graph @none(%x: f32[T, 8]) T=1..8 {\n%0 = exp(%x)\nreturn %0\n}")
     with pytest.raises(PassError, match=r"raise-ops was required but matched nothing"):
-        run_pipeline(graph, module(), require_match=("raise-ops",))
+        run_pipeline(graph, RAISING, require_match=("raise-ops",))
 
 
 def test_required_names_the_nearest_misses() -> None:
     text = UNIT.format(dtype="f32", act=ACTIVATIONS["silu"]).replace("return %y", "return %y, %a")
     with pytest.raises(PassError, match="silu inside the match is used outside"):
-        run_pipeline(graph_of(text), module(), require_match=("raise-ops",))
+        run_pipeline(graph_of(text), RAISING, require_match=("raise-ops",))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from ingot.compiler.ir import Graph, Node
 from ingot.compiler.pipeline import run_pipeline
-from ingot.passes.pipelines import module
+from ingot.passes.pipelines import RAISING
 from ingot.passes.raise_ops import RaiseOps
 from pass_checks import applied, assert_equal_results, checked, graph_of, ops
 
@@ -135,7 +135,7 @@ def turned(graph: Graph) -> Node:
 def raised(text: str, tolerance: float = 2e-5) -> Graph:
     """The graph of `text`, canonical and raised; it computes what it computed before."""
     before = graph_of(text)
-    after = run_pipeline(before, module())[-1].graph
+    after = run_pipeline(before, RAISING)[-1].graph
     assert_equal_results(before, after, tolerance)
     return after
 
