@@ -28,6 +28,8 @@ from train_pico import read_corpus
 
 METHODS = ("rtn-even", "rtn-mse", "gptq", "gptq+hadamard")
 GROUPS = (32, 16)
+# A step gives the logits of as many rows as there may be sequences.
+ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def measure(
     with ingot.compile(
         directory,
         quantize=packing,
-        max_sequences=1,
+        max_sequences=ROWS,
         max_tokens_per_sequence=longest,
         progress=False,
     ) as model:

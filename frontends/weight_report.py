@@ -20,7 +20,8 @@ class WeightReport:
 
     `bits` are those of one element, its share of the scales included. `error` is what rounding
     cost, |w - packed| / |w|; None where nothing was rounded. `product_error` is what it costs what
-    the weight gives, |x·(w - packed)ᵀ| / |x·wᵀ| over a calibration text, where there was one.
+    the weight gives, over a calibration text where there was one: |x·wᵀ - x̂·packedᵀ| / |x·wᵀ|, x̂
+    having gone through the packed weights before it.
     """
 
     name: str

@@ -1,14 +1,14 @@
 """Encoding weights over a calibration text, for quantize-mxfp4.
 
-The graph is run over the text node by node, every sequence before the next node. When the run comes
-to a weight that is to be quantized, its inputs have gone through the quantized weights before it:
-their Gram matrix says what rounding costs, the weight is encoded, and the run goes on with what the
-codes stand for (Frantar et al. 2022, arXiv:2210.17323, §4).
+The graph is run over the text node by node, every sequence before the next node, and twice: with
+the weights as they are, and with what has been encoded so far. When the run comes to a weight that
+is to be quantized, both its inputs are there: x, and x̂, which has gone through the quantized
+weights before it. The weight is encoded for x̂·ŵᵀ to come near to x·wᵀ, and the run goes on with ŵ.
+(Frantar et al. 2022, arXiv:2210.17323, §4; Li et al. 2025, arXiv:2504.02692.)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..compiler.gptq import compensated, inverse_factor
+from ..compiler.gptq import compensated, inverse_factor, toward_exact
 from ..compiler.interpret import compute, interpret
 from ..compiler.ir import Graph, Node, Op, Value, walk
 from ..compiler.microscaling import decode, encode
@@ -49,7 +49,7 @@ class Calibrated:
 
     @property
     def product_error(self) -> float:
-        """|x·(w - ŵ)ᵀ| / |x·wᵀ|, the mean over all weights."""
+        """|x·wᵀ - x̂·ŵᵀ| / |x·wᵀ|, the mean over all weights."""
         errors = [e.product_error for e in self.encoded.values()]
         return sum(errors) / len(errors) if errors else 0.0
 
@@ -72,9 +72,9 @@ def calibrate(
 
     `graph` is over the tokens of one sequence (parameters tokens and positions). With `rotate`,
     whatever `options.hadamard` says, the weights that can be are rotated. `store` takes tensors as
-    they are made; `advance` is called after each matrix. In memory are one weight and the
-    activations, of all sequences, that are still to be used. ValueError names a weight that cannot
-    be encoded.
+    they are made; `advance` is called after each matrix. In memory are one weight and, of all
+    sequences and both runs, the activations that are still to be used. ValueError names a weight
+    that cannot be encoded.
     """
     sites = {s.weight: s for s in find_sites(graph, options) if s.action == "quantize"}
     return _Calibration(graph, weights, options, rotate, sites, store, advance).run(sequences)
@@ -107,19 +107,32 @@ _ROWS: Mapping[Op, Callable[[Sequence[Any], Mapping[str, Any], int, int], torch.
 }
 
 
+# The operand by which an op chooses rows: those of the quantized run are taken in both.
+_CHOSEN_BY: Mapping[Op, int] = {moe.experts: 2}
+
+
 @dataclass(frozen=True)
 class _Inputs:
-    """What one matrix is multiplied by: the Gram matrix [K, K], and what GPTQ makes of it."""
+    """What one matrix is multiplied by, x̂ in the quantized run and x in the other: [K, K] each.
+
+    `gram` is x̂ᵀ·x̂, `cross` (x - x̂)ᵀ·x̂, `apart` (x - x̂)ᵀ·(x - x̂).
+    """
 
     gram: torch.Tensor
+    cross: torch.Tensor
+    apart: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Iterable[torch.Tensor], inner: int) -> _Inputs:
-        gram = torch.zeros(inner, inner)
-        for some in rows:
-            wide = some.float()
-            gram.addmm_(wide.T, wide)
-        return cls(gram)
+    def of(cls, rows: Iterable[tuple[torch.Tensor, torch.Tensor]], inner: int) -> _Inputs:
+        """From pairs of x̂ and x, [n, K] each."""
+        inputs = cls(*(torch.zeros(inner, inner) for _ in range(3)))
+        for found, exact in rows:
+            x = found.float()
+            missing = exact.float() - x
+            inputs.gram.addmm_(x.T, x)
+            inputs.cross.addmm_(missing.T, x)
+            inputs.apart.addmm_(missing.T, missing)
+        return inputs
 
     @cached_property
     def factor(self) -> torch.Tensor:
@@ -128,6 +141,15 @@ class _Inputs:
     @property
     def are_none(self) -> bool:
         return not self.gram.diagonal().any()
+
+    def errors(self, w: torch.Tensor, rounded: torch.Tensor) -> tuple[float, float]:
+        """(|x·wᵀ - x̂·ŵᵀ|², |x·wᵀ|²)."""
+        lost = w - rounded
+        # x·wᵀ - x̂·ŵᵀ == (x - x̂)·wᵀ + x̂·(w - ŵ)ᵀ
+        before = _trace(w @ self.apart, w)
+        missing = before + 2 * _trace(w @ self.cross, lost) + _trace(lost @ self.gram, lost)
+        whole = before + 2 * _trace(w @ self.cross, w) + _trace(w @ self.gram, w)
+        return max(missing, 0.0), max(whole, 0.0)
 
 
 @dataclass
@@ -151,13 +173,15 @@ class _Calibration:
         nodes = [n for n in self.graph.nodes() if n not in constants]
         last = {a.node: i for i, n in enumerate(nodes) for a in n.args}
         (tokens,) = self.graph.param("tokens").type.shape
-        bindings = [{str(tokens): len(ids)} for ids in sequences]
+        # The quantized run over every sequence, then the other.
+        runs = [*sequences, *sequences]
+        bindings = [{str(tokens): len(ids)} for ids in runs]
         values: dict[Value, list[Any]] = {}
         for i, node in enumerate(nodes):
             if node.op is param:
-                values[Value(node)] = [_input(node, ids) for ids in sequences]
+                values[Value(node)] = [_input(node, ids) for ids in runs]
                 continue
-            rows = self._arguments(node, values, len(sequences))
+            rows = self._arguments(node, values, len(runs))
             results = [compute(node, tuple(r), b) for r, b in zip(rows, bindings, strict=True)]
             values.update(zip(node.results, map(list, zip(*results, strict=True)), strict=True))
             for value in (v for a in node.args if last[a.node] == i for v in a.node.results):
@@ -169,26 +193,23 @@ class _Calibration:
     def _arguments(
         self, node: Node, values: Mapping[Value, list[Any]], count: int
     ) -> list[list[Any]]:
-        """The arguments of `node` for each sequence, with weights as their codes say."""
-        packed = [i for i in WEIGHTS_OF.get(node.op, ()) if node.args[i] in self.sites]
-        columns: list[list[Any]] = []
-        for i, arg in enumerate(node.args):
-            if arg in values:
-                columns.append(values[arg])
-            else:
-                columns.append([None if i in packed else self._constant(arg)] * count)
+        """The arguments of `node` in both runs; weights of the first half are as codes say."""
+        columns = [values.get(arg) or [self._constant(arg)] * count for arg in node.args]
         rows = [list(row) for row in zip(*columns, strict=True)]
-        for i in packed:
-            site = self.sites[node.args[i]]
+        quantized = rows[: count // 2]
+        for i in WEIGHTS_OF.get(node.op, ()):
+            site = self.sites.get(node.args[i])
+            if site is None:
+                continue
             rotated = self.rotate and can_rotate(site)
-            for row in rows if rotated else ():
-                x = INPUT_OF[node.op][i]
-                (row[x],) = hadamard.reference(row[x], block=ROTATED)
             if site.name not in self.encoded:
                 self._encode(site, node, i, rows, rotated)
             decoded = self._decoded(site)
-            for row in rows:
+            for row in quantized:
                 row[i] = decoded
+                if rotated:
+                    x = INPUT_OF[node.op][i]
+                    (row[x],) = hadamard.reference(row[x], block=ROTATED)
         return rows
 
     def _constant(self, value: Value) -> Any:
@@ -197,12 +218,12 @@ class _Calibration:
     def _encode(
         self, site: Site, node: Node, i: int, rows: Sequence[Sequence[Any]], rotated: bool
     ) -> None:
-        weight: torch.Tensor = self._constant(site.weight)
+        weight: torch.Tensor = rows[-1][i]
         *lead, height, inner = weight.shape
         matrices = weight.reshape(-1, height, inner)
         codes = torch.empty(len(matrices), height, inner // 2, dtype=torch.uint8)
         scales = codes.new_empty(len(matrices), height, inner // self.options.group)
-        lost, whole, product_lost, product = 0.0, 0.0, 0.0, 0.0
+        totals = torch.zeros(4, dtype=torch.float64)
         unreached = 0
         for part, matrix in enumerate(matrices):
             w = hadamard.reference(matrix.float(), block=ROTATED)[0] if rotated else matrix.float()
@@ -211,12 +232,14 @@ class _Calibration:
                 codes[part], scales[part] = self._rounded(w, inputs)
             except ValueError as error:
                 raise ValueError(f"weight {site.name}: {error}") from error
-            missing = w - decode(codes[part], scales[part], torch.float32)
-            lost, whole = lost + _square(missing), whole + _square(w)
-            product_lost += _square(missing, inputs.gram)
-            product += _square(w, inputs.gram)
+            after = decode(codes[part], scales[part], torch.float32)
+            lost = w - after
+            totals += torch.tensor(
+                [_trace(lost, lost), _trace(w, w), *inputs.errors(w, after)], dtype=torch.float64
+            )
             unreached += inputs.are_none
             self.advance()
+        error, product_error = (totals[::2] / totals[1::2]).nan_to_num().sqrt().tolist()
         names = self._names(site)
         for name, tensor in zip(names, (codes, scales), strict=True):
             self.entries[name] = self.store(name, tensor.view(*lead, *tensor.shape[1:]))
@@ -224,8 +247,8 @@ class _Calibration:
             *names,
             method=self.options.method,
             rotated=rotated,
-            error=math.sqrt(lost / whole) if whole else 0.0,
-            product_error=math.sqrt(product_lost / product) if product else 0.0,
+            error=error,
+            product_error=product_error,
             matrices=len(matrices),
             unreached=unreached,
         )
@@ -234,7 +257,8 @@ class _Calibration:
         group, scale = self.options.group, self.options.scale
         if self.options.method == "rtn" or inputs.are_none:
             return encode(w, group, scale)
-        return compensated(w, inputs.factor, group, scale)
+        target = toward_exact(w, inputs.cross, inputs.factor)
+        return compensated(target, inputs.factor, group, scale)
 
     def _inputs(
         self, node: Node, i: int, rows: Sequence[Sequence[Any]], part: int, rotated: bool
@@ -244,11 +268,33 @@ class _Calibration:
         alone = node.op is linear.linear
         if alone and key in self.shared:
             return self.shared[key]
-        some = (_ROWS[node.op](row, node.attrs, i, part) for row in rows)
+        half = len(rows) // 2
+        some = (
+            self._pair(node, i, part, rotated, found, exact)
+            for found, exact in zip(rows[:half], rows[half:], strict=True)
+        )
         inputs = _Inputs.of(some, int(node.args[i].type.shape[-1]))
         if alone:
             self.shared[key] = inputs
         return inputs
+
+    def _pair(
+        self,
+        node: Node,
+        i: int,
+        part: int,
+        rotated: bool,
+        found: Sequence[Any],
+        exact: Sequence[Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x̂ and x of one sequence, for matrix `part` of operand i."""
+        exact = list(exact)
+        if (choice := _CHOSEN_BY.get(node.op)) is not None:
+            exact[choice] = found[choice]
+        x, y = (_ROWS[node.op](row, node.attrs, i, part) for row in (found, exact))
+        if rotated:
+            x, y = (hadamard.reference(z, block=ROTATED)[0] for z in (x, y))
+        return x, y
 
     def _decoded(self, site: Site) -> torch.Tensor:
         done = self.encoded[site.name]
@@ -272,6 +318,6 @@ def _input(node: Node, ids: Sequence[int]) -> torch.Tensor:
     return torch.tensor(list(content), dtype=torch_dtype(node.types[0].dtype))
 
 
-def _square(m: torch.Tensor, gram: torch.Tensor | None = None) -> float:
-    """|m|², or |x·mᵀ|² with the Gram matrix of x."""
-    return float(((m if gram is None else m @ gram) * m).sum(dtype=torch.float64))
+def _trace(a: torch.Tensor, b: torch.Tensor) -> float:
+    """tr(a·bᵀ)."""
+    return float((a * b).sum(dtype=torch.float64))

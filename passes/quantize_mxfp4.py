@@ -13,9 +13,10 @@ constants and the activation's where it is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 from ..compiler.ir import Graph, Node, Op, Value, walk
@@ -70,7 +71,7 @@ class MXFP4:
     also: tuple[str, ...] = ()
     method: Literal["rtn", "gptq"] = "rtn"
     hadamard: bool | Literal["auto"] = False
-    calibrate: tuple[str | tuple[int, ...], ...] = ()
+    calibrate: Sequence[str | Sequence[int]] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -90,7 +91,7 @@ class MXFP4:
             object.__setattr__(self, name, tuple(given))
         if self.method not in ("rtn", "gptq"):
             raise ValueError(f"method: expected 'rtn' or 'gptq', found {self.method!r}")
-        if self.hadamard not in (False, True, "auto"):
+        if not isinstance(self.hadamard, bool) and self.hadamard != "auto":
             raise ValueError(f"hadamard: expected False, True or 'auto', found {self.hadamard!r}")
         object.__setattr__(self, "calibrate", _calibration_texts(self.calibrate))
         if self.calibrated and not self.calibrate:
@@ -115,11 +116,11 @@ def _calibration_texts(given: Any) -> tuple[str | tuple[int, ...], ...]:
             texts.append(one)
             continue
         ids: tuple[Any, ...] = tuple(one) if isinstance(one, Iterable) else ()
-        if not ids or not all(isinstance(i, int) for i in ids):
+        if not ids or any(isinstance(i, bool) or not isinstance(i, Integral) for i in ids):
             raise ValueError(
                 f"calibrate: expected each to be a text or a list of token ids, found {one!r:.80}"
             )
-        texts.append(ids)
+        texts.append(tuple(map(int, ids)))
     return tuple(texts)
 
 
@@ -228,8 +229,9 @@ def _name(value: Value) -> str:
 class Encoded:
     """A weight that calibration encoded: the names of its constants, and what the rounding cost.
 
-    `error` is |w - ŵ| / |w|, `product_error` |x·(w - ŵ)ᵀ| / |x·wᵀ| over the calibration text. Of
-    `matrices` (one an expert) `unreached` saw no token, and were rounded to nearest.
+    `error` is |w - ŵ| / |w|. `product_error` is |x·wᵀ - x̂·ŵᵀ| / |x·wᵀ| over the calibration text,
+    where x̂ has gone through the quantized weights before this one. Of `matrices` (one an expert)
+    `unreached` saw no token, and were rounded to nearest.
     """
 
     codes: str
@@ -243,7 +245,7 @@ class Encoded:
 
     def __str__(self) -> str:
         text = f"{self.method}, rotated" if self.rotated else self.method
-        if not self.unreached:
+        if not self.unreached or self.method == "rtn":
             return text
         return (
             f"{text}; {self.unreached} of {self.matrices} matrices, which no token of the "
