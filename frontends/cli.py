@@ -369,7 +369,7 @@ def quantize(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Write a model with its weights in MXFP4, for transformers, vLLM and Ingot to read."""
+    """Write a model with its weights in MXFP4, for transformers and Ingot to read."""
     with _errors_in_one_line(traceback):
         from ..passes.quantize_mxfp4 import MXFP4
         from .cli_quantize import bar, exported_data, kept_table, summary
