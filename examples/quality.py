@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")))
     args = parser.parse_args()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # columns stay whole in a file or a pipe
 
     tokenizer = Tokenizer.open(args.model)
     if tokenizer is None:
