@@ -144,12 +144,12 @@ def _load(node: Node, weights: Weights) -> torch.Tensor:
 
 
 def random_tensor(
-    type_: TensorType, generator: torch.Generator | None = None, high: int = 2
+    type_: TensorType, generator: torch.Generator | None = None, high: int = 2, low: int = 0
 ) -> torch.Tensor:
-    """A tensor of a bound type: standard normal floats, integers in [0, `high`), random bools."""
+    """A tensor of a bound type: standard normal floats, integers in [low, high), random bools."""
     shape, dtype = [evaluate(d, {}) for d in type_.shape], torch_dtype(type_.dtype)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return torch.randint(0, high, shape, generator=generator, dtype=dtype)
+    return torch.randint(low, high, shape, generator=generator, dtype=dtype)

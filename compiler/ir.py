@@ -79,6 +79,7 @@ class Op:
     `inplace`, where given, computes the op by writing result i into argument i for every result:
     the planner may then donate those arguments' memory.
     `stored`, where given, is the form in which others read the op's result: they are priced by it.
+    `domain` says, by position, which numbers stand in integer arguments, where that is not any.
     `collective` says that ranks exchange data: `reference` takes a `communicator` beside attrs.
     """
 
@@ -91,6 +92,7 @@ class Op:
     commutative: bool = False
     inplace: Callable[..., None] | None = None
     stored: Callable[[Node], TensorType] | None = None
+    domain: Mapping[int, range] = field(default_factory=dict[int, range])
     collective: bool = False
 
     registry: ClassVar[dict[str, Op]] = {}

@@ -17,7 +17,7 @@ from .interpret import compute, random_tensor
 from .ir import Graph, Node, Value, walk
 from .ops.leaf import constant, param
 from .ops.pointwise import cast
-from .ops.shape import expand, permute, slice_, view
+from .ops.shape import cat, expand, permute, slice_, view
 from .ranks import Echo
 from .rewrite import Applied
 from .torch_types import torch_dtype, wide
@@ -35,9 +35,10 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
     Floats are compared within the tolerances of the ops involved, all else exactly.
     """
     frontier = _frontier(applied)
+    domains = _domains(applied, frontier)
     for _ in range(_ROUNDS):
         binding = _sample_symbols(graph)
-        inputs = {v: _sample(v, binding, applied.given.get(v)) for v in frontier}
+        inputs = {v: _sample(v, binding, applied.given.get(v), domains.get(v)) for v in frontier}
         before = _evaluate(applied.before, inputs, binding)
         after = _evaluate(applied.after, inputs, binding)
         for old, new, a, b in zip(applied.before, applied.after, before, after, strict=True):
@@ -86,6 +87,22 @@ def _divisible(frontier: set[Value], reached: set[Value], given: Set[Value]) -> 
     return None
 
 
+def _domains(applied: Applied, frontier: set[Value]) -> dict[Value, range]:
+    """Which integers to draw, for the values whose users say so, also through ops that select."""
+    found: dict[Value, range] = {}
+    roots = (*applied.before, *applied.after)
+    for node in {n for root in roots for n in _region(root, frontier)}:
+        for i, domain in node.op.domain.items():
+            stack = [node.args[i]]
+            while stack:
+                value = stack.pop()
+                if value in frontier:
+                    found[value] = domain
+                elif value.op in _SELECTIONS or value.op is cat:
+                    stack.extend(value.node.args)
+    return found
+
+
 def _sample_symbols(graph: Graph) -> dict[str, int]:
     """Small values within the ranges, later symbols not above earlier ones (L rows of T tokens)."""
     binding: dict[str, int] = {}
@@ -98,9 +115,14 @@ def _sample_symbols(graph: Graph) -> dict[str, int]:
 
 
 def _sample(
-    value: Value, binding: dict[str, int], given: Literal["zeros", "index"] | None
+    value: Value,
+    binding: dict[str, int],
+    given: Literal["zeros", "index"] | None,
+    domain: range | None,
 ) -> torch.Tensor:
     bound = value.type.bind(binding)
+    if given is None and domain is not None:
+        return random_tensor(bound, high=domain.stop, low=domain.start)
     if given is None:
         return random_tensor(bound)
     shape: Any = bound.shape

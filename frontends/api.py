@@ -14,7 +14,8 @@ from torch.export import export
 
 from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
 from ..compiler.ir import Graph
-from ..compiler.pipeline import Pass, PassResult, run_pipeline
+from ..compiler.ops.mxfp4 import mxfp4
+from ..compiler.pipeline import Pass, PassError, PassResult, run_pipeline
 from ..compiler.target import CPU, Target, target_of
 from ..compiler.torch_types import TORCH_DTYPES, dtype_name
 from ..compiler.validate import check_rewrite
@@ -22,7 +23,6 @@ from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
 from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
-from ..passes.raise_ops import RaiseOps
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
 from ..runtime.cpu import CpuDriver
@@ -272,13 +272,15 @@ def _compile_language_model(
             max_sequences=max_sequences,
             max_tokens_per_sequence=model.max_tokens,
             quantize=packing,
+            shard=ShardTensorParallel(group.ranks, group.rank) if group else None,
         )
-        passes = _sharded(passes, group) if group else passes
     elif packing is not None:
         raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
     tokenizer = Tokenizer.open(directory) if directory else None
     results, passes, weights = _run_passes(model, tokenizer, passes, check, stages)
+    if packing is not None:
+        _refuse_unpacked(results)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]
     meta = _serving_meta(passes, final)
@@ -316,10 +318,12 @@ def _compile_language_model(
     return Model(session, graphs, report, tokenizer, stops)
 
 
-def _sharded(steps: Sequence[Pass], group: ProcessGroup) -> tuple[Pass, ...]:
-    """`steps` with sharding where models are raised and caches are not there yet."""
-    at = next(i for i, step in enumerate(steps) if isinstance(step, RaiseOps)) + 1
-    return (*steps[:at], ShardTensorParallel(group.ranks, group.rank), *steps[at:])
+def _refuse_unpacked(results: Sequence[PassResult]) -> None:
+    """PassError where quantization was asked for and the graph holds no packed weight."""
+    (result,) = (r for r in results if r.name == QuantizeMxfp4.name)
+    if not any(node.op is mxfp4 for node in result.graph.nodes()):
+        reasons = "\n  ".join(result.declined[:5]) or "no product has a weight"
+        raise PassError(f"pass {result.name} was asked for but packed nothing:\n  {reasons}")
 
 
 def _exchanges(final: Graph, meta: Mapping[str, Any], stops: Iterable[int]) -> str:

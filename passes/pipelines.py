@@ -17,6 +17,7 @@ from .gather_logits import GatherLogits
 from .insert_kv_cache import InsertKvCache
 from .quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from .raise_ops import RaiseOps
+from .shard_tensor_parallel import ShardTensorParallel
 
 # What the model says, in the IR's own ops.
 RAISING: tuple[Pass, ...] = (Canonicalize(), RaiseOps())
@@ -40,10 +41,12 @@ def causal_lm(
     max_tokens_per_sequence: int,
     pages: int | None = None,
     quantize: MXFP4 | None = None,
+    shard: ShardTensorParallel | None = None,
 ) -> tuple[Pass, ...]:
     """From a traced causal language model to one that serves from a paged cache."""
     return (
         *RAISING,
+        *(() if shard is None else (shard,)),
         AbsorbMla(),
         *(() if quantize is None else (QuantizeMxfp4(quantize),)),
         InsertKvCache(max_sequences, max_tokens_per_sequence, pages=pages),

@@ -126,6 +126,7 @@ class Mutation:
     op: str
     change: Change
     config: tuple[tuple[str, Any], ...] = ()
+    packed: bool = False
 
     def of(self, after: tuple[Value, ...], before: tuple[Value, ...]) -> tuple[Value, ...]:
         old = set(walk(before))
@@ -202,6 +203,23 @@ MUTATIONS: dict[str, Mutation] = {
     "dropped post-norm": Mutation(
         "gemma3_text", "sandwich-gated_linear", "gated_linear", dropped("post_norm")
     ),
+    # the same on packed weights: codes and scales are drawn for what they stand for
+    "packed, up before gate": Mutation("llama", "two-products", "cat", swapped(0, 1), packed=True),
+    "packed, rotated values": Mutation(
+        "llama", "qkv", "project_heads", attributes(rotate=(True, True, True)), packed=True
+    ),
+    "packed, codes off by one": Mutation(
+        "llama", "two-products", "mxfp4", first_more(0), packed=True
+    ),
+    "packed, wrong half of W_DQ, W_DKV": Mutation(
+        MLA, "fuse-mla-projections", "slice", moved_slice, packed=True
+    ),
+    "packed, up before gate in experts": Mutation(
+        "glm4_moe", "shared-experts", "cat", swapped_along(1), packed=True
+    ),
+    "packed, dropped norm": Mutation(
+        "llama", "norm-gated_linear", "gated_linear", dropped("norm"), packed=True
+    ),
 }
 
 
@@ -211,7 +229,7 @@ def traced(model: str, config: tuple[tuple[str, Any], ...]) -> Graph:
 
 
 def compiled(mutation: Mutation, check: Callable[[Graph, Applied], None] | None) -> None:
-    packing = MXFP4(group=16) if mutation.rule.startswith("mxfp4") else None
+    packing = MXFP4(group=16) if mutation.packed or mutation.rule.startswith("mxfp4") else None
     passes = causal_lm(max_sequences=2, max_tokens_per_sequence=64, quantize=packing)
     run_pipeline(traced(mutation.model, mutation.config), passes, check=check)
 
@@ -271,7 +289,7 @@ def test_unbroken_rules_pass_the_same_check() -> None:
         check_rewrite(graph, applied)
 
     chosen: Mapping[Any, Mutation] = {
-        (m.model, m.config, m.rule.startswith("mxfp4")): m for m in MUTATIONS.values()
+        (m.model, m.config, m.packed or m.rule.startswith("mxfp4")): m for m in MUTATIONS.values()
     }
     for mutation in chosen.values():
         compiled(mutation, check)

@@ -15,6 +15,7 @@ from ingot.compiler.microscaling import decode, encode
 from ingot.compiler.ops.leaf import literal
 from ingot.compiler.ops.mxfp4 import mxfp4, mxfp4_encode
 from ingot.compiler.ops.pointwise import add
+from ingot.compiler.pipeline import PassError
 from ingot.compiler.types import VerifyError
 from ingot.compiler.validate import check_rewrite
 from ingot.compiler.weights import Weights
@@ -150,6 +151,16 @@ def test_nan_is_refused_by_name() -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"weight model\.layers\.1\.mlp\.up_proj\.weight: .*NaN"):
         ingot.compile(model, quantize="mxfp4", max_tokens_per_sequence=64, progress=False)
+
+
+def test_packing_nothing_is_told() -> None:
+    with pytest.raises(PassError, match=r"(?s)packed nothing:.*matches keep='\*'"):
+        ingot.compile(
+            tiny_model("llama"),
+            quantize=MXFP4(keep=("*",)),
+            max_tokens_per_sequence=64,
+            progress=False,
+        )
 
 
 def test_wrong_options_are_refused() -> None:

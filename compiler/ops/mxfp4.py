@@ -70,9 +70,9 @@ mxfp4 = Op(
             (TensorType("u8", (2, 3, 16)), TensorType("u8", (2, 3, 2))), {"dtype": "f32"}, high=251
         ),
     ),
-    # An element is off by a sixth of its block's largest at most, or a quarter where that is cut.
-    tolerance=Tolerance(f64=0.033, f32=0.033, f16=0.033, bf16=0.033),
     stored=_stored,
+    # Any two codes; of the scales those of weights, 2^-6 to 1.
+    domain={0: range(256), 1: range(121, 128)},
 )
 
 
@@ -103,4 +103,7 @@ mxfp4_encode = Op(
     _encode_infer,
     _encode_reference,
     samples=tuple(Sample((_W,), {"group": g, "scale": s}) for g, s in ((32, "mse"), (16, "even"))),
+    # Of what the codes stand for: an element is off by a sixth of its block's largest at most, or a
+    # quarter where that is cut.
+    tolerance=Tolerance(f64=0.033, f32=0.033, f16=0.033, bf16=0.033),
 )
