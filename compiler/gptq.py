@@ -13,8 +13,8 @@ import torch
 
 from .microscaling import block_exponents, encode_at, nearest, scaled
 
-# Added to the diagonal of the Gram matrix, as a share of its mean. Ten times the usual hundredth: an
-# expert sees a few of the tokens of a text, and what those leave open must not be fitted.
+# Added to the diagonal of the Gram matrix, as a share of its mean. Ten times the usual hundredth:
+# an expert sees a few of the tokens of a text, and what those leave open must not be fitted.
 DAMPING = 0.1
 
 
