@@ -13,12 +13,28 @@ BufferKind = Literal["input", "output", "weight", "state", "scratch"]
 
 
 @dataclass(frozen=True)
+class Argument:
+    """What a GPU kernel takes at one place.
+
+    `kind` is "*" and the dtype it points to, or i32, i64, f32 for a number passed by value.
+    `multiple` is a promise that the code relies on: the address (bytes), or the number, is a
+    multiple of it.
+    """
+
+    kind: str
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One piece of device code, or for the cpu target one Python callable.
 
     `binary` is a cubin or hsaco, or the callable, called as `binary(*args)` with one tensor view
-    per argument, outputs last. `promises` are the specialisations that the bound arguments must
-    keep (GPU only), one string an argument.
+    per argument, outputs last. For a GPU: `symbol` is the function in the binary, `num_warps` warps
+    make a block, `shared` is bytes of shared memory (LDS), `args` what it takes (behind them come
+    two pointers that are null: Triton's scratch), and `programmatic` says that it may start while
+    the launches that it depends on still run: it waits for them itself. `facts` are figures of the
+    build (registers, spills, ...) that nothing depends on.
     """
 
     id: str
@@ -26,7 +42,9 @@ class Kernel:
     binary: bytes | Callable[..., None]
     num_warps: int = 1
     shared: int = 0
-    promises: tuple[str, ...] = ()
+    args: tuple[Argument, ...] = ()
+    programmatic: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -47,12 +65,16 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Slice:
-    """A dense view of a buffer: `offset` bytes in, seen as `dtype[shape]`."""
+    """A view of a buffer: `offset` bytes in, seen as `dtype[shape]`.
+
+    `strides` are in elements; None is dense (row-major). The cpu target has only dense ones.
+    """
 
     buffer: str
     dtype: str
     shape: tuple[int, ...]
     offset: int = 0
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
