@@ -1,5 +1,8 @@
 """From the final graph to the static plan. Imports `compiler` and `runtime`.
 
-Read `lower` first (graph to `Program`: one entry a bucket), then `memory` (lifetimes, donation,
-places in the arena).
+Read `lower` first (graph to `Program`: one entry a bucket), then `entries` (the walk over the graph
+for one bucket), `memory` (lifetimes, donation, places in the arena) and `constants` (what weights
+become when they are loaded). A backend turns nodes into launches: `reference_backend` on a CPU,
+`kernel_backend` on a GPU. The latter asks `templates` (a folder: Triton kernels) by way of `select`
+in the terms of `request`; what they name is a `kernel_source`, and `build` makes device code of it.
 """

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.codegen.lower import evaluate_constant
+from ingot.codegen.constants import evaluate_constant
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph, Node, Value
 from ingot.compiler.microscaling import encode

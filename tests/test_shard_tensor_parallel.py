@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ingot.codegen.lower import evaluate_constant
+from ingot.codegen.constants import evaluate_constant
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph, Value
 from ingot.compiler.pipeline import run_pipeline

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ingot.codegen.lower import evaluate_constant
+from ingot.codegen.constants import evaluate_constant
 from ingot.compiler.ir import Graph, Value
 from ingot.compiler.ops.leaf import constant
 from ingot.compiler.ops.shape import permute, slice_

@@ -1,0 +1,280 @@
+"""Kernels built for any target on any machine: Triton to cubin or hsaco, in parallel, cached.
+
+The cache is a folder of the user's: two files a kernel, named by its content hash, written whole or
+not at all. Many processes may share it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from ..compiler.target import Target
+from ..runtime.program import Kernel
+from .kernel_source import KernelSource
+from .templates.generated import from_text
+
+# Fewer kernels than this are built in the calling process: starting others takes seconds.
+_WORTH_WORKERS = 8
+
+
+class BuildError(Exception):
+    """Triton cannot build a kernel, or what it built breaks a limit of the target."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """Device code and what is known of it."""
+
+    binary: bytes
+    facts: Mapping[str, Any]
+
+
+def build(
+    sources: Sequence[KernelSource],
+    target: Target,
+    progress: Callable[[int, int], None] | None = None,
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> dict[KernelSource, Kernel]:
+    """The kernel of every source, from the cache or built now.
+
+    `progress` hears how many of how many are done. `workers` processes build (default: as many as
+    there are cores); `cache` is the folder, by default in the user's cache directory. BuildError
+    names the kernel.
+    """
+    folder = cache or cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = list(dict.fromkeys(sources))
+    kernels: dict[KernelSource, Kernel] = {}
+    missing: list[KernelSource] = []
+    for source in wanted:
+        cached = _read(folder, source.hash(target.name), target)
+        if cached is None:
+            missing.append(source)
+        else:
+            kernels[source] = _kernel(source, target, cached)
+    for source, built in _build_all(missing, target, folder, workers):
+        kernels[source] = _kernel(source, target, built)
+        if progress:
+            progress(len(kernels), len(wanted))
+    if progress:
+        progress(len(wanted), len(wanted))
+    return kernels
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: below XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ingot" / "kernels"
+
+
+def build_one(source: KernelSource, target: Target) -> Built:
+    """Device code for `target`; BuildError where Triton fails or a limit is passed."""
+    backend, arch = target.name.split(":")
+    gpu = GPUTarget(backend, int(arch[3:]) if backend == "cuda" else arch, target.warp)
+    options: dict[str, Any] = {
+        "num_warps": source.num_warps,
+        "num_stages": source.num_stages,
+        # Triton's default changes with its version; what is computed must not.
+        "enable_fp_fusion": True,
+    }
+    if source.programmatic:
+        options["launch_pdl"] = True
+    name = source.function.__name__
+    try:
+        compiled = triton.compile(source.ast_source(), target=gpu, options=options)
+    except Exception as error:  # Triton raises whatever its passes raise
+        raise BuildError(f"kernel {name} for {target.name}: {error}") from error
+    text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
+    binary = compiled.asm["cubin" if backend == "cuda" else "hsaco"]
+    facts = {
+        "name": compiled.metadata.name,
+        "shared": compiled.metadata.shared,
+        **_assembly_facts(text, backend),
+        **_resources(binary, text, backend, compiled.metadata.name),
+    }
+    _check(name, target, compiled.metadata, facts)
+    return Built(binary, facts)
+
+
+def _check(name: str, target: Target, metadata: Any, facts: Mapping[str, Any]) -> None:
+    if metadata.shared > target.shared_bytes:
+        raise BuildError(
+            f"kernel {name} for {target.name}: expected at most {target.shared_bytes} bytes of "
+            f"shared memory, found {metadata.shared}"
+        )
+    for kind in ("global_scratch_size", "profile_scratch_size"):
+        if size := getattr(metadata, kind, 0):
+            raise BuildError(f"kernel {name} for {target.name}: found {kind} {size}, expected 0")
+    # A failed allocation in inline assembly leaves a message in the text, not an error.
+    if facts.get("broken"):
+        raise BuildError(f"kernel {name} for {target.name}: the assembler left an error behind")
+
+
+# Matrix instructions and conversions by the names that they have in PTX and in AMD's assembly.
+_COUNTED = {
+    "cuda": {
+        "wgmma": r"\bwgmma\.mma_async",
+        "mma": r"\bmma\.sync",
+        "tcgen05": r"\btcgen05\.mma",
+    },
+    "hip": {
+        "mfma": r"\bv_mfma_",
+        "scaled_conversions": r"\bv_cvt_scalef32_",
+    },
+}
+
+
+def _assembly_facts(text: str, backend: str) -> dict[str, Any]:
+    counts = {k: len(re.findall(p, text)) for k, p in _COUNTED[backend].items()}
+    facts: dict[str, Any] = {k: n for k, n in counts.items() if n}
+    if "could not allocate output register" in text:
+        facts["broken"] = True
+    return facts
+
+
+def _resources(binary: bytes, text: str, backend: str, name: str) -> dict[str, Any]:
+    """Registers a thread and bytes or registers spilled."""
+    if backend == "hip":
+        found = {
+            "registers": r"\.vgpr_count:\s+(\d+)",
+            "spills": r"\.vgpr_spill_count:\s+(\d+)",
+            "scalar_spills": r"\.sgpr_spill_count:\s+(\d+)",
+        }
+        return {k: int(m[1]) for k, p in found.items() if (m := re.search(p, text))}
+    return cubin_resources(binary, name)
+
+
+def cubin_resources(binary: bytes, name: str) -> dict[str, int]:
+    """Registers and local bytes of the function `name`, from the cubin's ELF sections.
+
+    The register count stands in the top byte of sh_info of section .text.<name>; the bytes of local
+    memory (spills, arrays) in EIATTR_MIN_STACK_SIZE of .nv.info (CUDA binary utilities' format).
+    """
+    header = int.from_bytes(binary[40:48], "little")
+    size, count, names_at = (int.from_bytes(binary[a : a + 2], "little") for a in (58, 60, 62))
+
+    def section(i: int) -> bytes:
+        return binary[header + i * size : header + (i + 1) * size]
+
+    def u64(row: bytes, at: int) -> int:
+        return int.from_bytes(row[at : at + 8], "little")
+
+    names = section(names_at)
+    strings = binary[u64(names, 24) : u64(names, 24) + u64(names, 32)]
+    facts: dict[str, int] = {}
+    for i in range(count):
+        row = section(i)
+        start = int.from_bytes(row[:4], "little")
+        title = strings[start : strings.index(b"\0", start)].decode()
+        if title == f".text.{name}":
+            facts["registers"] = int.from_bytes(row[44:48], "little") >> 24
+        if title == ".nv.info":
+            facts["spills"] = _stack_size(binary[u64(row, 24) : u64(row, 24) + u64(row, 32)])
+    return facts
+
+
+def _stack_size(info: bytes) -> int:
+    """The largest EIATTR_MIN_STACK_SIZE (0x12) in the records of a .nv.info section."""
+    at, largest = 0, 0
+    while at + 4 <= len(info):
+        form, attribute = info[at], info[at + 1]
+        length = int.from_bytes(info[at + 2 : at + 4], "little") if form == 4 else 0
+        if attribute == 0x12 and length == 8:
+            largest = max(largest, int.from_bytes(info[at + 8 : at + 12], "little"))
+        at += 4 + length
+    return largest
+
+
+def _kernel(source: KernelSource, target: Target, built: Built) -> Kernel:
+    facts = dict(built.facts)
+    symbol, shared = facts.pop("name"), facts.pop("shared")
+    return Kernel(
+        source.hash(target.name),
+        symbol,
+        built.binary,
+        source.num_warps,
+        shared,
+        tuple(a for _, a in source.parameters),
+        source.programmatic,
+        facts,
+    )
+
+
+def _suffix(target: Target) -> str:
+    return "cubin" if target.name.startswith("cuda") else "hsaco"
+
+
+def _read(folder: Path, key: str, target: Target) -> Built | None:
+    """What the cache holds under `key`; None where it holds nothing whole."""
+    try:
+        facts = json.loads((folder / f"{key}.json").read_text())
+        return Built((folder / f"{key}.{_suffix(target)}").read_bytes(), facts)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _write(folder: Path, key: str, target: Target, built: Built) -> None:
+    """The binary first: who finds the facts finds both. A rename is whole or is not."""
+    facts = json.dumps(dict(built.facts), sort_keys=True).encode()
+    for suffix, content in ((_suffix(target), built.binary), ("json", facts)):
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".new-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, folder / f"{key}.{suffix}")
+
+
+# ---- workers: a source travels as the module and name of its function, or its generated text
+
+
+def _build_all(
+    missing: Sequence[KernelSource], target: Target, folder: Path, workers: int | None
+) -> Any:
+    count = workers or os.cpu_count() or 1
+    if count < 2 or len(missing) < _WORTH_WORKERS:
+        for source in missing:
+            built = build_one(source, target)
+            _write(folder, source.hash(target.name), target, built)
+            yield source, built
+        return
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(_work, _packed(s), target, str(folder)): s for s in missing}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
+
+
+def _packed(source: KernelSource) -> tuple[Any, ...]:
+    function = source.function
+    text = getattr(function, "generated", None)
+    origin = (function.__module__, function.__name__, text)
+    rest = (source.parameters, source.constants, source.num_warps, source.num_stages)
+    return (*origin, *rest, source.programmatic)
+
+
+def _work(packed: tuple[Any, ...], target: Target, folder: str) -> Built:
+    module, name, text, parameters, constants, num_warps, num_stages, programmatic = packed
+    if text is not None:
+        function = from_text(text, name)
+    else:
+        function = getattr(__import__(module, fromlist=[name]), name)
+    source = KernelSource.of(
+        function, dict(parameters), dict(constants), num_warps, num_stages, programmatic
+    )
+    built = build_one(source, target)
+    _write(Path(folder), source.hash(target.name), target, built)
+    return built

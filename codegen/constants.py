@@ -1,0 +1,128 @@
+"""What depends on weights alone: which values a program holds, and how each is made at load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..compiler.interpret import compute
+from ..compiler.ir import Graph, Node, Value, walk
+from ..compiler.ops.leaf import constant, literal
+from ..compiler.ops.mxfp4 import mxfp4
+from ..compiler.ops.shape import slice_
+from ..compiler.weights import Bounds, Weights
+
+# What hears of an op on weights: the node, its arguments and its results.
+Observer = Callable[[Node, Sequence[Any], Sequence[Any]], None]
+
+
+def folded(
+    graph: Graph, constant_nodes: set[Node], packed: Callable[[Node, int], bool]
+) -> dict[Value, str]:
+    """The values of constant nodes that something else uses, with the names of their buffers.
+
+    Where `packed` says that a node reads its argument at a position in MXFP4, the codes and scales
+    take the place of the numbers that they stand for.
+    """
+    used: list[Value] = []
+    for node in graph.nodes():
+        if node in constant_nodes:
+            continue
+        for i, arg in enumerate(node.args):
+            parts = arg.node.args if arg.op is mxfp4 and packed(node, i) else (arg,)
+            used.extend(parts)
+    values = [v for v in dict.fromkeys((*used, *graph.roots)) if v.node in constant_nodes]
+    names: dict[Value, str] = {}
+    for value in values:
+        if value.op is not literal:
+            plain = value.op is constant
+            names[value] = f"@{value.attrs['name']}" if plain else f"@folded.{len(names)}"
+    return names
+
+
+class ConstantMaker:
+    """Makes the content of weight buffers by name, each once.
+
+    Results of one op that several buffers need (the codes and the scales of one weight) are
+    computed once: what the others will ask for is kept until they do.
+    """
+
+    def __init__(
+        self, names: Mapping[Value, str], weights: Weights, observe: Observer | None = None
+    ) -> None:
+        self._values = {name: value for value, name in names.items()}
+        self._weights = weights
+        self._observe = observe
+        self._kept: dict[Value, torch.Tensor] = {}
+        self._askers: dict[Value, set[str]] = {}
+        for value, name in names.items():
+            for node in walk((value,), lambda node: loaded_part(node) is not None):
+                for arg in (*node.args, value):
+                    if len(arg.node.types) > 1:
+                        self._askers.setdefault(arg, set()).add(name)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The tensor of buffer `name`; ValueError, by the weight's name, where an op refuses it."""
+        value = self._values[name]
+        result = self._evaluate(value)
+        for asked, names in self._askers.items():
+            names.discard(name)
+            if not names:
+                self._kept.pop(asked, None)
+        return result
+
+    def _evaluate(self, value: Value) -> torch.Tensor:
+        values: dict[Value, Any] = dict(self._kept)
+        kept = {v.node for v in self._kept}
+        nodes = list(walk((value,), lambda node: node in kept or loaded_part(node) is not None))
+        last = {a.node: i for i, n in enumerate(nodes) for a in n.args}
+        for i, node in enumerate(nodes):
+            if node in kept:
+                continue
+            if part := loaded_part(node):
+                values[Value(node)] = self._weights.load_part(*part)
+                continue
+            results = self._compute(node, tuple(values[a] for a in node.args))
+            values.update(zip(node.results, results, strict=True))
+            for arg in node.args:
+                if last[arg.node] == i:
+                    for result in arg.node.results:
+                        values.pop(result, None)
+        return values[value]
+
+    def _compute(self, node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        try:
+            results = compute(node, args, {})
+        except ValueError as error:
+            raise ValueError(f"weight {node.source or 'unnamed'}: {error}") from error
+        if self._observe:
+            self._observe(node, args, results)
+        asked = zip(node.results, results, strict=True)
+        self._kept.update((v, tensor) for v, tensor in asked if self._askers.get(v))
+        return results
+
+
+def evaluate_constant(value: Value, weights: Weights) -> torch.Tensor:
+    """The tensor that `value`, which depends on weights alone, stands for.
+
+    Of a weight that is sliced only the slice is loaded.
+    """
+    return ConstantMaker({value: "value"}, weights)("value")
+
+
+def loaded_part(node: Node) -> tuple[str, Bounds] | None:
+    """Name and bounds where `node` is a weight, or consecutive indices of one along some dims."""
+    if node.op is constant:
+        shape: Any = node.types[0].shape
+        return node.attrs["name"], tuple((0, size) for size in shape)
+    if node.op is not slice_ or node.attrs.get("step", 1) != 1:
+        return None
+    inner = loaded_part(node.args[0].node)
+    if inner is None:
+        return None
+    (name, bounds), axis = inner, node.attrs["dim"] % node.types[0].rank
+    first = bounds[axis][0]
+    there = (first + node.attrs["start"], first + node.attrs["stop"])
+    return name, (*bounds[:axis], there, *bounds[axis + 1 :])

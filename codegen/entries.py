@@ -1,0 +1,229 @@
+"""One entry of a program: the graph at one binding of its symbols, as launches over buffers.
+
+The walk over the graph, the buffers, their order and their places are the same for every target;
+what a node becomes is the backend's business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ..compiler.ir import Graph, Node, Value
+from ..compiler.ops.leaf import literal, param
+from ..compiler.types import TensorType, bind_attr
+from ..runtime.program import Buffer, Entry, Kernel, Launch, Slice
+from .memory import Access, Lifetime, dependencies, plan_arena
+
+
+def buffer_of(name: str, type_: TensorType, binding: Mapping[str, int], kind: Any) -> Buffer:
+    """A buffer for a value of `type_`, its dims bound."""
+    bound: Any = type_.bind(binding)
+    return Buffer(name, bound.dtype, bound.shape, kind, bound.nbytes)
+
+
+@dataclass(frozen=True)
+class PackedSlice:
+    """Where the codes and scales of a weight in MXFP4 are, and the type that they stand for."""
+
+    codes: Slice
+    scales: Slice
+    type: TensorType
+
+
+# An argument as a backend gets it: memory, a packed weight, or the number of a literal.
+Place = Slice | PackedSlice | bool | int | float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A node with everything bound: attributes, the types of its results, and where its args are.
+
+    `in_place` says that the results are the memory of the first args.
+    """
+
+    node: Node
+    attrs: Mapping[str, Any]
+    args: tuple[Place, ...]
+    types: tuple[TensorType, ...]
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a node of one entry is computed: the names of its kernels, why, and an estimate."""
+
+    op: str
+    entry: str
+    kernels: tuple[str, ...]
+    reason: str
+    seconds: float
+
+
+class Backend(Protocol):
+    """What turns nodes into launches for one target; `choices` tell how, node by node."""
+
+    choices: list[Choice]
+
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The kernels of all launches so far, by id."""
+        ...
+
+    def packed(self, node: Node, position: int) -> bool:
+        """Whether `node` reads a packed weight at `position` as it is."""
+        ...
+
+    def view(self, bound: Bound) -> Slice | None:
+        """The result of a node that only looks at its argument otherwise; None where it moves."""
+        ...
+
+    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice, ...]) -> None:
+        """Launch what computes the node into `results`."""
+        ...
+
+    def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
+        """Launch a copy."""
+        ...
+
+
+@dataclass
+class EntryBuilder:
+    """Builds one entry: walks the graph once, then places the buffers."""
+
+    graph: Graph
+    folded: Mapping[Value, str]
+    constant_nodes: set[Node]
+    outputs: Sequence[str]
+    binding: dict[str, int]
+    backend: Backend
+    at: dict[Value, Slice] = field(default_factory=dict[Value, Slice])
+    local: dict[str, Buffer] = field(default_factory=dict[str, Buffer])
+    launches: list[Launch] = field(default_factory=list[Launch])
+    reads: list[list[str]] = field(default_factory=list[list[str]])
+    writes: list[list[str]] = field(default_factory=list[list[str]])
+    scratch_count: int = 0
+
+    def build(self) -> tuple[Entry, int]:
+        """The entry and the bytes of arena that it needs."""
+        uses = Counter(a for node in self.graph.nodes() for a in node.args)
+        uses.update(self.graph.roots)
+        for p in self.graph.params:
+            name = p.attrs["name"]
+            kind = "state" if name in self.graph.updates else "input"
+            buffer = buffer_of(name, p.type, self.binding, kind)
+            if kind == "input":
+                self.local[name] = buffer
+            self.at[p] = Slice(name, buffer.dtype, buffer.shape)
+        for value, name in self.folded.items():
+            bound: Any = value.type.bind({})
+            self.at[value] = Slice(name, bound.dtype, bound.shape)
+        for node in self.graph.nodes():
+            if node.op is not param and node not in self.constant_nodes:
+                self._add(node, uses)
+        self._copy_outputs()
+        self._copy_updates()
+        return self._place()
+
+    def scratch(self, type_: TensorType) -> Slice:
+        """New memory for a value, as long as launches use it."""
+        name = f"%{self.scratch_count}"
+        self.scratch_count += 1
+        bound: Any = type_.bind(self.binding)
+        self.local[name] = buffer_of(name, bound, {}, "scratch")
+        return Slice(name, bound.dtype, bound.shape)
+
+    def launch(self, launch: Launch, reads: Sequence[Slice], writes: Sequence[Slice]) -> None:
+        """The next launch, and what it reads and writes."""
+        self.launches.append(launch)
+        self.reads.append([s.buffer for s in reads])
+        self.writes.append([s.buffer for s in writes])
+
+    def _add(self, node: Node, uses: Mapping[Value, int]) -> None:
+        types = tuple(t.bind(self.binding) for t in node.types)
+        attrs = {k: bind_attr(v, self.binding) for k, v in node.attrs.items()}
+        args = tuple(self._place_of(node, i) for i in range(len(node.args)))
+        # Memory is donated by parameters that nothing else, no other operand either, looks at.
+        in_place = node.op.inplace is not None and all(
+            a.op is param and uses[a] == 1 for a in node.args[: len(node.types)]
+        )
+        bound = Bound(node, attrs, args, types, in_place)
+        seen = self.backend.view(bound)
+        if seen is not None:
+            self.at[Value(node)] = seen
+            return
+        results: tuple[Any, ...] = (
+            args[: len(types)] if in_place else tuple(self.scratch(t) for t in types)
+        )
+        self.backend.emit(bound, self, results)
+        self.at.update(zip(node.results, results, strict=True))
+
+    def _place_of(self, node: Node, position: int) -> Place:
+        arg = node.args[position]
+        if arg in self.at:
+            return self.at[arg]
+        if arg.op is literal:
+            return arg.attrs["value"]
+        codes, scales = (self.at[part] for part in arg.node.args)
+        return PackedSlice(codes, scales, arg.type)
+
+    def _copy_outputs(self) -> None:
+        """Outputs are buffers of their own, in arena memory."""
+        for name, value in zip(self.outputs, self.graph.outputs, strict=True):
+            buffer = buffer_of(name, value.type, self.binding, "output")
+            self.local[name] = buffer
+            self.backend.copy(self.at[value], Slice(name, buffer.dtype, buffer.shape), self)
+
+    def _copy_updates(self) -> None:
+        """State whose next content was not computed in place is copied over at the end.
+
+        What itself lies in state is set aside first: another copy may overwrite it.
+        """
+        sources: dict[str, Slice] = {}
+        for name, value in self.graph.updates.items():
+            source = self.at[value]
+            if source.buffer == name:
+                continue
+            if source.buffer in self.graph.updates:
+                aside = self.scratch(value.type)
+                self.backend.copy(source, aside, self)
+                source = aside
+            sources[name] = source
+        for name, source in sources.items():
+            self.backend.copy(source, Slice(name, source.dtype, source.shape), self)
+
+    def _place(self) -> tuple[Entry, int]:
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for i, (ins, outs) in enumerate(zip(self.reads, self.writes, strict=True)):
+            for name in (*ins, *outs):
+                first.setdefault(name, i)
+                last[name] = i
+        end = len(self.launches)
+        lives = [
+            Lifetime(
+                b.name,
+                b.nbytes,
+                -1 if b.kind == "input" else first.get(b.name, end),
+                end if b.kind == "output" else last.get(b.name, 0),
+            )
+            for b in self.local.values()
+        ]
+        offsets, size = plan_arena(lives)
+        placed = {n: replace(b, offset=offsets[n]) for n, b in self.local.items()}
+
+        def access(name: str) -> Access:
+            buffer = placed.get(name)
+            if buffer is None:
+                return Access(name, 0, 1)
+            assert buffer.offset is not None
+            return Access("arena", buffer.offset, buffer.offset + max(buffer.nbytes, 1))
+
+        order = dependencies(
+            [[access(n) for n in ins] for ins in self.reads],
+            [[access(n) for n in outs] for outs in self.writes],
+        )
+        label = ",".join(f"{k}={v}" for k, v in self.binding.items())
+        entry = Entry(label, self.binding, tuple(placed.values()), tuple(self.launches), order)
+        return entry, size

@@ -1,0 +1,252 @@
+"""GPU targets: every node is what a template chose for it, launches of Triton kernels.
+
+Views move nothing: a slice, a permutation or an expansion is the same bytes under other strides,
+and only what a template cannot read so is copied first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..compiler.ir import Node
+from ..compiler.ops.shape import expand, permute, slice_, view
+from ..compiler.target import Target
+from ..compiler.types import DTYPE_BITS, TensorType
+from ..runtime.program import Argument, Kernel, Launch, Slice
+from .build import build
+from .entries import Bound, Choice, EntryBuilder, PackedSlice, Place
+from .kernel_source import KernelSource
+from .request import (
+    Arg,
+    Call,
+    Chosen,
+    Codes,
+    Declined,
+    Operand,
+    Packed,
+    Ref,
+    Request,
+    Result,
+    Scales,
+    Temp,
+    dense_strides,
+)
+from .select import PACKED_WEIGHTS, copied, select
+
+# Vector loads want addresses that are multiples of this many bytes.
+_VECTOR = 16
+
+
+class NoKernelError(Exception):
+    """No template computes a node on a target; lists every reason."""
+
+
+class KernelBackend:
+    """Launches of Triton kernels for one GPU target."""
+
+    def __init__(self, target: Target, progress: Callable[[int, int], None] | None = None) -> None:
+        """`progress` hears how many of how many kernels are built."""
+        self.target = target
+        self.sources: dict[str, KernelSource] = {}
+        self.choices: list[Choice] = []
+        self._progress = progress
+
+    def kernels(self) -> Mapping[str, Kernel]:
+        """See Backend.kernels; builds those that the cache does not hold. BuildError."""
+        built = build(list(self.sources.values()), self.target, self._progress)
+        return {id_: built[source] for id_, source in self.sources.items()}
+
+    def packed(self, node: Node, position: int) -> bool:
+        """See Backend.packed."""
+        return position in PACKED_WEIGHTS.get(node.op.name, ())
+
+    def view(self, bound: Bound) -> Slice | None:
+        """See Backend.view."""
+        look = _VIEWS.get(bound.node.op.name)
+        source = bound.args[0] if bound.args else None
+        return look(source, bound) if look and isinstance(source, Slice) else None
+
+    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice, ...]) -> None:
+        """See Backend.emit. NoKernelError where no template computes the node."""
+        node = bound.node
+        args = bound.args
+        if node.op is view:  # of bytes that lie too far apart to be looked at otherwise
+            (source,) = args
+            assert isinstance(source, Slice)
+            self.copy(source, replace(results[0], shape=source.shape), builder)
+            return
+        if node.op.inplace and not bound.in_place:
+            for source, target in zip(args, results, strict=False):
+                assert isinstance(source, Slice)
+                self.copy(source, target, builder)
+            args = (*results, *args[len(results) :])
+        label = f"{node.op.name} {node.source}".strip()
+        request = Request(
+            node.op,
+            dict(bound.attrs),
+            tuple(map(operand, args)),
+            tuple(map(operand, results)),
+            self.target,
+        )
+        chosen = select(request)
+        if isinstance(chosen, Declined) and not all(a.dense for a in request.args):
+            args = tuple(self._dense(a, builder) for a in args)
+            request = replace(request, args=tuple(map(operand, args)))
+            chosen = select(request)
+        if isinstance(chosen, Declined):
+            raise NoKernelError(f"{label}: {chosen.reason}")
+        self._launch(chosen, args, results, label, builder)
+
+    def _dense(self, place: Place, builder: EntryBuilder) -> Place:
+        """`place`, or a dense copy of it."""
+        if not isinstance(place, Slice) or place.strides is None:
+            return place
+        target = builder.scratch(TensorType(place.dtype, place.shape))
+        self.copy(place, target, builder)
+        return target
+
+    def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
+        """See Backend.copy."""
+        request = Request(view, {}, (operand(source),), (operand(target),), self.target)
+        label = f"copy {target.buffer}"
+        self._launch(copied(request), (source,), (target,), label, builder)
+
+    def _launch(
+        self,
+        chosen: Chosen,
+        args: Sequence[Place],
+        results: Sequence[Slice],
+        label: str,
+        builder: EntryBuilder,
+    ) -> None:
+        temps = {name: builder.scratch(type_) for name, type_ in chosen.temps.items()}
+
+        def place(ref: Ref) -> Slice:
+            match ref:
+                case Temp(name):
+                    return temps[name]
+                case Result(index):
+                    return results[index]
+                case Arg(index):
+                    found = args[index]
+                case Codes(index):
+                    packed = args[index]
+                    found = packed.codes if isinstance(packed, PackedSlice) else None
+                case Scales(index):
+                    packed = args[index]
+                    found = packed.scales if isinstance(packed, PackedSlice) else None
+            if not isinstance(found, Slice):
+                raise TypeError(f"{label}: {ref} names no memory")
+            return found
+
+        ids: list[str] = []
+        for call in chosen.calls:
+            names = [n for n in call.function.arg_names if n in call.args]
+            given = {n: a if isinstance(a, int | float) else place(a) for n, a in call.args.items()}
+            source = self._source(call, {n: _argument(given[n]) for n in names})
+            id_ = source.hash(self.target.name)
+            self.sources.setdefault(id_, source)
+            ids.append(call.function.__name__)
+            writes = [place(ref) for ref in call.writes]
+            reads = [s for s in given.values() if isinstance(s, Slice)]
+            launch = Launch(id_, tuple(given[n] for n in names), call.grid, label)
+            builder.launch(launch, reads, writes)
+        entry = ",".join(f"{k}={v}" for k, v in builder.binding.items())
+        op = label.split(" ")[0]
+        self.choices.append(Choice(op, entry, tuple(ids), chosen.reason, chosen.seconds))
+
+    def _source(self, call: Call, kinds: dict[str, Argument]) -> KernelSource:
+        return KernelSource.of(
+            call.function,
+            kinds,
+            call.constants,
+            call.num_warps,
+            call.num_stages,
+            call.programmatic and self.target.name.startswith("cuda"),
+        )
+
+
+def operand(place: Place) -> Operand:
+    """How a template sees an argument or result."""
+    match place:
+        case Slice():
+            strides = place.strides or dense_strides(place.shape)
+            return Operand(TensorType(place.dtype, place.shape), strides)
+        case PackedSlice():
+            codes, scales = (TensorType(s.dtype, s.shape) for s in (place.codes, place.scales))
+            group = 2 * place.codes.shape[-1] // place.scales.shape[-1]
+            shape: Any = place.type.shape
+            return Operand(place.type, dense_strides(shape), None, Packed(codes, scales, group))
+        case bool():
+            return Operand(TensorType("bool", ()), (), place)
+        case int():
+            return Operand(TensorType("i64", ()), (), place)
+        case float():
+            return Operand(TensorType("f64", ()), (), place)
+
+
+def _argument(given: Slice | int | float) -> Argument:
+    if isinstance(given, Slice):
+        return Argument(f"*{given.dtype}", _VECTOR if given.offset % _VECTOR == 0 else 1)
+    if isinstance(given, float):
+        return Argument("f32")
+    return Argument("i32" if -(2**31) <= given < 2**31 else "i64")
+
+
+# ---- views: the result as another slice of the same bytes, or None
+
+
+def _strides(source: Slice) -> tuple[int, ...]:
+    return source.strides or dense_strides(source.shape)
+
+
+def _seen(source: Slice, shape: Sequence[int], strides: Sequence[int], skip: int = 0) -> Slice:
+    """`source` under another shape and strides, `skip` elements further on."""
+    shape, strides = tuple(shape), tuple(strides)
+    offset = source.offset + skip * DTYPE_BITS[source.dtype] // 8
+    dense = strides == dense_strides(shape)
+    return Slice(source.buffer, source.dtype, shape, offset, None if dense else strides)
+
+
+def _reshaped(source: Slice, bound: Bound) -> Slice | None:
+    shape: Any = bound.types[0].shape
+    meta = torch.empty(0, device="meta").as_strided(source.shape, _strides(source))
+    try:
+        return _seen(source, shape, meta.view(shape).stride())
+    except RuntimeError:
+        return None
+
+
+def _permuted(source: Slice, bound: Bound) -> Slice:
+    strides, dims = _strides(source), bound.attrs["dims"]
+    return _seen(source, [source.shape[d] for d in dims], [strides[d] for d in dims])
+
+
+def _expanded(source: Slice, bound: Bound) -> Slice:
+    shape: Any = bound.types[0].shape
+    lead = len(shape) - len(source.shape)
+    sizes = (*(1,) * lead, *source.shape)
+    steps = (*(0,) * lead, *_strides(source))
+    strides = [0 if s != full else step for s, full, step in zip(sizes, shape, steps, strict=True)]
+    return _seen(source, shape, strides)
+
+
+def _sliced(source: Slice, bound: Bound) -> Slice:
+    strides = list(_strides(source))
+    axis = bound.attrs["dim"] % len(source.shape)
+    skip = bound.attrs["start"] * strides[axis]
+    strides[axis] *= bound.attrs.get("step", 1)
+    shape: Any = bound.types[0].shape
+    return _seen(source, shape, strides, skip)
+
+
+_VIEWS: dict[str, Callable[[Slice, Bound], Slice | None]] = {
+    view.name: _reshaped,
+    permute.name: _permuted,
+    expand.name: _expanded,
+    slice_.name: _sliced,
+}

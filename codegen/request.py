@@ -1,0 +1,165 @@
+"""What a template is asked and what it answers: a node with its operands in, launches out.
+
+A template is a function `(Request) -> Chosen | Declined`. It says in launches of Triton kernels how
+one node is computed on one target for one bucket; where the bytes lie is not its business: it names
+the node's arguments, its results and scratch of its own by references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from ..compiler.ir import Op
+from ..compiler.target import Target
+from ..compiler.types import TensorType
+
+# What a launch costs however little it does, in seconds: a graph node's turn.
+LAUNCH_SECONDS = 1e-6
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in MXFP4: codes u8 [..., K/2] and scales u8 [..., K/group], both dense."""
+
+    codes: TensorType
+    scales: TensorType
+    group: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An argument or result of a node: its type with all dims bound, and how it lies in memory.
+
+    `strides` are in elements. `value` is set for a literal: a number, no memory. `packed` is set
+    for a weight that is held in MXFP4: then only its codes and scales are in memory.
+    """
+
+    type: TensorType
+    strides: tuple[int, ...]
+    value: bool | int | float | None = None
+    packed: Packed | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(d) for d in self.type.shape)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements lie row-major, one after the other."""
+        return self.strides == dense_strides(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one read of it moves."""
+        if self.packed:
+            return int(self.packed.codes.nbytes) + int(self.packed.scales.nbytes)
+        return int(self.type.nbytes)
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides in elements."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+@dataclass(frozen=True)
+class Arg:
+    """The node's argument at `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The MXFP4 codes of the packed argument at `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The MXFP4 scales of the packed argument at `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The node's result at `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Temp:
+    """Scratch memory that the node's launches share, by its name in `Chosen.temps`."""
+
+    name: str
+
+
+Ref = Arg | Codes | Scales | Result | Temp
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch of a Triton kernel.
+
+    `args` are its run-time parameters by name: memory by reference, numbers (int is i32, float is
+    f32) as they are. `constants` are its tl.constexpr parameters by name (None for an operand that
+    is not there). `writes` are the references that it writes; it reads the others. `programmatic`
+    says that it waits for the launches before it by itself (griddepcontrol; NVIDIA only).
+    """
+
+    function: Any
+    args: Mapping[str, Ref | int | float]
+    grid: tuple[int, int, int]
+    writes: tuple[Ref, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    num_warps: int = 4
+    num_stages: int = 2
+    programmatic: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How a node is computed: launches in order, their scratch, an estimate, and why so."""
+
+    calls: tuple[Call, ...]
+    seconds: float
+    reason: str
+    temps: Mapping[str, TensorType] = field(default_factory=dict[str, TensorType])
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why a template cannot compute a node."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """A node to be computed: `args` and `results` in the order of the op's, attributes bound.
+
+    An op that is computed in place has results that are the memory of its first arguments.
+    """
+
+    op: Op
+    attrs: Mapping[str, Any]
+    args: tuple[Operand, ...]
+    results: tuple[Operand, ...]
+    target: Target
+
+    def named(self, start: int) -> dict[str, int]:
+        """Positions of the optional operands that begin at argument `start`, by name."""
+        return {name: start + i for i, name in enumerate(self.attrs.get("optional", ()))}
+
+    def seconds(self, launches: int, extra_bytes: int = 0) -> float:
+        """An estimate: every operand moved once at the target's bandwidth, and `launches` turns."""
+        moved = sum(o.nbytes for o in (*self.args, *self.results)) + extra_bytes
+        return moved / self.target.bytes_per_second + launches * LAUNCH_SECONDS
+
+
+Template = Callable[[Request], Chosen | Declined]

@@ -1,0 +1,43 @@
+"""Which template computes a node: all are asked, the cheapest that accepts wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .request import Chosen, Declined, Request, Template
+from .templates import copy, rows
+
+_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (rows.TEMPLATES,)
+# Arguments that their templates read in packed form: op name -> positions.
+PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {
+    "linear": frozenset({1}),
+    "fused_linear": frozenset({1}),
+    "gated_linear": frozenset({1}),
+    "project_heads": frozenset({1}),
+    "head_linear": frozenset({1}),
+    "experts": frozenset({3, 4}),
+}
+
+
+def templates_of(op: str) -> list[Template]:
+    """The templates that are asked for nodes of the op called `op`."""
+    return [t for table in _TABLES for t in table.get(op, ())]
+
+
+def select(request: Request) -> Chosen | Declined:
+    """The cheapest way to compute a node, or every template's reason for declining it."""
+    answers = [(t, t(request)) for t in templates_of(request.op.name)]
+    accepted = [a for _, a in answers if isinstance(a, Chosen)]
+    if accepted:
+        return min(accepted, key=lambda chosen: chosen.seconds)
+    reasons = [f"{t.__name__}: {a.reason}" for t, a in answers if isinstance(a, Declined)]
+    types = ", ".join(str(o.type) for o in request.args)
+    return Declined(
+        f"no kernel for {request.op.name}({types}) on {request.target.name}: "
+        + ("; ".join(reasons) or "no template knows the op")
+    )
+
+
+def copied(request: Request) -> Chosen:
+    """Result 0 as a copy of argument 0, whatever their strides."""
+    return copy.copy(request)

@@ -1,0 +1,25 @@
+"""Triton functions out of generated text."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+def from_text(text: str, name: str) -> Any:
+    """The `@triton.jit` function called `name` that `text` defines; `tl` and `triton` are there.
+
+    Equal texts give functions of equal hash. The text is kept in its attribute `generated`, and
+    where Python looks for the lines of a file: Triton reads its functions from there.
+    """
+    file = f"<generated {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    scope: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
+    exec(compile(text, file, "exec"), scope)
+    function = scope[name]
+    function.generated = text
+    return function

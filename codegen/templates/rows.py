@@ -1,0 +1,142 @@
+"""Whole rows: looked up by index, and appended to a paged cache."""
+
+from __future__ import annotations
+
+from math import prod
+
+import triton
+import triton.language as tl
+
+from ..request import (
+    LAUNCH_SECONDS,
+    Arg,
+    Call,
+    Chosen,
+    Declined,
+    Operand,
+    Request,
+    Result,
+    dense_strides,
+)
+
+_BLOCK = 1024
+
+
+def _dense_rows(x: Operand) -> bool:
+    return x.packed is None and x.strides[1:] == dense_strides(x.shape[1:])
+
+
+# ---- embedding and take: result[i] = table[index[i]]
+
+
+@triton.jit
+def take_kernel(
+    table,
+    index,
+    out,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows of WIDTH elements, STEP elements apart in the table of ROWS rows. An index outside it,
+    which no caller gives, reads row 0."""
+    place = tl.program_id(0)
+    row = tl.load(index + place).to(tl.int64)
+    row = tl.where((row >= 0) & (row < ROWS), row, 0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(table + row * STEP + at, mask=at < WIDTH)
+    tl.store(out + place.to(tl.int64) * WIDTH + at, value, mask=at < WIDTH)
+
+
+def _looked_up(request: Request, table: int, index: int) -> Chosen | Declined:
+    x, chosen = request.args[table], request.args[index]
+    if not _dense_rows(x) or not chosen.dense:
+        return Declined(f"rows of {x.type} or indices {chosen.type} are not dense")
+    width = prod(x.shape[1:])
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    call = Call(
+        take_kernel,
+        {"table": Arg(table), "index": Arg(index), "out": Result(0)},
+        (int(chosen.type.numel), triton.cdiv(width, block), 1),
+        (Result(0),),
+        {"ROWS": x.shape[0], "WIDTH": width, "STEP": x.strides[0], "BLOCK": block},
+    )
+    moved = 2 * request.results[0].nbytes
+    seconds = moved / request.target.bytes_per_second + LAUNCH_SECONDS
+    return Chosen((call,), seconds, "a program a row")
+
+
+def embedding(request: Request) -> Chosen | Declined:
+    """embedding(ids, table)."""
+    return _looked_up(request, 1, 0)
+
+
+def take(request: Request) -> Chosen | Declined:
+    """take(x, rows)."""
+    return _looked_up(request, 0, 1)
+
+
+# ---- kv_append: token t's rows go to place positions[t] of its slot; slot -1 is stored nowhere
+
+
+@triton.jit
+def append_kernel(
+    cache,
+    rows,
+    slots,
+    positions,
+    page_table,
+    PAGES_PER_SLOT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows of WIDTH elements, STEP elements apart; a page holds PAGE_SIZE of them, dense."""
+    token = tl.program_id(0)
+    slot = tl.load(slots + token)
+    position = tl.load(positions + token)
+    if slot >= 0:
+        page = tl.load(page_table + slot * PAGES_PER_SLOT + position // PAGE_SIZE).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < WIDTH
+        value = tl.load(rows + token.to(tl.int64) * STEP + at, mask=inside)
+        to = (page * PAGE_SIZE + position % PAGE_SIZE) * WIDTH + at
+        tl.store(cache + to, value, mask=inside)
+
+
+def kv_append(request: Request) -> Chosen | Declined:
+    """kv_append(caches..., rows..., slots, positions, page_table), in place: a launch a cache."""
+    count = len(request.results)
+    calls: list[Call] = []
+    table = request.args[-1]
+    for i in range(count):
+        cache, rows = request.results[i], request.args[count + i]
+        if not _dense_rows(rows) or not cache.dense or not table.dense:
+            return Declined(f"rows {rows.type} or cache {cache.type} are not dense")
+        width = prod(rows.shape[1:])
+        block = min(_BLOCK, triton.next_power_of_2(width))
+        args = {"cache": Result(i), "rows": Arg(count + i)}
+        index = {"slots": 2 * count, "positions": 2 * count + 1, "page_table": 2 * count + 2}
+        calls.append(
+            Call(
+                append_kernel,
+                {**args, **{name: Arg(at) for name, at in index.items()}},
+                (rows.shape[0], triton.cdiv(width, block), 1),
+                (Result(i),),
+                {
+                    "PAGES_PER_SLOT": table.shape[1],
+                    "PAGE_SIZE": cache.shape[1],
+                    "WIDTH": width,
+                    "STEP": rows.strides[0],
+                    "BLOCK": block,
+                },
+            )
+        )
+    moved = 2 * sum(a.nbytes for a in request.args[count : 2 * count])
+    seconds = moved / request.target.bytes_per_second + count * LAUNCH_SECONDS
+    return Chosen(tuple(calls), seconds, "a program a token")
+
+
+TEMPLATES = {"embedding": (embedding,), "take": (take,), "kv_append": (kv_append,)}

@@ -1,0 +1,163 @@
+"""GPU programs run on the CPU: every launch through Triton's interpreter, in an arena of its own.
+
+The whole of a GPU plan but the device is exercised: selection, arguments, slices, places in the
+arena, order. Memory that nothing has written yet is poison (NaN in every float type).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton.language as tl
+from ingot.codegen.kernel_backend import KernelBackend
+from ingot.codegen.kernel_source import KernelSource
+from ingot.codegen.request import dense_strides
+from ingot.compiler.torch_types import torch_dtype
+from ingot.runtime.program import Buffer, Entry, Kernel, Program, Slice
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+# 0xFF everywhere is NaN in every float type, -1 in every signed one.
+POISON = 0xFF
+
+
+class InterpretedBackend(KernelBackend):
+    """Kernels that are their own sources, called by the interpreter."""
+
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {
+            id_: Kernel(
+                id_,
+                source.function.__name__,
+                _runner(source),
+                args=tuple(a for _, a in source.parameters),
+            )
+            for id_, source in self.sources.items()
+        }
+
+
+def _runner(source: KernelSource) -> Callable[..., None]:
+    function = interpreter.InterpretedFunction(source.function.fn)
+
+    def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        with _interpreting():
+            function[grid](**source.bound(args))
+
+    return run
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """Kernels call kernels, and products take bf16, which the interpreter alone refuses."""
+    builder = interpreter.InterpreterBuilder
+
+    def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        return interpreter.InterpretedFunction(self.fn)(*args, **kwargs)
+
+    plain_dot = builder.create_dot
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return plain_dot(self, _wide(a), _wide(b), d, *rest)
+
+    with (
+        patch.object(JITFunction, "__call__", call),
+        patch.object(builder, "create_dot", dot),
+        np.errstate(all="ignore"),
+    ):
+        yield
+
+
+def _wide(handle: Any) -> Any:
+    """A bf16 operand in f32, which holds it exactly."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = handle.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+class InterpretedExecutable:
+    """A GPU program in host memory; see runtime.driver.Executable."""
+
+    def __init__(self, program: Program, weights: Callable[[str], Any]) -> None:
+        self.program = program
+        self.arena = torch.full((max(program.arena_bytes, 1),), POISON, dtype=torch.uint8)
+        self.memory: dict[str, torch.Tensor] = {}
+        for buffer in program.buffers.values():
+            raw = torch.zeros(buffer.nbytes, dtype=torch.uint8)
+            if buffer.kind == "weight":
+                tensor = weights(buffer.name)
+                assert tuple(tensor.shape) == buffer.shape, buffer
+                assert tensor.dtype == torch_dtype(buffer.dtype), buffer
+                raw = tensor.contiguous().clone().view(-1).view(torch.uint8)
+            self.memory[buffer.name] = raw
+
+    def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        found = next(e for e in self.program.entries if e.name == entry)
+        self.arena.fill_(POISON)
+        local = {b.name: b for b in found.buffers}
+        kinds = {b.name: b.kind for b in found.buffers}
+        assert inputs.keys() == {n for n, kind in kinds.items() if kind == "input"}
+        for name, value in inputs.items():
+            b = local[name]
+            self._view(Slice(name, b.dtype, b.shape), local).copy_(torch.as_tensor(value))
+        for launch in found.launches:
+            kernel = self.program.kernels[launch.kernel]
+            args = tuple(self._view(a, local) if isinstance(a, Slice) else a for a in launch.args)
+            for argument, given, slice_ in zip(kernel.args, args, launch.args, strict=True):
+                _check(argument, given, slice_)
+            kernel.binary(launch.grid, args)
+        return {
+            n: _to_host(self._view(Slice(n, b.dtype, b.shape), local))
+            for n, b in local.items()
+            if b.kind == "output"
+        }
+
+    def close(self) -> None:
+        self.memory = {}
+
+    def _view(self, part: Slice, local: Mapping[str, Buffer]) -> torch.Tensor:
+        buffer = local.get(part.buffer)
+        if buffer is None:
+            raw = self.memory[part.buffer]
+        else:
+            assert buffer.offset is not None
+            raw = self.arena[buffer.offset : buffer.offset + buffer.nbytes]
+        strides = part.strides or dense_strides(part.shape)
+        typed = raw[part.offset :].view(torch_dtype(part.dtype))
+        extent = 1 + sum((n - 1) * s for n, s in zip(part.shape, strides, strict=True))
+        assert not math.prod(part.shape) or extent <= typed.numel(), part
+        return typed.as_strided(part.shape, strides)
+
+
+def _check(argument: Any, given: Any, slice_: Any) -> None:
+    if argument.kind.startswith("*"):
+        assert argument.kind == f"*{slice_.dtype}", (argument, slice_)
+        assert slice_.offset % argument.multiple == 0, (argument, slice_)
+    else:
+        assert isinstance(given, float if argument.kind == "f32" else int), (argument, given)
+
+
+def _to_host(value: torch.Tensor) -> Any:
+    narrow = value.dtype in (torch.bfloat16, torch.float16)
+    return value.float().numpy() if narrow else value.clone().numpy()
+
+
+class InterpretedDriver:
+    """Runs programs of any GPU target in this process."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def load(self, program: Program, weights: Callable[[str], Any]) -> InterpretedExecutable:
+        assert program.target == self.target
+        return InterpretedExecutable(program, weights)
+
+
+def entry_named(program: Program, name: str) -> Entry:
+    return next(entry for entry in program.entries if entry.name == name)

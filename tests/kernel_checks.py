@@ -1,0 +1,170 @@
+"""One node through the whole GPU road, against its reference in float64.
+
+`run_node` lowers a graph of the one node for a GPU target and runs the program: through Triton's
+interpreter on the CPU, or through the driver that is given. `check_node` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from ingot.codegen.kernel_backend import KernelBackend
+from ingot.codegen.lower import lower
+from ingot.compiler.ir import Graph, Op, Value
+from ingot.compiler.microscaling import decode, encode
+from ingot.compiler.ops.leaf import constant, literal, param
+from ingot.compiler.ops.mxfp4 import mxfp4
+from ingot.compiler.ops.shape import slice_
+from ingot.compiler.target import target_of
+from ingot.compiler.torch_types import dtype_name, type_of
+from ingot.compiler.verify import verify
+from ingot.compiler.weights import Entry, Weights
+from interpreted import InterpretedBackend, InterpretedDriver
+
+# Largest |Δ| relative to max |reference|, by dtype of the result: sums in another order, and one
+# rounding more than the reference's where a product takes a rounded operand.
+TOLERANCE = {"f64": 1e-6, "f32": 2e-5, "f16": 2e-3, "bf16": 1.2e-2}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An argument that is a weight of the model."""
+
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight that is held in MXFP4: `tensor` is rounded to it first."""
+
+    tensor: torch.Tensor
+    group: int = 32
+
+
+@dataclass(frozen=True)
+class Strided:
+    """An input whose rows lie apart: a slice of a wider tensor, past its first columns."""
+
+    tensor: torch.Tensor
+
+
+Given = torch.Tensor | Weight | Packed | Strided | bool | int | float
+
+
+def graph_of_node(
+    op: Op, args: Sequence[Given], attrs: Mapping[str, Any]
+) -> tuple[Graph, Weights, dict[str, torch.Tensor], list[Any]]:
+    """The graph, its weights, its inputs, and the arguments as the reference takes them."""
+    params: list[Value] = []
+    values: list[Value] = []
+    held: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
+    plain: list[Any] = []
+
+    def weight(name: str, tensor: torch.Tensor) -> Value:
+        held[name] = tensor
+        return constant(name=name, type=type_of(tensor))
+
+    def given(name: str, tensor: torch.Tensor) -> Value:
+        inputs[name] = tensor
+        params.append(param(name=name, type=type_of(tensor)))
+        return params[-1]
+
+    for i, arg in enumerate(args):
+        match arg:
+            case Weight(tensor):
+                values.append(weight(f"w{i}", tensor))
+            case Packed(tensor, group):
+                codes, scales = encode(tensor, group, "mse")
+                dtype = dtype_name(tensor.dtype)
+                parts = (weight(f"w{i}.codes", codes), weight(f"w{i}.scales", scales))
+                values.append(mxfp4(*parts, dtype=dtype))
+                tensor = decode(codes, scales, tensor.dtype)
+            case Strided(tensor):
+                wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 24), torch.nan)
+                wide = wide.to(tensor.dtype)
+                wide[..., 16:-8] = tensor
+                size = wide.shape[-1]
+                x = given(f"x{i}", wide)
+                values.append(slice_(x, dim=tensor.ndim - 1, start=16, stop=size - 8))
+            case torch.Tensor():
+                tensor = arg
+                values.append(given(f"x{i}", arg))
+            case _:
+                tensor = arg
+                dtype = (
+                    "bool" if isinstance(arg, bool) else "i64" if isinstance(arg, int) else "f32"
+                )
+                values.append(literal(value=arg, dtype=dtype))
+        plain.append(tensor)
+    graph = Graph("node", tuple(params), op.node(tuple(values), attrs).results, {})
+    verify(graph)
+    entries = {n: Entry(type_of(t), partial(torch.clone, t), "the test") for n, t in held.items()}
+    return graph, Weights(entries), inputs, plain
+
+
+def run_node(
+    op: Op,
+    args: Sequence[Given],
+    attrs: Mapping[str, Any],
+    target: str = "cuda:sm_90",
+    driver: Any = None,
+    backend: Callable[[Any], KernelBackend] = InterpretedBackend,
+) -> tuple[list[torch.Tensor], list[Any], Any]:
+    """The results of the node, its plain arguments, and what was lowered."""
+    graph, weights, inputs, plain = graph_of_node(op, args, attrs)
+    names = [f"out{i}" for i in range(len(graph.outputs))]
+    chosen = target_of(target)
+    lowered = lower(graph, weights, chosen, [{}], names, backend=backend(chosen))
+    executable = (driver or InterpretedDriver(target)).load(lowered.program, lowered.load_weight)
+    try:
+        (entry,) = lowered.program.entries
+        found = executable.run(entry.name, {n: _numpy(t) for n, t in inputs.items()})
+    finally:
+        executable.close()
+    return [torch.from_numpy(found[name]) for name in names], plain, lowered
+
+
+def _numpy(tensor: torch.Tensor) -> Any:
+    """As the driver takes it: bf16 as a tensor, which numpy does not know."""
+    return tensor if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def expected(op: Op, plain: Sequence[Any], attrs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The reference's results, computed in float64 of the same arguments."""
+    wide = [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in plain
+    ]
+    return op.reference(*wide, **attrs)
+
+
+def check_node(
+    op: Op,
+    args: Sequence[Given],
+    attrs: Mapping[str, Any] | None = None,
+    target: str = "cuda:sm_90",
+    driver: Any = None,
+    backend: Callable[[Any], KernelBackend] = InterpretedBackend,
+    tolerance: float | None = None,
+) -> Any:
+    """The node computed by kernels equals its reference; integers and bools exactly."""
+    attrs = attrs or {}
+    found, plain, lowered = run_node(op, args, attrs, target, driver, backend)
+    types = (
+        op.types(tuple(type_of(p) for p in plain if isinstance(p, torch.Tensor)), attrs)
+        if all(isinstance(p, torch.Tensor) for p in plain)
+        else None
+    )
+    for i, (a, b) in enumerate(zip(expected(op, plain, attrs), found, strict=True)):
+        assert a.shape == b.shape
+        if not b.is_floating_point():
+            assert torch.equal(a.to(b.dtype), b), f"result {i}"
+            continue
+        dtype = types[i].dtype if types else "f32"
+        allowed = (tolerance or TOLERANCE[dtype]) * max(a.abs().max().item(), 1e-6)
+        torch.testing.assert_close(b.double(), a.double(), rtol=0, atol=allowed, equal_nan=True)
+    return lowered
