@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from ..compiler.target import Target
@@ -102,7 +104,7 @@ def build_one(source: KernelSource, target: Target) -> Built:
         "name": compiled.metadata.name,
         "shared": compiled.metadata.shared,
         **_assembly_facts(text, backend),
-        **_resources(binary, text, backend, compiled.metadata.name),
+        **_resources(binary, text, backend),
     }
     _check(name, target, compiled.metadata, facts)
     return Built(binary, facts)
@@ -144,57 +146,24 @@ def _assembly_facts(text: str, backend: str) -> dict[str, Any]:
     return facts
 
 
-def _resources(binary: bytes, text: str, backend: str, name: str) -> dict[str, Any]:
-    """Registers a thread and bytes or registers spilled."""
+def _resources(binary: bytes, text: str, backend: str) -> dict[str, int]:
+    """Registers a thread, and what is spilled: bytes of stack (cuda), registers (hip)."""
     if backend == "hip":
         found = {
             "registers": r"\.vgpr_count:\s+(\d+)",
             "spills": r"\.vgpr_spill_count:\s+(\d+)",
             "scalar_spills": r"\.sgpr_spill_count:\s+(\d+)",
         }
-        return {k: int(m[1]) for k, p in found.items() if (m := re.search(p, text))}
-    return cubin_resources(binary, name)
-
-
-def cubin_resources(binary: bytes, name: str) -> dict[str, int]:
-    """Registers and local bytes of the function `name`, from the cubin's ELF sections.
-
-    The register count stands in the top byte of sh_info of section .text.<name>; the bytes of local
-    memory (spills, arrays) in EIATTR_MIN_STACK_SIZE of .nv.info (CUDA binary utilities' format).
-    """
-    header = int.from_bytes(binary[40:48], "little")
-    size, count, names_at = (int.from_bytes(binary[a : a + 2], "little") for a in (58, 60, 62))
-
-    def section(i: int) -> bytes:
-        return binary[header + i * size : header + (i + 1) * size]
-
-    def u64(row: bytes, at: int) -> int:
-        return int.from_bytes(row[at : at + 8], "little")
-
-    names = section(names_at)
-    strings = binary[u64(names, 24) : u64(names, 24) + u64(names, 32)]
-    facts: dict[str, int] = {}
-    for i in range(count):
-        row = section(i)
-        start = int.from_bytes(row[:4], "little")
-        title = strings[start : strings.index(b"\0", start)].decode()
-        if title == f".text.{name}":
-            facts["registers"] = int.from_bytes(row[44:48], "little") >> 24
-        if title == ".nv.info":
-            facts["spills"] = _stack_size(binary[u64(row, 24) : u64(row, 24) + u64(row, 32)])
-    return facts
-
-
-def _stack_size(info: bytes) -> int:
-    """The largest EIATTR_MIN_STACK_SIZE (0x12) in the records of a .nv.info section."""
-    at, largest = 0, 0
-    while at + 4 <= len(info):
-        form, attribute = info[at], info[at + 1]
-        length = int.from_bytes(info[at + 2 : at + 4], "little") if form == 4 else 0
-        if attribute == 0x12 and length == 8:
-            largest = max(largest, int.from_bytes(info[at + 8 : at + 12], "little"))
-        at += 4 + length
-    return largest
+        shown = text
+    else:
+        found = {"registers": r"\bREG:(\d+)", "spills": r"\bSTACK:(\d+)"}
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary)
+            file.flush()
+            tool = knobs.nvidia.cuobjdump.path
+            command = [tool, "-res-usage", file.name]
+            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {k: int(m[1]) for k, p in found.items() if (m := re.search(p, shown))}
 
 
 def _kernel(source: KernelSource, target: Target, built: Built) -> Kernel:

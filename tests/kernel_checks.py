@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from ingot.codegen.build import build_one
 from ingot.codegen.kernel_backend import KernelBackend
 from ingot.codegen.lower import lower
 from ingot.compiler.ir import Graph, Op, Value
@@ -19,7 +20,7 @@ from ingot.compiler.microscaling import decode, encode
 from ingot.compiler.ops.leaf import constant, literal, param
 from ingot.compiler.ops.mxfp4 import mxfp4
 from ingot.compiler.ops.shape import slice_
-from ingot.compiler.target import target_of
+from ingot.compiler.target import TARGETS, target_of
 from ingot.compiler.torch_types import dtype_name, type_of
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Entry, Weights
@@ -168,3 +169,23 @@ def check_node(
         allowed = (tolerance or TOLERANCE[dtype]) * max(a.abs().max().item(), 1e-6)
         torch.testing.assert_close(b.double(), a.double(), rtol=0, atol=allowed, equal_nan=True)
     return lowered
+
+
+def build_everywhere(
+    op: Op, args: Sequence[Given], attrs: Mapping[str, Any] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Facts of every kernel of the node, built for all four GPU targets; nothing spills."""
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for name, target in TARGETS.items():
+        if not target.is_gpu:
+            continue
+        graph, weights, _, _ = graph_of_node(op, args, attrs or {})
+        backend = InterpretedBackend(target)
+        names = [f"out{i}" for i in range(len(graph.outputs))]
+        lower(graph, weights, target, [{}], names, backend=backend)
+        built = [dict(build_one(source, target).facts) for source in backend.sources.values()]
+        for found in built:
+            assert found["shared"] <= target.shared_bytes
+            assert found["spills"] == 0, (name, found)
+        facts[name] = built
+    return facts

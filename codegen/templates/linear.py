@@ -1,0 +1,299 @@
+"""Products with a weight, dense or in MXFP4, for few tokens and for many.
+
+One kernel serves all: tiles of output columns and tokens, K summed in order in steps of a fixed
+size, in f32. For few tokens the weight is the left operand, so that a tile is as narrow as the
+tokens are few; a token's sums are the same however many others there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ...compiler.types import TensorType
+from ..request import (
+    Arg,
+    Call,
+    Chosen,
+    Codes,
+    Declined,
+    Operand,
+    Ref,
+    Request,
+    Result,
+    Scales,
+)
+from .activations import gated
+from .mxfp4_decode import decoded
+from .prologue import normed_input
+
+# Tokens up to this many go through the narrow tiles.
+FEW = 16
+_DTYPES = ("bf16", "f16", "f32")
+
+
+@triton.jit
+def weight_tile(
+    w,
+    scales,
+    rows,
+    inside_rows,
+    k,
+    DTYPE: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[ROWS, BLOCK_K] of a weight [N, K] from column k on, zero outside; GROUP 0 is dense."""
+    start = rows.to(tl.int64)[:, None]
+    if GROUP == 0:
+        at = k + tl.arange(0, BLOCK_K)
+        inside = inside_rows[:, None] & (at < K)[None, :]
+        tile = tl.load(w + start * K + at[None, :], mask=inside, other=0.0)
+    else:
+        at = k // 2 + tl.arange(0, BLOCK_K // 2)
+        inside = inside_rows[:, None] & (at < K // 2)[None, :]
+        codes = tl.load(w + start * (K // 2) + at[None, :], mask=inside, other=0)
+        block = k // GROUP + tl.arange(0, BLOCK_K // GROUP)
+        inside = inside_rows[:, None] & (block < K // GROUP)[None, :]
+        scale = tl.load(scales + start * (K // GROUP) + block[None, :], mask=inside, other=127)
+        tile = decoded(codes, scale, ROWS, BLOCK_K, GROUP).to(DTYPE)
+    return tile
+
+
+@triton.jit
+def product_kernel(
+    x,
+    w,
+    scales,
+    bias,
+    residual,
+    y,
+    tokens,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    X_STEP: tl.constexpr,
+    X_HEAD: tl.constexpr,
+    RESIDUAL_STEP: tl.constexpr,
+    Y_STEP: tl.constexpr,
+    Y_HEAD: tl.constexpr,
+    GATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual), of one head (program_id(2)).
+
+    With a GATE the weight is [2N, K], gate rows first, and y = act(gate) · up. NARROW multiplies
+    w · xᵀ instead of x · wᵀ.
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(2).to(tl.int64)
+    in_columns = columns < N
+    in_rows = rows < tokens
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    x_row = x + head * X_HEAD + rows.to(tl.int64)[:, None] * X_STEP
+    if GROUP == 0:
+        w_head = w + head * N * K
+        s_head = scales
+    else:
+        w_head = w + head * N * (K // 2)
+        s_head = scales + head * N * (K // GROUP)
+    if NARROW:
+        sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        ups = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        ups = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        inside = in_rows[:, None] & (at < K)[None, :]
+        xs = tl.load(x_row + at[None, :], mask=inside, other=0.0)
+        ws = weight_tile(w_head, s_head, columns, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K)
+        if NARROW:
+            sums = tl.dot(ws, tl.trans(xs), sums, input_precision="ieee")
+        else:
+            sums = tl.dot(xs, tl.trans(ws), sums, input_precision="ieee")
+        if GATE is not None:
+            us = weight_tile(
+                w_head, s_head, columns + N, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K
+            )
+            if NARROW:
+                ups = tl.dot(us, tl.trans(xs), ups, input_precision="ieee")
+            else:
+                ups = tl.dot(xs, tl.trans(us), ups, input_precision="ieee")
+    if NARROW:
+        sums = tl.trans(sums)
+        ups = tl.trans(ups)
+    if bias is not None:
+        sums += tl.load(bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if GATE is not None:
+            ups += tl.load(bias + N + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    if GATE is not None:
+        sums = gated(sums, ups, GATE, ALPHA, LIMIT)
+    inside = in_rows[:, None] & in_columns[None, :]
+    row = rows.to(tl.int64)[:, None]
+    if residual is not None:
+        at = residual + row * RESIDUAL_STEP + columns[None, :]
+        sums += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    to = y + head * Y_HEAD + row * Y_STEP + columns[None, :]
+    tl.store(to, sums.to(y.dtype.element_ty), mask=inside)
+
+
+def product_call(
+    request: Request,
+    x: Ref,
+    x_steps: tuple[int, int],
+    tokens: int,
+    weight: int,
+    y: Ref,
+    y_steps: tuple[int, int],
+    *,
+    heads: int = 1,
+    bias: int | None = None,
+    residual: int | None = None,
+    gate: str | None = None,
+) -> Call | Declined:
+    """The launch of a product with argument `weight`; steps are of a token and of a head."""
+    w = request.args[weight]
+    n, k = w.shape[-2:]
+    n = n // 2 if gate else n
+    if w.type.dtype not in _DTYPES:
+        return Declined(f"{w.type}: expected one of {', '.join(_DTYPES)}")
+    if not w.dense:
+        return Declined(f"the weight {w.type} is not dense")
+    few = tokens <= FEW
+    block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w)
+    args: dict[str, Any] = {"x": x, "y": y, "tokens": tokens}
+    constants: dict[str, Any] = {
+        "K": k,
+        "N": n,
+        "GROUP": w.packed.group if w.packed else 0,
+        "X_STEP": x_steps[0],
+        "X_HEAD": x_steps[1],
+        "Y_STEP": y_steps[0],
+        "Y_HEAD": y_steps[1],
+        "RESIDUAL_STEP": 0,
+        "GATE": gate,
+        "ALPHA": float(request.attrs.get("alpha", 0.0)),
+        "LIMIT": float(request.attrs.get("limit", 0.0)),
+        "NARROW": few,
+        "BLOCK_T": block_t,
+        "BLOCK_N": block_n,
+        "BLOCK_K": 64 if w.type.dtype == "f32" else 128,
+    }
+    args["w"] = Codes(weight) if w.packed else Arg(weight)
+    (args if w.packed else constants)["scales"] = Scales(weight) if w.packed else None
+    (constants if bias is None else args)["bias"] = None if bias is None else Arg(bias)
+    if residual is None:
+        constants["residual"] = None
+    else:
+        added = request.args[residual]
+        if added.strides[-1] != 1:
+            return Declined("the rows of the residual are not dense")
+        args["residual"] = Arg(residual)
+        constants["RESIDUAL_STEP"] = added.strides[0]
+    grid = (triton.cdiv(n, block_n), triton.cdiv(tokens, block_t), heads)
+    return Call(product_kernel, args, grid, (y,), constants, warps, stages)
+
+
+def _tiles(n: int, few: bool, is_gated: bool, w: Operand) -> tuple[int, int, int, int]:
+    """Columns and tokens of a tile, warps, stages."""
+    if few:
+        return (32 if n >= 8192 else 16), FEW, 4, 3
+    wide = 64 if is_gated or w.packed or w.type.dtype == "f32" else 128
+    return wide, 64, 4, 2
+
+
+def _chosen(request: Request, calls: list[Call], temps: dict[str, TensorType]) -> Chosen:
+    few = calls[-1].constants.get("NARROW", True)
+    held = "MXFP4" if request.args[1].packed else request.args[1].type.dtype
+    size = "narrow tiles for few tokens" if few else "square tiles for many tokens"
+    return Chosen(tuple(calls), request.seconds(len(calls)), f"{size}, {held} weight", temps)
+
+
+def _rows(request: Request) -> Declined | None:
+    x = request.args[0]
+    return None if len(x.shape) == 2 else Declined(f"x {x.type}: expected [T, K]")
+
+
+def fused_linear(request: Request) -> Chosen | Declined:
+    """linear and fused_linear: prologue rows first, then the product with its epilogue."""
+    named = request.named(2)
+    if request.op.name == "linear" and len(request.args) == 3:
+        named = {"bias": 2}
+    if declined := _rows(request):
+        return declined
+    found = normed_input(request, named, Result(1) if "delta" in named else None)
+    if isinstance(found, Declined):
+        return found
+    calls, x, step, temps = found
+    call = product_call(
+        request,
+        x,
+        (step, 0),
+        request.args[0].shape[0],
+        1,
+        Result(0),
+        (request.results[0].shape[-1], 0),
+        bias=named.get("bias"),
+        residual=named.get("residual"),
+    )
+    return call if isinstance(call, Declined) else _chosen(request, [*calls, call], temps)
+
+
+def gated_linear(request: Request) -> Chosen | Declined:
+    """gated_linear: the same with gate and up rows in one program."""
+    named = request.named(2)
+    if declined := _rows(request):
+        return declined
+    found = normed_input(request, named, Result(1) if "delta" in named else None)
+    if isinstance(found, Declined):
+        return found
+    calls, x, step, temps = found
+    call = product_call(
+        request,
+        x,
+        (step, 0),
+        request.args[0].shape[0],
+        1,
+        Result(0),
+        (request.results[0].shape[-1], 0),
+        bias=named.get("bias"),
+        gate=request.attrs["activation"],
+    )
+    return call if isinstance(call, Declined) else _chosen(request, [*calls, call], temps)
+
+
+def head_linear(request: Request) -> Chosen | Declined:
+    """head_linear: x [T, H, K], weight [H, N, K]; a grid over heads."""
+    x, y = request.args[0], request.results[0]
+    if x.strides[-1] != 1:
+        return Declined("the rows of x are not dense")
+    call = product_call(
+        request,
+        Arg(0),
+        (x.strides[0], x.strides[1]),
+        x.shape[0],
+        1,
+        Result(0),
+        (y.strides[0], y.strides[1]),
+        heads=x.shape[1],
+    )
+    return call if isinstance(call, Declined) else _chosen(request, [call], {})
+
+
+TEMPLATES = {
+    "linear": (fused_linear,),
+    "fused_linear": (fused_linear,),
+    "gated_linear": (gated_linear,),
+    "head_linear": (head_linear,),
+}

@@ -1,0 +1,155 @@
+"""Products with a weight: every prologue and epilogue, dense and packed, few tokens and many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ingot.compiler.ops.fused import GATED_OPTIONS, LINEAR_OPTIONS, fused_linear, gated_linear
+from ingot.compiler.ops.heads import project_heads
+from ingot.compiler.ops.linear import head_linear, linear
+from kernel_checks import Packed, Strided, Weight, build_everywhere, check_node
+
+BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
+
+
+def operands(
+    names: tuple[str, ...], tokens: int, k: int, n: int, rows: int, dtype: torch.dtype
+) -> tuple[list[Any], dict[str, Any]]:
+    """The optional operands of a product, some norms in f32, and the attributes with them."""
+    made = {
+        "norm": lambda: Weight(1 + 0.1 * torch.randn(k)),
+        "delta": lambda: torch.randn(tokens, k).to(dtype),
+        "post_norm": lambda: Weight((1 + 0.1 * torch.randn(k)).to(dtype)),
+        "bias": lambda: Weight(torch.randn(rows).to(dtype)),
+        "residual": lambda: torch.randn(tokens, n).to(dtype),
+    }
+    attrs: dict[str, Any] = {"optional": names}
+    if "norm" in names:
+        attrs["eps"] = 1e-5
+    if "post_norm" in names:
+        attrs["post_eps"] = 1e-6
+    return [made[name]() for name in names], attrs
+
+
+def weight(n: int, k: int, dtype: torch.dtype, group: int) -> Weight | Packed:
+    tensor = (torch.randn(n, k) / k**0.5).to(dtype)
+    return Packed(tensor, group) if group else Weight(tensor)
+
+
+@pytest.mark.parametrize("group", [0, 16, 32])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"), [(1, 40, 96), (5, 17, 160), (16, 64, 32), (37, 70, 96)]
+)
+def test_linear(tokens: int, n: int, k: int, dtype: torch.dtype, group: int) -> None:
+    x = torch.randn(tokens, k).to(dtype)
+    check_node(linear, (x, weight(n, k, dtype, group)))
+
+
+def test_linear_with_a_bias_and_odd_sizes() -> None:
+    x, w, b = torch.randn(3, 45).half(), torch.randn(7, 45).half(), torch.randn(7).half()
+    check_node(linear, (x, Weight(w), Weight(b)))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("norm",),
+        ("norm", "delta"),
+        ("delta",),
+        ("delta", "post_norm"),
+        ("norm", "delta", "post_norm"),
+        ("bias", "residual"),
+        LINEAR_OPTIONS,
+    ],
+)
+@pytest.mark.parametrize("tokens", [2, 21])
+def test_fused_linear(names: tuple[str, ...], tokens: int) -> None:
+    dtype = BF16 if tokens == 2 else F32
+    rest, attrs = operands(names, tokens, 96, 50, 50, dtype)
+    x = torch.randn(tokens, 96).to(dtype)
+    check_node(fused_linear, (x, weight(50, 96, dtype, 32), *rest), attrs)
+
+
+def test_a_slice_is_read_where_it_lies() -> None:
+    x = Strided(torch.randn(3, 64).to(BF16))
+    lowered = check_node(linear, (x, weight(33, 64, BF16, 0)))
+    assert len(lowered.program.entries[0].launches) == 2  # the product, and the output's copy
+
+
+@pytest.mark.parametrize(
+    ("activation", "alpha", "limit"),
+    [("silu", 0.0, 0.0), ("gelu", 0.0, 0.0), ("gelu_tanh", 0.0, 0.0), ("clamped_swiglu", 1.7, 7.0)],
+)
+@pytest.mark.parametrize(("tokens", "group"), [(3, 32), (19, 0), (19, 16)])
+def test_gated_linear(activation: str, alpha: float, limit: float, tokens: int, group: int) -> None:
+    names = GATED_OPTIONS if group else ()
+    rest, attrs = operands(names, tokens, 64, 24, 48, BF16)
+    attrs |= {"activation": activation, "alpha": alpha, "limit": limit}
+    x = torch.randn(tokens, 64).to(BF16)
+    check_node(gated_linear, (x, weight(48, 64, BF16, group), *rest), attrs)
+
+
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_head_linear(tokens: int, group: int) -> None:
+    w = torch.randn(3, 24, 64).to(BF16)
+    x = Strided(torch.randn(tokens, 3, 64).to(BF16))
+    check_node(head_linear, (x, Packed(w, group) if group else Weight(w)))
+
+
+@pytest.mark.parametrize("sample", project_heads.samples, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_project_heads(sample: Any, dtype: torch.dtype) -> None:
+    tensors = [torch.randn(tuple(t.shape)).to(dtype) for t in sample.args]
+    args = [t if i in (0,) else Weight(t) for i, t in enumerate(tensors)]
+    if "delta" in sample.attrs["optional"]:
+        args[2 + sample.attrs["optional"].index("delta")] = tensors[
+            2 + sample.attrs["optional"].index("delta")
+        ]
+    check_node(project_heads, args, sample.attrs)
+
+
+@pytest.mark.parametrize("form", ["half", "interleaved", "deinterleaved"])
+@pytest.mark.parametrize("norm_of", ["head", "part", "rotated head"])
+@pytest.mark.parametrize(("start", "turned"), [(0, 8), (4, 10), (0, 24)])
+def test_project_heads_in_every_form(form: str, norm_of: str, start: int, turned: int) -> None:
+    tokens, k, heads, size = 3, 32, (5, 2, 2), 24
+    n = sum(heads) * size
+    width = [size * h if norm_of == "part" else size for h in heads[:2]]
+    attrs = {
+        "heads": heads,
+        "dims": (size,) * 3,
+        "optional": ("norm", "bias", "norm_0", "norm_1", "cos", "sin"),
+        "rotate": (True, True, False),
+        "form": form,
+        "start": start,
+        "norm_of": norm_of,
+        "head_eps": 1e-5,
+        "eps": 1e-6,
+    }
+    angles = torch.randn(tokens, turned // 2)
+    args = (
+        torch.randn(tokens, k).to(BF16),
+        weight(n, k, BF16, 32),
+        Weight(torch.randn(k)),
+        Weight(torch.randn(n).to(BF16)),
+        *(Weight(1 + torch.randn(w)) for w in width),
+        angles.cos(),
+        angles.sin(),
+    )
+    check_node(project_heads, args, attrs)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("group", [0, 32])
+def test_products_are_built_for_every_target(tokens: int, group: int) -> None:
+    x = torch.empty(tokens, 4096, dtype=BF16)
+    w = torch.zeros(8192, 4096, dtype=BF16)
+    facts = build_everywhere(
+        gated_linear, (x, Packed(w, group) if group else Weight(w)), {"activation": "silu"}
+    )
+    assert all("mfma" in f for target in ("hip:gfx942", "hip:gfx950") for f in facts[target][:1])
+    assert {"mma", "wgmma"} & {*facts["cuda:sm_90"][0]}
