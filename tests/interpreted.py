@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -52,25 +53,34 @@ def _runner(source: KernelSource) -> Callable[..., None]:
     return run
 
 
+# What sees all of the language, as kernels and its own functions (tl.sum, say) together do.
+_LANGUAGE = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+
 @contextmanager
 def _interpreting() -> Iterator[None]:
     """Kernels call kernels, and products take bf16, which the interpreter alone refuses."""
     builder = interpreter.InterpreterBuilder
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return interpreter.InterpretedFunction(self.fn)(*args, **kwargs)
+        # The language is patched already: once more for every call would be slower every time.
+        return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
 
     plain_dot = builder.create_dot
 
     def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         return plain_dot(self, _wide(a), _wide(b), d, *rest)
 
+    scope = interpreter._patch_lang(_LANGUAGE)
     with (
         patch.object(JITFunction, "__call__", call),
         patch.object(builder, "create_dot", dot),
         np.errstate(all="ignore"),
     ):
-        yield
+        try:
+            yield
+        finally:
+            scope.restore()
 
 
 def _wide(handle: Any) -> Any:

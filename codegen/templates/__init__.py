@@ -4,8 +4,8 @@ A file holds `@triton.jit` functions and a table TEMPLATES: op name -> templates
 `codegen.select` joins. Kernels load into f32, round once where the op's reference does, and mask
 every edge: no size needs to be a multiple of a tile.
 
-`linear` multiplies by a weight (`mxfp4_decode` where it is packed, `activations` where it is gated),
-`prologue` is what is done to its input first, `heads` what attention heads need after it. `rows`
-looks up and appends whole rows, `copy` moves strided views, `generated` makes functions of
-text.
+`linear` multiplies by a weight (`mxfp4_decode` where it is packed, `activations` where it is a
+gated unit), `prologue` is what is done to its input first, `heads` what attention heads need after
+it. `rows` looks up and appends whole rows, `copy` moves strided views, `generated` makes functions
+of text.
 """
