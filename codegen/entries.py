@@ -154,7 +154,7 @@ class EntryBuilder:
             self.at[Value(node)] = seen
             return
         results: tuple[Any, ...] = (
-            args[: len(types)] if in_place else tuple(self.scratch(t) for t in types)
+            args[: len(types)] if in_place else tuple(map(self._memory_of, node.results))
         )
         self.backend.emit(bound, self, results)
         self.at.update(zip(node.results, results, strict=True))
@@ -168,12 +168,21 @@ class EntryBuilder:
         codes, scales = (self.at[part] for part in arg.node.args)
         return PackedSlice(codes, scales, arg.type)
 
+    def _memory_of(self, value: Value) -> Slice:
+        """New memory for a result: an output's buffer, if it is one, or scratch."""
+        if value not in self.graph.outputs:
+            return self.scratch(value.type)
+        return self._output(self.outputs[self.graph.outputs.index(value)], value)
+
+    def _output(self, name: str, value: Value) -> Slice:
+        buffer = self.local[name] = buffer_of(name, value.type, self.binding, "output")
+        return Slice(name, buffer.dtype, buffer.shape)
+
     def _copy_outputs(self) -> None:
-        """Outputs are buffers of their own, in arena memory."""
+        """Outputs are buffers of their own, in arena memory; most were computed there."""
         for name, value in zip(self.outputs, self.graph.outputs, strict=True):
-            buffer = buffer_of(name, value.type, self.binding, "output")
-            self.local[name] = buffer
-            self.backend.copy(self.at[value], Slice(name, buffer.dtype, buffer.shape), self)
+            if name not in self.local:
+                self.backend.copy(self.at[value], self._output(name, value), self)
 
     def _copy_updates(self) -> None:
         """State whose next content was not computed in place is copied over at the end.

@@ -292,9 +292,9 @@ def stepped(text: str, steps: int = 2) -> tuple[Program, list[dict[str, np.ndarr
 
 
 def scratch_results(program: Program, op: str) -> int:
-    """How many launches of `op` write into scratch, not in place."""
+    """How many launches of `op` write into memory of the arena, not in place."""
     (entry,) = program.entries
-    scratch = {b.name for b in entry.buffers if b.kind == "scratch"}
+    scratch = {b.name for b in entry.buffers if b.kind in ("scratch", "output")}
     return sum(
         any(isinstance(a, Slice) and a.buffer in scratch for a in launch.args[-2:])
         for launch in entry.launches

@@ -17,13 +17,120 @@ from .prologue import normed_input
 def heads_kernel(
     y,
     bias,
+    norm_0,
+    norm_1,
+    norm_2,
+    cos,
+    sin,
+    out_0,
+    out_1,
+    out_2,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    START: tl.constexpr,
+    HALF: tl.constexpr,
+    TABLE_STEP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    NORM_OF: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    """Up to three parts of one token; BLOCKS of program_id(1) belong to each, one after the other.
+
+    Constants in capitals from BLOCKS on have a value a part.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    if block < BLOCKS[0]:
+        _part(
+            y,
+            bias,
+            norm_0,
+            cos,
+            sin,
+            out_0,
+            token,
+            block,
+            N,
+            HEADS[0],
+            D[0],
+            FIRST[0],
+            NORM_OF[0],
+            EPS,
+            FORM[0],
+            START,
+            HALF,
+            TABLE_STEP,
+            BLOCK_D[0],
+            BLOCK_HEADS[0],
+        )
+    elif block < BLOCKS[0] + BLOCKS[1]:
+        if BLOCKS[1] > 0:
+            _part(
+                y,
+                bias,
+                norm_1,
+                cos,
+                sin,
+                out_1,
+                token,
+                block - BLOCKS[0],
+                N,
+                HEADS[1],
+                D[1],
+                FIRST[1],
+                NORM_OF[1],
+                EPS,
+                FORM[1],
+                START,
+                HALF,
+                TABLE_STEP,
+                BLOCK_D[1],
+                BLOCK_HEADS[1],
+            )
+    else:
+        if BLOCKS[2] > 0:
+            _part(
+                y,
+                bias,
+                norm_2,
+                cos,
+                sin,
+                out_2,
+                token,
+                block - BLOCKS[0] - BLOCKS[1],
+                N,
+                HEADS[2],
+                D[2],
+                FIRST[2],
+                NORM_OF[2],
+                EPS,
+                FORM[2],
+                START,
+                HALF,
+                TABLE_STEP,
+                BLOCK_D[2],
+                BLOCK_HEADS[2],
+            )
+
+
+@triton.jit
+def _part(
+    y,
+    bias,
     norm,
     cos,
     sin,
     out,
+    token,
+    block,
+    N: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    N: tl.constexpr,
     FIRST: tl.constexpr,
     NORM_OF: tl.constexpr,
     EPS: tl.constexpr,
@@ -34,9 +141,8 @@ def heads_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
-    """One part of one token: its HEADS heads of D from y f32 [T, N], columns FIRST and on."""
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    """A block of the HEADS heads of D of one part, from y f32 [T, N], columns FIRST and on."""
+    heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     d = tl.arange(0, BLOCK_D)
     inside = (heads < HEADS)[:, None] & (d < D)[None, :]
     # Where dim d's own value and its partner's are read: a turned pair is (a, b).
@@ -119,10 +225,13 @@ def _head_values(
     return value
 
 
+# What one launch of heads_kernel takes.
+_PARTS = 3
+
+
 def project_heads(request: Request) -> Chosen | Declined:
-    """project_heads: the product unrounded into scratch, then a launch for each part."""
-    named, attrs = request.named(2), request.attrs
-    heads, dims = attrs["heads"], attrs["dims"]
+    """project_heads: the product unrounded into scratch, then a launch for every three parts."""
+    named, heads = request.named(2), request.attrs["heads"]
     found = normed_input(request, named, Result(len(heads)) if "delta" in named else None)
     if isinstance(found, Declined):
         return found
@@ -132,49 +241,73 @@ def project_heads(request: Request) -> Chosen | Declined:
     if isinstance(call, Declined):
         return call
     calls.append(call)
-    first = 0
-    for i, (count, size) in enumerate(zip(heads, dims, strict=True)):
-        calls.append(_part_call(request, named, i, count, size, first, n))
-        first += count * size
+    parts = range(len(heads))
+    calls.extend(_parts_call(request, named, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
     temps = {**temps, "y": TensorType("f32", (tokens, n))}
-    reason = f"the product in f32, then a launch for each of {len(heads)} parts"
-    return Chosen(tuple(calls), request.seconds(len(calls), 8 * tokens * n), reason, temps)
+    return Chosen(
+        tuple(calls),
+        request.seconds(len(calls), 8 * tokens * n),
+        "the product in f32, then norms and rotation of all heads",
+        temps,
+    )
 
 
-def _part_call(
-    request: Request, named: dict[str, int], part: int, heads: int, size: int, first: int, n: int
-) -> Call:
+def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -> Call:
+    """The launch for parts of the product [T, n], at most _PARTS."""
     attrs = request.attrs
-    turned = bool(attrs.get("rotate")) and attrs["rotate"][part]
-    norm = named.get(f"norm_{part}")
-    operands = {
-        "bias": named.get("bias"),
-        "norm": norm,
-        "cos": named["cos"] if turned else None,
-        "sin": named["sin"] if turned else None,
+    rotate = attrs.get("rotate") or (False,) * len(attrs["heads"])
+    widths = [h * d for h, d in zip(attrs["heads"], attrs["dims"], strict=True)]
+    table = request.args[named["cos"]] if any(rotate) else None
+    per_part: dict[str, list[Any]] = {
+        "BLOCKS": [],
+        "HEADS": [],
+        "D": [],
+        "FIRST": [],
+        "NORM_OF": [],
+        "FORM": [],
+        "BLOCK_D": [],
+        "BLOCK_HEADS": [],
     }
-    table = request.args[named["cos"]] if turned else None
-    block_d = triton.next_power_of_2(size)
-    block_heads = max(1, min(triton.next_power_of_2(heads), 1024 // block_d))
-    args: dict[str, Any] = {"y": Temp("y"), "out": Result(part)}
+    operands: dict[str, Any] = {"bias": named.get("bias")}
+    operands |= {name: named.get(name) for name in ("cos", "sin")}
+    args: dict[str, Any] = {"y": Temp("y")}
+    constants: dict[str, Any] = {}
+    for place in range(_PARTS):
+        part = parts[place] if place < len(parts) else None
+        norm = None if part is None else named.get(f"norm_{part}")
+        operands[f"norm_{place}"] = norm
+        if part is None:
+            constants[f"out_{place}"] = None
+            values = (0, 1, 1, 0, "", "", 1, 1)
+        else:
+            args[f"out_{place}"] = Result(part)
+            heads, size = attrs["heads"][part], attrs["dims"][part]
+            block_d = triton.next_power_of_2(size)
+            block_heads = max(1, min(triton.next_power_of_2(heads), 1024 // block_d))
+            values = (
+                triton.cdiv(heads, block_heads),
+                heads,
+                size,
+                sum(widths[:part]),
+                attrs.get("norm_of", "head") if norm is not None else "",
+                attrs["form"] if rotate[part] else "",
+                block_d,
+                block_heads,
+            )
+        for held, value in zip(per_part.values(), values, strict=True):
+            held.append(value)
     args |= {name: Arg(at) for name, at in operands.items() if at is not None}
-    constants: dict[str, Any] = {name: None for name, at in operands.items() if at is None}
+    constants |= {name: None for name, at in operands.items() if at is None}
     constants |= {
-        "HEADS": heads,
-        "D": size,
         "N": n,
-        "FIRST": first,
-        "NORM_OF": attrs.get("norm_of", "head") if norm is not None else "",
         "EPS": attrs.get("head_eps") or 0.0,
-        "FORM": attrs["form"] if turned else "",
-        "START": attrs.get("start", 0) if turned else 0,
+        "START": attrs.get("start", 0),
         "HALF": table.shape[1] if table else 0,
         "TABLE_STEP": table.strides[0] if table else 0,
-        "BLOCK_D": block_d,
-        "BLOCK_HEADS": block_heads,
+        **{name: tuple(values) for name, values in per_part.items()},
     }
-    grid = (request.args[0].shape[0], triton.cdiv(heads, block_heads), 1)
-    return Call(heads_kernel, args, grid, (Result(part),), constants)
+    grid = (request.args[0].shape[0], sum(per_part["BLOCKS"]), 1)
+    return Call(heads_kernel, args, grid, tuple(Result(p) for p in parts), constants)
 
 
 TEMPLATES = {"project_heads": (project_heads,)}

@@ -82,8 +82,10 @@ def take(request: Request) -> Chosen | Declined:
 
 @triton.jit
 def append_kernel(
-    cache,
-    rows,
+    cache_0,
+    cache_1,
+    rows_0,
+    rows_1,
     slots,
     positions,
     page_table,
@@ -93,50 +95,64 @@ def append_kernel(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows of WIDTH elements, STEP elements apart; a page holds PAGE_SIZE of them, dense."""
+    """Rows of WIDTH elements, STEP elements apart; a page holds PAGE_SIZE of them, dense.
+
+    One or two caches, by program_id(2); WIDTH and STEP have a value a cache.
+    """
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     position = tl.load(positions + token)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if slot >= 0:
         page = tl.load(page_table + slot * PAGES_PER_SLOT + position // PAGE_SIZE).to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < WIDTH
-        value = tl.load(rows + token.to(tl.int64) * STEP + at, mask=inside)
-        to = (page * PAGE_SIZE + position % PAGE_SIZE) * WIDTH + at
-        tl.store(cache + to, value, mask=inside)
+        to = page * PAGE_SIZE + position % PAGE_SIZE
+        row = token.to(tl.int64)
+        if tl.program_id(2) == 0:
+            value = tl.load(rows_0 + row * STEP[0] + at, mask=at < WIDTH[0])
+            tl.store(cache_0 + to * WIDTH[0] + at, value, mask=at < WIDTH[0])
+        elif cache_1 is not None:
+            value = tl.load(rows_1 + row * STEP[1] + at, mask=at < WIDTH[1])
+            tl.store(cache_1 + to * WIDTH[1] + at, value, mask=at < WIDTH[1])
 
 
 def kv_append(request: Request) -> Chosen | Declined:
-    """kv_append(caches..., rows..., slots, positions, page_table), in place: a launch a cache."""
+    """kv_append(caches..., rows..., slots, positions, page_table), in place."""
     count = len(request.results)
-    calls: list[Call] = []
     table = request.args[-1]
-    for i in range(count):
-        cache, rows = request.results[i], request.args[count + i]
+    for cache, rows in zip(request.results, request.args[count : 2 * count], strict=True):
         if not _dense_rows(rows) or not cache.dense or not table.dense:
             return Declined(f"rows {rows.type} or cache {cache.type} are not dense")
-        width = prod(rows.shape[1:])
-        block = min(_BLOCK, triton.next_power_of_2(width))
-        args = {"cache": Result(i), "rows": Arg(count + i)}
-        index = {"slots": 2 * count, "positions": 2 * count + 1, "page_table": 2 * count + 2}
-        calls.append(
-            Call(
-                append_kernel,
-                {**args, **{name: Arg(at) for name, at in index.items()}},
-                (rows.shape[0], triton.cdiv(width, block), 1),
-                (Result(i),),
-                {
-                    "PAGES_PER_SLOT": table.shape[1],
-                    "PAGE_SIZE": cache.shape[1],
-                    "WIDTH": width,
-                    "STEP": rows.strides[0],
-                    "BLOCK": block,
-                },
-            )
-        )
+    calls = [_append_call(request, count, range(i, min(i + 2, count))) for i in range(0, count, 2)]
     moved = 2 * sum(a.nbytes for a in request.args[count : 2 * count])
-    seconds = moved / request.target.bytes_per_second + count * LAUNCH_SECONDS
+    seconds = moved / request.target.bytes_per_second + len(calls) * LAUNCH_SECONDS
     return Chosen(tuple(calls), seconds, "a program a token")
+
+
+def _append_call(request: Request, count: int, caches: range) -> Call:
+    """The launch that appends to one or two of `count` caches."""
+    rows = [request.args[count + i] for i in caches]
+    widths = [prod(r.shape[1:]) for r in rows]
+    index = {"slots": 2 * count, "positions": 2 * count + 1, "page_table": 2 * count + 2}
+    args = {name: Arg(at) for name, at in index.items()}
+    constants: dict[str, object] = {}
+    for place in range(2):
+        there = place < len(caches)
+        for name, ref in (("cache", Result), ("rows", Arg)):
+            if not there:
+                constants[f"{name}_{place}"] = None
+                continue
+            at = caches[place]
+            args[f"{name}_{place}"] = ref(at) if name == "cache" else ref(count + at)
+    block = min(_BLOCK, triton.next_power_of_2(max(widths)))
+    constants |= {
+        "PAGES_PER_SLOT": request.args[-1].shape[1],
+        "PAGE_SIZE": request.results[0].shape[1],
+        "WIDTH": tuple(widths),
+        "STEP": tuple(r.strides[0] for r in rows),
+        "BLOCK": block,
+    }
+    grid = (rows[0].shape[0], triton.cdiv(max(widths), block), len(caches))
+    return Call(append_kernel, args, grid, tuple(Result(i) for i in caches), constants)
 
 
 TEMPLATES = {"embedding": (embedding,), "take": (take,), "kv_append": (kv_append,)}
