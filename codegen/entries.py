@@ -220,7 +220,8 @@ class EntryBuilder:
             for b in self.local.values()
         ]
         offsets, size = plan_arena(lives)
-        placed = {n: replace(b, offset=offsets[n]) for n, b in self.local.items()}
+        names = [*(n for n in self.local if n not in self.outputs), *self.outputs]
+        placed = {n: replace(self.local[n], offset=offsets[n]) for n in names}
 
         def access(name: str) -> Access:
             buffer = placed.get(name)
