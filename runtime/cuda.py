@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import (
     POINTER,
     Structure,
@@ -241,7 +241,8 @@ class CudaApi(NativeApi):
         try:
             self._call("cuGraphUpload", executable, stream)
         except DeviceError:
-            self.destroy_executable(executable)
+            with suppress(DeviceError):  # of two errors the first is the cause
+                self.destroy_executable(executable)
             raise
         return executable
 

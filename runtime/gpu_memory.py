@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ from .host_arrays import (
 )
 from .program import Buffer, Program
 
-# Weights pass through pinned memory of this size: one half is filled while the other is copied.
+# Weights pass through pinned memory of this size at most: one half is filled while the other is
+# copied.
 UPLOAD_BYTES = 64 << 20
 PROBE_BYTES = 1 << 16
 
@@ -52,6 +54,24 @@ class GpuMemory:
                 api.fill(self.addresses[buffer.name], 0, buffer.nbytes, stream)
 
 
+@contextmanager
+def borrowed(api: DeviceApi, stream: int) -> Generator[ExitStack]:
+    """A stack of what is taken for a while, given back when the stream is done with it.
+
+    Of several errors the first is the cause, and the one that is told.
+    """
+    taken = ExitStack()
+    try:
+        yield taken
+    except BaseException:
+        taken.callback(api.wait_stream, stream)
+        with suppress(DeviceError):
+            taken.close()
+        raise
+    taken.callback(api.wait_stream, stream)
+    taken.close()
+
+
 def allocate_memory(api: DeviceApi, program: Program, stream: int, owned: ExitStack) -> GpuMemory:
     """Arena and state, zeroed; `owned` frees them.
 
@@ -81,11 +101,11 @@ def upload_weights(
     A torch tensor that is on this device already is used where it is, once all that its own
     streams still do is done. ValueError for a weight of another dtype, shape or device.
     """
-    with ExitStack() as scratch:
-        uploader = _Uploader(api, stream, scratch)
-        for buffer in program.buffers.values():
-            if buffer.kind != "weight":
-                continue
+    buffers = [buffer for buffer in program.buffers.values() if buffer.kind == "weight"]
+    largest = max((buffer.nbytes for buffer in buffers), default=0)
+    with borrowed(api, stream) as scratch:
+        uploader = _Uploader(api, stream, min(UPLOAD_BYTES, 2 * largest), scratch)
+        for buffer in buffers:
             what = f"weight {buffer.name}"
             value = weights(buffer.name)
             if is_torch_tensor(value) and value.is_cuda:
@@ -101,7 +121,7 @@ def upload_weights(
 
 def check_copies(api: DeviceApi, stream: int) -> None:
     """Write random bytes to the device and read them back; SelfTestError when they differ."""
-    with ExitStack() as scratch:
+    with borrowed(api, stream) as scratch:
         device = _allocate(api, scratch, "the probe", PROBE_BYTES)
         host = api.allocate_pinned(2 * PROBE_BYTES)
         scratch.callback(api.free_pinned, host)
@@ -125,18 +145,16 @@ def check_copies(api: DeviceApi, stream: int) -> None:
 class _Uploader:
     """Host bytes to the device through two halves of pinned memory."""
 
-    def __init__(self, api: DeviceApi, stream: int, scratch: ExitStack) -> None:
+    def __init__(self, api: DeviceApi, stream: int, nbytes: int, scratch: ExitStack) -> None:
         self._api, self._stream = api, stream
-        self._half = UPLOAD_BYTES // 2
-        self._host = api.allocate_pinned(UPLOAD_BYTES)
+        self._half = max(nbytes // 2, 1)
+        self._host = api.allocate_pinned(2 * self._half)
         scratch.callback(api.free_pinned, self._host)
-        self._view = memory_view(self._host, UPLOAD_BYTES)
+        self._view = memory_view(self._host, 2 * self._half)
         self._events = (api.create_event(), api.create_event())
         for event in self._events:
             scratch.callback(api.destroy_event, event)
             api.record_event(event, stream)
-        # Whatever ends the upload: nothing may be on its way out of memory that is about to go.
-        scratch.callback(api.wait_stream, stream)
         self._turn = 0
 
     def send(self, address: int, source: HostArray) -> None:

@@ -18,6 +18,7 @@ from .gpu_memory import (
     GpuMemory,
     SelfTestError,
     allocate_memory,
+    borrowed,
     check_copies,
     upload_weights,
 )
@@ -126,8 +127,9 @@ class GpuExecutable:
                 last.callback(self._api.close)
                 last.enter_context(self._api.current())
                 last.enter_context(self._owned)
-                if self._failure is None:
-                    self._settle()
+                if self._stream:
+                    # First of all: nothing may be freed under work that is still queued.
+                    self._owned.callback(self._settle)
         except DeviceError:
             if self._failure is None:
                 raise
@@ -180,8 +182,9 @@ class GpuExecutable:
         before: list[list[int]] = [[] for _ in entry.launches]
         for earlier, later in entry.dependencies:
             before[later].append(earlier)
-        graph = api.create_graph()
-        try:
+        with borrowed(api, self._stream) as scratch:
+            graph = api.create_graph()
+            scratch.callback(api.destroy_graph, graph)
             nodes: list[KernelNode] = []
             made: list[int] = []
             for index in range(len(entry.launches)):
@@ -193,8 +196,6 @@ class GpuExecutable:
                 made.append(api.add_kernel_node(graph, node, edges))
                 nodes.append(node)
             return api.instantiate(graph, self._stream)
-        finally:
-            api.destroy_graph(graph)
 
     def _node(self, entry: Entry, index: int, functions: Mapping[str, int]) -> KernelNode:
         launch = entry.launches[index]
