@@ -10,7 +10,8 @@ from .host_arrays import DTYPE_BITS, has_host_form, nbytes_of
 from .program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
 
 NUMBER_KINDS = ("i32", "i64", "f32")
-MAX_THREADS_OF_LAUNCH = 1 << 32  # gridX × blockX must stay below it in HIP
+# gridX × blockX must stay below it in HIP. CUDA allows more, and no plan comes near.
+MAX_THREADS_OF_LAUNCH = 1 << 32
 _INTEGER_BITS = {"i32": 32, "i64": 64}
 
 

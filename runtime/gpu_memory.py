@@ -13,7 +13,7 @@ import numpy as np
 from .device_api import DeviceApi, DeviceError
 from .driver import WeightLoader
 from .host_arrays import (
-    HostArray,
+    Bytes,
     check_tensor,
     host_array,
     is_torch_tensor,
@@ -157,10 +157,10 @@ class _Uploader:
             api.record_event(event, stream)
         self._turn = 0
 
-    def send(self, address: int, source: HostArray) -> None:
+    def send(self, address: int, source: Bytes) -> None:
         """Queue the bytes of `source` for `address`; they may be changed after."""
-        for start in range(0, source.data.nbytes, self._half):
-            part = source.data[start : start + self._half]
+        for start in range(0, source.nbytes, self._half):
+            part = source[start : start + self._half]
             at, event = self._turn * self._half, self._events[self._turn]
             self._api.wait_event(event)
             self._view[at : at + part.nbytes] = part

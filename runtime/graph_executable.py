@@ -85,7 +85,7 @@ class GpuExecutable:
                 source = host_array(
                     f"input {buffer.name}", inputs[buffer.name], buffer.dtype, buffer.shape
                 )
-                self._staging[field.at : field.at + buffer.nbytes] = source.data
+                self._staging[field.at : field.at + buffer.nbytes] = source
             self._replay(plan)
         outputs: dict[str, Array] = {}
         for field in plan.outputs.fields:

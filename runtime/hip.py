@@ -1,4 +1,4 @@
-"""AMD GPUs through the HIP runtime (libamdhip64, ROCm 6.4.1 or later), without torch."""
+"""AMD GPUs through the HIP runtime (libamdhip64, ROCm 6.4 or later), without torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from .graph_executable import GpuExecutable
 from .native_api import HANDLE, NativeApi, handles, open_library, pointers
 from .program import Program
 
-LIBRARIES = ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6")
+# The versions first: libamdhip64.so is whatever the last development package left. A library that
+# torch has loaded is found by these names as well, and is the one used.
+LIBRARIES = ("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so")
+# HIP numbers its versions major · 10⁷ + minor · 10⁵ + patch; graphs of older ones are not sound.
+OLDEST = 6 * 10**7 + 4 * 10**5
 
 
 class KernelNodeParams(Structure):
@@ -91,6 +95,7 @@ SHARED_NAMES = {
     "destroy_executable": "hipGraphExecDestroy",
 }
 OWN_SIGNATURES = {
+    "hipRuntimeGetVersion": (POINTER(c_int),),
     "hipGetDevice": (POINTER(c_int),),
     "hipSetDevice": (c_int,),
     "hipGetDevicePropertiesR0600": (POINTER(DeviceProperties), c_int),
@@ -116,6 +121,13 @@ class HipApi(NativeApi):
             function = getattr(self._library, name)
             function.argtypes, function.restype = (c_int,), c_char_p
         self._ordinal = ordinal
+        version = c_int()
+        self._call("hipRuntimeGetVersion", byref(version))
+        if version.value < OLDEST:
+            raise DriverMissingError(
+                f"{self._library._name}: expected HIP {OLDEST} (6.4) or later, "
+                f"found {version.value}"
+            )
         self._call("init", 0)
         properties = DeviceProperties()
         self._call("hipGetDevicePropertiesR0600", byref(properties), ordinal)

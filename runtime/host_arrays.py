@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -45,7 +44,8 @@ _NUMPY: dict[str, Any] = {
     "c64": np.complex64,
     "c128": np.complex128,
 }
-_TORCH = {
+# What torch calls them, and numpy with ml_dtypes.
+_NAMES = {
     "bool": "bool",
     "uint8": "u8",
     "int8": "i8",
@@ -64,14 +64,6 @@ _TORCH = {
 }
 
 
-@dataclass(frozen=True)
-class HostArray:
-    """Bytes on the host, and what keeps them alive."""
-
-    data: Bytes
-    owner: Any
-
-
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense array; KeyError for an unknown dtype."""
     return -(-prod(shape) * DTYPE_BITS[dtype] // 8)
@@ -85,7 +77,7 @@ def is_torch_tensor(value: Any) -> bool:
 def torch_dtype_name(value: Any) -> str:
     """What programs call the dtype of a torch tensor, or torch's name where they have none."""
     name = str(value.dtype)
-    return _TORCH.get(name.removeprefix("torch."), name)
+    return _NAMES.get(name.removeprefix("torch."), name)
 
 
 def check_tensor(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> None:
@@ -95,11 +87,11 @@ def check_tensor(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> N
         raise ValueError(f"{what}: expected {dtype}{list(shape)}, found {found}{list(dims)}")
 
 
-def host_array(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> HostArray:
-    """The bytes of `value`, dense.
+def host_array(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> Bytes:
+    """The bytes of `value`, dense; they keep alive what they lie in.
 
-    It is a torch tensor on the CPU of that dtype and shape, or a numpy array of them; what numpy
-    has no dtype for comes as u8 (bf16 also as u16): for u8, the count of bytes is what must fit.
+    It is a torch tensor on the CPU of that dtype and shape, or a numpy array of them. What numpy
+    has no dtype for may come as u8, if the count of bytes fits, and bf16 as u16 too.
     ValueError says what was expected and what came.
     """
     if is_torch_tensor(value):
@@ -109,19 +101,19 @@ def host_array(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> Hos
         tensor = value.detach().resolve_conj().resolve_neg().contiguous()
         nbytes = nbytes_of(dtype, shape)
         if nbytes == 0:
-            return HostArray(np.empty(0, np.uint8), tensor)
-        return HostArray(memory_view(tensor.data_ptr(), nbytes), tensor)
+            return np.empty(0, np.uint8)
+        return memory_view(tensor.data_ptr(), nbytes, tensor)
     array: NDArray[Any] = np.asarray(value)
     nbytes = nbytes_of(dtype, shape)
-    exact = array.dtype == _NUMPY.get(dtype) and array.shape == shape
+    exact = (_NAMES.get(array.dtype.name), array.shape) == (dtype, shape) and array.dtype.isnative
     raw = (dtype == "bf16" or dtype not in _NUMPY) and array.dtype == np.uint8
-    if not exact and not (raw and array.nbytes == nbytes):
+    bits = dtype == "bf16" and array.dtype == np.uint16 and array.shape == shape
+    if not exact and not bits and not (raw and array.nbytes == nbytes):
         raise ValueError(
             f"{what}: expected {dtype}{list(shape)} ({nbytes} bytes), "
             f"found {array.dtype}{list(array.shape)} ({array.nbytes} bytes)"
         )
-    dense = np.ascontiguousarray(array).reshape(-1)
-    return HostArray(dense.view(np.uint8), dense)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def has_host_form(dtype: str) -> bool:
@@ -137,7 +129,8 @@ def to_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return values.astype(np.float32) if dtype == "f16" else values.copy()
 
 
-def memory_view(address: int, nbytes: int) -> Bytes:
-    """Host memory that someone else owns, as bytes."""
-    memory = memoryview((ctypes.c_uint8 * nbytes).from_address(address))
-    return np.frombuffer(memory, np.uint8)
+def memory_view(address: int, nbytes: int, owner: object = None) -> Bytes:
+    """Host memory that belongs to someone else, as bytes; they keep `owner` alive."""
+    memory: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+    memory.owner = owner
+    return np.frombuffer(memoryview(memory), np.uint8)

@@ -420,6 +420,16 @@ static int get_function(const char *call, const void *handle, const char *name, 
 
 /* ---- for the test */
 
+void fake_reset(const char *arch, int expected_device);
+void fake_fail(const char *call, int from_now, int code);
+void fake_corrupt_copies(int on);
+int fake_current_device(void);
+int fake_calls(const char *name);
+const char *fake_log(void);
+void fake_clear_log(void);
+const char *fake_complaints(void);
+const char *fake_outstanding(void);
+
 void fake_reset(const char *arch, int expected_device) {
     memset(&fake, 0, sizeof fake), memset(calls, 0, sizeof calls);
     for (Object *o = objects; o; o = o->next) o->live = 0;

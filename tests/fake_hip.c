@@ -7,11 +7,26 @@
 #include "fake_gpu.h"
 
 #define EM_AMDGPU 224
+/* HIP 7 made the source of this copy const. */
+#if HIP_VERSION_MAJOR >= 7
+typedef const void Source;
+#else
+typedef void Source;
+#endif
 
 hipError_t hipInit(unsigned int flags) {
     ENTER(0);
     if (flags) return MISUSE("hipInit: flags %u", flags);
     fake.initialized = 1;
+    return OK;
+}
+/* May be asked before init. */
+hipError_t hipRuntimeGetVersion(int *version) {
+#ifdef OLD
+    *version = 60340131;
+#else
+    *version = 70151831;
+#endif
     return OK;
 }
 hipError_t hipGetDevice(int *device) {
@@ -67,7 +82,7 @@ hipError_t hipMemsetAsync(void *to, int byte, size_t size, hipStream_t stream) {
     ENTER(1);
     return fill_op(__func__, to, byte, size, stream);
 }
-hipError_t hipMemcpyHtoDAsync(hipDeviceptr_t to, const void *from, size_t size, hipStream_t stream) {
+hipError_t hipMemcpyHtoDAsync(hipDeviceptr_t to, Source *from, size_t size, hipStream_t stream) {
     ENTER(1);
     return copy_op(__func__, TO_DEVICE, to, from, size, stream);
 }

@@ -15,14 +15,15 @@ from ingot.runtime import cuda, hip, native_api
 from ingot.runtime.device_api import DriverMissingError
 from ingot.runtime.native_api import open_library
 
+INCLUDE = {"hip": "hip/hip_runtime_api.h", "cuda": "cuda.h"}
+
 
 def constants(vendor: Vendor, expressions: list[str], folder: Path) -> dict[str, int]:
     """Integer C expressions over the vendor's headers, evaluated."""
-    include = {"hip": "hip/hip_runtime_api.h", "cuda": "cuda.h"}[vendor.name]
     lines = [f'printf("%lld\\n", (long long)({text}));' for text in expressions]
     source = f"""
 #define __HIP_PLATFORM_AMD__
-#include <{include}>
+#include <{INCLUDE[vendor.name]}>
 #include <stddef.h>
 #include <stdio.h>
 int main(void) {{ {" ".join(lines)} return 0; }}
@@ -116,20 +117,20 @@ def test_sticky_codes_have_these_names(tmp_path: Path) -> None:
     assert codes == hip.STICKY
 
 
-def c_arguments(vendor: Vendor, function: str) -> list[str]:
-    """The arguments of a function's declaration in the vendor's headers."""
-    header = {"hip": "hip/hip_runtime_api.h", "cuda": "cuda.h"}[vendor.name]
-    text = (headers(vendor) / header).read_text(encoding="utf-8", errors="replace")
-    # CUDA's header declares the newest version under the bare name, and renames it by a macro.
-    names = [function, re.sub(r"_v\d$", "", function)]
-    found = [
-        declared
-        for name in names
-        for declared in re.findall(rf"^\w[\w ]*\b{name}\s*\(([^;]*?)\)\s*;", text, re.MULTILINE)
-    ]
-    assert found, f"{function} is not declared in {header}"
-    arguments = re.sub(r"__dparm\(0\)", "", found[0]).strip()
-    return [] if arguments in ("", "void") else arguments.split(",")
+def declarations(vendor: Vendor, folder: Path) -> dict[str, list[str]]:
+    """The arguments of every function that the vendor's headers declare, macros expanded."""
+    source = folder / "declarations.c"
+    defines = "#define __HIP_PLATFORM_AMD__\n#define __CUDA_API_VERSION_INTERNAL\n"
+    source.write_text(f"{defines}#include <{INCLUDE[vendor.name]}>\n", encoding="utf-8")
+    command = [compiler(), "-E", "-P", f"-I{headers(vendor)}", str(source)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS
+    )
+    text = " ".join(done.stdout.split())
+    found: dict[str, list[str]] = {}
+    for name, arguments in re.findall(r"\b((?:cu|hip)[A-Z]\w*) ?\(([^()]*)\) ?;", text):
+        found[name] = [] if arguments.strip() in ("", "void") else arguments.split(",")
+    return found
 
 
 CUDA_SIGNATURES = {**cuda.OWN_SIGNATURES, cuda.ADD_NODE: cuda.ADD_NODE_SIGNATURE}
@@ -139,12 +140,15 @@ CUDA_SIGNATURES = {**cuda.OWN_SIGNATURES, cuda.ADD_NODE: cuda.ADD_NODE_SIGNATURE
     ("vendor", "names", "own"),
     [(HIP, hip.SHARED_NAMES, hip.OWN_SIGNATURES), (CUDA, cuda.SHARED_NAMES, CUDA_SIGNATURES)],
 )
-def test_signatures(vendor: Vendor, names: dict[str, str], own: dict[str, tuple[Any, ...]]) -> None:
+def test_signatures(
+    vendor: Vendor, names: dict[str, str], own: dict[str, tuple[Any, ...]], tmp_path: Path
+) -> None:
     """As many arguments as the headers declare, pointers where they have pointers."""
     bound = {name: native_api.SHARED_SIGNATURES[role] for role, name in names.items()} | own
     numbers = (ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_ulonglong)
+    declarations_of = declarations(vendor, tmp_path)
     for name, types in bound.items():
-        declared = c_arguments(vendor, name)
+        declared = declarations_of[name]
         assert len(declared) == len(types), (name, declared)
         for text, bound_type in zip(declared, types, strict=True):
             if "*" in text:

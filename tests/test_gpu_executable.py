@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -645,7 +646,7 @@ def test_programmatic_edges(built: dict[str, FakeGpu]) -> None:
     assert (gpu.complaints, gpu.outstanding) == ("", [])
 
 
-def test_programmatic_edges_on_an_old_driver(tmp_path: Any) -> None:
+def test_programmatic_edges_on_an_old_driver(tmp_path: Path) -> None:
     gpu = build_fake(CUDA, tmp_path, "-DWITHOUT_ADD_NODE")
     gpu.reset()
     with pytest.raises(DriverMissingError, match=r"lacks cuGraphAddNode_v2.*CUDA 12.3 or later"):
@@ -654,6 +655,14 @@ def test_programmatic_edges_on_an_old_driver(tmp_path: Any) -> None:
     np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
     executable.close()
     assert (gpu.complaints, gpu.outstanding) == ("", [])
+
+
+def test_old_hip(tmp_path: Path) -> None:
+    gpu = build_fake(HIP, tmp_path, "-DOLD")
+    gpu.reset()
+    assert HipDriver.find([gpu.path]) is None
+    with pytest.raises(DriverMissingError, match=r"expected HIP 60400000 \(6.4\) or later"):
+        gpu.driver()
 
 
 def test_programmatic_kernels_on_hip_have_plain_edges(built: dict[str, FakeGpu]) -> None:
