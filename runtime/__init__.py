@@ -3,7 +3,11 @@ moves its tensors between processes; triton nowhere.
 
 Read in this order: `program` (the contract with codegen; standard library only), `driver` (what a
 device must do), `cpu` (the driver that runs the references), `collectives` (ranks that exchange
-tensors), `buckets` (what entries take and give), `kv_cache` (pages and slots), `sampling`,
-`sequence` (one request), `scheduler` (who runs next), `session` (continuous batching over all of
-these).
+tensors). For GPUs: `device_api` (what a graph runtime asks of a driver, and its errors),
+`native_api` (what CUDA and HIP share, through ctypes), `cuda` and `hip` (the two bindings and their
+drivers), `graph_executable` (a program as one explicit graph an entry) and its parts `device_code`
+(what a binary was built for), `gpu_checks` (whether a program can run), `host_arrays`, `staging`
+(inputs and outputs on their way) and `gpu_memory` (arena, state, weights). Above the drivers:
+`buckets` (what entries take and give), `kv_cache` (pages and slots), `sampling`, `sequence` (one
+request), `scheduler` (who runs next), `session` (continuous batching over all of these).
 """

@@ -1,0 +1,687 @@
+"""The GPU runtime from load to close, on drivers that keep to the rules and have no GPU."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import (
+    CUDA,
+    HIP,
+    WEIGHTS,
+    FakeGpu,
+    build_fake,
+    floats,
+    image,
+    kernel,
+    sum_program,
+    view,
+    with_launch,
+)
+from ingot.runtime import gpu_memory
+from ingot.runtime.cuda import CudaDriver
+from ingot.runtime.device_api import DeviceError, DriverMissingError
+from ingot.runtime.gpu_memory import SelfTestError
+from ingot.runtime.hip import HipDriver
+from ingot.runtime.program import Argument, Buffer, Entry, Launch, Program, Slice
+
+X = np.linspace(-1, 2, 8, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FakeGpu]:
+    folder = tmp_path_factory.mktemp("fakes")
+    return {vendor.name: build_fake(vendor, folder) for vendor in (HIP, CUDA)}
+
+
+@pytest.fixture(params=["hip", "cuda"])
+def gpu(request: pytest.FixtureRequest, built: dict[str, FakeGpu]) -> Iterator[FakeGpu]:
+    """A fake that must have nothing to complain about, and get everything back."""
+    fake = built[request.param]
+    fake.reset()
+    yield fake
+    assert fake.complaints == ""
+    assert fake.outstanding == []
+
+
+def expected(x: np.ndarray[Any, Any] = X) -> np.ndarray[Any, Any]:
+    s = x + WEIGHTS["w"]
+    return s + ((x + x) + s)
+
+
+def one_launch(gpu: FakeGpu, name: str, args: tuple[Any, ...], *buffers: Buffer) -> Program:
+    """A program of one launch over buffers in an arena of 4 KiB."""
+    entry = Entry("only", {}, buffers, (Launch(name, args),), ())
+    kernels = {name: kernel(gpu.vendor, name)}
+    return Program(gpu.vendor.target, kernels, {}, (entry,), 4096)
+
+
+# ---- what it does
+
+
+def test_load_run_close(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    for turn in range(1, 4):
+        results = executable.run("only", {"x": X * turn})
+        np.testing.assert_array_equal(results["out"], expected(X * turn))
+        # State goes on from run to run, and began at zero though the self-test counted too.
+        assert results["n"].tolist() == [turn]
+    executable.close()
+    executable.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        executable.run("only", {"x": X})
+
+
+def test_results_are_copies(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    first = executable.run("only", {"x": X})
+    executable.run("only", {"x": X + 1})
+    np.testing.assert_array_equal(first["out"], expected())
+    executable.close()
+
+
+def test_driver_gets_launches_as_planned(gpu: FakeGpu) -> None:
+    program = sum_program(gpu.vendor)
+    executable = gpu.load(program, WEIGHTS)
+    gpu.take_launches()
+    executable.run("only", {"x": X})
+    ran = {launch["node"]: launch for launch in gpu.take_launches()}
+    entry = program.entries[0]
+    assert sorted(ran) == list(range(len(entry.launches)))
+    edges = {(earlier, node) for node in ran for earlier, _ in ran[node]["after"]}
+    assert edges == set(entry.dependencies)
+    assert ran[0]["grid"] == [3, 2, 1]
+    assert ran[0]["threads"] == 2 * gpu.vendor.warp
+    # Addresses: s, x and d are places of one arena, and a number is a number.
+    s, x, _, n = ran[0]["params"]
+    assert (s - x, ran[1]["params"][0] - x, n) == (256, 512, 8)
+    executable.close()
+
+
+def test_edges_order_the_launches(gpu: FakeGpu) -> None:
+    """The fake runs what no edge holds back last first: without edges, sums of what was there."""
+    program = sum_program(gpu.vendor)
+    entry = replace(program.entries[0], dependencies=())
+    with pytest.raises(SelfTestError, match="gave output out with"):
+        gpu.load(replace(program, entries=(entry,)), WEIGHTS)
+
+
+def test_nothing_is_made_after_load(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    before = gpu.outstanding
+    allocated = gpu.calls("allocate")
+    for _ in range(3):
+        executable.run("only", {"x": X})
+    assert (gpu.outstanding, gpu.calls("allocate")) == (before, allocated)
+    executable.close()
+
+
+def test_entries_share_state_and_arena(gpu: FakeGpu) -> None:
+    program = sum_program(gpu.vendor)
+    (entry,) = program.entries
+    second = replace(entry, name="again", symbols={"T": 2})
+    executable = gpu.load(replace(program, entries=(entry, second)), WEIGHTS)
+    counts = [int(executable.run(name, {"x": X})["n"][0]) for name in ("only", "again", "only")]
+    assert counts == [1, 2, 3]
+    executable.close()
+
+
+def test_neighbours_travel_together(gpu: FakeGpu) -> None:
+    """Three inputs, of which two are neighbours, are two copies; two outputs are one."""
+    buffers = (
+        floats("a", "input", 0),
+        floats("b", "input", 256),
+        floats("far", "input", 2048),
+        floats("y", "output", 3072),
+        floats("z", "output", 3104),
+    )
+    args = (view("y"), view("a"), view("b"), 8)
+    program = one_launch(gpu, "add", args, *buffers)
+    more = (*program.entries[0].launches, Launch("add", (view("z"), view("b"), view("far"), 8)))
+    executable = gpu.load(replace(program, entries=(replace(program.entries[0], launches=more),)))
+    sent, fetched = gpu.calls("to_device"), gpu.calls("to_host")
+    a, b, far = (np.random.default_rng(i).random(8, np.float32) for i in range(3))
+    results = executable.run("only", {"far": far, "b": b, "a": a})
+    assert (gpu.calls("to_device") - sent, gpu.calls("to_host") - fetched) == (2, 1)
+    np.testing.assert_array_equal(results["y"], a + b)
+    np.testing.assert_array_equal(results["z"], b + far)
+    executable.close()
+
+
+HOST_DTYPES = ["bool", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64", "c64"]
+
+
+@pytest.mark.parametrize("dtype", HOST_DTYPES)
+def test_every_dtype_goes_there_and_back(gpu: FakeGpu, dtype: str) -> None:
+    from ingot.compiler.torch_types import torch_dtype
+
+    torch.manual_seed(0)
+    value = (torch.randn(3, 5) * 3).to(torch_dtype(dtype))
+    nbytes = value.numel() * value.element_size()
+    buffers = (
+        Buffer("x", dtype, (3, 5), "input", nbytes, 0),
+        Buffer("y", dtype, (3, 5), "output", nbytes, 512),
+    )
+    whole = [Slice(name, "u8", (nbytes,)) for name in ("y", "x")]
+    executable = gpu.load(one_launch(gpu, "copy", (*whole, nbytes), *buffers))
+    wide = value.float() if dtype in ("f16", "bf16") else value
+    for given in [value] if dtype == "bf16" else [value, value.numpy(), value.T.contiguous().T]:
+        result = executable.run("only", {"x": given})["y"]  # pyright: ignore[reportArgumentType]
+        assert result.dtype == wide.numpy().dtype
+        np.testing.assert_array_equal(result, wide.numpy())
+    executable.close()
+
+
+def test_weights_in_every_form(gpu: FakeGpu) -> None:
+    program = sum_program(gpu.vendor)
+    w = WEIGHTS["w"]
+    for given in (w, torch.from_numpy(w), np.repeat(w, 2)[::2]):
+        executable = gpu.load(program, {"w": given})
+        np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+        executable.close()
+
+
+def test_bf16_weights_come_as_u16_or_bytes(gpu: FakeGpu) -> None:
+    value = torch.randn(4, 4).bfloat16()
+    buffers = (Buffer("y", "bf16", (4, 4), "output", 32, 0),)
+    args = (Slice("y", "u8", (32,)), Slice("w", "u8", (32,)), 32)
+    program = one_launch(gpu, "copy", args, *buffers)
+    program = replace(program, buffers={"w": Buffer("w", "bf16", (4, 4), "weight", 32)})
+    bits = value.view(torch.uint16).numpy()
+    for given in (value, bits, bits.view(np.uint8).reshape(-1)):
+        executable = gpu.load(program, {"w": given})
+        np.testing.assert_array_equal(executable.run("only", {})["y"], value.float().numpy())
+        executable.close()
+
+
+def test_long_weights_pass_through_a_short_buffer(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies wait until someone waits for them: a half filled again too early would show."""
+    monkeypatch.setattr(gpu_memory, "UPLOAD_BYTES", 64)
+    n = 1001
+    w = np.random.default_rng(0).integers(0, 256, n, np.uint8)
+    args = (Slice("y", "u8", (n,)), Slice("w", "u8", (n,)), n)
+    program = one_launch(gpu, "copy", args, Buffer("y", "u8", (n,), "output", n, 0))
+    program = replace(program, buffers={"w": Buffer("w", "u8", (n,), "weight", n)})
+    executable = gpu.load(program, {"w": w})
+    np.testing.assert_array_equal(executable.run("only", {})["y"], w)
+    executable.close()
+
+
+class TensorOnGpu:
+    """What of a torch tensor on a GPU is asked for, over memory of the fake's arena."""
+
+    is_cuda = True
+    dtype = "torch.float32"
+    shape = (8,)
+
+    def __init__(self, address: int, index: int = 0, dense: bool = True) -> None:
+        self.address, self.dense = address, dense
+        self.device = torch.device("cuda", index)
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def is_contiguous(self) -> bool:
+        return self.dense
+
+    def stride(self) -> tuple[int, ...]:
+        return (2,)
+
+
+def test_weight_on_the_device_is_used_in_place(gpu: FakeGpu) -> None:
+    """Its very address is what the kernel gets: after a free, the fake's kernels refuse it."""
+    program = sum_program(gpu.vendor)
+    gpu.load(program, WEIGHTS).close()
+    address = next(ran for ran in gpu.take_launches() if ran["node"] == 0)["params"][2]
+    allocated = gpu.calls("allocate")
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        gpu.load(program, {"w": TensorOnGpu(address)})
+    assert gpu.take_launches()[-1]["params"][2] == address
+    assert gpu.calls("allocate") - allocated == 3  # the probe, the arena, the state
+    gpu.reset()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (TensorOnGpu(256, index=1), "weight w: expected device 0, found cuda:1"),
+        (TensorOnGpu(256, dense=False), r"weight w: expected a dense tensor, found strides \(2,\)"),
+        (TensorOnGpu(264), "the address of w: the kernel was promised a multiple of 16, found 264"),
+        (torch.zeros(8, dtype=torch.float64), r"weight w: expected f32\[8\], found f64\[8\]"),
+        (np.zeros(7, np.float32), r"weight w: expected f32\[8\] \(32 bytes\), found float32\[7\]"),
+        (np.zeros(32, np.uint8), r"found uint8\[32\]"),
+    ],
+)
+def test_weights_that_do_not_fit(gpu: FakeGpu, tensor: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpu.load(sum_program(gpu.vendor), {"w": tensor})
+
+
+def test_measure(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    executable.run("only", {"x": X})
+    assert executable.measure("only", 3) == [0.25, 0.25, 0.25]
+    assert executable.run("only", {"x": X})["n"].tolist() == [5]
+    executable.close()
+
+
+def test_used_from_another_thread(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    results: list[Any] = []
+
+    def work() -> None:
+        results.append(executable.run("only", {"x": X})["out"])
+        executable.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(results[0], expected())
+
+
+def test_second_device(gpu: FakeGpu) -> None:
+    """Everything happens on device 1, and what was current before is so again."""
+    gpu.reset(device=1)
+    before = gpu.current_device
+    driver = gpu.driver(ordinal=1)
+    executable = driver.load(sum_program(gpu.vendor), WEIGHTS.__getitem__)
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    with pytest.raises(ValueError, match="input x"):
+        executable.run("only", {"x": X[:3]})
+    assert gpu.current_device == before
+    executable.close()
+    assert gpu.current_device == before
+
+
+# ---- what it refuses: the caller
+
+
+@pytest.mark.parametrize(
+    ("entry", "inputs", "message"),
+    [
+        ("other", {"x": X}, "no entry 'other'; there are only"),
+        ("only", {}, r"expected inputs \['x'\], found \[\]"),
+        ("only", {"x": X, "y": X}, r"found \['x', 'y'\]"),
+        ("only", {"x": X[:4]}, r"input x: expected f32\[8\] .*found float32\[4\]"),
+        ("only", {"x": X.astype(np.float64)}, "found float64"),
+        ("only", {"x": X.view(np.uint8)}, "found uint8"),
+        ("only", {"x": torch.zeros(8, device="meta")}, "expected a tensor on the CPU"),
+    ],
+)
+def test_inputs_that_do_not_fit(
+    gpu: FakeGpu, entry: str, inputs: dict[str, Any], message: str
+) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        executable.run(entry, inputs)
+    # It was the caller's mistake: the next call is served.
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    executable.close()
+
+
+# ---- what it refuses: the program
+
+A4 = Argument("*f32", 16)
+
+
+def changed_kernel(program: Program, **changes: Any) -> Program:
+    return replace(
+        program, kernels={**program.kernels, "add": replace(program.kernels["add"], **changes)}
+    )
+
+
+def args(*changed: tuple[int, Any]) -> dict[str, Any]:
+    values: list[Any] = [view("s"), view("x"), view("w"), 8]
+    for index, value in changed:
+        values[index] = value
+    return {"args": tuple(values)}
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "target": (lambda p: replace(p, target="cpu"), "built for cpu, and the device is "),
+    "callable": (lambda p: changed_kernel(p, binary=print), "expected device code"),
+    "no ELF": (lambda p: changed_kernel(p, binary=b"PK" * 64), "expected a 64-bit little-endian"),
+    "short": (lambda p: changed_kernel(p, binary=b"\x7fELF"), "expected an ELF file, found 4"),
+    "block": (lambda p: changed_kernel(p, num_warps=64), "expected a block of 1 to 1024 threads"),
+    "shared memory": (lambda p: changed_kernel(p, shared=1 << 20), "bytes of shared memory"),
+    "kind": (lambda p: changed_kernel(p, args=(Argument("u7"),) * 4), "unknown kind 'u7'"),
+    "promise": (lambda p: changed_kernel(p, args=(Argument("f32", 2),) * 4), "cannot be promised"),
+    "no kernel": (lambda p: with_launch(p, 0, kernel="mul"), "no such kernel"),
+    "count": (lambda p: with_launch(p, 0, args=(view("s"),)), "expected 4 arguments, found 1"),
+    "number for a slice": (lambda p: with_launch(p, 0, **args((1, 3))), "expected a slice of f32"),
+    "slice for a number": (lambda p: with_launch(p, 0, **args((3, view("x")))), "expected i32"),
+    "float for an int": (lambda p: with_launch(p, 0, **args((3, 1.5))), "expected i32, found 1.5"),
+    "bool for an int": (lambda p: with_launch(p, 0, **args((3, True))), "expected i32, found True"),
+    "too large": (lambda p: with_launch(p, 0, **args((3, 1 << 31))), "does not fit i32"),
+    "dtype": (
+        lambda p: with_launch(p, 0, **args((1, Slice("x", "i32", (8,))))),
+        "expected a slice of f32, found one of i32",
+    ),
+    "no buffer": (lambda p: with_launch(p, 0, **args((1, view("q")))), "no buffer q"),
+    "past the end": (
+        lambda p: with_launch(p, 0, **args((1, view("x", 8, 4)))),
+        "bytes 4 to 36 are outside buffer x of 32 bytes",
+    ),
+    "before the start": (
+        lambda p: with_launch(p, 0, **args((1, Slice("x", "f32", (2,), 0, (-1,))))),
+        "bytes -4 to 4 are outside buffer x",
+    ),
+    "strides past the end": (
+        lambda p: with_launch(p, 0, **args((1, Slice("x", "f32", (2, 3), 0, (1, 4))))),
+        "bytes 0 to 40 are outside buffer x",
+    ),
+    "ranks": (
+        lambda p: with_launch(p, 0, **args((1, Slice("x", "f32", (2,), 0, (1, 1))))),
+        "expected 1 strides",
+    ),
+    "address promise": (
+        lambda p: with_launch(p, 0, **args((1, view("x", 7, 4)))),
+        "argument 1, the address of x: the kernel was promised a multiple of 16",
+    ),
+    "number promise": (
+        lambda p: changed_kernel(p, args=(A4, A4, A4, Argument("i32", 16))),
+        "promised a multiple of 16, found 8",
+    ),
+    "grid of none": (lambda p: with_launch(p, 0, grid=(0, 1, 1)), "expected a grid of 1 to"),
+    "grid": (lambda p: with_launch(p, 0, grid=(1, 65536, 1)), r"found \(1, 65536, 1\) blocks"),
+    "threads": (lambda p: with_launch(p, 0, grid=(1 << 26, 1, 1)), r"fewer than 2³² threads"),
+    "place": (
+        lambda p: with_launch(p, 0, kernel="mul"),
+        r"entry only, launch 0 \(s\) of kernel mul",
+    ),
+    "arena": (lambda p: replace(p, arena_bytes=1024), "outside the arena of 1024 bytes"),
+    "bytes": (
+        lambda p: replace(p, buffers={**p.buffers, "w": replace(p.buffers["w"], nbytes=31)}),
+        r"f32\[8\] is 32 bytes, found 31",
+    ),
+    "edge backwards": (
+        lambda p: replace(p, entries=(replace(p.entries[0], dependencies=((3, 1),)),)),
+        r"found \(3, 1\)",
+    ),
+    "edge twice": (
+        lambda p: replace(p, entries=(replace(p.entries[0], dependencies=((0, 1), (0, 1))),)),
+        "stands there twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_programs_that_cannot_run(gpu: FakeGpu, case: str) -> None:
+    change, message = REFUSED[case]
+    program = change(sum_program(gpu.vendor))
+    with pytest.raises(ValueError, match=message):
+        gpu.load(program, WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        # Once more: what was refused left nothing behind.
+        gpu.load(program, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("other", "flags"),
+    [("hip:gfx950", None), ("cuda:sm_100", None), ("hip:gfx942", 0x3F), ("cuda:sm_90", 0x6005904)],
+)
+def test_code_for_another_device(gpu: FakeGpu, other: str, flags: int | None) -> None:
+    binary = image(other, flags=flags)
+    program = changed_kernel(sum_program(gpu.vendor), binary=binary)
+    wanted = re.escape(gpu.vendor.target)
+    with pytest.raises(ValueError, match=f"kernel add: expected code for {wanted}, found code for"):
+        gpu.load(program, WEIGHTS)
+
+
+def test_strided_slices_run(gpu: FakeGpu) -> None:
+    """Rows of a wider matrix: inside, though dense rows of that many would be outside."""
+    part = Slice("x", "f32", (2, 2), 0, (4, 1))
+    gpu_program = with_launch(sum_program(gpu.vendor), 0, **args((1, part)))
+    gpu.load(gpu_program, WEIGHTS).close()
+
+
+# ---- what it refuses: the device
+
+
+def test_device_of_another_architecture(gpu: FakeGpu) -> None:
+    gpu.reset(arch={"hip": "gfx950:sramecc+", "cuda": "100"}[gpu.vendor.name])
+    found = {"hip": "hip:gfx950", "cuda": "cuda:sm_100"}[gpu.vendor.name]
+    assert gpu.vendor.driver.find([gpu.path]) == found
+    assert gpu.driver().target == found
+    with pytest.raises(
+        ValueError, match=f"built for {gpu.vendor.target}, and the device is {found}"
+    ):
+        gpu.load(sum_program(gpu.vendor), WEIGHTS)
+
+
+def test_no_such_device(gpu: FakeGpu) -> None:
+    with pytest.raises(DeviceError, match="failed with 101"):
+        gpu.driver(ordinal=7)
+
+
+@pytest.mark.parametrize("driver", [HipDriver, CudaDriver])
+def test_no_driver(driver: type[HipDriver] | type[CudaDriver]) -> None:
+    names = ["libnot-there.so.1", "libnor-here.so"]
+    assert driver.find(names) is None
+    with pytest.raises(DriverMissingError, match=r"looked for libnot-there.so.1 .*libnor-here.so"):
+        driver(0, names)
+
+
+@pytest.mark.parametrize("driver", [HipDriver, CudaDriver])
+def test_library_of_something_else(driver: type[HipDriver] | type[CudaDriver]) -> None:
+    assert driver.find(["libm.so.6"]) is None
+    with pytest.raises(DriverMissingError, match=r"libm.so.6 lacks \w+Init"):
+        driver(0, ["libm.so.6"])
+
+
+def test_sticky_error_ends_the_executable(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    name = gpu.fail("wait", 700)
+    with pytest.raises(DeviceError) as caught:
+        executable.run("only", {"x": X})
+    error = caught.value
+    assert (error.call, error.code, error.sticky) == (name, 700, True)
+    assert "illegal memory access" in error.text
+    assert str(error).startswith(f"{name} failed with 700 (")
+    assert "restart" in str(error)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"the device failed before: {name} failed with 700"):
+            executable.run("only", {"x": X})
+    executable.close()
+    gpu.reset()
+
+
+def test_fault_of_a_kernel_is_told(gpu: FakeGpu) -> None:
+    """A kernel that reaches past its buffer; the self-test finds it at load."""
+    program = one_launch(
+        gpu,
+        "copy",
+        (Slice("y", "u8", (4,)), Slice("y", "u8", (4,)), 1 << 20),
+        Buffer("y", "u8", (4,), "output", 4, 0),
+    )
+    with pytest.raises(DeviceError, match="700.*illegal memory access.*restart"):
+        gpu.load(program)
+    gpu.reset()
+
+
+def test_passing_error_ends_the_executable_and_frees(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    name = gpu.fail("launch", 1)
+    with pytest.raises(DeviceError, match=f"^{name} failed with 1 ") as caught:
+        executable.run("only", {"x": X})
+    assert not caught.value.sticky
+    with pytest.raises(RuntimeError, match="the device failed before"):
+        executable.measure("only", 1)
+    # The input's copy is still queued: to free under it would be wrong.
+    executable.close()
+
+
+FAILING = ["allocate", "module", "instantiate", "to_device", "to_host", "launch", "wait"]
+
+
+@pytest.mark.parametrize("role", FAILING)
+@pytest.mark.parametrize("nth", [1, 2])
+def test_failed_load_leaves_nothing(gpu: FakeGpu, role: str, nth: int) -> None:
+    name = gpu.fail(role, 2, nth)
+    program = sum_program(gpu.vendor)
+    entry = program.entries[0]
+    program = replace(
+        program,
+        kernels={
+            name: replace(kernel, binary=image(gpu.vendor.target, name))
+            for name, kernel in program.kernels.items()
+        },
+        entries=(entry, replace(entry, name="again")),
+    )
+    with pytest.raises(DeviceError, match=f"^{name} failed with 2 "):
+        gpu.load(program, WEIGHTS)
+
+
+def test_out_of_memory_says_for_what(gpu: FakeGpu) -> None:
+    gpu.fail("allocate", 2, 2)
+    with pytest.raises(DeviceError) as caught:
+        gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    assert "while allocating 1280 bytes for the arena" in caught.value.__notes__[0]
+
+
+def test_failed_free_is_told(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    name = gpu.fail("free", 1)
+    with pytest.raises(DeviceError, match=name):
+        executable.close()
+    assert [line.split()[0] for line in gpu.outstanding] == ["device"]  # the one that failed
+    gpu.reset()
+
+
+def test_missing_symbol(gpu: FakeGpu) -> None:
+    program = changed_kernel(sum_program(gpu.vendor), symbol="mul")
+    with pytest.raises(DeviceError, match="ModuleGetFunction failed with 500"):
+        gpu.load(program, WEIGHTS)
+
+
+def test_weight_loader_that_fails(gpu: FakeGpu) -> None:
+    with pytest.raises(KeyError, match="w"):
+        gpu.load(sum_program(gpu.vendor), {})
+
+
+# ---- the self-test
+
+
+def test_copies_that_change_bytes(gpu: FakeGpu) -> None:
+    gpu.corrupt_copies(True)
+    with pytest.raises(SelfTestError, match="of 65536 bytes written to the device 1 came back"):
+        gpu.load(sum_program(gpu.vendor), WEIGHTS)
+
+
+def test_replays_that_differ(gpu: FakeGpu) -> None:
+    out = Slice("y", "i32", (1,))
+    program = one_launch(gpu, "noise", (out,), Buffer("y", "i32", (1,), "output", 4, 0))
+    with pytest.raises(
+        SelfTestError, match="entry only, replayed twice .* gave output y with 1 of 4"
+    ):
+        gpu.load(program)
+
+
+def test_nan_equals_itself(gpu: FakeGpu) -> None:
+    """0 · inf: the self-test compares bytes."""
+    program = one_launch(
+        gpu,
+        "axpy",
+        (view("y"), view("x"), float("inf"), 8),
+        floats("x", "input", 0),
+        floats("y", "output", 256),
+    )
+    executable = gpu.load(program)
+    assert np.isnan(executable.run("only", {"x": np.zeros(8, np.float32)})["y"]).all()
+    executable.close()
+
+
+def test_interrupted_run_is_waited_for(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyboardInterrupt before the wait: the next run must not write under its copies."""
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executable, "_settle", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            executable.run("only", {"x": X})
+    results = executable.run("only", {"x": X * 2})
+    np.testing.assert_array_equal(results["out"], expected(X * 2))
+    assert results["n"].tolist() == [2]  # the interrupted one was done first
+    executable.close()
+
+
+# ---- what only one of them has
+
+
+def programmatic(vendor: Any, *names: str) -> Program:
+    """sum_program, its `add` programmatic; `out` by a kernel that is not."""
+    program = sum_program(vendor)
+    plain = replace(program.kernels["add"], id="plain")
+    program = changed_kernel(program, programmatic=True)
+    program = replace(program, kernels={**program.kernels, "plain": plain})
+    return with_launch(program, 3, kernel="plain")
+
+
+def test_programmatic_edges(built: dict[str, FakeGpu]) -> None:
+    gpu = built["cuda"]
+    gpu.reset()
+    executable = gpu.load(programmatic(CUDA), WEIGHTS)
+    gpu.take_launches()
+    executable.run("only", {"x": X})
+    after = {launch["node"]: launch["after"] for launch in gpu.take_launches()}
+    assert after == {0: [], 1: [], 2: [[0, 1], [1, 1]], 3: [[2, 0]], 4: []}
+    # Only the node with such edges needs the newer call.
+    calls = {
+        name: gpu.calls_by_name(name) for name in ("cuGraphAddNode_v2", "cuGraphAddKernelNode_v2")
+    }
+    assert calls == {"cuGraphAddNode_v2": 1, "cuGraphAddKernelNode_v2": 4}
+    executable.close()
+    assert (gpu.complaints, gpu.outstanding) == ("", [])
+
+
+def test_programmatic_edges_on_an_old_driver(tmp_path: Path) -> None:
+    gpu = build_fake(CUDA, tmp_path, "-DWITHOUT_ADD_NODE")
+    gpu.reset()
+    with pytest.raises(DriverMissingError, match=r"lacks cuGraphAddNode_v2.*CUDA 12.3 or later"):
+        gpu.load(programmatic(CUDA), WEIGHTS)
+    executable = gpu.load(sum_program(CUDA), WEIGHTS)
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    executable.close()
+    assert (gpu.complaints, gpu.outstanding) == ("", [])
+
+
+def test_old_hip(tmp_path: Path) -> None:
+    gpu = build_fake(HIP, tmp_path, "-DOLD")
+    gpu.reset()
+    assert HipDriver.find([gpu.path]) is None
+    with pytest.raises(DriverMissingError, match=r"expected HIP 60400000 \(6.4\) or later"):
+        gpu.driver()
+
+
+def test_programmatic_kernels_on_hip_have_plain_edges(built: dict[str, FakeGpu]) -> None:
+    gpu = built["hip"]
+    gpu.reset()
+    executable = gpu.load(programmatic(HIP), WEIGHTS)
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    executable.close()
+    assert (gpu.complaints, gpu.outstanding) == ("", [])
+
+
+@pytest.mark.parametrize(("nbytes", "asked"), [(48 << 10, 0), (100 << 10, 1)])
+def test_much_shared_memory_is_asked_for(
+    built: dict[str, FakeGpu], nbytes: int, asked: int
+) -> None:
+    gpu = built["cuda"]
+    gpu.reset()
+    executable = gpu.load(changed_kernel(sum_program(CUDA), shared=nbytes), WEIGHTS)
+    assert gpu.calls_by_name("cuFuncSetAttribute") == asked
+    assert {launch["shared"] for launch in gpu.take_launches()} == {0, nbytes}
+    executable.close()
+    assert (gpu.complaints, gpu.outstanding) == ("", [])

@@ -1,0 +1,249 @@
+"""The GPU runtime on the GPU that is there: kernels by Triton, everything else by our drivers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ingot.runtime.cuda import CudaDriver
+from ingot.runtime.device_api import DeviceError
+from ingot.runtime.graph_executable import GpuExecutable
+from ingot.runtime.hip import HipDriver
+from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+pytestmark = pytest.mark.gpu
+
+BLOCK, BLOCKS = 256, 64
+N = BLOCK * BLOCKS
+REPLAYS = 1000
+
+
+@triton.jit
+def _axpy(y_ptr, x_ptr, a, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    y = tl.load(y_ptr + at, mask=inside)
+    x = tl.load(x_ptr + at, mask=inside)
+    tl.store(y_ptr + at, a * x + y, mask=inside)
+
+
+@triton.jit
+def _axpy_programmatic(y_ptr, x_ptr, a, n, BLOCK: tl.constexpr):
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    y = tl.load(y_ptr + at, mask=inside)
+    x = tl.load(x_ptr + at, mask=inside)
+    tl.store(y_ptr + at, a * x + y, mask=inside)
+
+
+@triton.jit
+def _store_at(y_ptr, offset):
+    tl.store(y_ptr + offset, 1)
+
+
+def driver() -> CudaDriver | HipDriver:
+    return HipDriver() if torch.version.hip else CudaDriver()
+
+
+def build(
+    function: Any, signature: dict[str, str], constants: dict[str, int], **options: Any
+) -> Kernel:
+    """A kernel for the device that is there."""
+    device = driver()
+    kind, _, arch = device.target.partition(":")
+    name = arch if kind == "hip" else int(arch.removeprefix("sm_"))
+    types = {name: text.replace("f32", "fp32") for name, text in signature.items()}
+    source = ASTSource(function, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
+    built = triton.compile(
+        source, target=GPUTarget(kind, name, device.info.warp), options={"num_warps": 4, **options}
+    )
+    return Kernel(
+        id=function.__name__,
+        symbol=built.metadata.name,
+        binary=built.asm["hsaco" if kind == "hip" else "cubin"],
+        num_warps=4,
+        shared=built.metadata.shared,
+        args=tuple(Argument(text) for text in signature.values()),
+    )
+
+
+AXPY = {"y_ptr": "*f32", "x_ptr": "*f32", "a": "f32", "n": "i32"}
+
+
+def axpy_program(kernel: Kernel, steps: int) -> Program:
+    """s += w (state), then y = 0, y += a·x for a = 1 … steps, one launch each, then y += s."""
+    vectors: dict[str, Any] = {"dtype": "f32", "shape": (N,), "nbytes": 4 * N}
+    y, x, w, s = (Slice(name, "f32", (N,)) for name in "yxws")
+    grid = (BLOCKS, 1, 1)
+    launches = [
+        Launch(kernel.id, (s, w, 1.0, N), grid),
+        # y = y - y: the arena holds what the last replay left.
+        Launch(kernel.id, (y, y, -1.0, N), grid),
+        *(Launch(kernel.id, (y, x, float(a), N), grid) for a in range(1, steps + 1)),
+        Launch(kernel.id, (y, s, 1.0, N), grid),
+    ]
+    last = len(launches) - 1
+    edges = [(i, i + 1) for i in range(1, last)] + [(0, last)]
+    buffers = (
+        Buffer("x", kind="input", offset=0, **vectors),
+        Buffer("y", kind="output", offset=4 * N, **vectors),
+    )
+    return Program(
+        target=driver().target,
+        kernels={kernel.id: kernel},
+        buffers={
+            "w": Buffer("w", kind="weight", **vectors),
+            "s": Buffer("s", kind="state", **vectors),
+        },
+        entries=(Entry("only", {}, buffers, tuple(launches), tuple(edges)),),
+        arena_bytes=8 * N,
+    )
+
+
+# Small whole numbers: every sum is exact, in whatever order and fused or not.
+X = np.random.default_rng(0).integers(-8, 8, N).astype(np.float32)
+W = np.random.default_rng(1).integers(-8, 8, N).astype(np.float32)
+
+
+def load(program: Program, w: Any = W) -> GpuExecutable:
+    return driver().load(program, {"w": w}.__getitem__)
+
+
+def check(executable: GpuExecutable, steps: int, turn: int) -> None:
+    y = executable.run("only", {"x": X})["y"]
+    np.testing.assert_array_equal(y, steps * (steps + 1) / 2 * X + turn * W)
+
+
+def test_find() -> None:
+    found = type(driver()).find()
+    assert found == driver().target
+    assert driver().info.memory_bytes > 1 << 30
+
+
+def test_numbers_state_and_many_replays() -> None:
+    executable = load(axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), 3))
+    for turn in range(1, REPLAYS + 1):
+        check(executable, 3, turn)
+    executable.close()
+
+
+def test_thousand_replays_are_bit_identical() -> None:
+    """Floats of all sizes, and a program without state: the same bytes every time."""
+    program = axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), 20)
+    entry = program.entries[0]
+    program = replace(
+        program,
+        entries=(
+            replace(
+                entry,
+                launches=entry.launches[1:-1],
+                dependencies=tuple((i, i + 1) for i in range(len(entry.launches) - 3)),
+            ),
+        ),
+    )
+    executable = load(program)
+    x = np.random.default_rng(2).standard_normal(N).astype(np.float32) * np.float32(1e3)
+    first = executable.run("only", {"x": x})["y"].tobytes()
+    for _ in range(REPLAYS):
+        assert executable.run("only", {"x": x})["y"].tobytes() == first
+    executable.close()
+
+
+def test_programmatic_edges_give_the_same_sooner() -> None:
+    if torch.version.hip or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic launches need an NVIDIA GPU of compute capability 9 or higher")
+    steps = 300
+    plain = load(axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), steps))
+    kernel = build(_axpy_programmatic, AXPY, {"BLOCK": BLOCK}, launch_pdl=True)
+    early = load(axpy_program(replace(kernel, programmatic=True), steps))
+    for turn in range(1, 101):
+        check(plain, steps, turn)
+        check(early, steps, turn)
+    times = [float(np.median(which.measure("only", 31))) for which in (plain, early)]
+    print(f"ms for {steps + 3} launches: plain {times[0]:.3f}, programmatic {times[1]:.3f}")
+    assert times[1] < times[0]
+    plain.close()
+    early.close()
+
+
+def test_weight_of_torch_is_used_in_place() -> None:
+    w = torch.from_numpy(W).cuda()
+    executable = load(axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), 2), w)
+    check(executable, 2, 1)
+    w.zero_()
+    torch.cuda.synchronize()
+    check(executable, 2, 1)  # the state grew by nothing
+    executable.close()
+
+
+def test_from_another_thread_and_beside_torch() -> None:
+    executable = load(axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), 2))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            check(executable, 2, 1)
+            executable.close()
+        except (AssertionError, DeviceError) as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []
+    assert float(torch.ones(4, device="cuda").sum()) == 4
+
+
+def test_memory_comes_back() -> None:
+    program = axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), 2)
+    state = replace(program.buffers["s"], name="big", shape=(1 << 28,), nbytes=1 << 30)
+    program = replace(program, buffers={**program.buffers, "big": state})
+    load(program).close()
+    free, _ = torch.cuda.mem_get_info()
+    for _ in range(5):
+        load(program).close()
+    assert abs(torch.cuda.mem_get_info()[0] - free) < 64 << 20
+
+
+def bad_store() -> None:
+    """Store far outside of every buffer; the self-test of the load is the first to launch it."""
+    kernel = build(_store_at, {"y_ptr": "*i32", "offset": "i64"}, {})
+    buffers = (Buffer("y", "i32", (1,), "output", 4, 0),)
+    launch = Launch(kernel.id, (Slice("y", "i32", (1,)), 1 << 45))
+    entry = Entry("only", {}, buffers, (launch,), ())
+    program = Program(driver().target, {kernel.id: kernel}, {}, (entry,), 256)
+    try:
+        driver().load(program, {}.__getitem__)
+    except DeviceError as error:
+        print(f"sticky {error.sticky}: {error}")
+
+
+def test_bad_store_is_told(tmp_path: Path) -> None:
+    """In a process of its own, which it ends."""
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('bad', {str(Path(__file__))!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['bad'] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "module.bad_store()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("sticky True: "), done.stdout
+    assert "restart" in done.stdout
+    assert "Synchronize failed with 7" in done.stdout, done.stdout
