@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
-from .templates import copy, rows
+from .templates import attention, copy, mla, rows
 
-_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (rows.TEMPLATES,)
+_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
+    rows.TEMPLATES,
+    attention.TEMPLATES,
+    mla.TEMPLATES,
+)
 # Arguments that their templates read in packed form: op name -> positions.
 PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {
     "linear": frozenset({1}),

@@ -5,5 +5,6 @@ A file holds `@triton.jit` functions and a table TEMPLATES: op name -> templates
 every edge: no size needs to be a multiple of a tile.
 
 `rows` looks up and appends whole rows, `copy` moves strided views, `generated` makes functions of
-text.
+text. `attend` holds the attention kernels and `attend_plan` their launches, for `attention` (keys and
+values a head) and `mla` (latent rows).
 """
