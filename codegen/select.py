@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
-from .templates import copy, heads, linear, rows
+from .templates import attention, copy, heads, linear, mla, rows
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
-    linear.TEMPLATES,
+    attention.TEMPLATES,
     heads.TEMPLATES,
+    linear.TEMPLATES,
+    mla.TEMPLATES,
     rows.TEMPLATES,
 )
 # Arguments that their templates read in packed form: op name -> positions.

@@ -1,0 +1,121 @@
+"""Latent attention: keys are rows of c_kv ‖ k_pe, values their c_kv; and the rows themselves."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..request import Arg, Call, Chosen, Declined, Request, Result
+from .attend_plan import Attention, Pages, Query, Rows, plan
+from .attention import paged_index
+
+# ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe)
+
+
+@triton.jit
+def latent_kernel(
+    kv,
+    weight,
+    cos,
+    sin,
+    out,
+    STEP: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    EPS: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Program t: row t of `kv`, rows STEP elements apart, RANK + 2 · HALF columns."""
+    token = tl.program_id(0).to(tl.int64)
+    row = kv + token * STEP
+    to = out + token * (RANK + 2 * HALF)
+    dim = tl.arange(0, BLOCK_RANK)
+    inside = dim < RANK
+    c_kv = tl.load(row + dim, mask=inside, other=0.0).to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(c_kv * c_kv, 0) / RANK + EPS)
+    c_kv = c_kv * scale * tl.load(weight + dim, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to + dim, c_kv.to(out.dtype.element_ty), mask=inside)
+
+    pair = tl.arange(0, BLOCK_HALF)
+    inside = pair < HALF
+    a_at = pair if FORM == "half" else 2 * pair
+    b_at = pair + HALF if FORM == "half" else 2 * pair + 1
+    a_to = 2 * pair if FORM == "interleaved" else pair
+    b_to = 2 * pair + 1 if FORM == "interleaved" else pair + HALF
+    a = tl.load(row + RANK + a_at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(row + RANK + b_at, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * HALF + pair, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * HALF + pair, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to + RANK + a_to, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + RANK + b_to, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
+
+
+def mla_latent(request: Request) -> Chosen | Declined:
+    """mla_latent(kv, norm_weight, cos, sin)."""
+    kv, weight, cos, sin = request.args
+    if kv.strides[1] != 1 or not (weight.dense and cos.dense and sin.dense):
+        return Declined("expected rows whose columns follow one another, dense weight and tables")
+    rank, half = weight.shape[0], cos.shape[1]
+    call = Call(
+        latent_kernel,
+        {"kv": Arg(0), "weight": Arg(1), "cos": Arg(2), "sin": Arg(3), "out": Result(0)},
+        (kv.shape[0], 1, 1),
+        (Result(0),),
+        {
+            "STEP": kv.strides[0],
+            "RANK": rank,
+            "HALF": half,
+            "EPS": request.attrs["eps"],
+            "FORM": request.attrs["form"],
+            "BLOCK_RANK": triton.next_power_of_2(rank),
+            "BLOCK_HALF": triton.next_power_of_2(half),
+        },
+    )
+    return Chosen((call,), request.seconds(1), "a program a token")
+
+
+# ---- mla_attention, cached_mla_attention: all heads share the one row that a token has
+
+
+def _attention(request: Request, pages: Pages | None) -> Chosen | Declined:
+    q, q_pe, rows = request.args[:3]
+    if any(x.strides[-1] != 1 for x in (q, q_pe, rows)):
+        return Declined("expected rows whose dims follow one another")
+    tokens, heads, rank = q.shape
+    job = Attention(
+        tokens,
+        heads,
+        1,
+        rank,
+        q_pe.shape[2],
+        rank,
+        q.type.dtype,
+        Query(Arg(0), q.strides[0], q.strides[1]),
+        Query(Arg(1), q_pe.strides[0], q_pe.strides[1]),
+        Rows(Arg(2), rows.strides[-2], 0),
+        None,
+        pages.per_slot * pages.size if pages else rows.shape[0],
+        request.attrs["scale"],
+        pages,
+    )
+    return plan(job, request)
+
+
+def mla_attention(request: Request) -> Chosen | Declined:
+    """mla_attention(q_latent, q_pe, latent)."""
+    return _attention(request, None)
+
+
+def cached_mla_attention(request: Request) -> Chosen | Declined:
+    """cached_mla_attention(q_latent, q_pe, cache, slots, positions, page_table)."""
+    pages = paged_index(request, 2, 3)
+    return pages if isinstance(pages, Declined) else _attention(request, pages)
+
+
+TEMPLATES = {
+    "mla_latent": (mla_latent,),
+    "mla_attention": (mla_attention,),
+    "cached_mla_attention": (cached_mla_attention,),
+}
