@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
-from .templates import copy, rows
+from .templates import copy, experts, rows
 
-_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (rows.TEMPLATES,)
+_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
+    rows.TEMPLATES,
+    experts.TEMPLATES,
+)
 # Arguments that their templates read in packed form: op name -> positions.
 PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {
     "linear": frozenset({1}),
