@@ -15,7 +15,7 @@ from ingot.compiler.ops.glu import ACTIVATIONS, CLAMPED
 from ingot.compiler.ops.moe import experts
 from kernel_checks import Given, Packed, Strided, Weight, check_node
 
-KINDS: dict[str, Template] = {"few": templates.few}
+KINDS: dict[str, Template] = {"few": templates.few, "many": templates.many}
 
 
 @pytest.fixture(params=KINDS)
@@ -133,5 +133,7 @@ def test_one_expert_chosen_twice_by_a_token(kind: str) -> None:
 
 
 def test_sizes_past_one_block(kind: str) -> None:
-    check(Case(2, width=1100, inner=300))
-    check(Case(2, width=2112, inner=288, gate_up=32, down=16))
+    check(Case(1, 1, 2, width=1100, inner=70))
+    check(Case(1, 1, 2, width=70, inner=1100))
+    check(Case(1, 1, 2, width=2112, inner=48, gate_up=32, down=16))
+    check(Case(1, 1, 2, width=48, inner=2112, gate_up=16, down=32))

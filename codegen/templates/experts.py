@@ -26,13 +26,20 @@ from ..request import (
     Scales,
     Temp,
 )
-from .experts_few import down_kernel, hidden_kernel
+from .experts_few import hidden_kernel, part_kernel
+from .experts_many import count_kernel, hidden_tile_kernel, part_tile_kernel, place_kernel
+from .experts_sum import combine_kernel
 
 # Codes that a device unpacks in a second in kernels that do little else; about 20 a clock and SM.
 _UNPACKED_PER_SECOND = 4e12
-# Elements of a weight that a program of the kernels for few tokens loads at once, and the widest
-# tile of them, one vector of 16 bytes a thread.
-_TILE, _WIDEST = 4096, {"dense": 1024, "packed": 2048}
+# Flops a second that tiles reach, roughly.
+_MULTIPLIED_PER_SECOND = 3e14
+# Elements of a weight that a program for few tokens loads at once, and how many of a row at most:
+# a thread of 128 loads four, or two, vectors of 16 bytes.
+_TILE = {"dense": 4096, "packed": 8192}
+_WIDEST = {"dense": 1024, "packed": 2048}
+# Columns that a program sums at once, and indices that one looks through.
+_COMBINED, _CHUNK = 1024, 1024
 
 
 @dataclass(frozen=True)
@@ -124,16 +131,30 @@ def _unpacking(weight: Operand) -> float:
     return weight.type.numel / weight.shape[0] / _UNPACKED_PER_SECOND if weight.packed else 0.0
 
 
-def _gemv_tile(width: int, packed: bool, most_rows: int) -> dict[str, Any]:
+def _gemv_tile(width: int, weight: Operand) -> dict[str, Any]:
     """Rows and columns at once: wide, but wasting at most an eighth of the last block."""
-    block = _WIDEST["packed" if packed else "dense"]
+    form = "packed" if weight.packed else "dense"
+    block = _WIDEST[form]
     while block > 256 and triton.cdiv(width, block) * block > 1.125 * width:
         block //= 2
-    return {"ROWS": min(most_rows, _TILE // block * (2 if packed else 1)), "BLOCK": block}
+    return {"ROWS": min(16, _TILE[form] // block), "BLOCK": block}
+
+
+def _combined(have: _Experts) -> Call:
+    """The launch that adds every token's parts."""
+    residual, constants = _residual(have)
+    block = min(_COMBINED, triton.next_power_of_2(have.width))
+    return Call(
+        combine_kernel,
+        {"parts": Temp("parts"), "weights": Arg(1), **residual, "out": Result(0)},
+        (have.tokens, triton.cdiv(have.width, block), 1),
+        (Result(0),),
+        {**constants, "K": have.k, "WIDTH": have.width, "BLOCK": block},
+    )
 
 
 def few(request: Request) -> Chosen | Declined:
-    """Two launches: the hidden columns of every choice, then every token's sum over its choices."""
+    """Three launches: every choice's hidden columns, its part, and every token's sum of parts."""
     have = _read(request)
     if isinstance(have, Declined):
         return have
@@ -141,58 +162,139 @@ def few(request: Request) -> Chosen | Declined:
     dtype = request.args[0].type.dtype
     weight, form = _memory(request, 3)
     bias, no_bias = _bias(have, 5)
-    tile = _gemv_tile(have.width, gate_up.packed is not None, 16)
+    sizes = {"WIDTH": have.width, "INNER": have.inner}
+    tile = _gemv_tile(have.width, gate_up)
     hidden = Call(
         hidden_kernel,
         {"x": Arg(0), "indices": Arg(2), **weight, **bias, "hidden": Temp("hidden")},
-        (triton.cdiv(have.inner, tile["ROWS"]), have.choices, 1),
+        (have.choices, triton.cdiv(have.inner, tile["ROWS"]), 1),
         (Temp("hidden"),),
         {
-            **form,
-            **no_bias,
-            **tile,
             **_activation(request.attrs),
-            "K": have.k,
-            "STEP": have.step,
-            "WIDTH": have.width,
-            "INNER": have.inner,
+            **{**form, **no_bias, **tile, **sizes, "K": have.k, "STEP": have.step},
         },
     )
     weight, form = _memory(request, 4)
     bias, no_bias = _bias(have, 6)
-    residual, rest = _residual(have)
-    tile = _gemv_tile(have.inner, down.packed is not None, 16)
-    out = Call(
-        down_kernel,
+    tile = _gemv_tile(have.inner, down)
+    parts = Call(
+        part_kernel,
         {
             "hidden": Temp("hidden"),
-            "weights": Arg(1),
             "indices": Arg(2),
             **weight,
             **bias,
-            **residual,
-            "out": Result(0),
+            "parts": Temp("parts"),
         },
-        (triton.cdiv(have.width, tile["ROWS"]), have.tokens, 1),
-        (Result(0),),
-        {
-            **form,
-            **no_bias,
-            **rest,
-            **tile,
-            "K": have.k,
-            "WIDTH": have.width,
-            "INNER": have.inner,
-        },
+        (have.choices, triton.cdiv(have.width, tile["ROWS"]), 1),
+        (Temp("parts"),),
+        {**form, **no_bias, **tile, **sizes},
     )
     moved = have.choices * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
     computed = have.choices * (_unpacking(gate_up) + _unpacking(down))
     return Chosen(
-        (hidden, out),
-        max(moved, computed) + 2 * LAUNCH_SECONDS,
+        (hidden, parts, _combined(have)),
+        max(moved, computed) + 3 * LAUNCH_SECONDS,
         f"{have.choices} choices, each reads its expert",
-        {"hidden": TensorType(dtype, (have.choices, have.inner))},
+        {
+            "hidden": TensorType(dtype, (have.choices, have.inner)),
+            "parts": TensorType(dtype, (have.choices, have.width)),
+        },
     )
 
 
-TEMPLATES = {"experts": (few,)}
+def many(request: Request) -> Chosen | Declined:
+    """Five launches: two sort the choices by expert, two multiply tiles of them, one sums."""
+    have = _read(request)
+    if isinstance(have, Declined):
+        return have
+    gate_up, down = request.args[3:5]
+    dtype = request.args[0].type.dtype
+    tokens = _tile_tokens(have)
+    # Each expert that is chosen at all has one tile that may not be full.
+    tiles = have.choices // tokens + min(have.count, have.choices)
+    numbers = {"choices": have.choices}
+    count = Call(
+        count_kernel,
+        {"indices": Arg(2), "counts": Temp("counts"), **numbers},
+        (have.count, 1, 1),
+        (Temp("counts"),),
+        {"CHUNK": _CHUNK},
+    )
+    sorted_ = (Temp("experts"), Temp("places"))
+    where: dict[str, Ref] = {"experts": sorted_[0], "places": sorted_[1]}
+    place = Call(
+        place_kernel,
+        {"indices": Arg(2), "counts": Temp("counts"), **where, **numbers, "tiles": tiles},
+        (have.count, 1, 1),
+        sorted_,
+        {
+            "COUNT": have.count,
+            "BINS": triton.next_power_of_2(have.count),
+            "TOKENS": tokens,
+            "CHUNK": _CHUNK,
+        },
+    )
+    # As much of K at once as 128 bytes of dense elements.
+    shape = {"TOKENS": tokens, "ROWS": 64, "BLOCK": 1024 // DTYPE_BITS[dtype]}
+    sizes = {"WIDTH": have.width, "INNER": have.inner}
+    warps = 8 if tokens > 64 else 4
+    stages = 3 if request.target.name.startswith("cuda") else 2
+    weight, form = _memory(request, 3)
+    bias, no_bias = _bias(have, 5)
+    hidden = Call(
+        hidden_tile_kernel,
+        {"x": Arg(0), **where, **weight, **bias, "hidden": Temp("hidden")},
+        (tiles, triton.cdiv(have.inner, shape["ROWS"]), 1),
+        (Temp("hidden"),),
+        {
+            **_activation(request.attrs),
+            **{**form, **no_bias, **shape, **sizes, "K": have.k, "STEP": have.step},
+        },
+        warps,
+        stages,
+    )
+    weight, form = _memory(request, 4)
+    bias, no_bias = _bias(have, 6)
+    parts = Call(
+        part_tile_kernel,
+        {"hidden": Temp("hidden"), **where, **weight, **bias, "parts": Temp("parts")},
+        (tiles, triton.cdiv(have.width, shape["ROWS"]), 1),
+        (Temp("parts"),),
+        {**form, **no_bias, **shape, **sizes},
+        warps,
+        stages,
+    )
+    return Chosen(
+        (count, place, hidden, parts, _combined(have)),
+        _seconds_of_tiles(request, have, tokens),
+        f"{have.choices} choices in tiles of {tokens}",
+        {
+            "counts": TensorType("i32", (have.count,)),
+            "experts": TensorType("i32", (tiles,)),
+            "places": TensorType("i32", (tiles, tokens)),
+            "hidden": TensorType(dtype, (have.choices, have.inner)),
+            "parts": TensorType(dtype, (have.choices, have.width)),
+        },
+    )
+
+
+def _tile_tokens(have: _Experts) -> int:
+    """Choices a tile: about as many as an expert has."""
+    return min(128, max(16, triton.next_power_of_2(have.choices // have.count)))
+
+
+def _seconds_of_tiles(request: Request, have: _Experts, tokens: int) -> float:
+    gate_up, down = request.args[3:5]
+    touched = _touched(have)
+    tiles = have.choices / tokens + touched / 2
+    read = touched * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
+    unpacked = tiles * (_unpacking(gate_up) + _unpacking(down))
+    elements = (gate_up.type.numel + down.type.numel) / have.count
+    multiplied = 2 * tiles * tokens * elements / _MULTIPLIED_PER_SECOND
+    # The sort reads all indices once an expert, in turns that have to wait for each other.
+    turns = 2 * triton.cdiv(have.choices, _CHUNK)
+    return max(read, unpacked, multiplied) + (5 + turns / 2) * LAUNCH_SECONDS
+
+
+TEMPLATES = {"experts": (few, many)}

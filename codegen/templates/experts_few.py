@@ -1,4 +1,8 @@
-"""Experts for few tokens: every choice reads its own expert's rows; no sorting, no padding."""
+"""Experts for few tokens: every choice reads its own expert's rows; no sorting, no padding.
+
+The choices of a token run beside each other: one after the other they would wait for memory by
+turns. experts_sum adds them.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +37,15 @@ def hidden_kernel(
 
     A program computes ROWS of the INNER columns of one choice; x has rows of WIDTH, STEP apart.
     """
-    choice = tl.program_id(1)
+    choice = tl.program_id(0)
     expert = tl.load(indices + choice).to(tl.int64)
     row = x + (choice // K).to(tl.int64) * STEP
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     out = hidden + choice.to(tl.int64) * INNER + place
     if GATED:
         # Rows 2i and 2i + 1 of the tile are the gate's and up's of one column.
         pair = tl.arange(0, 2 * ROWS)
-        column = tl.program_id(0) * ROWS + pair // 2
+        column = tl.program_id(1) * ROWS + pair // 2
         rows = expert * (2 * INNER) + (pair % 2) * INNER + column
         h = rows_times(
             weight, scales, rows, column < INNER, row, WIDTH, GROUP, 2 * ROWS, BLOCK
@@ -62,43 +66,30 @@ def hidden_kernel(
 
 
 @triton.jit
-def down_kernel(
+def part_kernel(
     hidden,
-    weights,
     indices,
     weight,
     scales,
     bias,
-    residual,
-    out,
-    K: tl.constexpr,
-    STEP: tl.constexpr,
+    parts,
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [T, WIDTH] = sum over j, in order, of weights[t, j] · (down product + bias) + residual.
+    """parts [T·K, WIDTH] = the chosen expert's down product of hidden [T·K, INNER] + bias.
 
-    A program computes ROWS of the WIDTH columns of one token; residual's rows are STEP apart.
+    A program computes ROWS of the WIDTH columns of one choice.
     """
-    token = tl.program_id(1)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    choice = tl.program_id(0)
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = place < WIDTH
-    total = tl.zeros([ROWS], tl.float32)
-    for j in range(K):
-        choice = token * K + j
-        expert = tl.load(indices + choice).to(tl.int64)
-        rows = expert * WIDTH + place
-        row = hidden + choice.to(tl.int64) * INNER
-        part = rows_times(weight, scales, rows, inside, row, INNER, GROUP, ROWS, BLOCK)
-        if bias is not None:
-            part += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
-        part = part.to(out.dtype.element_ty).to(tl.float32)
-        total += part * tl.load(weights + choice).to(tl.float32)
-    if residual is not None:
-        at = residual + token.to(tl.int64) * STEP + place
-        total += tl.load(at, mask=inside, other=0).to(tl.float32)
-    at = out + token.to(tl.int64) * WIDTH + place
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    rows = tl.load(indices + choice).to(tl.int64) * WIDTH + place
+    row = hidden + choice.to(tl.int64) * INNER
+    part = rows_times(weight, scales, rows, inside, row, INNER, GROUP, ROWS, BLOCK)
+    if bias is not None:
+        part += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
+    at = parts + choice.to(tl.int64) * WIDTH + place
+    tl.store(at, part.to(parts.dtype.element_ty), mask=inside)

@@ -36,24 +36,25 @@ def rows_times(
             w = tl.load(weight + rows[:, None] * WIDTH + at[None, :], mask=mask, other=0)
             total += w.to(tl.float32) * value[None, :]
     else:
-        # A word holds eight codes. x is taken 2^64 times too large, so that products with codes,
-        # 2^126 times too small, stay normal numbers.
-        words = weight.to(tl.pointer_type(tl.int32))
-        column = tl.arange(0, BLOCK // 8)
-        nibble = tl.arange(0, 8)
-        total = tl.zeros([ROWS, BLOCK // 8], tl.float32)
-        for start in range(0, WIDTH // 8, BLOCK // 8):
-            at = start + column
-            live = at < WIDTH // 8
-            place = at[:, None] * 8 + nibble[None, :]
-            value = tl.load(x + place, mask=live[:, None], other=0).to(tl.float32)
-            value = value * 18446744073709551616.0
+        # A thread holds whole groups, so that their sums are its own. x is taken 2^64 times too
+        # large, so that products with codes, 2^126 times too small, stay normal numbers.
+        HALF: tl.constexpr = GROUP // 2
+        GROUPS: tl.constexpr = BLOCK // GROUP
+        byte = tl.arange(0, HALF)
+        both = tl.arange(0, GROUP)
+        total = tl.zeros([ROWS, GROUPS], tl.float32)
+        for start in range(0, WIDTH // GROUP, GROUPS):
+            group = start + tl.arange(0, GROUPS)
+            live = group < WIDTH // GROUP
             mask = inside[:, None] & live[None, :]
-            word = tl.load(words + rows[:, None] * (WIDTH // 8) + at[None, :], mask=mask, other=0)
-            code = word[:, :, None] >> (4 * nibble)[None, None, :]
-            part = tl.sum(e2m1(code) * value[None, :, :], 2)
-            group = at // (GROUP // 8)
-            scale_at = scales + rows[:, None] * (WIDTH // GROUP) + group[None, :]
-            scale = e8m0(tl.load(scale_at, mask=mask, other=127))
-            total += part * 4611686018427387904.0 * scale
+            at = rows[:, None, None] * (WIDTH // 2) + (group[:, None] * HALF + byte)[None, :, :]
+            code = tl.load(weight + at, mask=mask[:, :, None], other=0).to(tl.int32)
+            at = rows[:, None] * (WIDTH // GROUP) + group[None, :]
+            scale = e8m0(tl.load(scales + at, mask=mask, other=127))
+            value = tl.load(x + group[:, None] * GROUP + both, mask=live[:, None], other=0)
+            even, odd = tl.split(tl.reshape(value, (GROUPS, HALF, 2)))
+            even = even.to(tl.float32) * 18446744073709551616.0
+            odd = odd.to(tl.float32) * 18446744073709551616.0
+            part = e2m1(code) * even[None, :, :] + e2m1(code >> 4) * odd[None, :, :]
+            total += tl.sum(part, 2) * 4611686018427387904.0 * scale
     return tl.sum(total, 1)
