@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
-from .templates import attention, copy, heads, linear, mla, rows
+from .templates import attention, copy, experts, heads, linear, mla, rows
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     attention.TEMPLATES,
+    experts.TEMPLATES,
     heads.TEMPLATES,
     linear.TEMPLATES,
     mla.TEMPLATES,

@@ -60,7 +60,7 @@ def weight_tile(
         block = k // GROUP + tl.arange(0, BLOCK_K // GROUP)
         inside = inside_rows[:, None] & (block < K // GROUP)[None, :]
         scale = tl.load(scales + start * (K // GROUP) + block[None, :], mask=inside, other=127)
-        tile = decoded(codes, scale, ROWS, BLOCK_K, GROUP).to(DTYPE)
+        tile = decoded(codes, scale, ROWS, BLOCK_K, GROUP, DTYPE)
     return tile
 
 

@@ -1,4 +1,7 @@
-"""MXFP4 to numbers inside a kernel."""
+"""MXFP4 in the canonical layout, turned into numbers inside kernels (compiler/microscaling.py).
+
+codes u8 [..., K/2] hold element 2j in the low nibble of byte j; scales u8 [..., K/group] are E8M0.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,37 @@ import triton.language as tl
 
 
 @triton.jit
-def e2m1(codes):
-    """f32 of the low four bits of each element: sign, two bits of exponent, one of mantissa.
+def e2m1(nibble):
+    """Codes i32 (the low four bits count) as f32, 2^126 times too small: exact subnormals.
 
-    Shifted to where f32 has them they are the number times 2^-126, subnormals too.
+    Exponent and mantissa at their place in an f32 are the number but for the bias.
     """
-    bits = codes.to(tl.uint32)
-    bits = ((bits & 8) << 28) | ((bits & 7) << 22)
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+    return (((nibble & 7) << 22) | ((nibble & 8) << 28)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def e8m0(scales):
-    """f32 of 2^(scale - 127); 255 is NaN."""
-    exponent = scales.to(tl.uint32)
-    bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
-    bits = tl.where(exponent == 255, 0x7FC00000, bits)
-    return bits.to(tl.float32, bitcast=True)
+def e8m0(byte):
+    """Scales u8 as f32: 2^(byte - 127), of which 2^-127 is subnormal; NaN for 255."""
+    wide = byte.to(tl.int32)
+    bits = tl.where(wide == 0, 0x00400000, wide << 23)
+    return tl.where(wide == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def decoded(codes, scales, ROWS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
-    """f32 [ROWS, K] of codes u8 [ROWS, K/2] (low nibble first) and scales u8 [ROWS, K/GROUP]."""
-    pair = tl.join(e2m1(codes), e2m1(codes >> 4))
-    number = tl.reshape(pair, (ROWS, K // GROUP, GROUP)) * e8m0(scales)[:, :, None]
-    return tl.reshape(number, (ROWS, K))
+def decoded(
+    codes,
+    scales,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """codes u8 [ROWS, BLOCK/2], scales u8 [ROWS, BLOCK/GROUP] -> numbers [ROWS, BLOCK].
+
+    Exact in bf16 and f32; rounded once in f16. BLOCK is a multiple of GROUP.
+    """
+    wide = codes.to(tl.int32)
+    both = tl.interleave(e2m1(wide), e2m1(wide >> 4))
+    # In this order: a scale times 2^126 may leave the range of f32, an element does not.
+    groups = tl.reshape(both * 8.507059173023462e37, (ROWS, BLOCK // GROUP, GROUP))
+    return tl.reshape(groups * e8m0(scales)[:, :, None], (ROWS, BLOCK)).to(DTYPE)

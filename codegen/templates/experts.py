@@ -1,0 +1,300 @@
+"""Mixtures of experts: launches for few tokens, which read what they chose, and for many, sorted.
+
+A weight may be dense, of x's dtype, or in MXFP4, each of the two by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from ...compiler.types import DTYPE_BITS, TensorType
+from ..request import (
+    LAUNCH_SECONDS,
+    Arg,
+    Call,
+    Chosen,
+    Codes,
+    Declined,
+    Operand,
+    Ref,
+    Request,
+    Result,
+    Scales,
+    Temp,
+)
+from .experts_few import hidden_kernel, part_kernel
+from .experts_many import count_kernel, hidden_tile_kernel, part_tile_kernel, place_kernel
+from .experts_sum import combine_kernel
+
+# Codes that a device unpacks in a second in kernels that do little else; about 20 a clock and SM.
+_UNPACKED_PER_SECOND = 4e12
+# Flops a second that tiles reach, roughly.
+_MULTIPLIED_PER_SECOND = 3e14
+# Elements of a weight that a program for few tokens loads at once, and how many of a row at most:
+# a thread of 128 loads four, or two, vectors of 16 bytes.
+_TILE = {"dense": 4096, "packed": 8192}
+_WIDEST = {"dense": 1024, "packed": 2048}
+# Columns that a program sums at once, and indices that one looks through.
+_COMBINED, _CHUNK = 1024, 1024
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The operands of a node by what they are; `step` is between rows, in elements."""
+
+    tokens: int
+    k: int
+    count: int
+    width: int
+    inner: int
+    gated: bool
+    step: int
+    biased: bool
+    residual: int | None
+    residual_step: int
+
+    @property
+    def choices(self) -> int:
+        return self.tokens * self.k
+
+
+def _read(request: Request) -> _Experts | Declined:
+    """What there is to compute, or why no kernel here can."""
+    x, weights, indices, gate_up, down, *optional = request.args
+    residual = 4 + len(optional) if request.attrs.get("residual") else None
+    biases = optional[: len(optional) - (residual is not None)]
+    rows = [x] if residual is None else [x, request.args[residual]]
+    for operand in rows:
+        if operand.strides[-1] != 1:
+            return Declined(f"rows of {operand.type} are not dense")
+    for operand in (weights, indices, gate_up, down, *biases):
+        if not operand.dense:
+            return Declined(f"{operand.type} is not dense")
+    return _Experts(
+        x.shape[0],
+        indices.shape[1],
+        gate_up.shape[0],
+        x.shape[1],
+        down.shape[2],
+        bool(request.attrs.get("gated", True)),
+        x.strides[0],
+        bool(biases),
+        residual,
+        rows[-1].strides[0],
+    )
+
+
+def _memory(request: Request, position: int) -> tuple[dict[str, Ref], dict[str, Any]]:
+    """Pointers to the weight at `position`, and the constants that go with them."""
+    packed = request.args[position].packed
+    if packed is None:
+        return {"weight": Arg(position)}, {"scales": None, "GROUP": 0}
+    return {"weight": Codes(position), "scales": Scales(position)}, {"GROUP": packed.group}
+
+
+def _bias(have: _Experts, position: int) -> tuple[dict[str, Ref], dict[str, Any]]:
+    return ({"bias": Arg(position)}, {}) if have.biased else ({}, {"bias": None})
+
+
+def _residual(have: _Experts) -> tuple[dict[str, Ref], dict[str, Any]]:
+    constants = {"STEP": have.residual_step}
+    if have.residual is None:
+        return {}, {"residual": None, **constants}
+    return {"residual": Arg(have.residual)}, constants
+
+
+def _activation(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "GATED": bool(attrs.get("gated", True)),
+        "ACTIVATION": attrs["activation"],
+        "ALPHA": float(attrs.get("alpha", 0.0)),
+        "LIMIT": float(attrs.get("limit", 0.0)),
+    }
+
+
+def _touched(have: _Experts) -> float:
+    """How many experts T · k choices name, if all are equally likely."""
+    return have.count * (1 - (1 - 1 / have.count) ** have.choices)
+
+
+def _of_one(weight: Operand) -> float:
+    """Bytes of one expert's weight."""
+    return weight.nbytes / weight.shape[0]
+
+
+def _unpacking(weight: Operand) -> float:
+    """Seconds that unpacking one expert's weight takes the whole device."""
+    return weight.type.numel / weight.shape[0] / _UNPACKED_PER_SECOND if weight.packed else 0.0
+
+
+def _gemv_tile(width: int, weight: Operand) -> dict[str, Any]:
+    """Rows and columns at once: wide, but wasting at most an eighth of the last block."""
+    form = "packed" if weight.packed else "dense"
+    block = _WIDEST[form]
+    while block > 256 and triton.cdiv(width, block) * block > 1.125 * width:
+        block //= 2
+    return {"ROWS": min(16, _TILE[form] // block), "BLOCK": block}
+
+
+def _combined(have: _Experts) -> Call:
+    """The launch that adds every token's parts."""
+    residual, constants = _residual(have)
+    block = min(_COMBINED, triton.next_power_of_2(have.width))
+    return Call(
+        combine_kernel,
+        {"parts": Temp("parts"), "weights": Arg(1), **residual, "out": Result(0)},
+        (have.tokens, triton.cdiv(have.width, block), 1),
+        (Result(0),),
+        {**constants, "K": have.k, "WIDTH": have.width, "BLOCK": block},
+    )
+
+
+def few(request: Request) -> Chosen | Declined:
+    """Three launches: every choice's hidden columns, its part, and every token's sum of parts."""
+    have = _read(request)
+    if isinstance(have, Declined):
+        return have
+    gate_up, down = request.args[3:5]
+    dtype = request.args[0].type.dtype
+    weight, form = _memory(request, 3)
+    bias, no_bias = _bias(have, 5)
+    sizes = {"WIDTH": have.width, "INNER": have.inner}
+    tile = _gemv_tile(have.width, gate_up)
+    hidden = Call(
+        hidden_kernel,
+        {"x": Arg(0), "indices": Arg(2), **weight, **bias, "hidden": Temp("hidden")},
+        (have.choices, triton.cdiv(have.inner, tile["ROWS"]), 1),
+        (Temp("hidden"),),
+        {
+            **_activation(request.attrs),
+            **{**form, **no_bias, **tile, **sizes, "K": have.k, "STEP": have.step},
+        },
+    )
+    weight, form = _memory(request, 4)
+    bias, no_bias = _bias(have, 6)
+    tile = _gemv_tile(have.inner, down)
+    parts = Call(
+        part_kernel,
+        {
+            "hidden": Temp("hidden"),
+            "indices": Arg(2),
+            **weight,
+            **bias,
+            "parts": Temp("parts"),
+        },
+        (have.choices, triton.cdiv(have.width, tile["ROWS"]), 1),
+        (Temp("parts"),),
+        {**form, **no_bias, **tile, **sizes},
+    )
+    moved = have.choices * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
+    computed = have.choices * (_unpacking(gate_up) + _unpacking(down))
+    return Chosen(
+        (hidden, parts, _combined(have)),
+        max(moved, computed) + 3 * LAUNCH_SECONDS,
+        f"{have.choices} choices, each reads its expert",
+        {
+            "hidden": TensorType(dtype, (have.choices, have.inner)),
+            "parts": TensorType(dtype, (have.choices, have.width)),
+        },
+    )
+
+
+def many(request: Request) -> Chosen | Declined:
+    """Five launches: two sort the choices by expert, two multiply tiles of them, one sums."""
+    have = _read(request)
+    if isinstance(have, Declined):
+        return have
+    gate_up, down = request.args[3:5]
+    dtype = request.args[0].type.dtype
+    tokens = _tile_tokens(have)
+    # Each expert that is chosen at all has one tile that may not be full.
+    tiles = have.choices // tokens + min(have.count, have.choices)
+    numbers = {"choices": have.choices}
+    count = Call(
+        count_kernel,
+        {"indices": Arg(2), "counts": Temp("counts"), **numbers},
+        (have.count, 1, 1),
+        (Temp("counts"),),
+        {"CHUNK": _CHUNK},
+    )
+    sorted_ = (Temp("experts"), Temp("places"))
+    where: dict[str, Ref] = {"experts": sorted_[0], "places": sorted_[1]}
+    place = Call(
+        place_kernel,
+        {"indices": Arg(2), "counts": Temp("counts"), **where, **numbers, "tiles": tiles},
+        (have.count, 1, 1),
+        sorted_,
+        {
+            "COUNT": have.count,
+            "BINS": triton.next_power_of_2(have.count),
+            "TOKENS": tokens,
+            "CHUNK": _CHUNK,
+        },
+    )
+    # As much of K at once as 128 bytes of dense elements.
+    shape = {"TOKENS": tokens, "ROWS": 64, "BLOCK": 1024 // DTYPE_BITS[dtype]}
+    sizes = {"WIDTH": have.width, "INNER": have.inner}
+    warps = 8 if tokens > 64 else 4
+    stages = 3 if request.target.name.startswith("cuda") else 2
+    weight, form = _memory(request, 3)
+    bias, no_bias = _bias(have, 5)
+    hidden = Call(
+        hidden_tile_kernel,
+        {"x": Arg(0), **where, **weight, **bias, "hidden": Temp("hidden")},
+        (tiles, triton.cdiv(have.inner, shape["ROWS"]), 1),
+        (Temp("hidden"),),
+        {
+            **_activation(request.attrs),
+            **{**form, **no_bias, **shape, **sizes, "K": have.k, "STEP": have.step},
+        },
+        warps,
+        stages,
+    )
+    weight, form = _memory(request, 4)
+    bias, no_bias = _bias(have, 6)
+    parts = Call(
+        part_tile_kernel,
+        {"hidden": Temp("hidden"), **where, **weight, **bias, "parts": Temp("parts")},
+        (tiles, triton.cdiv(have.width, shape["ROWS"]), 1),
+        (Temp("parts"),),
+        {**form, **no_bias, **shape, **sizes},
+        warps,
+        stages,
+    )
+    return Chosen(
+        (count, place, hidden, parts, _combined(have)),
+        _seconds_of_tiles(request, have, tokens),
+        f"{have.choices} choices in tiles of {tokens}",
+        {
+            "counts": TensorType("i32", (have.count,)),
+            "experts": TensorType("i32", (tiles,)),
+            "places": TensorType("i32", (tiles, tokens)),
+            "hidden": TensorType(dtype, (have.choices, have.inner)),
+            "parts": TensorType(dtype, (have.choices, have.width)),
+        },
+    )
+
+
+def _tile_tokens(have: _Experts) -> int:
+    """Choices a tile: about as many as an expert has."""
+    return min(128, max(16, triton.next_power_of_2(have.choices // have.count)))
+
+
+def _seconds_of_tiles(request: Request, have: _Experts, tokens: int) -> float:
+    gate_up, down = request.args[3:5]
+    touched = _touched(have)
+    tiles = have.choices / tokens + touched / 2
+    read = touched * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
+    unpacked = tiles * (_unpacking(gate_up) + _unpacking(down))
+    elements = (gate_up.type.numel + down.type.numel) / have.count
+    multiplied = 2 * tiles * tokens * elements / _MULTIPLIED_PER_SECOND
+    # The sort reads all indices once an expert, in turns that have to wait for each other.
+    turns = 2 * triton.cdiv(have.choices, _CHUNK)
+    return max(read, unpacked, multiplied) + (5 + turns / 2) * LAUNCH_SECONDS
+
+
+TEMPLATES = {"experts": (few, many)}

@@ -1,0 +1,60 @@
+"""Rows of a weight times one vector, for kernels in which the weight is the traffic."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .mxfp4_decode import e2m1, e8m0
+
+
+@triton.jit
+def rows_times(
+    weight,
+    scales,
+    rows,
+    inside,
+    x,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """f32 [ROWS]: the rows `rows` (i64 [ROWS], where `inside`) of weight [..., WIDTH] times x.
+
+    `weight` points to numbers; or with GROUP to MXFP4 codes, and `scales` to their scales. BLOCK
+    columns are worked on at once; each is a sum of its own until the end, so the order of summation
+    depends on WIDTH and BLOCK alone. Loads are 16 bytes a thread where WIDTH lets them.
+    """
+    if GROUP == 0:
+        column = tl.arange(0, BLOCK)
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            at = start + column
+            value = tl.load(x + at, mask=at < WIDTH, other=0).to(tl.float32)
+            mask = inside[:, None] & (at < WIDTH)[None, :]
+            w = tl.load(weight + rows[:, None] * WIDTH + at[None, :], mask=mask, other=0)
+            total += w.to(tl.float32) * value[None, :]
+    else:
+        # A thread holds whole groups, so that their sums are its own. x is taken 2^64 times too
+        # large, so that products with codes, 2^126 times too small, stay normal numbers.
+        HALF: tl.constexpr = GROUP // 2
+        GROUPS: tl.constexpr = BLOCK // GROUP
+        byte = tl.arange(0, HALF)
+        both = tl.arange(0, GROUP)
+        total = tl.zeros([ROWS, GROUPS], tl.float32)
+        for start in range(0, WIDTH // GROUP, GROUPS):
+            group = start + tl.arange(0, GROUPS)
+            live = group < WIDTH // GROUP
+            mask = inside[:, None] & live[None, :]
+            at = rows[:, None, None] * (WIDTH // 2) + (group[:, None] * HALF + byte)[None, :, :]
+            code = tl.load(weight + at, mask=mask[:, :, None], other=0).to(tl.int32)
+            at = rows[:, None] * (WIDTH // GROUP) + group[None, :]
+            scale = e8m0(tl.load(scales + at, mask=mask, other=127))
+            value = tl.load(x + group[:, None] * GROUP + both, mask=live[:, None], other=0)
+            even, odd = tl.split(tl.reshape(value, (GROUPS, HALF, 2)))
+            even = even.to(tl.float32) * 18446744073709551616.0
+            odd = odd.to(tl.float32) * 18446744073709551616.0
+            part = e2m1(code) * even[None, :, :] + e2m1(code >> 4) * odd[None, :, :]
+            total += tl.sum(part, 2) * 4611686018427387904.0 * scale
+    return tl.sum(total, 1)
