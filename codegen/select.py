@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
+from . import pointwise
 from .templates import copy, rows
 
-_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (rows.TEMPLATES,)
+_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
+    pointwise.TEMPLATES,
+    copy.TEMPLATES,
+    rows.TEMPLATES,
+)
 # Arguments that their templates read in packed form: op name -> positions.
 PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {
     "linear": frozenset({1}),

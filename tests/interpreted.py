@@ -54,7 +54,8 @@ def _runner(source: KernelSource) -> Callable[..., None]:
 
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    """Kernels call kernels, and products take bf16, which the interpreter alone refuses."""
+    """Kernels call kernels, products take bf16, and f32 is rounded to it, not cut: none of which
+    the interpreter does by itself."""
     builder = interpreter.InterpreterBuilder
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +66,16 @@ def _interpreting() -> Iterator[None]:
     def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         return plain_dot(self, _wide(a), _wide(b), d, *rest)
 
+    plain_cast = builder.cast_impl
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            narrow = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.uint16)
+            return interpreter.TensorHandle(narrow.numpy(), tl.bfloat16)
+        return plain_cast(self, source, target)
+
     with (
+        patch.object(builder, "cast_impl", cast),
         patch.object(JITFunction, "__call__", call),
         patch.object(builder, "create_dot", dot),
         np.errstate(all="ignore"),
