@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
 from . import pointwise
-from .templates import copy, rows
+from .templates import copy, norms, rows
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     pointwise.TEMPLATES,
     copy.TEMPLATES,
+    norms.TEMPLATES,
     rows.TEMPLATES,
 )
 # Arguments that their templates read in packed form: op name -> positions.

@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from ingot.codegen.kernel_backend import KernelBackend
 from ingot.codegen.kernel_source import KernelSource
-from ingot.codegen.request import dense_strides
+from ingot.codegen.request import Call, Ref, dense_strides
 from ingot.compiler.torch_types import torch_dtype
 from ingot.runtime.program import Buffer, Entry, Kernel, Program, Slice
 from triton.runtime import interpreter
@@ -52,14 +52,36 @@ def _runner(source: KernelSource) -> Callable[..., None]:
     return run
 
 
+def run_call(call: Call, memory: Mapping[Ref, torch.Tensor]) -> None:
+    """One launch of a template, run over `memory`."""
+    function = interpreter.InterpretedFunction(call.function.fn)
+    given = {n: memory[a] if not isinstance(a, int | float) else a for n, a in call.args.items()}
+    with _interpreting():
+        function[call.grid](**given, **call.constants)
+
+
 @contextmanager
 def _interpreting() -> Iterator[None]:
     """Kernels call kernels, products take bf16, and f32 is rounded to it, not cut: none of which
     the interpreter does by itself."""
     builder = interpreter.InterpreterBuilder
 
+    plain_patch = interpreter._patch_lang  # pyright: ignore[reportPrivateUsage]
+    scopes: list[Any] = []
+
+    def patch_lang(function: Any) -> Any:
+        scopes.append(plain_patch(function))
+        return scopes[-1]
+
+    # The interpreter leaves tl.core patched where a kernel calls another: nothing could be built
+    # in this process afterwards.
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return interpreter.InterpretedFunction(self.fn)(*args, **kwargs)
+        outer = len(scopes)
+        try:
+            return interpreter.InterpretedFunction(self.fn)(*args, **kwargs)
+        finally:
+            while len(scopes) > outer:
+                scopes.pop().restore()
 
     plain_dot = builder.create_dot
 
@@ -75,6 +97,7 @@ def _interpreting() -> Iterator[None]:
         return plain_cast(self, source, target)
 
     with (
+        patch.object(interpreter, "_patch_lang", patch_lang),
         patch.object(builder, "cast_impl", cast),
         patch.object(JITFunction, "__call__", call),
         patch.object(builder, "create_dot", dot),
