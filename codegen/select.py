@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
 from . import pointwise
-from .templates import copy, norms, rope, rows
+from .templates import copy, norms, reductions, rope, rows
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     pointwise.TEMPLATES,
     copy.TEMPLATES,
     norms.TEMPLATES,
+    reductions.TEMPLATES,
     rope.TEMPLATES,
     rows.TEMPLATES,
 )
