@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from . import pointwise
 from .request import Chosen, Declined, Request, Template
-from .templates import attention, copy, experts, heads, linear, mla, rows
+from .templates import attention, copy, experts, heads, linear, mla, norms, reductions, rope, rows
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
+    pointwise.TEMPLATES,
     attention.TEMPLATES,
+    copy.TEMPLATES,
     experts.TEMPLATES,
     heads.TEMPLATES,
     linear.TEMPLATES,
     mla.TEMPLATES,
+    norms.TEMPLATES,
+    rope.TEMPLATES,
     rows.TEMPLATES,
+    reductions.TEMPLATES,
 )
 # Arguments that their templates read in packed form: op name -> positions.
 PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {

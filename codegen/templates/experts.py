@@ -171,7 +171,12 @@ def few(request: Request) -> Chosen | Declined:
         (Temp("hidden"),),
         {
             **_activation(request.attrs),
-            **{**form, **no_bias, **tile, **sizes, "K": have.k, "STEP": have.step},
+            **form,
+            **no_bias,
+            **tile,
+            **sizes,
+            "K": have.k,
+            "STEP": have.step,
         },
     )
     weight, form = _memory(request, 4)
@@ -249,7 +254,12 @@ def many(request: Request) -> Chosen | Declined:
         (Temp("hidden"),),
         {
             **_activation(request.attrs),
-            **{**form, **no_bias, **shape, **sizes, "K": have.k, "STEP": have.step},
+            **form,
+            **no_bias,
+            **shape,
+            **sizes,
+            "K": have.k,
+            "STEP": have.step,
         },
         warps,
         stages,

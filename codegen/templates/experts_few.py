@@ -47,9 +47,7 @@ def hidden_kernel(
         pair = tl.arange(0, 2 * ROWS)
         column = tl.program_id(1) * ROWS + pair // 2
         rows = expert * (2 * INNER) + (pair % 2) * INNER + column
-        h = rows_times(
-            weight, scales, rows, column < INNER, row, WIDTH, GROUP, 2 * ROWS, BLOCK
-        )
+        h = rows_times(weight, scales, rows, column < INNER, row, WIDTH, GROUP, 2 * ROWS, BLOCK)
         if bias is not None:
             h += tl.load(bias + rows, mask=column < INNER, other=0).to(tl.float32)
         h = h.to(hidden.dtype.element_ty).to(tl.float32)

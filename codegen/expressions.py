@@ -1,0 +1,208 @@
+"""Element-wise ops as Triton expressions: what one step of a generated kernel computes.
+
+Operands and results are values as they stand in registers: f16 and bf16 in f32, everything else in
+its own type. The generator rounds a step's result to its dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..compiler.ops.glu import CLAMPED
+from ..compiler.types import FLOATS, INTEGERS
+
+# The type in registers of each dtype that kernels know.
+HELD = {
+    "bool": "tl.int1",
+    "u8": "tl.uint8",
+    "i8": "tl.int8",
+    "i16": "tl.int16",
+    "i32": "tl.int32",
+    "i64": "tl.int64",
+    "f16": "tl.float32",
+    "bf16": "tl.float32",
+    "f32": "tl.float32",
+    "f64": "tl.float64",
+}
+NARROW = {"f16": "tl.float16", "bf16": "tl.bfloat16"}
+_BITS = {"u8": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64}
+
+
+@dataclass(frozen=True)
+class Typed:
+    """An operand of a step: its name in the text, its dtype, and its number if it is a literal."""
+
+    name: str
+    dtype: str
+    value: bool | int | float | None = None
+
+
+def number(value: bool | int | float, dtype: str) -> str:
+    """A literal as a block of the type that `dtype` has in registers."""
+    if dtype in FLOATS:
+        x = float(value)
+        shown = repr(x) if math.isfinite(x) else f'float("{x}")'
+    else:
+        shown = str(bool(value)) if dtype == "bool" else str(int(value))
+    return f"tl.full((BLOCK,), {shown}, {HELD[dtype]})"
+
+
+def rounded(text: str, dtype: str) -> str:
+    """`text`, a value in registers, rounded to `dtype` and back in registers."""
+    narrow = NARROW.get(dtype)
+    return f"({text}).to({narrow}).to(tl.float32)" if narrow else text
+
+
+def stored(name: str, dtype: str) -> str:
+    """The value in registers called `name` as it is written to memory."""
+    return f"{name}.to({NARROW[dtype]})" if dtype in NARROW else name
+
+
+_Expression = Callable[[Sequence[Typed], Mapping[str, Any]], str]
+
+
+def _pattern(text: str) -> _Expression:
+    """Operands stand in `text` as {0}, {1}, {2}."""
+    return lambda operands, attrs: text.format(*(o.name for o in operands))
+
+
+def _compared(sign: str) -> _Expression:
+    """A literal beside a narrow float is rounded to it before they are compared."""
+
+    def expression(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+        x, y = (rounded(o.name, o.dtype) if o.value is not None else o.name for o in operands)
+        return f"{x} {sign} {y}"
+
+    return expression
+
+
+def _by_kind(floats: str, integers: str, bools: str = "") -> _Expression:
+    def expression(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+        dtype = operands[0].dtype
+        text = floats if dtype in FLOATS else integers if dtype in INTEGERS else bools
+        return text.format(*(o.name for o in operands))
+
+    return expression
+
+
+def _correct(f32: str, f64: str) -> _Expression:
+    """Correctly rounded: Triton's plain division and root of f32 are approximations."""
+
+    def expression(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+        text = f64 if operands[0].dtype == "f64" else f32
+        return text.format(*(o.name for o in operands))
+
+    return expression
+
+
+def _clamp(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+    x = operands[0]
+    low, high = number(attrs["min"], x.dtype), number(attrs["max"], x.dtype)
+    return f"tl.where({x.name} < {low}, {low}, tl.where({x.name} > {high}, {high}, {x.name}))"
+
+
+def _cast(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+    x, dtype = operands[0], attrs["dtype"]
+    return f"{x.name} != 0" if dtype == "bool" else f"{x.name}.to({HELD[dtype]})"
+
+
+def _power(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+    """Small whole powers are products, as in torch."""
+    x, y = operands
+    if x.dtype in INTEGERS:
+        signed = x.dtype != "u8"
+        return f"integer_power({x.name}, {y.name}, {_BITS[x.dtype]}, {signed})"
+    products = {1: x.name, 2: f"{x.name} * {x.name}", 3: f"{x.name} * {x.name} * {x.name}"}
+    if y.value is not None and y.value in products:
+        return products[y.value]
+    return f"float_power({x.name}, {y.name})"
+
+
+_ROOT_HALF, _ROOT_2_PI = math.sqrt(0.5), math.sqrt(2 / math.pi)
+_GELU = f"0.5 * {{0}} * (1 + tl.erf({{0}} * {_ROOT_HALF!r}))"
+_GELU_TANH = (
+    f"0.5 * {{0}} * (1 + tanh({_ROOT_2_PI!r} * ({{0}} + 0.044715 * {{0}} * {{0}} * {{0}})))"
+)
+_RELU = "tl.where({0} < 0, 0.0, {0})"
+_ACTIVATIONS = {
+    "silu": "{0} / (1 + tl.exp(-{0}))",
+    "sigmoid": "1 / (1 + tl.exp(-{0}))",
+    "relu": _RELU,
+    "tanh": "tanh({0})",
+    "gelu": _GELU,
+    "gelu_tanh": _GELU_TANH,
+}
+
+
+def _glu(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+    gate, up = (o.name for o in operands)
+    if attrs["activation"] != CLAMPED:
+        return f"({_ACTIVATIONS[attrs['activation']].format(gate)}) * {up}"
+    alpha, limit = (float(attrs[name]) for name in ("alpha", "limit"))
+    g = f"tl.where({gate} > {limit!r}, {limit!r}, {gate})"
+    low = f"tl.where({up} < -{limit!r}, -{limit!r}, {up})"
+    u = f"tl.where({up} > {limit!r}, {limit!r}, {low})"
+    return f"{g} / (1 + tl.exp(-{alpha!r} * {g})) * ({u} + 1)"
+
+
+def _gelu(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+    text = _GELU_TANH if attrs["approximate"] == "tanh" else _GELU
+    return text.format(operands[0].name)
+
+
+# `index` is the place in the region's row-major order.
+def _arange(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+    wide = "tl.int64" if attrs["dtype"] in INTEGERS else "tl.float64"
+    start, step = attrs["start"], attrs["step"]
+    return f"(index.to({wide}) * {step} + {start}).to({HELD[attrs['dtype']]})"
+
+
+def _full(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+    return number(attrs["value"], attrs["dtype"])
+
+
+# NaN wins in maximum and minimum, as in torch.
+EXPRESSIONS: Mapping[str, _Expression] = {
+    "neg": _pattern("-{0}"),
+    "abs": _pattern("tl.abs({0})"),
+    "exp": _pattern("tl.exp({0})"),
+    "log": _pattern("tl.log({0})"),
+    "sqrt": _correct("tl.sqrt_rn({0})", "tl.sqrt({0})"),
+    "rsqrt": _pattern("tl.rsqrt({0})"),
+    "sin": _pattern("tl.sin({0})"),
+    "cos": _pattern("tl.cos({0})"),
+    "tanh": _pattern(_ACTIVATIONS["tanh"]),
+    "sigmoid": _pattern(_ACTIVATIONS["sigmoid"]),
+    "silu": _pattern(_ACTIVATIONS["silu"]),
+    "relu": _pattern(_RELU),
+    "gelu": _gelu,
+    "clamp": _clamp,
+    "cast": _cast,
+    "logical_not": _pattern("{0} == 0"),
+    "add": _by_kind("{0} + {1}", "{0} + {1}", "{0} | {1}"),
+    "sub": _pattern("{0} - {1}"),
+    "mul": _by_kind("{0} * {1}", "{0} * {1}", "{0} & {1}"),
+    "div": _correct("tl.div_rn({0}, {1})", "{0} / {1}"),
+    "pow": _power,
+    "maximum": _by_kind(
+        "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})", "tl.where({0} > {1}, {0}, {1})"
+    ),
+    "minimum": _by_kind(
+        "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})", "tl.where({0} < {1}, {0}, {1})"
+    ),
+    "lt": _compared("<"),
+    "le": _compared("<="),
+    "gt": _compared(">"),
+    "ge": _compared(">="),
+    "eq": _compared("=="),
+    "ne": _compared("!="),
+    "logical_and": _pattern("{0} & {1}"),
+    "logical_or": _pattern("{0} | {1}"),
+    "where": _pattern("tl.where({0}, {1}, {2})"),
+    "glu": _glu,
+    "arange": _arange,
+    "full": _full,
+}
