@@ -242,11 +242,13 @@ def test_weight_on_the_device_is_used_in_place(gpu: FakeGpu) -> None:
     program = sum_program(gpu.vendor)
     gpu.load(program, WEIGHTS).close()
     address = next(ran for ran in gpu.take_launches() if ran["node"] == 0)["params"][2]
-    allocated = gpu.calls("allocate")
+    allocated, waited = gpu.calls("allocate"), gpu.calls("synchronize")
     with pytest.raises(DeviceError, match="illegal memory access"):
         gpu.load(program, {"w": TensorOnGpu(address)})
     assert gpu.take_launches()[-1]["params"][2] == address
     assert gpu.calls("allocate") - allocated == 3  # the probe, the arena, the state
+    # What torch's streams still do to the weight has been waited for.
+    assert gpu.calls("synchronize") == waited + 1
     gpu.reset()
 
 
@@ -541,6 +543,15 @@ def test_failed_load_leaves_nothing(gpu: FakeGpu, role: str, nth: int) -> None:
         gpu.load(program, WEIGHTS)
 
 
+@pytest.mark.parametrize(("role", "nth"), [("to_host", 2), ("to_device", 3), ("instantiate", 1)])
+def test_first_of_many_errors_is_told(gpu: FakeGpu, role: str, nth: int) -> None:
+    """After a sticky error everything fails, also giving back: the cause is what is raised."""
+    name = gpu.fail(role, 700, nth)
+    with pytest.raises(DeviceError, match=f"^{name} failed with 700 "):
+        gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    gpu.reset()
+
+
 def test_out_of_memory_says_for_what(gpu: FakeGpu) -> None:
     gpu.fail("allocate", 2, 2)
     with pytest.raises(DeviceError) as caught:
@@ -571,9 +582,11 @@ def test_weight_loader_that_fails(gpu: FakeGpu) -> None:
 # ---- the self-test
 
 
-def test_copies_that_change_bytes(gpu: FakeGpu) -> None:
-    gpu.corrupt_copies(True)
-    with pytest.raises(SelfTestError, match="of 65536 bytes written to the device 1 came back"):
+@pytest.mark.parametrize(("lost", "count"), [(False, "1"), (True, "65536")])
+def test_copies_that_go_wrong(gpu: FakeGpu, lost: bool, count: str) -> None:
+    gpu.corrupt_copies(lost=lost)
+    message = f"of 65536 bytes written to the device {count} came back changed"
+    with pytest.raises(SelfTestError, match=message):
         gpu.load(sum_program(gpu.vendor), WEIGHTS)
 
 
@@ -621,12 +634,12 @@ def test_interrupted_run_is_waited_for(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
 
 
 def programmatic(vendor: Any, *names: str) -> Program:
-    """sum_program, its `add` programmatic; `out` by a kernel that is not."""
+    """sum_program, its `add` programmatic; s and out by a kernel that is not."""
     program = sum_program(vendor)
     plain = replace(program.kernels["add"], id="plain")
     program = changed_kernel(program, programmatic=True)
     program = replace(program, kernels={**program.kernels, "plain": plain})
-    return with_launch(program, 3, kernel="plain")
+    return with_launch(with_launch(program, 0, kernel="plain"), 3, kernel="plain")
 
 
 def test_programmatic_edges(built: dict[str, FakeGpu]) -> None:
@@ -636,7 +649,7 @@ def test_programmatic_edges(built: dict[str, FakeGpu]) -> None:
     gpu.take_launches()
     executable.run("only", {"x": X})
     after = {launch["node"]: launch["after"] for launch in gpu.take_launches()}
-    assert after == {0: [], 1: [], 2: [[0, 1], [1, 1]], 3: [[2, 0]], 4: []}
+    assert after == {0: [], 1: [], 2: [[0, 0], [1, 1]], 3: [[2, 0]], 4: []}
     # Only the node with such edges needs the newer call.
     calls = {
         name: gpu.calls_by_name(name) for name in ("cuGraphAddNode_v2", "cuGraphAddKernelNode_v2")
