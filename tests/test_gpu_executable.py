@@ -79,6 +79,13 @@ def test_load_run_close(gpu: FakeGpu) -> None:
         executable.run("only", {"x": X})
 
 
+def test_what_nobody_closed_comes_back(gpu: FakeGpu) -> None:
+    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    assert len(gpu.outstanding) > 0
+    del executable
+    assert gpu.outstanding == []
+
+
 def test_results_are_copies(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
     first = executable.run("only", {"x": X})
