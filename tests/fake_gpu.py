@@ -248,3 +248,17 @@ def with_launch(program: Program, index: int, **changes: Any) -> Program:
     launches = list(entry.launches)
     launches[index] = replace(launches[index], **changes)
     return replace(program, entries=(replace(entry, launches=tuple(launches)), *others))
+
+
+def changed_kernel(program: Program, **changes: Any) -> Program:
+    """The program with another kernel `add`."""
+    return replace(
+        program, kernels={**program.kernels, "add": replace(program.kernels["add"], **changes)}
+    )
+
+
+def with_arg(program: Program, place: int, value: Any) -> Program:
+    """The program, whose first launch takes `value` at `place`."""
+    values = list(program.entries[0].launches[0].args)
+    values[place] = value
+    return with_launch(program, 0, args=tuple(values))
