@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,7 +23,7 @@ from .gpu_memory import (
     upload_weights,
 )
 from .host_arrays import Bytes, host_array, memory_view, to_array
-from .program import Entry, Program, Slice
+from .program import Buffer, Entry, Program, Slice
 from .staging import Layout, lay_out
 
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
@@ -57,11 +57,12 @@ class GpuExecutable:
         self._plans: dict[str, _Plan] = {}
         self._failure: DeviceError | None = None
         self._busy = False
-        self._open = True
+        self._open = False
         self._owned = ExitStack()
         self._memory = GpuMemory()
         self._stream = 0
         api.open()
+        self._open = True
         try:
             with self._device():
                 self._load(program, weights)
@@ -136,6 +137,12 @@ class GpuExecutable:
         finally:
             self._memory = GpuMemory()
 
+    def __del__(self) -> None:
+        """Memory comes back too when nobody closed: a device's is not this process's alone."""
+        if getattr(self, "_open", False):
+            with suppress(DeviceError):  # nobody is there to be told
+                self.close()
+
     # ---- loading
 
     def _load(self, program: Program, weights: WeightLoader) -> None:
@@ -179,6 +186,7 @@ class GpuExecutable:
     def _build_graph(self, entry: Entry, functions: Mapping[str, int]) -> int:
         """An executable graph with one node a launch and one edge a dependency."""
         api = self._api
+        known = {**self._program.buffers, **{buffer.name: buffer for buffer in entry.buffers}}
         before: list[list[int]] = [[] for _ in entry.launches]
         for earlier, later in entry.dependencies:
             before[later].append(earlier)
@@ -188,7 +196,7 @@ class GpuExecutable:
             nodes: list[KernelNode] = []
             made: list[int] = []
             for index in range(len(entry.launches)):
-                node = self._node(entry, index, functions)
+                node = self._node(entry, index, functions, known)
                 edges = [
                     Edge(made[i], nodes[i].programmatic and node.programmatic)
                     for i in before[index]
@@ -197,10 +205,15 @@ class GpuExecutable:
                 nodes.append(node)
             return api.instantiate(graph, self._stream)
 
-    def _node(self, entry: Entry, index: int, functions: Mapping[str, int]) -> KernelNode:
+    def _node(
+        self,
+        entry: Entry,
+        index: int,
+        functions: Mapping[str, int],
+        known: Mapping[str, Buffer],
+    ) -> KernelNode:
         launch = entry.launches[index]
         kernel = self._program.kernels[launch.kernel]
-        local = {buffer.name: buffer for buffer in entry.buffers}
         where = place_of(entry, index)
         params: list[Any] = []
         for number, (argument, value) in enumerate(zip(kernel.args, launch.args, strict=True)):
@@ -208,8 +221,7 @@ class GpuExecutable:
             if not isinstance(value, Slice):
                 params.append(_NUMBERS[argument.kind](check_number(at, argument, value)))
                 continue
-            buffer = local.get(value.buffer) or self._program.buffers[value.buffer]
-            address = self._memory.address_of(buffer) + value.offset
+            address = self._memory.address_of(known[value.buffer]) + value.offset
             check_multiple(f"{at}, the address of {value.buffer}", argument, address)
             params.append(ctypes.c_void_p(address))
         # Triton's kernels take two more pointers, to scratch that ours do not use.

@@ -52,8 +52,7 @@ def lay_out(buffers: Iterable[Buffer]) -> Layout:
         last = copies[-1] if copies else None
         if last and offset - (last.offset + last.nbytes) <= MAX_GAP:
             at = last.at + offset - last.offset
-            reach = max(last.nbytes, offset + buffer.nbytes - last.offset)
-            copies[-1] = Copy(last.offset, last.at, reach)
+            copies[-1] = Copy(last.offset, last.at, offset + buffer.nbytes - last.offset)
         else:
             at = -(-end // MAX_GAP) * MAX_GAP + offset % MAX_GAP
             copies.append(Copy(offset, at, buffer.nbytes))

@@ -13,6 +13,8 @@
 
 enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 101 };
 enum { BAD_IMAGE = 200, BAD_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
+/* How copies to the host go wrong when the test asks for it: fake_corrupt_copies. */
+enum { CHANGE_BYTES = 1, LOSE_COPIES = 2 };
 #define DEVICES 2
 #define MAX_PARAMS 8
 #define MAX_EDGES 16
@@ -331,8 +333,10 @@ static int drain(void) {
         Op *op = &queue[i];
         int code = OK;
         if (op->kind == FILL) memset(op->to, op->byte, op->size);
-        if (op->kind == TO_DEVICE || op->kind == TO_HOST) memcpy(op->to, op->from, op->size);
-        if (op->kind == TO_HOST && fake.corrupt) *(char *)op->to ^= 1;
+        int lost = op->kind == TO_HOST && fake.corrupt == LOSE_COPIES;
+        if ((op->kind == TO_DEVICE || op->kind == TO_HOST) && !lost)
+            memcpy(op->to, op->from, op->size);
+        if (op->kind == TO_HOST && fake.corrupt == CHANGE_BYTES) *(char *)op->to ^= 1;
         if (op->kind == LAUNCH) fake.clock += 0.25, code = run_graph(op->object);
         if (op->kind == RECORD) op->object->reached = 1, op->object->time = fake.clock;
         if (code) return queued = 0, fake.sticky = code;
@@ -422,7 +426,7 @@ static int get_function(const char *call, const void *handle, const char *name, 
 
 void fake_reset(const char *arch, int expected_device);
 void fake_fail(const char *call, int from_now, int code);
-void fake_corrupt_copies(int on);
+void fake_corrupt_copies(int how);
 int fake_current_device(void);
 int fake_calls(const char *name);
 const char *fake_log(void);
@@ -444,7 +448,7 @@ void fake_fail(const char *call, int from_now, int code) {
     snprintf(fake.fail_call, sizeof fake.fail_call, "%s", call);
     fake.fail_at = calls[i].count + from_now, fake.fail_code = code;
 }
-void fake_corrupt_copies(int on) { fake.corrupt = on; }
+void fake_corrupt_copies(int how) { fake.corrupt = how; }
 int fake_current_device(void) { return current_device; }
 int fake_calls(const char *name) {
     size_t i = 0;

@@ -47,6 +47,7 @@ HIP = Vendor(
     64,
     {
         "allocate": "hipMalloc",
+        "synchronize": "hipDeviceSynchronize",
         "launch": "hipGraphLaunch",
         "wait": "hipStreamSynchronize",
         "to_device": "hipMemcpyHtoDAsync",
@@ -65,6 +66,7 @@ CUDA = Vendor(
     32,
     {
         "allocate": "cuMemAlloc_v2",
+        "synchronize": "cuCtxSynchronize",
         "launch": "cuGraphLaunch",
         "wait": "cuStreamSynchronize",
         "to_device": "cuMemcpyHtoDAsync_v2",
@@ -118,11 +120,12 @@ class FakeGpu:
         self._library.fake_fail(name.encode(), from_now, code)
         return name
 
-    def corrupt_copies(self, on: bool) -> None:
-        self._library.fake_corrupt_copies(on)
+    def corrupt_copies(self, *, lost: bool) -> None:
+        """Copies to the host change a byte from now on, or never happen."""
+        self._library.fake_corrupt_copies(2 if lost else 1)
 
     def calls(self, role: str) -> int:
-        return self._library.fake_calls(self.vendor.functions.get(role, role).encode())
+        return self.calls_by_name(self.vendor.functions[role])
 
     def calls_by_name(self, name: str) -> int:
         return self._library.fake_calls(name.encode())
@@ -245,3 +248,17 @@ def with_launch(program: Program, index: int, **changes: Any) -> Program:
     launches = list(entry.launches)
     launches[index] = replace(launches[index], **changes)
     return replace(program, entries=(replace(entry, launches=tuple(launches)), *others))
+
+
+def changed_kernel(program: Program, **changes: Any) -> Program:
+    """The program with another kernel `add`."""
+    return replace(
+        program, kernels={**program.kernels, "add": replace(program.kernels["add"], **changes)}
+    )
+
+
+def with_arg(program: Program, place: int, value: Any) -> Program:
+    """The program, whose first launch takes `value` at `place`."""
+    values = list(program.entries[0].launches[0].args)
+    values[place] = value
+    return with_launch(program, 0, args=tuple(values))
