@@ -20,6 +20,7 @@ from ..compiler.ir import Graph, Node, Value, show_attr, walk
 from ..compiler.ops.collective import Communicator
 from ..compiler.ops.leaf import constant, literal, param
 from ..compiler.ops.shape import slice_, view
+from ..compiler.rewrite import rebuild
 from ..compiler.target import Target
 from ..compiler.types import TensorType, bind_attr
 from ..compiler.weights import Bounds, Weights
@@ -101,6 +102,18 @@ def _folded(graph: Graph, constant_nodes: set[Node]) -> dict[Value, str]:
             plain = value.op is constant
             names[value] = f"@{value.attrs['name']}" if plain else f"@folded.{len(names)}"
     return names
+
+
+def folded_graph(graph: Graph) -> Graph:
+    """`graph` with all that depends on weights alone as weights, named as the buffers of `lower`.
+
+    Lowered, it gives the same program, whose buffers' content is then no more computed but stored.
+    """
+    swap: dict[Value, Value] = {}
+    for value, name in _folded(graph, graph.constants()).items():
+        if value.op is not constant:
+            swap[value] = constant(name=name.removeprefix("@"), type=value.type)
+    return rebuild(graph, swap)
 
 
 def evaluate_constant(

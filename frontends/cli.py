@@ -77,7 +77,7 @@ def _is_usage(error: Exception) -> bool:
         return True
     from ..codegen.lower import UnsupportedTarget
     from .model import NotYetError
-    from .safetensors_files import SourceError
+    from .source_error import SourceError
 
     usage = ValueError | NotYetError | UnsupportedTarget
     return isinstance(error, usage) and not isinstance(error, SourceError)

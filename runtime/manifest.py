@@ -66,7 +66,7 @@ class EntryFact:
 class Manifest:
     """Everything about an ingot but the content of its files.
 
-    `symbols` has the first and last value of each symbol; `meta` is that of the program;
+    `made_with` names the compiler's torch; `symbols` has the first and last value of each symbol; `meta` is that of the program;
     `stop_tokens` end a completion; `generation` has the numbers by which the model's makers sample
     (temperature, top_k, ...), for whoever wants them: nothing applies them unasked.
     """
@@ -74,7 +74,7 @@ class Manifest:
     target: str
     model_type: str
     dtype: str
-    made_by: str
+    made_with: str
     symbols: Mapping[str, tuple[int, int]]
     entries: tuple[EntryFact, ...]
     meta: Mapping[str, int]
@@ -87,7 +87,7 @@ class Manifest:
         data = {
             "format": FORMAT,
             "version": VERSION,
-            "made_by": self.made_by,
+            "made_with": self.made_with,
             "target": self.target,
             "model_type": self.model_type,
             "dtype": self.dtype,
@@ -112,7 +112,7 @@ def read_manifest(data: bytes | memoryview) -> Manifest:
     given = mapping(read_json(data, where, _MAX_BYTES), where, 64)
     one_of(given.get("format"), f"{where}: format", [FORMAT])
     one_of(given.get("version"), f"{where}: version", [VERSION])
-    names = ["format", "version", "made_by", "target", "model_type", "dtype", "symbols"]
+    names = ["format", "version", "made_with", "target", "model_type", "dtype", "symbols"]
     names += ["entries", "meta", "stop_tokens", "generation", "files"]
     found = fields(given, where, names)
     symbols = mapping(found["symbols"], f"{where}: symbols", 16)
@@ -130,7 +130,7 @@ def read_manifest(data: bytes | memoryview) -> Manifest:
         target=text(found["target"], f"{where}: target", r"[a-z]+(:\w+)?"),
         model_type=text(found["model_type"], f"{where}: model_type", _NAME),
         dtype=text(found["dtype"], f"{where}: dtype", r"\w+"),
-        made_by=text(found["made_by"], f"{where}: made_by"),
+        made_with=text(found["made_with"], f"{where}: made_with"),
         symbols={_symbol(n, where): _ends(v, f"{where}: symbols") for n, v in symbols.items()},
         entries=each(entries, f"{where}: entries", _entry),
         meta=_meta(found["meta"]),
