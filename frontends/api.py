@@ -31,7 +31,7 @@ from .calibration import calibrated, token_sequences
 from .completion import Completion, TextEvent
 from .drivers import driver_for
 from .loading import IngotError, LoadedModel, load
-from .model import Exported, Model, NotYetError, Report, entry_sizes
+from .model import Model, NotYetError, Report, WrittenIngot, entry_sizes
 from .module import CompiledModule, ModuleReport
 from .progress import Progress
 from .tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def compile_to(
     passes: Sequence[Pass] | None = None,
     verify: bool = False,
     progress: bool = True,
-) -> Exported:
+) -> WrittenIngot:
     """Compile a language model into an ingot at `path`, without running it.
 
     The device of `target` need not be there, and of the weights one at a time is in memory. Options
@@ -166,7 +166,7 @@ def compile_to(
             manifest = export(
                 lowered.exportable, path, overwrite=overwrite, written=lambda _: bar.advance()
             )
-    return Exported(Path(path), manifest, lowered.graphs, lowered.report())
+    return WrittenIngot(Path(path), manifest, lowered.graphs, lowered.report())
 
 
 class _Stages:
@@ -469,11 +469,11 @@ __all__ = [
     "MXFP4",
     "CompiledModule",
     "Completion",
-    "Exported",
     "IngotError",
     "LoadedModel",
     "Model",
     "TextEvent",
+    "WrittenIngot",
     "compile",
     "compile_to",
     "load",

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from .completion import TextEvent
-    from .model import Model
+    from .text_model import TextModel
 
 
 class UsageError(Exception):
@@ -42,7 +42,7 @@ def read_stdin() -> str:
     return text
 
 
-def chat_ids(model: Model, said: str, system: str | None) -> list[int]:
+def chat_ids(model: TextModel, said: str, system: str | None) -> list[int]:
     """The tokens of a chat's first turn; the template writes the special tokens itself."""
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
@@ -55,8 +55,8 @@ def chat_ids(model: Model, said: str, system: str | None) -> list[int]:
     return tokenizer.encode(text, special_tokens=False)
 
 
-def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: str | None) -> None:
-    """Print text as it comes and the figures at the end."""
+def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: str | None) -> str:
+    """Print text as it comes and the figures at the end; gives the text."""
     start = perf_counter()
     times: list[float] = []
     pieces: list[str] = []
@@ -89,6 +89,7 @@ def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: st
         typer.secho(_figures_line(figures, reason), dim=True, err=True)
     if reason == "error":
         raise RuntimeError(message)
+    return "".join(pieces)
 
 
 def _figures_line(figures: dict[str, Any], reason: str) -> str:

@@ -99,7 +99,7 @@ class Model(TextModel):
 
 
 @dataclass(frozen=True)
-class Exported:
+class WrittenIngot:
     """An ingot that was written, and what the compiler did."""
 
     path: Path
@@ -122,4 +122,4 @@ class NotYetError(NotImplementedError):
     """Something that this version does not do; says what does."""
 
 
-__all__ = ["Exported", "Model", "NotYetError", "Report", "entry_sizes"]
+__all__ = ["Model", "NotYetError", "Report", "WrittenIngot", "entry_sizes"]

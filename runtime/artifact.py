@@ -73,12 +73,8 @@ class Artifact:
         files = self.manifest.files
         return {name: fact for name, fact in files.items() if name.startswith("weights/")}
 
-    def weights(self, buffers: Mapping[str, Buffer]) -> WeightLoader:
-        """Map and prove every shard; gives the arrays of the weights among `buffers` by name.
-
-        IngotError unless the shards hold just those, of their dtypes and shapes. Dtypes that numpy
-        lacks are held as the integers of their bits. Arrays keep their mapping open.
-        """
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Map and prove every shard; what they hold, by name."""
         with _naming(self.path), open_files(self.path) as files:
             mapped = {name: files.map(name) for name in self.weight_files}
             with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
@@ -94,6 +90,16 @@ class Artifact:
                 if twice := tensors.keys() & found.keys():
                     raise IngotError(f"{name}: expected each weight once, found {min(twice)} again")
                 tensors.update(found)
+        return tensors
+
+    def weights(self, buffers: Mapping[str, Buffer]) -> WeightLoader:
+        """Map and prove every shard; gives the arrays of the weights among `buffers` by name.
+
+        IngotError unless the shards hold just those, of their dtypes and shapes. Dtypes that numpy
+        lacks are held as the integers of their bits. Arrays keep their mapping open.
+        """
+        tensors = self.tensors()
+        with _naming(self.path):
             _check_weights(tensors, buffers)
         return lambda name: tensors[name].array()
 

@@ -66,9 +66,10 @@ class EntryFact:
 class Manifest:
     """Everything about an ingot but the content of its files.
 
-    `made_with` names the compiler's torch; `symbols` has the first and last value of each symbol; `meta` is that of the program;
-    `stop_tokens` end a completion; `generation` has the numbers by which the model's makers sample
-    (temperature, top_k, ...), for whoever wants them: nothing applies them unasked.
+    `made_with` names the compiler's torch; `symbols` has the first and last value of each symbol;
+    `meta` is that of the program; `stop_tokens` end a completion; `generation` has the numbers by
+    which the model's makers sample (temperature, top_k, ...), for whoever wants them: nothing
+    applies them unasked.
     """
 
     target: str
