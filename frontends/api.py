@@ -25,6 +25,7 @@ from ..passes.pipelines import causal_lm, module
 from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
+from ..runtime.ingot_writer import check_free
 from ..runtime.session import Session
 from .aot import Exportable, export
 from .calibration import calibrated, token_sequences
@@ -144,6 +145,7 @@ def compile_to(
     and errors are those of `compile`, and those of `export` in `aot`.
     """
     chosen, packing = _target(target), _quantization(quantize)
+    check_free(Path(path), overwrite)  # told before the minutes that compiling takes
     _check_options(None, 1, max_sequences, max_tokens_per_sequence)
     if _is_module(source):
         raise NotYetError("an ingot holds a language model; a module is compiled where it runs")

@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..runtime.strict_json import IngotError
-from .cli_ingot import check_options, is_ingot
-from .cli_run import UsageError, chat_ids, parse_ids, print_json, read_stdin, stream
+from .cli_run import (
+    UsageError,
+    chat_ids,
+    check_options,
+    is_ingot,
+    parse_ids,
+    print_json,
+    read_stdin,
+    stream,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console

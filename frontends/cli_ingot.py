@@ -1,34 +1,17 @@
-"""What the command line does with ingots: telling them from directories, and `ingot inspect`."""
+"""`ingot inspect` of an ingot: what it holds, for people and as JSON."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from ..runtime.artifact import Artifact
-from ..runtime.manifest import MANIFEST
-from .cli_run import UsageError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-def is_ingot(path: Path) -> bool:
-    """A file, or a directory with a manifest: what is not a Hugging Face directory."""
-    return path.is_file() or (path / MANIFEST).is_file()
-
-
-def check_options(path: Path, given: Mapping[str, tuple[Any, Any]]) -> None:
-    """UsageError for an option, name -> (value, default), that an ingot was compiled with."""
-    for name, (value, default) in given.items():
-        if value != default:
-            raise UsageError(
-                f"--{name.replace('_', '-')}: {path} is compiled already; compile the model anew "
-                "to change it"
-            )
+from .cli_report import table
+from .inspect_view import show_bytes
 
 
 def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
@@ -74,8 +57,6 @@ def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
 
 def ingot_lines(data: Mapping[str, Any]) -> list[str]:
     """The ingot in a few lines."""
-    from .inspect_view import show_bytes
-
     sizes = [f"{name} {show_bytes(size)}" for name, size in sorted(data["bytes"].items())]
     meta = data["meta"]
     lines = [
@@ -94,9 +75,6 @@ def ingot_lines(data: Mapping[str, Any]) -> list[str]:
 
 def ingot_tables(data: Mapping[str, Any]) -> Iterable[Table]:
     """Entries; kernels and weights where there are any to show."""
-    from .cli_report import table
-    from .inspect_view import show_bytes
-
     entries = [[e["name"], str(e["launches"])] for e in data["entries"]]
     yield table("Entries", ["entry", "launches"], entries, right=(1,))
     if data["kernels"]:
@@ -114,4 +92,4 @@ def ingot_tables(data: Mapping[str, Any]) -> Iterable[Table]:
         yield table("Weights, as proved", ["weight", "dtype", "shape", "size"], rows, right=(3,))
 
 
-__all__ = ["check_options", "ingot_data", "ingot_lines", "ingot_tables", "is_ingot"]
+__all__ = ["ingot_data", "ingot_lines", "ingot_tables"]

@@ -1,14 +1,17 @@
-"""`ingot run`: where the prompt comes from, and text as it comes out."""
+"""`ingot run`: what is run, where the prompt comes from, and text as it comes out."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from ..runtime.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from .completion import TextEvent
@@ -17,6 +20,21 @@ if TYPE_CHECKING:
 
 class UsageError(Exception):
     """Options that are wrong or do not go together."""
+
+
+def is_ingot(path: Path) -> bool:
+    """A file, or a directory with a manifest: what is not a Hugging Face directory."""
+    return path.is_file() or (path / MANIFEST).is_file()
+
+
+def check_options(path: Path, given: Mapping[str, tuple[Any, Any]]) -> None:
+    """UsageError for an option, name -> (value, default), that an ingot was compiled with."""
+    for name, (value, default) in given.items():
+        if value != default:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: {path} is compiled already; compile the model anew "
+                "to change it"
+            )
 
 
 def print_json(data: Any) -> None:

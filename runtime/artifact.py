@@ -88,7 +88,9 @@ class Artifact:
             for name, data in mapped.items():
                 found = read_tensors(data, name)
                 if twice := tensors.keys() & found.keys():
-                    raise IngotError(f"{name}: expected each weight once, found {min(twice)} again")
+                    raise IngotError(
+                        f"{name}: expected each weight once, found {shown(min(twice))}"
+                    )
                 tensors.update(found)
         return tensors
 

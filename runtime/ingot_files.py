@@ -19,6 +19,7 @@ from .manifest import FOLDERS, MAX_FILES, is_file_name
 from .stored_zip import Member, read_members
 from .strict_json import IngotError
 
+UNFINISHED = ".partial"  # what the name ends with while an ingot is being written
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # A FIFO must not be waited for: it is opened only to be seen and refused.
 _READ_FILE = _READ | os.O_NONBLOCK
@@ -40,11 +41,16 @@ class Files(Protocol):
 
 @contextmanager
 def open_files(path: Path) -> Generator[Files]:
-    """The files of the ingot at `path`. IngotError for what is neither a directory nor a zip."""
+    """The files of the ingot at `path`. IngotError for what is neither a directory nor a zip.
+
+    What lies where a writer builds is not finished, however whole it may look.
+    """
+    if path.name.endswith(UNFINISHED):
+        raise IngotError(f"expected an ingot, found the beginning of one (*{UNFINISHED})")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise IngotError(f"{path}: expected an ingot, found {error.strerror}") from error
+        raise IngotError(f"expected an ingot, found {error.strerror}") from error
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -52,7 +58,7 @@ def open_files(path: Path) -> Generator[Files]:
         elif stat.S_ISREG(mode):
             yield _Zip(descriptor)
         else:
-            raise IngotError(f"{path}: expected a directory or a file, found neither")
+            raise IngotError("expected a directory or a file, found neither")
     finally:
         os.close(descriptor)
 
@@ -160,4 +166,4 @@ def _mapped(descriptor: int) -> mmap.mmap:
     return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
 
 
-__all__ = ["Files", "open_files"]
+__all__ = ["UNFINISHED", "Files", "open_files"]

@@ -1,7 +1,7 @@
 """Writing an ingot so that it is there whole or not at all.
 
-Everything goes into a hidden place beside the path, the manifest last; that is renamed when all of
-it is on the disk. What is left there when the process is killed is no ingot: it has no manifest.
+Everything goes into a hidden place beside the path, which is renamed when all of it is on the disk.
+What is left there when the process is killed is not taken for an ingot.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from .artifact import read_ingot_manifest
+from .ingot_files import UNFINISHED
 from .manifest import MANIFEST, FileFact, Manifest, is_file_name
 from .strict_json import IngotError
 
@@ -42,8 +43,9 @@ class IngotWriter:
         """FileExistsError where something is there, but an ingot with `overwrite`."""
         self.path = Path(path)
         self._files: dict[str, FileFact] = {}
-        self._check_free(overwrite)
-        self._beside = self.path.parent / f".{self.path.name}.{secrets.token_hex(4)}.partial"
+        check_free(self.path, overwrite)
+        beside = f".{self.path.name}.{secrets.token_hex(4)}{UNFINISHED}"
+        self._beside = self.path.parent / beside
         self._zip: zipfile.ZipFile | None = None
 
     def __enter__(self) -> IngotWriter:
@@ -100,24 +102,13 @@ class IngotWriter:
             for folder in (*(p for p in self._beside.iterdir() if p.is_dir()), self._beside):
                 _sync(folder)
         aside = self._beside.with_suffix(".old")
-        if self.path.exists():
+        # A file takes the place of a file in one step; a directory must make way first.
+        if self.path.exists() and (self._zip is None or self.path.is_dir()):
             self.path.rename(aside)
-        self._beside.rename(self.path)
+        self._beside.replace(self.path)
         _sync(self.path.parent)
         _remove(aside)
         return complete
-
-    def _check_free(self, overwrite: bool) -> None:
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{self.path.parent}: no such directory")
-        if not os.path.lexists(self.path):
-            return
-        if not overwrite:
-            raise FileExistsError(f"{self.path} is there already: expected a new path")
-        try:
-            read_ingot_manifest(self.path)
-        except IngotError as error:
-            raise FileExistsError(f"{self.path} is no ingot, so it is not replaced") from error
 
     @contextmanager
     def _open(self, name: str, size: int) -> Generator[IO[bytes]]:
@@ -143,6 +134,23 @@ class IngotWriter:
         return archive.open(info, "w", force_zip64=wide)
 
 
+def check_free(path: Path, overwrite: bool) -> None:
+    """FileExistsError where something is at `path`, but an ingot with `overwrite`.
+
+    FileNotFoundError where the directory that it would lie in is not there.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such directory")
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} is there already: expected a new path")
+    try:
+        read_ingot_manifest(path)
+    except IngotError as error:
+        raise FileExistsError(f"{path} is no ingot, so it is not replaced") from error
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -158,4 +166,4 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["SUFFIX", "IngotWriter"]
+__all__ = ["SUFFIX", "IngotWriter", "check_free"]

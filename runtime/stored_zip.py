@@ -99,10 +99,10 @@ def _directory64(data: memoryview, locator: int) -> tuple[int, int, int, int]:
 def _name(data: memoryview, at: int, length: int, end: int) -> str:
     if not 0 < length <= _MAX_NAME or at + length > end:
         raise IngotError(f"zip: expected names of 1 to {_MAX_NAME} bytes, found {length}")
-    try:
-        return bytes(data[at : at + length]).decode("ascii")
-    except UnicodeDecodeError as error:
-        raise IngotError("zip: expected names in ASCII, found others") from error
+    name = bytes(data[at : at + length])
+    if not name.isascii() or not name.decode("ascii").isprintable():
+        raise IngotError(f"zip: expected names of printable ASCII, found {name!r:.90}")
+    return name.decode("ascii")
 
 
 def _wide(name: str, extra: memoryview, values: list[int]) -> list[int]:
