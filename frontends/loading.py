@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from ..compiler.ir import Graph
 
 
+# What comes of a tokenizer's files that no tokenizer wrote.
+_BROKEN = (
+    SourceError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+
 class LoadedModel(TextModel):
     """A language model out of an ingot. `manifest` says what it is, `graph` what was compiled."""
 
@@ -68,8 +79,9 @@ def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:
     try:
         return Tokenizer.of(artifact.model_files, "tokenizer")
-    except SourceError as error:
-        raise IngotError(f"{artifact.path}: {error}") from error
+    except _BROKEN as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise IngotError(f"{artifact.path}: tokenizer: {type(error).__name__}: {first}") from error
 
 
 __all__ = ["IngotError", "LoadedModel", "load"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -58,7 +59,21 @@ def cpu_program(artifact: Artifact) -> Program:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise IngotError(f"{where}: {first}") from error
     check_manifest(manifest, program)
+    _check_memory(where, program)
     return program
+
+
+def _check_memory(where: str, program: Program) -> None:
+    """IngotError for a program that this machine has not the memory for: nothing is tried then."""
+    needed = program.arena_bytes + sum(
+        b.nbytes for b in program.buffers.values() if b.kind == "state"
+    )
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
+        raise IngotError(
+            f"{where}: expected to need at most the {held} bytes of this machine's memory beside "
+            f"the weights, found {needed}"
+        )
 
 
 def torch_weights(load: WeightLoader, buffers: Mapping[str, Buffer]) -> WeightLoader:

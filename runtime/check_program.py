@@ -197,8 +197,8 @@ def _check_number(where: str, given: float, taken: Argument) -> None:
     if taken.kind.startswith("*"):
         raise ProgramError(f"{where}: expected {taken.kind}, found the number {given!r}")
     if taken.kind == "f32":
-        if not isinstance(given, float):
-            raise ProgramError(f"{where}: expected a float for f32, found {given!r}")
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise ProgramError(f"{where}: expected a number for f32, found {given!r}")
         return
     bits = _NUMBERS[taken.kind]
     if not isinstance(given, int):
@@ -216,11 +216,11 @@ def _check_slice(where: str, given: Slice, taken: Argument, memory: Mapping[str,
         raise ProgramError(f"{where}: expected a buffer of this entry, found {given.buffer[:80]!r}")
     _check_shape(where, given.dtype, given.shape)
     _within(f"{where}: offset", given.offset, 0, _LARGEST)
-    end = given.offset + _extent(where, given)
-    if end > buffer.nbytes:
+    low, high = _extent(where, given)
+    if given.offset + low < 0 or given.offset + high > buffer.nbytes:
         raise ProgramError(
             f"{where}: expected an end within the {buffer.nbytes} bytes of {buffer.name}, "
-            f"found {end}"
+            f"found {given.offset + low} to {given.offset + high}"
         )
     address = (buffer.offset or 0) + given.offset
     multiple = math.lcm(taken.multiple, max(DTYPES[given.dtype].bits // 8, 1))
@@ -228,21 +228,22 @@ def _check_slice(where: str, given: Slice, taken: Argument, memory: Mapping[str,
         raise ProgramError(f"{where}: expected an address that {multiple} divides, found {address}")
 
 
-def _extent(where: str, given: Slice) -> int:
-    """Bytes from the first element of a slice to the end of its last."""
+def _extent(where: str, given: Slice) -> tuple[int, int]:
+    """The bytes that a slice touches, from its offset: where they begin and end."""
     if given.strides is None:
-        return dense_bytes(given.dtype, given.shape)
+        return 0, dense_bytes(given.dtype, given.shape)
     if len(given.strides) != len(given.shape):
         raise ProgramError(
             f"{where}: expected {len(given.shape)} strides, found {len(given.strides)}"
         )
     for stride in given.strides:
-        _within(f"{where}: stride", stride, 0, _LARGEST)
+        _within(f"{where}: stride", stride, -_LARGEST, _LARGEST)
     if 0 in given.shape:
-        return 0
-    steps = zip(given.shape, given.strides, strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    return -(-(last + 1) * DTYPES[given.dtype].bits // 8)
+        return 0, 0
+    bits = DTYPES[given.dtype].bits
+    steps = [(n - 1) * stride for n, stride in zip(given.shape, given.strides, strict=True)]
+    first, last = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
+    return first * bits // 8, -(-(last + 1) * bits // 8)
 
 
 __all__ = ["BASE_ALIGNMENT", "LIMITS", "Limits", "ProgramError", "check_program"]

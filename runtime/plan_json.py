@@ -175,6 +175,10 @@ def _sizes(value: Any, where: str) -> tuple[int, ...]:
     return each(items(value, where, _MOST_DIMS), where, integer)
 
 
+def _stride(value: Any, where: str) -> int:
+    return integer(value, where, -LARGEST, LARGEST)
+
+
 def _entry(value: Any, where: str) -> Entry:
     data = fields(value, where, ("name", "symbols", "buffers", "launches", "dependencies"))
     symbols = mapping(data["symbols"], f"{where}: symbols", _MOST_DIMS)
@@ -213,7 +217,7 @@ def _arg(value: Any, where: str) -> Slice | int | float:
         text(dtype, where),
         _sizes(shape, where),
         integer(offset, where, 0, LARGEST),
-        None if strides is None else _sizes(strides, where),
+        None if strides is None else each(items(strides, where, _MOST_DIMS), where, _stride),
     )
 
 

@@ -100,6 +100,10 @@ IR: dict[str, tuple[Callable[[str], str], str]] = {
         lambda text: text.replace("@model.embed_tokens.weight", "@other"),
         "weights: expected '@other', found no such tensor",
     ),
+    "more memory than there is": (
+        lambda text: text.replace("f32[2, 64, 2, 16]", "f32[2000000000, 64, 2, 16]"),
+        "bytes of this machine's memory",
+    ),
     "two outputs": (lambda text: text.replace("return ", "return %0, "), FOLDED_GRAPH),
 }
 
@@ -409,6 +413,13 @@ def test_tokenizer_of_an_ingot_is_checked(tmp_path: Path) -> None:
     export(tiny_ingot.exportable(files={"tokenizer.json": b"{}"}), tmp_path / "x")
     with pytest.raises(IngotError, match="tokenizer.json is no tokenizer"):
         load(tmp_path / "x", driver=fake_device.FakeDriver())
+    files = {
+        "tokenizer.json": byte_level().to_str().encode(),
+        "tokenizer_config.json": b'{"added_tokens_decoder": {"x": 1}}',
+    }
+    export(tiny_ingot.exportable(files=files), tmp_path / "y")
+    with pytest.raises(IngotError, match=r"y: tokenizer: ValueError: .*'x'"):
+        load(tmp_path / "y", driver=fake_device.FakeDriver())
     edit(tmp_path / "x", "manifest.json", lambda m: m["files"].clear())
     with pytest.raises(IngotError, match="found it too"):
         load(tmp_path / "x", driver=fake_device.FakeDriver())
