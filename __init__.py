@@ -14,18 +14,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .frontends.api import MXFP4, Completion, Model, compile, load
+    from .frontends.api import MXFP4, Completion, IngotError, Model, compile, compile_to, load
 
 __version__ = "0.1.0"
-__all__ = ["MXFP4", "Completion", "Model", "__version__", "compile", "load"]
+__all__ = [
+    "MXFP4",
+    "Completion",
+    "IngotError",
+    "Model",
+    "__version__",
+    "compile",
+    "compile_to",
+    "load",
+]
+# What serves an ingot for a GPU, and must not bring torch.
+_LIGHT = ("IngotError", "load")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .frontends import api
+    if name in _LIGHT:
+        from .frontends import loading as door
+    else:
+        from .frontends import api as door
 
-    return getattr(api, name)
+    return getattr(door, name)
 
 
 def __dir__() -> list[str]:

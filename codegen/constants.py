@@ -12,6 +12,7 @@ from ..compiler.ir import Graph, Node, Value, walk
 from ..compiler.ops.leaf import constant, literal
 from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.shape import slice_
+from ..compiler.rewrite import rebuild
 from ..compiler.weights import Bounds, Weights
 
 # What hears of an op on weights: the node, its arguments and its results.
@@ -19,7 +20,9 @@ Observer = Callable[[Node, Sequence[Any], Sequence[Any]], None]
 
 
 def folded(
-    graph: Graph, constant_nodes: set[Node], packed: Callable[[Node, int], bool]
+    graph: Graph,
+    constant_nodes: set[Node],
+    packed: Callable[[Node, int], bool] = lambda node, position: False,
 ) -> dict[Value, str]:
     """The values of constant nodes that something else uses, with the names of their buffers.
 
@@ -40,6 +43,19 @@ def folded(
             plain = value.op is constant
             names[value] = f"@{value.attrs['name']}" if plain else f"@folded.{len(names)}"
     return names
+
+
+def folded_graph(graph: Graph) -> Graph:
+    """`graph` with all that depends on weights alone as weights, named as the buffers of `lower`.
+
+    Lowered, it gives the same cpu program, whose buffers' content is then no more computed but
+    stored.
+    """
+    swap: dict[Value, Value] = {}
+    for value, name in folded(graph, graph.constants()).items():
+        if value.op is not constant:
+            swap[value] = constant(name=name.removeprefix("@"), type=value.type)
+    return rebuild(graph, swap)
 
 
 class ConstantMaker:

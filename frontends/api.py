@@ -1,16 +1,16 @@
-"""The front door: `compile` a model, `load` an ingot."""
+"""The front door: `compile` a model, or `compile_to` an ingot, which `load` serves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.export import export
+from torch.export import export as export_program
 
 from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
 from ..compiler.ir import Graph
@@ -25,11 +25,14 @@ from ..passes.pipelines import causal_lm, module
 from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
-from ..runtime.cpu import CpuDriver
+from ..runtime.ingot_writer import check_free
 from ..runtime.session import Session
+from .aot import Exportable, export
 from .calibration import calibrated, token_sequences
 from .completion import Completion, TextEvent
-from .model import Model, NotYetError, Report, entry_sizes
+from .drivers import driver_for
+from .loading import IngotError, LoadedModel, load
+from .model import Model, NotYetError, Report, WrittenIngot, entry_sizes
 from .module import CompiledModule, ModuleReport
 from .progress import Progress
 from .tokenizer import Tokenizer
@@ -107,7 +110,7 @@ def compile(
             )
         if example_inputs is not None or dynamic_shapes is not None:
             raise ValueError("example_inputs and dynamic_shapes belong to an nn.Module")
-        return _compile_language_model(
+        lowered = _lower_language_model(
             source,
             chosen,
             max_sequences,
@@ -119,11 +122,53 @@ def compile(
             stages,
             group,
         )
+        return _open(lowered, stages, group)
 
 
-def load(path: str | Path) -> Model:
-    """Load an ingot. NotYetError: this version neither writes nor reads them."""
-    raise NotYetError(f"{path}: this version does not read ingots; compile the model where it runs")
+def compile_to(
+    source: Any,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    target: str = "auto",
+    quantize: str | MXFP4 | None = None,
+    max_sequences: int = 8,
+    max_tokens_per_sequence: int = 4096,
+    dtype: str | torch.dtype | None = None,
+    passes: Sequence[Pass] | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> WrittenIngot:
+    """Compile a language model into an ingot at `path`, without running it.
+
+    The device of `target` need not be there, and of the weights one at a time is in memory. Options
+    and errors are those of `compile`, and those of `export` in `aot`.
+    """
+    chosen, packing = _target(target), _quantization(quantize)
+    check_free(Path(path), overwrite)  # told before the minutes that compiling takes
+    _check_options(None, 1, max_sequences, max_tokens_per_sequence)
+    if _is_module(source):
+        raise NotYetError("an ingot holds a language model; a module is compiled where it runs")
+    with Progress(enabled=progress) as bar:
+        stages = _Stages(bar)
+        lowered = _lower_language_model(
+            source,
+            chosen,
+            max_sequences,
+            max_tokens_per_sequence,
+            _dtype(dtype),
+            packing,
+            passes,
+            check_rewrite if verify else None,
+            stages,
+            None,
+        )
+        with stages("write"):
+            bar.expect(lowered.weight_count)
+            manifest = export(
+                lowered.exportable, path, overwrite=overwrite, written=lambda _: bar.advance()
+            )
+    return WrittenIngot(Path(path), manifest, lowered.graphs, lowered.report())
 
 
 class _Stages:
@@ -219,7 +264,9 @@ def _compile_module(
     training = source.training
     try:
         with stages("trace"), torch.no_grad():
-            program = export(source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes)
+            program = export_program(
+                source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes
+            )
             program = program.run_decompositions({})
     finally:
         source.train(training)
@@ -251,7 +298,39 @@ def _bounds(program: Any) -> dict[str, range]:
     return {f"s{i}": bounds for i, bounds in enumerate(seen.values())}
 
 
-def _compile_language_model(
+@dataclass(frozen=True)
+class _LoweredModel:
+    """A language model on its way: all but its weights, which no one has loaded yet."""
+
+    exportable: Exportable
+    graphs: Mapping[str, Graph]
+    tokenizer: Tokenizer | None
+    report: Callable[[], Report]  # with the errors of the weights that were loaded so far
+
+    @property
+    def weight_count(self) -> int:
+        buffers = self.exportable.lowered.program.buffers.values()
+        return sum(b.kind == "weight" for b in buffers)
+
+
+def _open(model: _LoweredModel, stages: _Stages, group: ProcessGroup | None) -> Model:
+    """Load the weights of `model` and make it ready to serve."""
+    lowered = model.exportable.lowered
+    with stages("load weights"):
+        stages.bar.expect(model.weight_count)
+
+        def load_weight(name: str) -> torch.Tensor:
+            tensor = lowered.load_weight(name)
+            stages.bar.advance()
+            return tensor
+
+        draw_seed = group.draw_seed if group else None
+        driver = driver_for(lowered.program.target)
+        session = Session(lowered.program, driver, load_weight, draw_seed=draw_seed)
+    return Model(session, model.exportable, model.graphs, model.report(), model.tokenizer)
+
+
+def _lower_language_model(
     source: Any,
     target: Target,
     max_sequences: int,
@@ -262,7 +341,7 @@ def _compile_language_model(
     check: Callable[..., None] | None,
     stages: _Stages,
     group: ProcessGroup | None,
-) -> Model:
+) -> _LoweredModel:
     from .huggingface import import_hugging_face  # needs transformers, which is an extra
 
     with stages("trace and import"):
@@ -291,31 +370,32 @@ def _compile_language_model(
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     if group:
         group.agree(_exchanges(final, meta, stops))
-    with stages("load weights"):
-        buffers = lowered.program.buffers.values()
-        stages.bar.expect(sum(b.kind == "weight" for b in buffers))
-
-        def load_weight(name: str) -> torch.Tensor:
-            tensor = lowered.load_weight(name)
-            stages.bar.advance()
-            return tensor
-
-        draw_seed = group.draw_seed if group else None
-        session = Session(lowered.program, CpuDriver(), load_weight, draw_seed=draw_seed)
-    report = Report(
-        model_type=model.config.model_type,
-        target=target.name,
-        dtype=dtype_name(model.dtype),
-        passes=tuple(results),
-        entries=entry_sizes(lowered.program),
-        weight_bytes=sum(b.nbytes for b in buffers if b.kind == "weight"),
-        state_bytes=sum(b.nbytes for b in buffers if b.kind == "state"),
-        arena_bytes=lowered.program.arena_bytes,
-        unused=model.unused,
-        seconds=stages.seconds,
-        weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
+    exportable = Exportable(
+        lowered,
+        final,
+        model.config.model_type,
+        dtype_name(model.dtype),
+        frozenset(stops),
+        tokenizer.files if tokenizer else {},
     )
-    return Model(session, graphs, report, tokenizer, stops)
+
+    def report() -> Report:
+        buffers = lowered.program.buffers.values()
+        return Report(
+            model_type=exportable.model_type,
+            target=target.name,
+            dtype=exportable.dtype,
+            passes=tuple(results),
+            entries=entry_sizes(lowered.program),
+            weight_bytes=sum(b.nbytes for b in buffers if b.kind == "weight"),
+            state_bytes=sum(b.nbytes for b in buffers if b.kind == "state"),
+            arena_bytes=lowered.program.arena_bytes,
+            unused=model.unused,
+            seconds=stages.seconds,
+            weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
+        )
+
+    return _LoweredModel(exportable, graphs, tokenizer, report)
 
 
 def _refuse_unpacked(results: Sequence[PassResult]) -> None:
@@ -387,4 +467,16 @@ def _eos(source: Any, config: Any) -> set[int]:
     return found
 
 
-__all__ = ["MXFP4", "CompiledModule", "Completion", "Model", "TextEvent", "compile", "load"]
+__all__ = [
+    "MXFP4",
+    "CompiledModule",
+    "Completion",
+    "IngotError",
+    "LoadedModel",
+    "Model",
+    "TextEvent",
+    "WrittenIngot",
+    "compile",
+    "compile_to",
+    "load",
+]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 import jinja2
@@ -21,11 +21,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .safetensors_files import SourceError
+from .model_files import TEMPLATES
+from .source_error import SourceError
 
 _DEFAULT = "default"
 _FILE = "chat_template.jinja"
-_MORE = "additional_chat_templates"
+_MORE = f"{TEMPLATES}/*.jinja"
 
 
 class ChatError(ValueError):
@@ -76,26 +77,26 @@ class ChatTemplate:
             raise ChatError(f"chat template {name!r} uses too much memory") from error
 
 
-def open_chat_template(
-    directory: str | Path, config: Mapping[str, Any], tokens: Mapping[str, str]
+def chat_template_of(
+    files: Mapping[str, bytes], config: Mapping[str, Any], tokens: Mapping[str, str]
 ) -> ChatTemplate | None:
-    """The chat templates of a model directory, None when there are none.
+    """The chat templates among the files of a model directory, None when there are none.
 
     chat_template.jinja (and additional_chat_templates/*.jinja) go before `chat_template` in
     `config` (of tokenizer_config.json), which is one template or a list of named ones.
     """
-    found = _template_files(Path(directory)) or _configured(config.get("chat_template"))
+    found = _template_files(files) or _configured(config.get("chat_template"))
     return ChatTemplate(found, tokens) if found else None
 
 
-def _template_files(directory: Path) -> dict[str, str]:
-    files = {path.stem: path for path in sorted((directory / _MORE).glob("*.jinja"))}
-    if (directory / _FILE).is_file():
-        files[_DEFAULT] = directory / _FILE
+def _template_files(files: Mapping[str, bytes]) -> dict[str, str]:
+    found = {PurePosixPath(name).stem: name for name in files if PurePosixPath(name).match(_MORE)}
+    if _FILE in files:
+        found[_DEFAULT] = _FILE
     try:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{directory}: a chat template cannot be read: {error}") from error
+        return {stem: files[name].decode("utf-8") for stem, name in found.items()}
+    except UnicodeDecodeError as error:
+        raise SourceError(f"a chat template cannot be read: {error}") from error
 
 
 def _configured(entry: Any) -> dict[str, str]:

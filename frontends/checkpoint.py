@@ -24,7 +24,8 @@ from .dequantize import Dequantized
 from .meta_model import MetaModel, named_tensors, read_config, refuse_quantized
 from .quantization_config import quantization_of
 from .quantized import Packed, Source, sources_of
-from .safetensors_files import File, SourceError, Stored, listed, safetensors_files
+from .safetensors_files import File, Stored, listed, safetensors_files
+from .source_error import SourceError
 
 
 @dataclass(frozen=True)

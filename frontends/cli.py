@@ -1,4 +1,4 @@
-"""The command line: compile, run, inspect, verify, quantize, doctor.
+"""The command line: compile, run, chat, inspect, verify, quantize, doctor.
 
 What is heavy is imported inside the commands, so that `ingot --help` is quick. Text and tables go
 to stdout, progress and figures to stderr. Exit codes: 0, 1 when something failed or disagrees, 2
@@ -17,12 +17,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_run import UsageError, chat_ids, parse_ids, print_json, read_stdin, stream
+from ..runtime.strict_json import IngotError
+from .cli_run import (
+    UsageError,
+    chat_ids,
+    check_options,
+    is_ingot,
+    parse_ids,
+    print_json,
+    read_stdin,
+    stream,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .model import Model
+    from .model import Model, WrittenIngot
+    from .text_model import TextModel
 
 app = typer.Typer(
     name="ingot",
@@ -39,6 +50,12 @@ Directory = Annotated[
         exists=True,
         file_okay=False,
         help="Hugging Face directory: config.json, safetensors, tokenizer.json.",
+    ),
+]
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", exists=True, help="Hugging Face directory, or an ingot of `ingot compile`."
     ),
 ]
 Target = Annotated[str, typer.Option(help="Target, or auto; see `ingot doctor`.")]
@@ -73,11 +90,13 @@ def _errors_in_one_line(traceback: bool) -> Generator[None]:
 
 def _is_usage(error: Exception) -> bool:
     """Whether other options would mend it: wrong values, but no model that cannot be read."""
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | FileExistsError):
         return True
+    if isinstance(error, IngotError):
+        return False
     from ..codegen.lower import UnsupportedTarget
     from .model import NotYetError
-    from .safetensors_files import SourceError
+    from .source_error import SourceError
 
     usage = ValueError | NotYetError | UnsupportedTarget
     return isinstance(error, usage) and not isinstance(error, SourceError)
@@ -104,8 +123,14 @@ def _app(
 def compile_command(
     directory: Directory,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the ingot there (not there yet).")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Write an ingot: a file where it ends in .ingot, or a directory."
+        ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With -o: replace an ingot that is there.")
+    ] = False,
     target: Target = "auto",
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -117,22 +142,26 @@ def compile_command(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Compile a model and print what the compiler did."""
+    """Compile a model and print what the compiler did; with -o into an ingot.
+
+    For an ingot the device of the target need not be there. `ingot run` and `ingot.load` serve it.
+    """
     with _errors_in_one_line(traceback):
-        if output is not None:
-            raise UsageError(
-                "--output: this version does not write ingots yet; leave it out, and compile the "
-                "model where it runs"
-            )
-        model = _compile(
-            directory,
-            target=target,
-            dtype=dtype,
-            quantize=quantize,
-            max_sequences=max_sequences,
-            max_tokens_per_sequence=max_tokens,
-            verify=validate,
-        )
+        if overwrite and output is None:
+            raise UsageError("--overwrite belongs to --output")
+        options: dict[str, Any] = {
+            "target": target,
+            "dtype": dtype,
+            "quantize": quantize,
+            "max_sequences": max_sequences,
+            "max_tokens_per_sequence": max_tokens,
+            "verify": validate,
+        }
+        model: Model | WrittenIngot
+        if output is None:
+            model = _compile(directory, **options)
+        else:
+            model = _compile(directory, output=output, overwrite=overwrite, **options)
         from .cli_report import entry_table, pass_table, report_data, summary_lines
 
         data = report_data(model)
@@ -146,7 +175,7 @@ def compile_command(
 
 @app.command()
 def run(
-    directory: Directory,
+    source: ModelPath,
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue; without it, stdin is read.")
     ] = None,
@@ -187,18 +216,11 @@ def run(
 
         # Wrong values are told before the model is compiled.
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        model = _compile(
-            directory,
-            target=target,
-            dtype=dtype,
-            quantize=quantize,
-            max_sequences=1,
-            max_tokens_per_sequence=max_tokens,
-        )
+        model = _open(source, target, dtype, quantize, max_tokens)
         if chat:
             given = chat_ids(model, str(given), system)
         if isinstance(given, str) and model.tokenizer is None:
-            raise UsageError(f"{directory} has no tokenizer.json: give the prompt as --ids")
+            raise UsageError(f"{source} has no tokenizer.json: give the prompt as --ids")
         events = model.generate(
             given,
             max_new_tokens=max_new_tokens,
@@ -216,8 +238,33 @@ def run(
 
 
 @app.command()
+def chat(
+    source: ModelPath,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest of this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Repeats the same draws.")] = None,
+    target: Target = "auto",
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    max_tokens: MaxTokens = 4096,
+    traceback: Traceback = False,
+) -> None:
+    """Answer line by line, with all that was said before."""
+    with _errors_in_one_line(traceback):
+        from ..runtime.sampling import Sampling
+        from .cli_chat import converse
+
+        Sampling(temperature, top_p=top_p, seed=seed)  # wrong values are told at once
+        model = _open(source, target, dtype, quantize, max_tokens)
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        converse(model, system, {**options, "top_p": top_p, "seed": seed})
+
+
+@app.command()
 def inspect(
-    directory: Directory,
+    source: ModelPath,
     after: Annotated[
         str | None,
         typer.Option(metavar="PASS", help="The graph after this pass; or traced, final (default)."),
@@ -225,7 +272,10 @@ def inspect(
     passes: Annotated[bool, typer.Option("--passes", help="The table of passes.")] = False,
     entries: Annotated[bool, typer.Option("--entries", help="Launches of each entry.")] = False,
     weights: Annotated[
-        bool, typer.Option("--weights", help="With --quantize: how each weight is held, and why.")
+        bool,
+        typer.Option(
+            "--weights", help="With --quantize: how each weight is held, and why. Of an ingot: all."
+        ),
     ] = False,
     dot: Annotated[Path | None, typer.Option(help="Write the graph as Graphviz DOT.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the graph (needs Graphviz).")] = None,
@@ -240,13 +290,21 @@ def inspect(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Print the graph after any pass; or what the passes did, or a picture.
+    """Print the graph after any pass; or what the passes did, or a picture; or what an ingot holds.
 
     Layers that are built alike are shown once; --all prints every one.
     """
     with _errors_in_one_line(traceback):
+        if is_ingot(source):
+            made = {"target": (target, "auto"), "dtype": (dtype, None)}
+            made |= {"quantize": (quantize, None), "max_tokens": (max_tokens, 4096)}
+            made |= {"max_sequences": (max_sequences, 8), "after": (after, None)}
+            made |= {"passes": (passes, False), "dot": (dot, None), "svg": (svg, None)}
+            check_options(source, made)
+            _inspect_ingot(source, weights=weights, everything=everything, as_json=as_json)
+            return
         model = _compile(
-            directory,
+            source,
             target=target,
             dtype=dtype,
             quantize=quantize,
@@ -403,12 +461,52 @@ def doctor(as_json: Json = False, traceback: Traceback = False) -> None:
             _console().print(*doctor_tables(found))
 
 
-def _compile(directory: Path, **options: Any) -> Model:
-    from .api import compile as compile_model
+def _compile(directory: Path, output: Path | None = None, **options: Any) -> Any:
+    """A Model, or with `output` the ingot that was written there."""
+    from . import api
 
     # torch's own, about what its exporter does to its own structures.
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-    return compile_model(directory, **options, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    if output is not None:
+        return api.compile_to(directory, output, **options, progress=progress)
+    return api.compile(directory, **options, progress=progress)
+
+
+def _open(
+    source: Path, target: str, dtype: str | None, quantize: str | None, max_tokens: int
+) -> TextModel:
+    """The model of a directory, compiled for one sequence, or that of an ingot, loaded."""
+    if not is_ingot(source):
+        return _compile(
+            source,
+            target=target,
+            dtype=dtype,
+            quantize=quantize,
+            max_sequences=1,
+            max_tokens_per_sequence=max_tokens,
+        )
+    made = {"target": (target, "auto"), "dtype": (dtype, None)}
+    check_options(source, {**made, "quantize": (quantize, None), "max_tokens": (max_tokens, 4096)})
+    from .loading import load
+
+    return load(source)
+
+
+def _inspect_ingot(source: Path, *, weights: bool, everything: bool, as_json: bool) -> None:
+    from ..runtime.artifact import FINAL_GRAPH, open_ingot
+    from .cli_ingot import ingot_data, ingot_lines, ingot_tables
+
+    artifact = open_ingot(source)
+    data = ingot_data(artifact, weights=weights)
+    if as_json:
+        print_json(data)
+        return
+    out = _console()
+    if everything:
+        _print_lines(out, artifact.graphs[FINAL_GRAPH].splitlines())
+    out.print(*ingot_tables(data))
+    _print_lines(out, ingot_lines(data))
 
 
 def _console() -> Console:

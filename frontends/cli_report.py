@@ -16,7 +16,7 @@ from .inspect_view import one_token, show_bytes
 
 if TYPE_CHECKING:
     from .doctor import Diagnosis
-    from .model import Model, Report
+    from .model import Model, Report, WrittenIngot
     from .model_check import Check
 
 
@@ -53,7 +53,7 @@ def costs(traced: Graph, report: Report) -> list[dict[str, int]]:
     return [{"flops": int(c.flops), "bytes": int(c.bytes)} for c in found]
 
 
-def report_data(model: Model) -> dict[str, Any]:
+def report_data(model: Model | WrittenIngot) -> dict[str, Any]:
     """The report as JSON has it."""
     report = model.report
     moved = costs(model.graph("traced"), report)
@@ -102,7 +102,7 @@ def pass_table(data: Mapping[str, Any]) -> Table:
         time = f"{p['seconds']:.2f}"
         rows.append([p["name"], "\n".join(matches), found, declined, nodes, moved, time])
     heads = ["pass", "rewritten", "found", "declined", "nodes", "bytes a token", "seconds"]
-    return _table("Passes; bytes are with full caches", heads, rows, right=(2, 3, 4, 5, 6))
+    return table("Passes; bytes are with full caches", heads, rows, right=(2, 3, 4, 5, 6))
 
 
 def declined_lines(data: Mapping[str, Any], most: int = 5) -> list[str]:
@@ -121,7 +121,7 @@ def entry_table(data: Mapping[str, Any]) -> Table:
     rows = [
         [e["name"], str(e["launches"]), show_bytes(e["scratch_bytes"])] for e in data["entries"]
     ]
-    return _table("Entries", ["entry", "launches", "scratch"], rows, right=(1, 2))
+    return table("Entries", ["entry", "launches", "scratch"], rows, right=(1, 2))
 
 
 def weight_table(data: Mapping[str, Any]) -> Table:
@@ -131,7 +131,7 @@ def weight_table(data: Mapping[str, Any]) -> Table:
         error = "" if w["error"] is None else f"{w['error']:.2%}"
         rows.append([w["name"], w["format"], f"{w['bits']:g}", error, w["reason"]])
     heads = ["weight", "format", "bits", "relative error", "why"]
-    return _table("Weights", heads, rows, right=(2, 3))
+    return table("Weights", heads, rows, right=(2, 3))
 
 
 def summary_lines(data: Mapping[str, Any]) -> list[str]:
@@ -171,9 +171,9 @@ def check_tables(check: Check) -> list[Table]:
         agreed = f"{p.agreed} of {p.steps}"
         rows.append([str(i), str(p.length), agreed, parted, f"{p.logits_error:.1e}"])
     heads = ["prompt", "tokens", "equal tokens", "where they part: ours / theirs", "Δlogits"]
-    prompts = _table("Greedy tokens, beside transformers", heads, rows, right=(0, 1, 2, 4))
+    prompts = table("Greedy tokens, beside transformers", heads, rows, right=(0, 1, 2, 4))
     rows = [[layer.path, f"{layer.error:.1e}"] for layer in check.layers]
-    return [prompts, _table("Hidden states", ["layer", "max error"], rows, right=(1,))]
+    return [prompts, table("Hidden states", ["layer", "max error"], rows, right=(1,))]
 
 
 def doctor_tables(found: Diagnosis) -> list[Table]:
@@ -186,9 +186,9 @@ def doctor_tables(found: Diagnosis) -> list[Table]:
     devices = [[d.name, d.seen_by, d.target] for d in found.devices]
     targets = [[t.name, t.title, _yes(t.builds), _yes(t.runs), t.note] for t in found.targets]
     return [
-        _table(f"Software on {found.platform}", ["package", "version", ""], packages),
-        _table("Devices", ["device", "seen by", "target"], devices),
-        _table("Targets of this version", ["target", "devices", "builds", "runs", ""], targets),
+        table(f"Software on {found.platform}", ["package", "version", ""], packages),
+        table("Devices", ["device", "seen by", "target"], devices),
+        table("Targets of this version", ["target", "devices", "builds", "runs", ""], targets),
     ]
 
 
@@ -196,7 +196,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _table(
+def table(
     title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
 ) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")

@@ -1,22 +1,40 @@
-"""`ingot run`: where the prompt comes from, and text as it comes out."""
+"""`ingot run`: what is run, where the prompt comes from, and text as it comes out."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..runtime.manifest import MANIFEST
+
 if TYPE_CHECKING:
     from .completion import TextEvent
-    from .model import Model
+    from .text_model import TextModel
 
 
 class UsageError(Exception):
     """Options that are wrong or do not go together."""
+
+
+def is_ingot(path: Path) -> bool:
+    """A file, or a directory with a manifest: what is not a Hugging Face directory."""
+    return path.is_file() or (path / MANIFEST).is_file()
+
+
+def check_options(path: Path, given: Mapping[str, tuple[Any, Any]]) -> None:
+    """UsageError for an option, name -> (value, default), that an ingot was compiled with."""
+    for name, (value, default) in given.items():
+        if value != default:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: {path} is compiled already; compile the model anew "
+                "to change it"
+            )
 
 
 def print_json(data: Any) -> None:
@@ -42,7 +60,7 @@ def read_stdin() -> str:
     return text
 
 
-def chat_ids(model: Model, said: str, system: str | None) -> list[int]:
+def chat_ids(model: TextModel, said: str, system: str | None) -> list[int]:
     """The tokens of a chat's first turn; the template writes the special tokens itself."""
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
@@ -55,8 +73,8 @@ def chat_ids(model: Model, said: str, system: str | None) -> list[int]:
     return tokenizer.encode(text, special_tokens=False)
 
 
-def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: str | None) -> None:
-    """Print text as it comes and the figures at the end."""
+def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: str | None) -> str:
+    """Print text as it comes and the figures at the end; gives the text."""
     start = perf_counter()
     times: list[float] = []
     pieces: list[str] = []
@@ -89,6 +107,7 @@ def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: st
         typer.secho(_figures_line(figures, reason), dim=True, err=True)
     if reason == "error":
         raise RuntimeError(message)
+    return "".join(pieces)
 
 
 def _figures_line(figures: dict[str, Any], reason: str) -> str:

@@ -27,7 +27,8 @@ from ..compiler.weights import Bounds
 from .dequantize import Dequantized
 from .meta_model import MetaModel
 from .quantized import Packed, Source
-from .safetensors_files import SourceError, Stored
+from .safetensors_files import Stored
+from .source_error import SourceError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 from ..compiler.microscaling import element_values, scale_values, unpack
 from ..compiler.types import TensorType
 from ..compiler.weights import Bounds, within
-from .safetensors_files import File, SourceError, Stored
+from .safetensors_files import File, Stored
+from .source_error import SourceError
 
 _CHUNK = 1 << 18  # elements that are worked on at once
 # Some rows of a matrix [N, K], exact in f64.

@@ -32,8 +32,9 @@ from .huggingface import import_hugging_face
 from .meta_model import MetaModel, build_meta_model, read_config
 from .quantization_config import quantization_of
 from .quantized import Packed, Source, sources_of
-from .safetensors_files import SourceError, Stored
+from .safetensors_files import Stored
 from .safetensors_writer import Item, write_checkpoint
+from .source_error import SourceError
 
 COMPRESSED_TENSORS, GPT_OSS = "compressed-tensors", "gpt-oss"
 FORMATS = (COMPRESSED_TENSORS, GPT_OSS)

@@ -17,7 +17,7 @@ import torch
 
 from ..compiler.torch_types import type_of
 from ..compiler.types import TensorType
-from .safetensors_files import SourceError
+from .source_error import SourceError
 
 try:
     from huggingface_hub.errors import StrictDataclassError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compiler.microscaling import GROUPS
-from .safetensors_files import SourceError
+from .source_error import SourceError
 
 _MODELOPT = "hf_quant_config.json"  # where ModelOpt repeats it, or alone says it
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from ..compiler.types import FLOATS, TensorType
 from .dequantize import BlockFp8, Dequantized, Int4, Nvfp4
 from .quantization_config import FP8, INT4, MXFP4, NVFP4, Promise
-from .safetensors_files import File, SourceError, Stored
+from .safetensors_files import File, Stored
+from .source_error import SourceError
 
 _E8M0 = ("u8", "e8m0")
 # What gpt-oss calls its experts' weights.

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..compiler.torch_types import torch_dtype, type_of
 from ..compiler.types import DTYPE_BITS, TensorType
 from ..compiler.weights import Bounds, within
+from .source_error import SourceError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,10 +45,6 @@ _DTYPES = {
 
 
 FORMAT_NAMES = {ours: theirs for theirs, ours in _DTYPES.items()}
-
-
-class SourceError(ValueError):
-    """A model or checkpoint that cannot be imported: why, and what would mend it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from .chat import ChatTemplate, open_chat_template
-from .safetensors_files import SourceError
+from .chat import ChatTemplate, chat_template_of
+from .model_files import read_model_files
+from .source_error import SourceError
 
 _FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
@@ -36,37 +37,43 @@ class Tokenizer:
     """The tokenizer of a model directory.
 
     `stop_token_ids` end a completion: every eos token that generation_config.json, config.json and
-    tokenizer_config.json name. `chat_template` is None where the model has none.
+    tokenizer_config.json name. `chat_template` is None where the model has none. `files` are what
+    all of that was read from, by their names in the directory.
     """
 
     backend: tokenizers.Tokenizer
     stop_token_ids: tuple[int, ...]
     chat_template: ChatTemplate | None
+    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
     @classmethod
     def open(cls, directory: str | Path) -> Tokenizer | None:
-        """The tokenizer of a directory, None when it has no tokenizer.json.
+        """The tokenizer of a directory, None when it has no tokenizer.json. SourceError as `of`."""
+        return cls.of(read_model_files(Path(directory)), str(directory))
+
+    @classmethod
+    def of(cls, files: Mapping[str, bytes], place: str) -> Tokenizer | None:
+        """The tokenizer in the files of a model directory, None without a tokenizer.json.
 
         Tokens are added, and the file's own post-processor used, as transformers does for the same
-        directory. SourceError names a file that cannot be read.
+        directory. SourceError names a file of `place` that cannot be read.
         """
-        directory = Path(directory)
-        path = directory / _FILE
-        if not path.is_file():
+        if _FILE not in files:
             return None
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(files[_FILE])
         except Exception as error:  # the library raises nothing narrower
             raise SourceError(
-                f"{path} is no tokenizer of the tokenizers library: {error}"
+                f"{place}/{_FILE} is no tokenizer of the tokenizers library: {error}"
             ) from error
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(directory / _CONFIG)
+        config = _read_json(files, _CONFIG, place)
         _add_tokens(backend, config)
         names = {name: text for name in _NAMED if (text := _content(config.get(name)))}
-        stops = _stop_tokens(directory, backend.token_to_id(names.get("eos_token", "")))
-        return cls(backend, stops, open_chat_template(directory, config, names))
+        configs = [_read_json(files, n, place) for n in ("generation_config.json", "config.json")]
+        stops = _stop_tokens(configs, backend.token_to_id(names.get("eos_token", "")))
+        return cls(backend, stops, chat_template_of(files, config, names), files)
 
     @property
     def vocab_size(self) -> int:
@@ -158,16 +165,16 @@ class TextStream:
         self._boundary = len(self._ids)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(files: Mapping[str, bytes], name: str, place: str) -> dict[str, Any]:
     """The object in a JSON file, empty when there is no file."""
-    if not path.is_file():
+    if name not in files:
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{path} is no JSON: {error}") from error
+        content = json.loads(files[name].decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{place}/{name} is no JSON: {error}") from error
     if not isinstance(content, dict):
-        raise SourceError(f"{path}: expected an object, found {type(content).__name__}")
+        raise SourceError(f"{place}/{name}: expected an object, found {type(content).__name__}")
     return content
 
 
@@ -206,10 +213,8 @@ def _special_entries(config: Mapping[str, Any]) -> Iterator[Any]:
         yield from more.values() if isinstance(more, Mapping) else more
 
 
-def _stop_tokens(directory: Path, named: int | None) -> tuple[int, ...]:
-    config = _read_json(directory / "config.json")
-    places: list[Any] = [_read_json(directory / "generation_config.json"), config]
-    places.append(config.get("text_config") or {})
+def _stop_tokens(configs: Sequence[Mapping[str, Any]], named: int | None) -> tuple[int, ...]:
+    places: list[Any] = [*configs, *(config.get("text_config") or {} for config in configs)]
     found = [] if named is None else [named]
     for place in places:
         ids = place.get("eos_token_id")

@@ -10,4 +10,10 @@ drivers), `graph_executable` (a program as one explicit graph an entry) and its 
 (inputs and outputs on their way) and `gpu_memory` (arena, state, weights). Above the drivers:
 `buckets` (what entries take and give), `kv_cache` (pages and slots), `sampling`, `sequence` (one
 request), `scheduler` (who runs next), `session` (continuous batching over all of these).
+
+The ingot, from the top: `artifact` (reading one: what cannot be proved is refused) over `manifest`,
+`ingot_files` (a directory or, by `stored_zip`, a zip), `strict_json` (JSON from strangers),
+`plan_json` (a program as JSON and back), `check_program` (what a GPU program must hold to) with
+`elf` (what code is for), `safetensors_data` and `dtypes`; and `ingot_writer` (there whole or not at
+all).
 """

@@ -15,7 +15,7 @@ from ingot.compiler.torch_types import dtype_name, type_of
 from ingot.frontends import safetensors_files
 from ingot.frontends.checkpoint import Checkpoint, open_checkpoint, weights_of
 from ingot.frontends.meta_model import MetaModel, build_meta_model, named_tensors, read_config
-from ingot.frontends.safetensors_files import SourceError
+from ingot.frontends.source_error import SourceError
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig

@@ -253,7 +253,7 @@ ERRORS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no prompt": (("run", "{}"), 2, "no prompt: give --prompt"),
     "system": (("run", "{}", "--prompt", "a", "--system", "b"), 2, "--system belongs to --chat"),
     "chat of ids": (("run", "{}", "--chat", "--ids", "1"), 2, "--chat takes text"),
-    "output": (("compile", "{}", "-o", "x"), 2, "does not write ingots yet"),
+    "output": (("compile", "{}", "-o", "{}"), 2, "is there already: expected a new path"),
     "gpu": (("compile", "{}", "--target", "cuda:sm_90"), 2, "no kernels for cuda:sm_90"),
     "target": (("compile", "{}", "--target", "tpu"), 2, "unknown target 'tpu'"),
     "quantize": (("run", "{}", "--prompt", "a", "--quantize", "int4"), 2, "expected 'mxfp4'"),
@@ -284,8 +284,8 @@ def test_errors_are_one_line(case: str, directory: Path) -> None:
 
 
 def test_traceback_when_asked(directory: Path) -> None:
-    result = ingot("compile", directory, "-o", "x", "--traceback")
-    assert result.exception is not None and "does not write" in str(result.exception)
+    result = ingot("compile", directory, "--overwrite", "--traceback")
+    assert result.exception is not None and "belongs to --output" in str(result.exception)
 
 
 def test_help_is_quick_and_light(tmp_path: Path) -> None:

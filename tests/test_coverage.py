@@ -19,7 +19,7 @@ from ingot.compiler.ir import Graph
 from ingot.compiler.pipeline import Pass, PassError, run_pipeline
 from ingot.compiler.target import CPU
 from ingot.frontends.huggingface import HuggingFaceModel, import_hugging_face
-from ingot.frontends.safetensors_files import SourceError
+from ingot.frontends.source_error import SourceError
 from ingot.frontends.torch_export import ImportFailure
 from ingot.frontends.traced_ops import UnsupportedModel
 from ingot.passes.canonicalize import Canonicalize

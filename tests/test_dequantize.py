@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ingot.frontends.dequantize import BlockFp8, Dequantized, Int4, Nvfp4, rounded
-from ingot.frontends.safetensors_files import File, SourceError
+from ingot.frontends.safetensors_files import File
+from ingot.frontends.source_error import SourceError
 from safetensors.torch import save_file
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])

@@ -16,7 +16,7 @@ from ingot.frontends.checkpoint import Checkpoint, open_checkpoint
 from ingot.frontends.cli import app
 from ingot.frontends.export_quantized import Exported, quantize_directory
 from ingot.frontends.meta_model import build_meta_model, read_config
-from ingot.frontends.safetensors_files import SourceError
+from ingot.frontends.source_error import SourceError
 from ingot.passes.quantize_mxfp4 import MXFP4
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model

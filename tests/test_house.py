@@ -35,7 +35,13 @@ TOP_FILES = {"__init__.py", "__main__.py"}
 TOP_FOLDERS = {*ROOMS, "tests", "examples"}
 
 # The doors, which must open before what is behind them has been imported: it is heavy or an extra.
-DOORS = {"__init__.py", "frontends/api.py", "frontends/cli.py"}
+DOORS = {
+    "__init__.py",
+    "frontends/api.py",
+    "frontends/cli.py",
+    "frontends/drivers.py",
+    "frontends/loading.py",
+}
 # The cpu driver computes with torch; the ranks of a tensor-parallel run on it exchange its tensors.
 RUNTIME_WITH_TORCH = {"runtime/cpu.py", "runtime/collectives.py"}
 STANDARD_LIBRARY_ONLY = {"runtime/program.py"}

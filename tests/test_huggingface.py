@@ -11,7 +11,7 @@ from ingot.compiler.interpret import interpret
 from ingot.compiler.pipeline import run_pipeline
 from ingot.frontends import huggingface
 from ingot.frontends.huggingface import HuggingFaceModel, import_hugging_face
-from ingot.frontends.safetensors_files import SourceError
+from ingot.frontends.source_error import SourceError
 from ingot.frontends.torch_export import ImportFailure
 from ingot.frontends.traced_ops import UnsupportedModel
 from ingot.passes.insert_kv_cache import CannotCache

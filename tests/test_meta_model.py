@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ingot.frontends.meta_model import MetaModel, build_meta_model, named_tensors, read_config
-from ingot.frontends.safetensors_files import SourceError
+from ingot.frontends.source_error import SourceError
 from tiny_models import MODELS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -22,7 +22,8 @@ from ingot.frontends.checkpoint import Checkpoint, open_checkpoint
 from ingot.frontends.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.meta_model import build_meta_model, read_config
 from ingot.frontends.quantization_config import Promise
-from ingot.frontends.safetensors_files import SourceError, Stored
+from ingot.frontends.safetensors_files import Stored
+from ingot.frontends.source_error import SourceError
 from ingot.passes.pipelines import RAISING
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model

@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from ingot.frontends.chat import ChatError, ChatTemplate, open_chat_template
-from ingot.frontends.safetensors_files import SourceError
+from ingot.frontends.chat import ChatError, ChatTemplate, chat_template_of
+from ingot.frontends.source_error import SourceError
 from ingot.frontends.tokenizer import TextStream, Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -289,7 +289,7 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     template = chat_tokenizer(tmp_path, named).chat_template
     assert template is not None and template.render([]) == "file"
     with pytest.raises(SourceError, match="expected chat_template to be a string or a list"):
-        open_chat_template(tmp_path / "nowhere", {"chat_template": [1]}, {})
+        chat_template_of({}, {"chat_template": [1]}, {})
 
 
 HOSTILE: dict[str, str] = {

@@ -1,0 +1,195 @@
+"""Writing an ingot: a lowered program with all that it takes to serve it, in files.
+
+Weights are made and written one buffer at a time: beside the program no more than the largest is in
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codegen.constants import folded_graph
+from ..codegen.lower import Lowered
+from ..compiler.ir import Graph
+from ..compiler.torch_types import type_of
+from ..compiler.types import TensorType
+from ..runtime.artifact import (
+    CPU,
+    FINAL_GRAPH,
+    FOLDED_GRAPH,
+    SHARED_PLAN,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    code_name,
+    plan_name,
+)
+from ..runtime.check_program import check_program
+from ..runtime.dtypes import DTYPES
+from ..runtime.ingot_writer import IngotWriter
+from ..runtime.manifest import EntryFact, Manifest, is_file_name
+from ..runtime.plan_json import binary_name, entry_data, program_data
+from ..runtime.program import Buffer, Program
+from ..runtime.strict_json import write_json
+
+SHARD_BYTES = 4 << 30
+# A zip can hold any sizes; where weights start in a shard is a multiple of this many bytes.
+_ALIGNMENT = 64
+# What generation_config.json may say of sampling that Ingot knows too.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """What an ingot is made of: a lowered graph, and what serving and people want to know of it.
+
+    `graph` is the one that was lowered; `model_files` are those of the tokenizer, by their names in
+    the directory of the model.
+    """
+
+    lowered: Lowered
+    graph: Graph
+    model_type: str
+    dtype: str
+    stop_tokens: frozenset[int]
+    model_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+
+
+def export(
+    what: Exportable,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    written: Callable[[int], None] = lambda nbytes: None,
+) -> Manifest:
+    """Write an ingot: a zip where `path` ends in .ingot, else a directory.
+
+    It is there whole or not at all. `written` is told the bytes of each weight. FileExistsError
+    where something is there, but an ingot with `overwrite`; ValueError for what an ingot does not
+    hold; ProgramError for a program that a loader would refuse.
+    """
+    program = what.lowered.program
+    on_cpu = program.target == CPU
+    if any(node.op.collective for node in what.graph.nodes()):
+        raise ValueError("an ingot holds a whole model: export one with tensor_parallel=1")
+    if not on_cpu:
+        check_program(program)
+    texts = {FINAL_GRAPH: what.graph}
+    if on_cpu:
+        texts[FOLDED_GRAPH] = folded_graph(what.graph)
+    with IngotWriter(path, overwrite=overwrite) as out:
+        for name, graph in texts.items():
+            out.add(name, (str(graph) + "\n").encode())
+        if not on_cpu:
+            _write_plan(out, program)
+        for name, data in _kept(what.model_files).items():
+            out.add(name, data)
+        weights = [b for b in program.buffers.values() if b.kind == "weight"]
+        for i, shard in enumerate(_shards(weights, shard_bytes), 1):
+            _write_shard(out, f"weights/{i:05}.safetensors", shard, what.lowered, written)
+        return out.finish(_manifest(what))
+
+
+def _write_plan(out: IngotWriter, program: Program) -> None:
+    out.add(SHARED_PLAN, write_json(program_data(program)))
+    for i, entry in enumerate(program.entries):
+        out.add(plan_name(i), write_json(entry_data(entry)))
+    codes = [k.binary for k in program.kernels.values() if isinstance(k.binary, bytes)]
+    for sha256, code in {binary_name(code): code for code in codes}.items():
+        out.add(code_name(program.target, sha256), code)
+
+
+def _kept(model_files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of the tokenizer by their names in the ingot."""
+    kept = {f"tokenizer/{n}": data for n, data in model_files.items() if n in TOKENIZER_FILES}
+    for name, data in model_files.items():
+        if name.startswith(TEMPLATES):
+            if not is_file_name(name):
+                raise ValueError(f"chat template {name!r}: an ingot has no such name for a file")
+            kept[name] = data
+    return kept
+
+
+def _manifest(what: Exportable) -> Manifest:
+    program = what.lowered.program
+    return Manifest(
+        target=program.target,
+        model_type=what.model_type,
+        dtype=what.dtype,
+        made_with=f"torch {torch.__version__}",
+        symbols={name: (r.start, r.stop - 1) for name, r in what.graph.symbols.items()},
+        entries=tuple(EntryFact(e.name, dict(e.symbols), len(e.launches)) for e in program.entries),
+        meta={name: int(value) for name, value in program.meta.items()},
+        stop_tokens=tuple(sorted(what.stop_tokens)),
+        generation=_generation(what.model_files),
+    )
+
+
+def _generation(model_files: Mapping[str, bytes]) -> dict[str, float]:
+    """How the makers of the model sample, as far as generation_config.json says it in numbers."""
+    given: Any = json.loads(model_files.get("generation_config.json", b"{}"))
+    found = {name: given.get(name) for name in _SAMPLING}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+# ---- weights
+
+
+def _shards(buffers: Sequence[Buffer], shard_bytes: int) -> list[list[Buffer]]:
+    """`buffers` in order, cut where a shard would grow over `shard_bytes`."""
+    shards: list[list[Buffer]] = []
+    size = 0
+    for buffer in buffers:
+        if not shards or size + buffer.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(buffer)
+        size += buffer.nbytes
+    return shards
+
+
+def _write_shard(
+    out: IngotWriter,
+    name: str,
+    buffers: Sequence[Buffer],
+    lowered: Lowered,
+    written: Callable[[int], None],
+) -> None:
+    """One safetensors file. Wide dtypes come first: each lies on a multiple of its element."""
+    ordered = sorted(buffers, key=lambda b: -DTYPES[b.dtype].bits)
+    header: dict[str, Any] = {}
+    end = 0
+    for buffer in ordered:
+        start, end = end, end + buffer.nbytes
+        header[buffer.name] = {
+            "dtype": DTYPES[buffer.dtype].stored,
+            "shape": list(buffer.shape),
+            "data_offsets": [start, end],
+        }
+    text = write_json(header).rstrip()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with out.file(name, 8 + len(text) + end) as write:
+        write(len(text).to_bytes(8, "little") + text)
+        for buffer in ordered:
+            write(_content(lowered.load_weight(buffer.name), buffer))
+            written(buffer.nbytes)
+
+
+def _content(tensor: torch.Tensor, buffer: Buffer) -> memoryview:
+    expected = TensorType(buffer.dtype, buffer.shape)
+    if type_of(tensor) != expected:
+        raise TypeError(f"weight {buffer.name}: expected {expected}, found {type_of(tensor)}")
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+__all__ = ["SHARD_BYTES", "Exportable", "export"]

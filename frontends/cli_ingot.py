@@ -1,0 +1,95 @@
+"""`ingot inspect` of an ingot: what it holds, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from ..runtime.artifact import Artifact
+from .cli_report import table
+from .inspect_view import show_bytes
+
+
+def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
+    """What there is to say of an ingot, as JSON has it; `weights` reads and proves those too."""
+    manifest, program = artifact.manifest, artifact.program
+    groups: Counter[str] = Counter()
+    for name, fact in manifest.files.items():
+        groups[name.partition("/")[0]] += fact.size
+    data = {
+        "target": manifest.target,
+        "model_type": manifest.model_type,
+        "dtype": manifest.dtype,
+        "made_with": manifest.made_with,
+        "symbols": {name: list(ends) for name, ends in manifest.symbols.items()},
+        "meta": dict(manifest.meta),
+        "stop_tokens": list(manifest.stop_tokens),
+        "generation": dict(manifest.generation),
+        "entries": [asdict(entry) for entry in manifest.entries],
+        "kernels": [],
+        "files": len(manifest.files),
+        "bytes": dict(groups),
+    }
+    if program is not None:
+        used = Counter(launch.kernel for e in program.entries for launch in e.launches)
+        data["kernels"] = [
+            {
+                "symbol": kernel.symbol,
+                "launches": used[id_],
+                "num_warps": kernel.num_warps,
+                "shared": kernel.shared,
+                "code_bytes": len(kernel.binary) if isinstance(kernel.binary, bytes) else 0,
+                "facts": dict(kernel.facts),
+            }
+            for id_, kernel in program.kernels.items()
+        ]
+    if weights:
+        data["weights"] = [
+            {"name": name, "dtype": t.dtype, "shape": list(t.shape), "bytes": len(t.data)}
+            for name, t in artifact.tensors().items()
+        ]
+    return data
+
+
+def ingot_lines(data: Mapping[str, Any]) -> list[str]:
+    """The ingot in a few lines."""
+    sizes = [f"{name} {show_bytes(size)}" for name, size in sorted(data["bytes"].items())]
+    meta = data["meta"]
+    lines = [
+        f"{data['model_type']} for {data['target']} in {data['dtype']}, with {data['made_with']}",
+        f"{data['files']} files, {show_bytes(sum(data['bytes'].values()))}: {', '.join(sizes)}",
+        (
+            f"serves {meta['max_sequences']} sequences of {meta['max_tokens_per_sequence']} tokens "
+            f"on {meta['pages']} pages of {meta['page_size']}, vocabulary {meta['vocab_size']}"
+        ),
+    ]
+    if data["generation"]:
+        made = ", ".join(f"{name} {value}" for name, value in data["generation"].items())
+        lines.append(f"its makers sample with {made}")
+    return lines
+
+
+def ingot_tables(data: Mapping[str, Any]) -> Iterable[Table]:
+    """Entries; kernels and weights where there are any to show."""
+    entries = [[e["name"], str(e["launches"])] for e in data["entries"]]
+    yield table("Entries", ["entry", "launches"], entries, right=(1,))
+    if data["kernels"]:
+        rows = [
+            [k["symbol"], *(str(k[n]) for n in ("launches", "num_warps", "shared", "code_bytes"))]
+            for k in data["kernels"]
+        ]
+        heads = ["kernel", "launches", "warps", "shared bytes", "code bytes"]
+        yield table("Kernels", heads, rows, right=(1, 2, 3, 4))
+    if "weights" in data:
+        rows = [
+            [w["name"], w["dtype"], "×".join(map(str, w["shape"])), show_bytes(w["bytes"])]
+            for w in data["weights"]
+        ]
+        yield table("Weights, as proved", ["weight", "dtype", "shape", "size"], rows, right=(3,))
+
+
+__all__ = ["ingot_data", "ingot_lines", "ingot_tables"]

@@ -1,0 +1,87 @@
+"""Loading an ingot and serving it. For a GPU's neither torch nor triton is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..runtime.artifact import FINAL_GRAPH, Artifact, open_ingot
+from ..runtime.driver import Driver
+from ..runtime.manifest import Manifest
+from ..runtime.session import Session
+from ..runtime.strict_json import IngotError
+from .drivers import driver_for
+from .source_error import SourceError
+from .text_model import TextModel
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ..compiler.ir import Graph
+
+
+# What comes of a tokenizer's files that no tokenizer wrote.
+_BROKEN = (
+    SourceError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+
+class LoadedModel(TextModel):
+    """A language model out of an ingot. `manifest` says what it is, `graph` what was compiled."""
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer | None,
+        manifest: Manifest,
+        graphs: Mapping[str, str],
+    ) -> None:
+        super().__init__(session, tokenizer, manifest.stop_tokens)
+        self.manifest = manifest
+        self._graphs = graphs
+
+    def graph(self) -> Graph:
+        """The final IR (imports torch)."""
+        from ..compiler.text import parse
+
+        return parse(self._graphs[FINAL_GRAPH])
+
+
+def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
+    """Load the ingot at `path`, a directory or a zip, and make it ready to serve.
+
+    Every file is checked first; IngotError, one line, names what cannot be proved. `driver` is by
+    default that of the ingot's target; where the machine has no such device, its error says so.
+
+    Device code from an untrusted ingot is untrusted code: a hash tells damage, not origin.
+    """
+    artifact = open_ingot(path)
+    target = artifact.manifest.target
+    driver = driver or driver_for(target)
+    tokenizer = _tokenizer(artifact)
+    if artifact.program is None:
+        from .relower import cpu_program, torch_weights
+
+        program = cpu_program(artifact)
+        weights = torch_weights(artifact.weights(program.buffers), program.buffers)
+    else:
+        program = artifact.program
+        weights = artifact.weights(program.buffers)
+    session = Session(program, driver, weights)
+    return LoadedModel(session, tokenizer, artifact.manifest, artifact.graphs)
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer | None:
+    try:
+        return Tokenizer.of(artifact.model_files, "tokenizer")
+    except _BROKEN as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise IngotError(f"{artifact.path}: tokenizer: {type(error).__name__}: {first}") from error
+
+
+__all__ = ["IngotError", "LoadedModel", "load"]

@@ -1,0 +1,91 @@
+"""The program of a cpu ingot, lowered again from its IR; its weights as torch tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..codegen.lower import lower
+from ..compiler.target import CPU
+from ..compiler.text import ParseError, parse
+from ..compiler.torch_types import torch_dtype
+from ..compiler.types import VerifyError
+from ..compiler.verify import verify
+from ..compiler.weights import Weights
+from ..runtime.artifact import FOLDED_GRAPH, Artifact, check_manifest
+from ..runtime.buckets import Buckets
+from ..runtime.driver import WeightLoader
+from ..runtime.program import Buffer, Program
+from ..runtime.strict_json import IngotError
+
+# Operators that reach outside the program: a model has none, and text may come from anywhere.
+_OUTSIDE = re.compile(r"\baten\.(from_file|_?save|_?load)\w*")
+# What parsing and lowering raise for graphs that no compiler made.
+_BROKEN = (
+    ParseError,
+    VerifyError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def cpu_program(artifact: Artifact) -> Program:
+    """The program, with the entries of the manifest. IngotError for IR that is none."""
+    manifest, text = artifact.manifest, artifact.graphs[FOLDED_GRAPH]
+    where = f"{artifact.path}: {FOLDED_GRAPH}"
+    if found := _OUTSIDE.search(text):
+        raise IngotError(f"{where}: expected operators on tensors, found {found[0]}")
+    try:
+        graph = parse(text)
+        verify(graph)
+        ranges = {name: (r.start, r.stop - 1) for name, r in graph.symbols.items()}
+        if ranges != dict(manifest.symbols):
+            raise IngotError(f"expected symbols {dict(manifest.symbols)}, found {ranges}")
+        bindings = [entry.symbols for entry in manifest.entries]
+        program = lower(graph, Weights({}), CPU, bindings, ["logits"], manifest.meta).program
+        Buckets(program)
+    except _BROKEN as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise IngotError(f"{where}: {first}") from error
+    check_manifest(manifest, program)
+    _check_memory(where, program)
+    return program
+
+
+def _check_memory(where: str, program: Program) -> None:
+    """IngotError for a program that this machine has not the memory for: nothing is tried then."""
+    needed = program.arena_bytes + sum(
+        b.nbytes for b in program.buffers.values() if b.kind == "state"
+    )
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
+        raise IngotError(
+            f"{where}: expected to need at most the {held} bytes of this machine's memory beside "
+            f"the weights, found {needed}"
+        )
+
+
+def torch_weights(load: WeightLoader, buffers: Mapping[str, Buffer]) -> WeightLoader:
+    """`load`, whose arrays are numpy's, as tensors over the same memory."""
+
+    def tensor(name: str) -> torch.Tensor:
+        array: Any = load(name)
+        if not array.flags.aligned:
+            array = array.copy()
+        return torch.from_numpy(array).view(torch_dtype(buffers[name].dtype))
+
+    return tensor
+
+
+__all__ = ["cpu_program", "torch_weights"]

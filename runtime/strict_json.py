@@ -1,0 +1,169 @@
+"""JSON from strangers: read within bounds, and taken apart by checks that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+# The largest size, offset or count that a file may state: no sum of a few of them is near 2^64.
+LARGEST = 2**48
+_MAX_DEPTH = 32
+_MAX_SHOWN = 60
+_MAX_KEYS = 64  # of an object whose keys are given
+
+T = TypeVar("T")
+
+
+class IngotError(ValueError):
+    """An ingot, or a part of one, that is refused: which file, what was expected, what came."""
+
+
+def shown(value: Any) -> str:
+    """`value` on one line, cut where it is long."""
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = repr(value[: _MAX_SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
+
+
+def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
+    """The value in `data`, of at most `most` bytes; IngotError for what is not plain JSON.
+
+    Keys stand once, numbers are finite, and nothing is nested deeper than 32 levels.
+    """
+    if len(data) > most:
+        raise IngotError(f"{where}: expected at most {most} bytes of JSON, found {len(data)}")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            raise IngotError(f"{where}: expected every key once, found one of an object twice")
+        return found
+
+    def constant(text: str) -> NoReturn:
+        raise IngotError(f"{where}: expected finite numbers, found {text}")
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else constant(shown(text))
+
+    try:
+        text = bytes(data).decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+        )
+    except IngotError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise IngotError(f"{where}: expected JSON, found none: {error}") from error
+    _check_depth(value, where)
+    return value
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        if not inner:
+            return
+        level = inner
+    raise IngotError(f"{where}: expected at most {_MAX_DEPTH} levels of JSON, found more")
+
+
+def write_json(value: Any) -> bytes:
+    """`value` as compact JSON that `read_json` takes; ValueError for what is not finite."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def fields(value: Any, where: str, names: Iterable[str]) -> Mapping[str, Any]:
+    """The object `value`, which has exactly the keys `names`."""
+    found, expected = mapping(value, where, _MAX_KEYS), set(names)
+    if missing := sorted(expected - found.keys()):
+        raise IngotError(f"{where}: expected {missing[0]!r}, found only {shown(sorted(found))}")
+    if extra := sorted(found.keys() - expected):
+        raise IngotError(f"{where}: expected only {sorted(expected)}, found {shown(extra[0])}")
+    return found
+
+
+def mapping(value: Any, where: str, most: int) -> Mapping[str, Any]:
+    """The object `value`, of at most `most` keys."""
+    if not isinstance(value, dict):
+        raise IngotError(f"{where}: expected an object, found {shown(value)}")
+    if len(value) > most:
+        raise IngotError(f"{where}: expected at most {most} keys, found {len(value)}")
+    return value
+
+
+def items(value: Any, where: str, most: int, least: int = 0) -> list[Any]:
+    """The list `value`, of `least` to `most` items."""
+    if not isinstance(value, list):
+        raise IngotError(f"{where}: expected a list, found {shown(value)}")
+    if not least <= len(value) <= most:
+        raise IngotError(f"{where}: expected {least} to {most} items, found {len(value)}")
+    return value
+
+
+def integer(value: Any, where: str, least: int = 0, most: int = LARGEST) -> int:
+    """The whole number `value` from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise IngotError(
+            f"{where}: expected an integer from {least} to {most}, found {shown(value)}"
+        )
+    return value
+
+
+def boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise IngotError(f"{where}: expected true or false, found {shown(value)}")
+    return value
+
+
+def text(value: Any, where: str, pattern: str = "", most: int = 1024) -> str:
+    """The printable string `value` of at most `most` characters; `pattern` fits it wholly."""
+    if not isinstance(value, str) or len(value) > most or not value.isprintable():
+        raise IngotError(
+            f"{where}: expected printable text of up to {most} characters, found {shown(value)}"
+        )
+    if pattern and not re.fullmatch(pattern, value):
+        raise IngotError(f"{where}: expected text like {pattern}, found {shown(value)}")
+    return value
+
+
+def one_of(value: Any, where: str, choices: Iterable[T]) -> T:
+    """`value`, which is one of `choices`."""
+    known = list(choices)
+    for choice in known:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    listed = ", ".join(map(str, known))
+    raise IngotError(f"{where}: expected one of {listed}; found {shown(value)}")
+
+
+def each(values: list[Any], where: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
+    """`read(item, place)` of every item."""
+    return tuple(read(item, f"{where}[{i}]") for i, item in enumerate(values))
+
+
+__all__ = [
+    "LARGEST",
+    "IngotError",
+    "boolean",
+    "each",
+    "fields",
+    "integer",
+    "items",
+    "mapping",
+    "one_of",
+    "read_json",
+    "shown",
+    "text",
+    "write_json",
+]
