@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +18,7 @@ import torch
 import triton.language as tl
 from ingot.codegen.kernel_backend import KernelBackend
 from ingot.codegen.kernel_source import KernelSource
-from ingot.codegen.request import dense_strides
+from ingot.codegen.request import Call, Ref, dense_strides
 from ingot.compiler.torch_types import torch_dtype
 from ingot.runtime.program import Buffer, Entry, Kernel, Program, Slice
 from triton.runtime import interpreter
@@ -52,25 +53,52 @@ def _runner(source: KernelSource) -> Callable[..., None]:
     return run
 
 
+def run_call(call: Call, memory: Mapping[Ref, torch.Tensor]) -> None:
+    """One launch of a template, run over `memory`."""
+    function = interpreter.InterpretedFunction(call.function.fn)
+    given = {n: memory[a] if not isinstance(a, int | float) else a for n, a in call.args.items()}
+    with _interpreting():
+        function[call.grid](**given, **call.constants)
+
+
+# What sees all of the language, as kernels and its own functions (tl.sum, say) together do.
+_LANGUAGE = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    """Kernels call kernels, and products take bf16, which the interpreter alone refuses."""
+    """Kernels call kernels, products take bf16, and f32 is rounded to it, not cut: none of which
+    the interpreter does by itself."""
     builder = interpreter.InterpreterBuilder
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return interpreter.InterpretedFunction(self.fn)(*args, **kwargs)
+        # The language is patched already: once more for every call would be slower every time.
+        return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
 
     plain_dot = builder.create_dot
 
     def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         return plain_dot(self, _wide(a), _wide(b), d, *rest)
 
+    plain_cast = builder.cast_impl
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            narrow = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.uint16)
+            return interpreter.TensorHandle(narrow.numpy(), tl.bfloat16)
+        return plain_cast(self, source, target)
+
+    scope = interpreter._patch_lang(_LANGUAGE)
     with (
+        patch.object(builder, "cast_impl", cast),
         patch.object(JITFunction, "__call__", call),
         patch.object(builder, "create_dot", dot),
         np.errstate(all="ignore"),
     ):
-        yield
+        try:
+            yield
+        finally:
+            scope.restore()
 
 
 def _wide(handle: Any) -> Any:
