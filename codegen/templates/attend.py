@@ -11,29 +11,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The first splits are this many positions long, and after every so many splits their length
-# doubles: enough of them for every multiprocessor at short contexts, not too many at long ones.
-SPLIT = 256
-STEADY = 16
-_SPLIT = tl.constexpr(SPLIT)
-_STEADY = tl.constexpr(STEADY)
-
 _NO_SLOT = tl.constexpr(2**31 - 1)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def split_start(index):
-    """The first position of split `index` (i32): 0, 256, ... 4096, 4608, ... 12288, 13312, ..."""
-    length = (index * 0 + _SPLIT) << (index // _STEADY)
-    return length * (index % _STEADY + _STEADY) - _SPLIT * _STEADY
+def split_start(index, SPLIT: tl.constexpr, STEADY: tl.constexpr):
+    """The first position of split `index` (i32): splits are SPLIT positions long, and after every
+    STEADY of them their length doubles. So there are enough for every multiprocessor at short
+    contexts, and not too many at long ones."""
+    length = (index * 0 + SPLIT) << (index // STEADY)
+    return length * (index % STEADY + STEADY) - SPLIT * STEADY
 
 
-def splits_of(context: int) -> int:
+def splits_of(context: int, split: int, steady: int) -> int:
     """How many splits a context of `context` positions has."""
     count, start = 0, 0
     while start < context:
-        start += SPLIT << (count // STEADY)
+        start += split << (count // steady)
         count += 1
     return count
 
@@ -46,7 +41,8 @@ def _next_slot(slots, slot):
 
 @triton.jit
 def _columns(base, at, seen, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """[N, BLOCK] the first SIZE elements from each of `at` [N]; 0 beyond and where not `seen`."""
+    """[N, BLOCK] the first SIZE elements from each of `at` [N] on; 0 beyond and where not `seen`.
+    The addresses of tiles are a scalar and small offsets, which cost few registers."""
     dim = tl.arange(0, BLOCK)
     mask = seen[:, None]
     if BLOCK != SIZE:
@@ -57,10 +53,12 @@ def _columns(base, at, seen, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _softcapped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores in units of log2, scaled and bounded."""
-    if SOFTCAP:
+    if SOFTCAP > 0:
         x = scores * (SCALE / SOFTCAP)
-        return (1 - 2 / (tl.exp(2 * x) + 1)) * (SOFTCAP * _LOG2E)
-    return scores * (SCALE * _LOG2E)
+        scores = (1 - 2 / (tl.exp(2 * x) + 1)) * (SOFTCAP * _LOG2E)
+    else:
+        scores = scores * (SCALE * _LOG2E)
+    return scores
 
 
 @triton.jit
@@ -103,6 +101,8 @@ def attend_kernel(
     SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEADY: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,8 +111,8 @@ def attend_kernel(
 
     Keys are D ‖ D_REST dims of a row of `k` (D_REST may be 0), queries D of `q` and D_REST of
     `q_rest`; values are the first V dims of a row of `v`, or of the keys where `v` is None
-    (V = D). With a page table rows lie in pages of PAGE_SIZE; without one there is one sequence of
-    `context` rows, of which the tokens are the last.
+    (V = D). With a page table rows lie in pages of PAGE_SIZE, a multiple of BLOCK_N; without one
+    there is one sequence of `context` rows, of which the tokens are the last.
 
     Program (block, head · lanes + lane, part): the lane takes every lanes-th slot that the block's
     rows are of, the part every parts-th split. With SPLITS = 1 the context is not split and `out`
@@ -158,7 +158,8 @@ def attend_kernel(
         last = tl.max(tl.where(mine, limit, -1), 0)
         first = last * 0
         if WINDOW:
-            first = tl.max(tl.maximum(first, tl.min(tl.where(mine, at, _NO_SLOT), 0) - WINDOW + 1))
+            oldest = tl.min(tl.where(mine, at, _NO_SLOT), 0)
+            first = tl.maximum(first, oldest - WINDOW + 1)
         token_at = token.to(tl.int64)
         query = _columns(q, token_at * Q_TOKEN + head * Q_HEAD, mine, D, BLOCK_D)
         if D_REST:
@@ -170,37 +171,33 @@ def attend_kernel(
         high = first * 0 + 1
         if SPLITS > 1:
             index = tl.arange(0, BLOCK_SPLITS)
-            low = tl.sum((split_start(index + 1) <= first).to(tl.int32), 0)
-            high = tl.sum((split_start(index) <= last).to(tl.int32), 0)
+            low = tl.sum((split_start(index + 1, SPLIT, STEADY) <= first).to(tl.int32), 0)
+            high = tl.sum((split_start(index, SPLIT, STEADY) <= last).to(tl.int32), 0)
             low += (part - low % parts + parts) % parts
         for split in range(low, high, parts):
             begin = first // BLOCK_N * BLOCK_N
             end = last + 1
             if SPLITS > 1:
-                begin = tl.maximum(begin, split_start(part * 0 + split))
-                end = tl.minimum(end, split_start(part * 0 + split + 1))
+                begin = tl.maximum(begin, split_start(part * 0 + split, SPLIT, STEADY))
+                end = tl.minimum(end, split_start(part * 0 + split + 1, SPLIT, STEADY))
             top = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            for n in range(begin, end, BLOCK_N):
-                where = n + tl.arange(0, BLOCK_N)
+            for start in range(begin, end, BLOCK_N):
+                n = begin * 0 + start
+                tile = tl.arange(0, BLOCK_N)
+                where = n + tile
                 # What lies outside was perhaps never written: it may be NaN, and 0 · NaN is NaN.
                 written = (where >= first) & (where <= last)
-                if page_table is None:
-                    place_n = where.to(tl.int64)
-                elif PAGE_SIZE % BLOCK_N == 0:
+                row_n = n.to(tl.int64)
+                if page_table is not None:
                     page = tl.load(page_table + slot * PAGES_PER_SLOT + n // PAGE_SIZE)
-                    offset = n % PAGE_SIZE + tl.arange(0, BLOCK_N)
-                    place_n = page.to(tl.int64) * PAGE_SIZE + offset
-                else:
-                    pages = page_table + slot * PAGES_PER_SLOT + where // PAGE_SIZE
-                    page = tl.load(pages, mask=written, other=0).to(tl.int64)
-                    place_n = page * PAGE_SIZE + where % PAGE_SIZE
-                key_at = place_n * K_ROW + kv_head * K_HEAD
-                keys = _columns(k, key_at, written, D, BLOCK_D)
+                    row_n = page.to(tl.int64) * PAGE_SIZE + n % PAGE_SIZE
+                key = k + (row_n * K_ROW + kv_head * K_HEAD)
+                keys = _columns(key, tile * K_ROW, written, D, BLOCK_D)
                 scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
                 if D_REST:
-                    keys_rest = _columns(k, key_at + D, written, D_REST, BLOCK_REST)
+                    keys_rest = _columns(key + D, tile * K_ROW, written, D_REST, BLOCK_REST)
                     scores = tl.dot(query_rest, tl.trans(keys_rest), scores, input_precision="ieee")
                 scores = _softcapped(scores, SCALE, SOFTCAP)
                 seen = (where[None, :] <= limit[:, None]) & mine[:, None] & written[None, :]
@@ -218,7 +215,8 @@ def attend_kernel(
                 if v is None:
                     values = keys
                 else:
-                    values = _columns(v, place_n * V_ROW + kv_head * V_HEAD, written, V, BLOCK_V)
+                    value = v + (row_n * V_ROW + kv_head * V_HEAD)
+                    values = _columns(value, tile * V_ROW, written, V, BLOCK_V)
                 acc = acc * fade[:, None]
                 acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
 
@@ -256,6 +254,8 @@ def combine_kernel(
     V: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEADY: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -271,9 +271,9 @@ def combine_kernel(
         tl.store(out + place * V + dim, tl.zeros([BLOCK_V], out.dtype.element_ty), mask=dim < V)
     else:
         split = tl.arange(0, BLOCK_SPLITS)
-        seen = split_start(split) <= at
+        seen = split_start(split, SPLIT, STEADY) <= at
         if WINDOW:
-            seen = seen & (split_start(split + 1) > at - WINDOW + 1)
+            seen = seen & (split_start(split + 1, SPLIT, STEADY) > at - WINDOW + 1)
         where = place * SPLITS + split
         top = tl.load(tops + where, mask=seen, other=float("-inf"))
         total = tl.load(totals + where, mask=seen, other=0.0)

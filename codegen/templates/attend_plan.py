@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -18,6 +18,8 @@ _SPLIT_BYTES = 256 << 20
 _FEW_ROWS = 16
 # Programs that keep every multiprocessor of the largest device busy, several on each.
 _PROGRAMS = 2048
+# Splits double their length after every so many; see attend.split_start.
+_STEADY = 32
 # Products want at least so many of each dim.
 _LEAST = 16
 
@@ -135,6 +137,8 @@ def plan(job: Attention, request: Request) -> Chosen:
             **{n: None for n, a in given.items() if a is None},
             **_sizes(job),
             "SPLITS": splits,
+            "SPLIT": _split(job),
+            "STEADY": _STEADY,
             "BLOCK_SPLITS": block_splits,
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
@@ -175,6 +179,8 @@ def _combine(job: Attention, splits: int, block_splits: int) -> Call:
             "V": job.v,
             "WINDOW": job.window,
             "SPLITS": splits,
+            "SPLIT": _split(job),
+            "STEADY": _STEADY,
             "BLOCK_SPLITS": block_splits,
             "BLOCK_V": block,
         },
@@ -216,9 +222,15 @@ def padded(size: int) -> int:
     return max(_LEAST, triton.next_power_of_2(size))
 
 
+def _split(job: Attention) -> int:
+    """Positions in a first split: the fewer blocks a token has, the shorter."""
+    blocks = job.kv_heads * triton.cdiv(job.group, _FEW_ROWS)
+    return 128 if blocks >= 8 else 64
+
+
 def _splits(job: Attention) -> int:
     """How many splits; 1 where the context stays whole."""
-    splits = splits_of(job.context)
+    splits = splits_of(job.context, _split(job), _STEADY)
     few = job.pages is not None and job.tokens <= FEW_TOKENS
     return splits if few and 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES else 1
 
@@ -228,20 +240,35 @@ def _lanes(job: Attention, tile: Tile, programs: int) -> int:
     that does not crowd the device."""
     if not job.pages:
         return 1
-    met = min((tile.m + job.group - 2) // job.group + 1, job.tokens, job.pages.slots)
+    straddling = tile.m % job.group > 0
+    met = min(triton.cdiv(tile.m, job.group) + straddling, job.tokens, job.pages.slots)
     return max(1, min(met, _PROGRAMS // programs))
 
 
 def _tile(job: Attention, split: bool, request: Request) -> Tile:
+    tile = _widest(job, split, request)
+    return replace(tile, n=min(tile.n, job.pages.size)) if job.pages else tile
+
+
+def _widest(job: Attention, split: bool, request: Request) -> Tile:
+    """The tile if pages are not smaller: chosen so that nothing spills registers. Stages of the
+    pipeline on NVIDIA: one for the page's number, and enough to hold the next tile while one is in
+    use; AMD has few registers a lane with 8 warps, and little shared memory."""
     nvidia = request.target.name.startswith("cuda")
+    rows = job.tokens * job.group
+    width = max(padded(job.d), padded(job.v))
     if DTYPE_BITS[job.dtype] == 32:
-        return Tile(_FEW_ROWS, 32, 4, 1)
-    wide = padded(job.d) + padded(job.v) > 512
-    if split or job.tokens * job.group <= _FEW_ROWS:
-        return Tile(_FEW_ROWS, 32 if wide else 64, 4, 3 if nvidia else 1)
-    if wide:
-        return Tile(64, 32, 8, 2 if nvidia else 1)
-    return Tile(128 if job.tokens * job.group >= 1024 else 64, 64, 8 if nvidia else 4, 2)
+        if width <= 256:
+            return Tile(_FEW_ROWS, 32, 4, 1)
+        return Tile(_FEW_ROWS, 16, 16 if nvidia else 4, 1)
+    if split or rows <= _FEW_ROWS:
+        if nvidia:
+            return Tile(_FEW_ROWS, 64, 8 if width > 256 else 4, 5)
+        return Tile(_FEW_ROWS, 64, 4, 2) if width <= 256 else Tile(_FEW_ROWS, 32, 4, 1)
+    if width > 256:
+        return Tile(32, 64, 8, 5) if nvidia else Tile(32, 32, 4, 1)
+    m = 128 if rows >= 1024 and width <= 128 else 64
+    return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3) if nvidia else Tile(m, 64, 4, 1)
 
 
 def _seconds(job: Attention, request: Request) -> float:
