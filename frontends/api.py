@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import export as export_program
 
+from ..codegen.entries import Backend
 from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
 from ..compiler.ir import Graph
 from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.pipeline import Pass, PassError, PassResult, run_pipeline
-from ..compiler.target import CPU, Target, target_of
+from ..compiler.target import Target, target_of
 from ..compiler.torch_types import TORCH_DTYPES, dtype_name
 from ..compiler.validate import check_rewrite
 from ..compiler.weights import Weights
@@ -25,12 +26,13 @@ from ..passes.pipelines import causal_lm, module
 from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
+from ..runtime.driver import Driver
 from ..runtime.ingot_writer import check_free
 from ..runtime.session import Session
 from .aot import Exportable, export
 from .calibration import calibrated, token_sequences
 from .completion import Completion, TextEvent
-from .drivers import driver_for
+from .drivers import driver_here, present_target
 from .loading import IngotError, LoadedModel, load
 from .model import Model, NotYetError, Report, WrittenIngot, entry_sizes
 from .module import CompiledModule, ModuleReport
@@ -77,15 +79,19 @@ def compile(
     same tokens. GroupError tells what is amiss with the group, PassError heads and dims that do not
     divide. With `passes` of your own, put ShardTensorParallel among them.
 
-    `target` "auto" is the best that this version generates code for: "cpu". `passes` replaces the
-    pipeline. `verify` runs every rewritten region, before and after, on sampled inputs. `progress`
-    shows a bar on stderr.
+    `target` "auto" is the first GPU of this machine, or "cpu" where it has none (and with
+    `tensor_parallel`); code for a device that is not here is compiled by `compile_to`. `passes`
+    replaces the pipeline. `verify` runs every rewritten region, before and after, on sampled
+    inputs. `progress` shows a bar on stderr.
 
     Raises SourceError for a checkpoint that cannot be read, ImportFailure for a model that cannot
-    be expressed, PassError for a pass that broke the graph, UnsupportedTarget, NotYetError for
-    options that this version does not have, ValueError for wrong arguments.
+    be expressed, PassError for a pass that broke the graph, NoKernelError and BuildError where a
+    GPU cannot compute it, DriverMissingError, DeviceError or NoDriverError where the device is not
+    here, UnsupportedTarget and NotYetError for options that this version does not have, ValueError
+    for wrong arguments.
     """
-    chosen = _target(target)
+    chosen = _target("cpu" if target == "auto" and tensor_parallel > 1 else target)
+    driver = driver_here(chosen.name)
     packing = _quantization(quantize)
     if packing is not None and packing.calibrated and tensor_parallel > 1:
         raise ValueError(
@@ -106,7 +112,7 @@ def compile(
             if group:
                 raise NotYetError("tensor_parallel: this version splits language models only")
             return _compile_module(
-                source, example_inputs, dynamic_shapes, chosen, passes, check, stages
+                source, example_inputs, dynamic_shapes, chosen, driver, passes, check, stages
             )
         if example_inputs is not None or dynamic_shapes is not None:
             raise ValueError("example_inputs and dynamic_shapes belong to an nn.Module")
@@ -122,7 +128,7 @@ def compile(
             stages,
             group,
         )
-        return _open(lowered, stages, group)
+        return _open(lowered, driver, stages, group)
 
 
 def compile_to(
@@ -193,13 +199,21 @@ class _Stages:
 
 
 def _target(name: str) -> Target:
-    target = CPU if name == "auto" else target_of(name)
-    if target.is_gpu:
+    return target_of(present_target() if name == "auto" else name)
+
+
+def _backend(target: Target, group: ProcessGroup | None, stages: _Stages) -> Backend | None:
+    """What generates kernels for a GPU; None for the cpu."""
+    if not target.is_gpu:
+        return None
+    if group is not None:
         raise UnsupportedTarget(
-            f"this version generates no kernels for {target.name} ({target.title}) yet; "
-            "target='cpu' runs everywhere"
+            f"tensor_parallel: this version exchanges data between cpu processes only, not on "
+            f"{target.name}"
         )
-    return target
+    from ..codegen.kernel_backend import KernelBackend  # needs triton
+
+    return KernelBackend(target, stages.bar.count)
 
 
 def _quantization(given: str | MXFP4 | None) -> MXFP4 | None:
@@ -255,6 +269,7 @@ def _compile_module(
     example_inputs: Sequence[torch.Tensor] | None,
     dynamic_shapes: Any,
     target: Target,
+    driver: Driver,
     passes: Sequence[Pass] | None,
     check: Callable[..., None] | None,
     stages: _Stages,
@@ -277,7 +292,15 @@ def _compile_module(
     results = stages.run(imported.graph, module() if passes is None else passes, check)
     report = ModuleReport(imported.graph.name, target.name, tuple(results), stages.seconds)
     structure = program.call_spec.out_spec
-    return CompiledModule(_graphs(imported.graph, results), weights, target, report, structure)
+    return CompiledModule(
+        _graphs(imported.graph, results),
+        weights,
+        target,
+        driver,
+        lambda: _backend(target, None, stages),
+        report,
+        structure,
+    )
 
 
 def _bounds(program: Any) -> dict[str, range]:
@@ -313,7 +336,9 @@ class _LoweredModel:
         return sum(b.kind == "weight" for b in buffers)
 
 
-def _open(model: _LoweredModel, stages: _Stages, group: ProcessGroup | None) -> Model:
+def _open(
+    model: _LoweredModel, driver: Driver, stages: _Stages, group: ProcessGroup | None
+) -> Model:
     """Load the weights of `model` and make it ready to serve."""
     lowered = model.exportable.lowered
     with stages("load weights"):
@@ -325,7 +350,6 @@ def _open(model: _LoweredModel, stages: _Stages, group: ProcessGroup | None) -> 
             return tensor
 
         draw_seed = group.draw_seed if group else None
-        driver = driver_for(lowered.program.target)
         session = Session(lowered.program, driver, load_weight, draw_seed=draw_seed)
     return Model(session, model.exportable, model.graphs, model.report(), model.tokenizer)
 
@@ -366,7 +390,10 @@ def _lower_language_model(
     errors = PackingErrors()
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-        lowered = lower(final, weights, target, bindings, ["logits"], meta, errors.observe, group)
+        backend = _backend(target, group, stages)
+        lowered = lower(
+            final, weights, target, bindings, ["logits"], meta, errors.observe, group, backend
+        )
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     if group:
         group.agree(_exchanges(final, meta, stops))

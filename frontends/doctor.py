@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..compiler.target import TARGETS
+from .drivers import present_target
 
 _REQUIRED = (
     "torch",
@@ -134,9 +135,12 @@ def _through_drivers() -> Iterator[Device]:
 
 
 def _targets() -> Iterator[TargetState]:
+    here, triton = present_target(), _version("triton")
     for target in TARGETS.values():
-        if target.is_gpu:
-            note = "no kernels are generated yet"
-            yield TargetState(target.name, target.title, False, False, note)
-        else:
+        if not target.is_gpu:
             yield TargetState(target.name, target.title, True, True, "through the references")
+            continue
+        built = "kernels by triton" if triton else "kernels need triton"
+        found = "a device is here" if target.name == here else "no such device here"
+        runs = target.name == here and triton is not None
+        yield TargetState(target.name, target.title, triton is not None, runs, f"{built}; {found}")

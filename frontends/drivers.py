@@ -1,17 +1,11 @@
 """The driver of a target: the one place that knows which there are. Each is imported when it is
-asked for: the cpu's brings torch, and those of GPUs look for a device."""
+asked for: the cpu's brings torch."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
-
 from ..runtime.driver import Driver
 
-# Kind of GPU target -> its driver, in the module of `runtime` that is called like the kind.
-_GPU_DRIVERS = {"cuda": "CudaDriver", "hip": "HipDriver"}
-_RUNTIME = __name__.rsplit(".", 2)[0] + ".runtime"
+CPU = "cpu"
 
 
 class NoDriverError(RuntimeError):
@@ -29,10 +23,33 @@ def driver_for(target: str) -> Driver:
         from ..runtime.cpu import CpuDriver
 
         return CpuDriver()
-    if kind not in _GPU_DRIVERS or find_spec(f"{_RUNTIME}.{kind}") is None:
-        raise NoDriverError(f"this version has no driver that runs programs for {target}")
-    made: Any = getattr(import_module(f"{_RUNTIME}.{kind}"), _GPU_DRIVERS[kind])()
-    return made
+    if kind == "cuda":
+        from ..runtime.cuda import CudaDriver
+
+        return CudaDriver()
+    if kind == "hip":
+        from ..runtime.hip import HipDriver
+
+        return HipDriver()
+    raise NoDriverError(f"this version has no driver that runs programs for {target}")
 
 
-__all__ = ["NoDriverError", "driver_for"]
+def driver_here(target: str) -> Driver:
+    """As `driver_for`; NoDriverError also where the device that is here is another one."""
+    driver = driver_for(target)
+    if driver.target != target:
+        raise NoDriverError(f"expected a device for {target}, found one for {driver.target}")
+    return driver
+
+
+def present_target() -> str:
+    """The target of the first GPU of this machine that code can be generated for, or cpu."""
+    from ..compiler.target import TARGETS
+    from ..runtime.cuda import CudaDriver
+    from ..runtime.hip import HipDriver
+
+    found = CudaDriver.find() or HipDriver.find()
+    return found if found and found in TARGETS else CPU
+
+
+__all__ = ["NoDriverError", "driver_for", "driver_here", "present_target"]

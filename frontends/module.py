@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_unflatten
 
+from ..codegen.entries import Backend
 from ..codegen.lower import lower
 from ..compiler.interpret import bind_symbols
 from ..compiler.ir import Graph
@@ -16,7 +17,7 @@ from ..compiler.pipeline import PassResult
 from ..compiler.target import Target
 from ..compiler.torch_types import torch_dtype
 from ..compiler.weights import Weights
-from ..runtime.cpu import CpuDriver, CpuExecutable
+from ..runtime.driver import Driver, Executable
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,20 @@ class CompiledModule:
         graphs: Mapping[str, Graph],
         weights: Weights,
         target: Target,
+        driver: Driver,
+        backend: Callable[[], Backend | None],
         report: ModuleReport,
         structure: Any,
     ) -> None:
-        """`structure` is the pytree spec of what the module returns."""
+        """`backend` makes what generates kernels for `target`, None for the cpu; `structure` is
+        the pytree spec of what the module returns."""
         self._graphs = dict(graphs)
         self._weights = weights
         self._target = target
+        self._driver = driver
+        self._backend = backend
         self._structure = structure
-        self._programs: dict[tuple[int, ...], CpuExecutable] = {}
+        self._programs: dict[tuple[int, ...], Executable] = {}
         self.report = report
 
     def graph(self, which: str = "final") -> Graph:
@@ -74,9 +80,11 @@ class CompiledModule:
         ]
         return tree_unflatten(outputs, self._structure)
 
-    def _build(self, graph: Graph, binding: Mapping[str, int]) -> CpuExecutable:
-        lowered = lower(graph, self._weights, self._target, [binding], _output_names(graph))
-        return CpuDriver().load(lowered.program, lowered.load_weight)
+    def _build(self, graph: Graph, binding: Mapping[str, int]) -> Executable:
+        names = _output_names(graph)
+        backend = self._backend()
+        lowered = lower(graph, self._weights, self._target, [binding], names, backend=backend)
+        return self._driver.load(lowered.program, lowered.load_weight)
 
 
 def _entry_name(binding: Mapping[str, int]) -> str:

@@ -45,6 +45,10 @@ class Progress:
         """The stage at hand has this many steps."""
         self._bar.update(self._task, total=steps, completed=0)
 
+    def count(self, done: int, steps: int) -> None:
+        """So many of so many steps are done."""
+        self._bar.update(self._task, total=steps, completed=done)
+
     def advance(self) -> None:
         """One step is done."""
         self._bar.advance(self._task)

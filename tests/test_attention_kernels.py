@@ -33,7 +33,9 @@ def _args(
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 def test_decoding_several_slots(dtype: torch.dtype, heads: tuple[int, int]) -> None:
     places = [(0, 150), (2, 0), (-1, 0), (1, 67)]
-    check_node(cached_attention, _args(batch(places, 16, 10), *heads, 16, 16, dtype), {"scale": 0.3})
+    check_node(
+        cached_attention, _args(batch(places, 16, 10), *heads, 16, 16, dtype), {"scale": 0.3}
+    )
 
 
 @pytest.mark.parametrize(("d", "v"), [(24, 20), (8, 6), (192, 128)])
