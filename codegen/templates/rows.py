@@ -34,16 +34,16 @@ def take_kernel(
     table,
     index,
     out,
-    ROWS: tl.constexpr,
+    rows,
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows of WIDTH elements, STEP elements apart in the table of ROWS rows. An index outside it,
+    """Rows of WIDTH elements, STEP elements apart in the table of `rows` rows. An index outside it,
     which no caller gives, reads row 0."""
     place = tl.program_id(0)
     row = tl.load(index + place).to(tl.int64)
-    row = tl.where((row >= 0) & (row < ROWS), row, 0)
+    row = tl.where((row >= 0) & (row < rows), row, 0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(table + row * STEP + at, mask=at < WIDTH)
     tl.store(out + place.to(tl.int64) * WIDTH + at, value, mask=at < WIDTH)
@@ -57,10 +57,10 @@ def _looked_up(request: Request, table: int, index: int) -> Chosen | Declined:
     block = min(_BLOCK, triton.next_power_of_2(width))
     call = Call(
         take_kernel,
-        {"table": Arg(table), "index": Arg(index), "out": Result(0)},
+        {"table": Arg(table), "index": Arg(index), "out": Result(0), "rows": x.shape[0]},
         (int(chosen.type.numel), triton.cdiv(width, block), 1),
         (Result(0),),
-        {"ROWS": x.shape[0], "WIDTH": width, "STEP": x.strides[0], "BLOCK": block},
+        {"WIDTH": width, "STEP": x.strides[0], "BLOCK": block},
     )
     moved = 2 * request.results[0].nbytes
     seconds = moved / request.target.bytes_per_second + LAUNCH_SECONDS
