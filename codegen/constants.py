@@ -10,7 +10,6 @@ import torch
 from ..compiler.interpret import compute
 from ..compiler.ir import Graph, Node, Value, walk
 from ..compiler.ops.leaf import constant, literal
-from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.shape import slice_
 from ..compiler.rewrite import rebuild
 from ..compiler.weights import Bounds, Weights
@@ -22,21 +21,21 @@ Observer = Callable[[Node, Sequence[Any], Sequence[Any]], None]
 def folded(
     graph: Graph,
     constant_nodes: set[Node],
-    packed: Callable[[Node, int], bool] = lambda node, position: False,
+    packed: Callable[[Node, int], tuple[Value, Value] | None] = lambda node, position: None,
 ) -> dict[Value, str]:
     """The values of constant nodes that something else uses, with the names of their buffers.
 
-    Where `packed` says that a node reads its argument at a position in MXFP4, the codes and scales
-    take the place of the numbers that they stand for.
+    Where `packed` gives the codes and scales that a node reads in place of an argument, they take
+    the place of the numbers that they stand for.
     """
     used: list[Value] = []
     for node in graph.nodes():
         if node in constant_nodes:
             continue
         for i, arg in enumerate(node.args):
-            parts = arg.node.args if arg.op is mxfp4 and packed(node, i) else (arg,)
-            used.extend(parts)
-    values = [v for v in dict.fromkeys((*used, *graph.roots)) if v.node in constant_nodes]
+            used.extend(packed(node, i) or ((arg,) if arg.node in constant_nodes else ()))
+    used.extend(v for v in graph.roots if v.node in constant_nodes)
+    values = list(dict.fromkeys(used))
     names: dict[Value, str] = {}
     for value in values:
         if value.op is not literal:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ..compiler.ir import Graph, Node, Value
 from ..compiler.ops.leaf import literal, param
+from ..compiler.ops.mxfp4_fragments import mxfp4_fragments
 from ..compiler.types import TensorType, bind_attr
 from ..runtime.program import Buffer, Entry, Kernel, Launch, Slice
 from .memory import Access, Lifetime, dependencies, plan_arena
@@ -26,11 +27,15 @@ def buffer_of(name: str, type_: TensorType, binding: Mapping[str, int], kind: An
 
 @dataclass(frozen=True)
 class PackedSlice:
-    """Where the codes and scales of a weight in MXFP4 are, and the type that they stand for."""
+    """Where the codes and scales of a weight in MXFP4 are, the type that they stand for, how many
+    numbers share a scale, and whether they are ordered as fragments (compiler.ops.mxfp4_fragments).
+    """
 
     codes: Slice
     scales: Slice
     type: TensorType
+    group: int
+    fragments: bool
 
 
 # An argument as a backend gets it: memory, a packed weight, or the number of a literal.
@@ -71,8 +76,11 @@ class Backend(Protocol):
         """The kernels of all launches so far, by id."""
         ...
 
-    def packed(self, node: Node, position: int) -> bool:
-        """Whether `node` reads a packed weight at `position` as it is."""
+    def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
+        """The codes and scales that `node` reads in place of its argument at `position`.
+
+        None where it reads numbers. What they are made of depends on weights alone.
+        """
         ...
 
     def view(self, bound: Bound) -> Slice | None:
@@ -165,8 +173,11 @@ class EntryBuilder:
             return self.at[arg]
         if arg.op is literal:
             return arg.attrs["value"]
-        codes, scales = (self.at[part] for part in arg.node.args)
-        return PackedSlice(codes, scales, arg.type)
+        parts = self.backend.packed(node, position)
+        assert parts is not None, node
+        codes, scales = (self.at[part] for part in parts)
+        group = 2 * int(arg.node.args[0].type.shape[-1]) // int(arg.node.args[1].type.shape[-1])
+        return PackedSlice(codes, scales, arg.type, group, parts[0].op is mxfp4_fragments)
 
     def _memory_of(self, value: Value) -> Slice:
         """New memory for a result: an output's buffer, if it is one, or scratch."""

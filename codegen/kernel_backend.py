@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from ..compiler.ir import Node
+from ..compiler.ir import Node, Value
+from ..compiler.ops.fused import gated_linear
+from ..compiler.ops.mxfp4 import mxfp4
+from ..compiler.ops.mxfp4_fragments import GROUP, ROWS, mxfp4_fragments
 from ..compiler.ops.shape import expand, permute, slice_, view
 from ..compiler.target import Target
 from ..compiler.types import DTYPE_BITS, TensorType
@@ -35,7 +38,7 @@ from .request import (
     Temp,
     dense_strides,
 )
-from .select import PACKED_WEIGHTS, copied, select
+from .select import FRAGMENT_PRODUCTS, PACKED_WEIGHTS, copied, select
 
 # Vector loads want addresses that are multiples of this many bytes.
 _VECTOR = 16
@@ -54,15 +57,40 @@ class KernelBackend:
         self.sources: dict[str, KernelSource] = {}
         self.choices: list[Choice] = []
         self._progress = progress
+        self._fragments: dict[tuple[Value, Value, bool], tuple[Value, ...]] = {}
 
     def kernels(self) -> Mapping[str, Kernel]:
         """See Backend.kernels; builds those that the cache does not hold. BuildError."""
         built = build(list(self.sources.values()), self.target, self._progress)
         return {id_: built[source] for id_, source in self.sources.items()}
 
-    def packed(self, node: Node, position: int) -> bool:
+    def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """See Backend.packed."""
-        return position in PACKED_WEIGHTS.get(node.op.name, ())
+        weight = node.args[position]
+        if weight.op is not mxfp4 or position not in PACKED_WEIGHTS.get(node.op.name, ()):
+            return None
+        codes, scales = weight.node.args
+        gated = node.op is gated_linear
+        if not self._as_fragments(node, weight, gated):
+            return codes, scales
+        # One node for all users of a weight, so that it is ordered and held once.
+        key = (codes, scales, gated)
+        if key not in self._fragments:
+            made = mxfp4_fragments.node(key[:2], {"gated": gated}, weight.node.source)
+            self._fragments[key] = made.results
+        first, second = self._fragments[key]
+        return first, second
+
+    def _as_fragments(self, node: Node, weight: Value, gated: bool) -> bool:
+        """Whether the product `node` takes its packed weight in the order of tensor cores."""
+        rows, columns = weight.type.shape[0], weight.node.args[1].type.shape[-1]
+        return (
+            self.target.name.startswith("cuda")
+            and node.op.name in FRAGMENT_PRODUCTS
+            and weight.type.dtype == "bf16"
+            and weight.type.shape[-1] == GROUP * columns
+            and not (gated and rows % ROWS)
+        )
 
     def view(self, bound: Bound) -> Slice | None:
         """See Backend.view."""
@@ -178,9 +206,9 @@ def operand(place: Place) -> Operand:
             return Operand(TensorType(place.dtype, place.shape), strides)
         case PackedSlice():
             codes, scales = (TensorType(s.dtype, s.shape) for s in (place.codes, place.scales))
-            group = 2 * place.codes.shape[-1] // place.scales.shape[-1]
+            packed = Packed(codes, scales, place.group, place.fragments)
             shape: Any = place.type.shape
-            return Operand(place.type, dense_strides(shape), None, Packed(codes, scales, group))
+            return Operand(place.type, dense_strides(shape), None, packed)
         case bool():
             return Operand(TensorType("bool", ()), (), place)
         case int():

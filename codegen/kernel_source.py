@@ -9,6 +9,7 @@ from typing import Any
 
 import triton
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from ..runtime.program import Argument
 
@@ -92,7 +93,8 @@ class KernelSource:
             for n, a in self.parameters
             if a.multiple > 1
         }
-        return ASTSource(self.function, signature, constants, promises)
+        kind = GluonASTSource if self.function.is_gluon() else ASTSource
+        return kind(self.function, signature, constants, promises)
 
     def bound(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """All parameters by name, for the run-time values `args`."""

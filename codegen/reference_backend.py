@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..compiler.ir import Node, show_attr
+from ..compiler.ir import Node, Value, show_attr
 from ..compiler.ops.collective import Communicator
 from ..compiler.ops.shape import view
 from ..compiler.types import TensorType
@@ -29,9 +29,9 @@ class ReferenceBackend:
         """See Backend.kernels."""
         return self._kernels
 
-    def packed(self, node: Node, position: int) -> bool:
+    def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """References compute with numbers: no packed weight is read as it is."""
-        return False
+        return None
 
     def view(self, bound: Bound) -> Slice | None:
         """See Backend.view."""

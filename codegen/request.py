@@ -22,11 +22,15 @@ LAUNCH_SECONDS = 1e-6
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in MXFP4: codes u8 [..., K/2] and scales u8 [..., K/group], both dense."""
+    """A weight in MXFP4: codes u8 [..., K/2] and scales u8 [..., K/group], both dense.
+
+    With `fragments` both are in the order of compiler.ops.mxfp4_fragments, in tiles.
+    """
 
     codes: TensorType
     scales: TensorType
     group: int
+    fragments: bool = False
 
 
 @dataclass(frozen=True)

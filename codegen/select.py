@@ -30,6 +30,8 @@ PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {
     "head_linear": frozenset({1}),
     "experts": frozenset({3, 4}),
 }
+# Ops that read a packed weight of two dims in the order of tensor cores, where the target has them.
+FRAGMENT_PRODUCTS = frozenset({"linear", "fused_linear", "gated_linear", "project_heads"})
 
 
 def templates_of(op: str) -> list[Template]:

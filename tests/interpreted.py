@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import gluon_numpy
 import numpy as np
 import torch
 import triton.language as tl
@@ -44,6 +45,8 @@ class InterpretedBackend(KernelBackend):
 
 
 def _runner(source: KernelSource) -> Callable[..., None]:
+    if source.function.is_gluon():
+        return lambda grid, args: gluon_numpy.run(source.function, grid, source.bound(args))
     function = interpreter.InterpretedFunction(source.function.fn)
 
     def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:

@@ -26,11 +26,10 @@ from ..request import (
     Scales,
 )
 from .activations import gated
-from .mxfp4_decode import decoded
+from .fragment_linear import FEW, fragment_call
+from .mxfp4_decode import decoded, e8m0
 from .prologue import normed_input
 
-# Tokens up to this many go through the narrow tiles.
-FEW = 16
 _DTYPES = ("bf16", "f16", "f32")
 
 
@@ -65,6 +64,62 @@ def weight_tile(
 
 
 @triton.jit
+def fragment_tile(
+    w,
+    scales,
+    rows,
+    inside_rows,
+    k,
+    HALVED: tl.constexpr,
+    HALF: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As weight_tile, of a weight in TILES tiles across (see compiler.ops.mxfp4_fragments).
+
+    Row i is the i-th; of a HALVED weight the i-th of the gate's (HALF 0) or the up's rows (1).
+    """
+    if HALVED:
+        down = rows // 8
+        low = rows * 0 + HALF
+    else:
+        down = rows // 16
+        low = rows // 8 % 2
+    first = down.to(tl.int64) * TILES
+    word = k // 8 + tl.arange(0, BLOCK_K // 8)
+    tile = word // 16
+    inside = inside_rows[:, None] & (tile < TILES)[None, :]
+    in_tile = (low * 128 + rows % 8 * 16)[:, None] + (word % 4 * 4 + word // 4 % 4)[None, :]
+    at = (first[:, None] + tile[None, :]) * 256 + in_tile
+    words = tl.load(w.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
+    group = k // 32 + tl.arange(0, BLOCK_K // 32)
+    tile = group // 4
+    inside = inside_rows[:, None] & (tile < TILES)[None, :]
+    at = (first[:, None] + tile[None, :]) * 64 + (rows % 8 * 8 + low * 4)[:, None] + group % 4
+    scale = e8m0(tl.load(scales + at, mask=inside, other=127))
+    # Columns 0, 2, 4, 6 are in the low half, 1, 3, 5, 7 in the high one.
+    both = tl.join(_four(words << 16), _four(words & -65536))
+    number = tl.reshape(both, (ROWS, BLOCK_K // 32, 32)) * scale[:, :, None]
+    return tl.reshape(number, (ROWS, BLOCK_K)).to(DTYPE)
+
+
+@triton.jit
+def _four(half):
+    """f32 [..., 2, 2] of the four codes in the high 16 bits of words, in order."""
+    bits = half & -2118123520
+    first = bits.to(tl.float32, bitcast=True)
+    bits = (half << 3) & -2118123520
+    second = bits.to(tl.float32, bitcast=True)
+    bits = (half << 6) & -2118123520
+    third = bits.to(tl.float32, bitcast=True)
+    bits = ((half << 1) & -2147483648) | ((half >> 3) & 25165824) | ((half >> 7) & 4194304)
+    fourth = bits.to(tl.float32, bitcast=True)
+    return tl.join(tl.join(first, third), tl.join(second, fourth)) * 8.507059173023462e37
+
+
+@triton.jit
 def product_kernel(
     x,
     w,
@@ -76,6 +131,7 @@ def product_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     GROUP: tl.constexpr,
+    TILES: tl.constexpr,
     X_STEP: tl.constexpr,
     X_HEAD: tl.constexpr,
     RESIDUAL_STEP: tl.constexpr,
@@ -91,8 +147,8 @@ def product_kernel(
 ):
     """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual), of one head (program_id(2)).
 
-    With a GATE the weight is [2N, K], gate rows first, and y = act(gate) · up. NARROW multiplies
-    w · xᵀ instead of x · wᵀ.
+    With a GATE the weight is [2N, K], gate rows first, and y = act(gate) · up. With TILES it lies
+    in so many tiles across, as fragments. NARROW multiplies w · xᵀ instead of x · wᵀ.
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -117,15 +173,37 @@ def product_kernel(
         at = k + tl.arange(0, BLOCK_K)
         inside = in_rows[:, None] & (at < K)[None, :]
         xs = tl.load(x_row + at[None, :], mask=inside, other=0.0)
-        ws = weight_tile(w_head, s_head, columns, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K)
+        if TILES > 0:
+            ws = fragment_tile(
+                w,
+                scales,
+                columns,
+                in_columns,
+                k,
+                GATE is not None,
+                0,
+                DTYPE,
+                TILES,
+                BLOCK_N,
+                BLOCK_K,
+            )
+        else:
+            ws = weight_tile(
+                w_head, s_head, columns, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K
+            )
         if NARROW:
             sums = tl.dot(ws, tl.trans(xs), sums, input_precision="ieee")
         else:
             sums = tl.dot(xs, tl.trans(ws), sums, input_precision="ieee")
         if GATE is not None:
-            us = weight_tile(
-                w_head, s_head, columns + N, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K
-            )
+            if TILES > 0:
+                us = fragment_tile(
+                    w, scales, columns, in_columns, k, True, 1, DTYPE, TILES, BLOCK_N, BLOCK_K
+                )
+            else:
+                us = weight_tile(
+                    w_head, s_head, columns + N, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K
+                )
             if NARROW:
                 ups = tl.dot(us, tl.trans(xs), ups, input_precision="ieee")
             else:
@@ -164,6 +242,10 @@ def product_call(
 ) -> Call | Declined:
     """The launch of a product with argument `weight`; steps are of a token and of a head."""
     w = request.args[weight]
+    if w.packed and w.packed.fragments and tokens <= FEW:
+        return fragment_call(
+            request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
+        )
     n, k = w.shape[-2:]
     n = n // 2 if gate else n
     if w.type.dtype not in _DTYPES:
@@ -177,6 +259,7 @@ def product_call(
         "K": k,
         "N": n,
         "GROUP": w.packed.group if w.packed else 0,
+        "TILES": int(w.packed.codes.shape[1]) if w.packed and w.packed.fragments else 0,
         "X_STEP": x_steps[0],
         "X_HEAD": x_steps[1],
         "Y_STEP": y_steps[0],
@@ -214,10 +297,18 @@ def _tiles(n: int, few: bool, is_gated: bool, w: Operand) -> tuple[int, int, int
 
 
 def _chosen(request: Request, calls: list[Call], temps: dict[str, TensorType]) -> Chosen:
-    few = calls[-1].constants.get("NARROW", True)
     held = "MXFP4" if request.args[1].packed else request.args[1].type.dtype
-    size = "narrow tiles for few tokens" if few else "square tiles for many tokens"
-    return Chosen(tuple(calls), request.seconds(len(calls)), f"{size}, {held} weight", temps)
+    reason = f"{tiles_of(calls[-1])}, {held} weight"
+    return Chosen(tuple(calls), request.seconds(len(calls)), reason, temps)
+
+
+def tiles_of(call: Call) -> str:
+    """What kind of product a launch is, in words."""
+    if "NARROW" not in call.constants:
+        return "fragments in registers for few tokens"
+    if call.constants["NARROW"]:
+        return "narrow tiles for few tokens"
+    return "square tiles for many tokens"
 
 
 def _rows(request: Request) -> Declined | None:

@@ -1,0 +1,121 @@
+"""MXFP4 weights in the order in which tensor cores take them: what packs them, for whom.
+
+NVIDIA's mma.m16n8k16 wants of its left operand, in lane 4·r + q, rows r and r + 8 and of every 16
+columns 2q, 2q + 1, 2q + 8, 2q + 9. The weight is cut into tiles of 16 rows by 128 columns; in a
+tile a lane's part is 2 × 16 bytes, four 32-bit words of eight codes each: word g (of columns 32g +
+8q … 32g + 8q + 7) lies at [rh, r, q, g] for row r + 8·rh. So a lane loads 16 bytes at once.
+
+In a word the codes lie so that and, or and shift alone make pairs of bf16 of them: sign at bit 15,
+the three bits of exponent and mantissa at 8 … 6, which is the number times 2^-126. The low half is
+of the even columns, the high half of the odd ones; in a half, for columns 0, 2, 4, 6:
+
+    sign  15, 12, 9, 14      exponent and mantissa  8-6, 5-3, 2-0, and 11, 10, 13
+
+Scales lie [tile, r, rh, g], one byte each, so that a lane loads its eight at once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..ir import Op, Sample
+from ..types import TensorType, Types, VerifyError
+
+ROWS, COLUMNS, GROUP = 16, 128, 32
+
+
+def _tiles(codes: TensorType) -> tuple[int, int]:
+    """Tiles down and across; the last may be filled up with zeros."""
+    n, half = (int(d) for d in codes.shape)
+    return -(-n // ROWS), -(-2 * half // COLUMNS)
+
+
+def _infer(codes: TensorType, scales: TensorType, *, gated: bool = False) -> Types:
+    name = "mxfp4_fragments"
+    sizes = (*codes.shape, *scales.shape)
+    if codes.rank != 2 or scales.rank != 2 or not all(isinstance(d, int) for d in sizes):
+        raise VerifyError(f"{name}: expected codes and scales of two dims, found {codes}, {scales}")
+    n, half, rows, blocks = (int(d) for d in sizes)
+    if (codes.dtype, scales.dtype) != ("u8", "u8") or n != rows or 2 * half != GROUP * blocks:
+        raise VerifyError(
+            f"{name}: expected codes u8 [N, K/2] and scales u8 [N, K/{GROUP}], "
+            f"found {codes} and {scales}"
+        )
+    if gated and n % ROWS:
+        raise VerifyError(f"{name}: expected gate and up rows in eights, found {n} rows")
+    down, across = _tiles(codes)
+    return (
+        TensorType("u8", (down, across, ROWS * COLUMNS // 2)),
+        TensorType("u8", (down, across, ROWS * COLUMNS // GROUP)),
+    )
+
+
+def _ordered(x: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Rows in the order of tiles: as they are, or eight gate rows and their up rows by turns."""
+    if not gated:
+        return x
+    return x.view(2, -1, ROWS // 2, x.shape[1]).transpose(0, 1).reshape(x.shape)
+
+
+def _half_word(codes: torch.Tensor) -> torch.Tensor:
+    """Four codes u8 [..., 4] (of columns 0, 2, 4, 6) in 16 bits, as i16."""
+    a, b, c, d = codes.to(torch.int16).unbind(-1)
+    first = (a & 8) << 12 | (a & 7) << 6 | (b & 8) << 9 | (b & 7) << 3 | (c & 8) << 6 | (c & 7)
+    return first | (d & 8) << 11 | (d & 6) << 9 | (d & 1) << 13
+
+
+def _reference(
+    codes: torch.Tensor, scales: torch.Tensor, *, gated: bool = False
+) -> tuple[torch.Tensor, ...]:
+    down, across = -(-codes.shape[0] // ROWS), -(-2 * codes.shape[1] // COLUMNS)
+    codes, scales = _ordered(codes, gated), _ordered(scales, gated)
+    rows = down * ROWS - codes.shape[0]
+    codes = torch.nn.functional.pad(codes, (0, across * COLUMNS // 2 - codes.shape[1], 0, rows))
+    scales = torch.nn.functional.pad(scales, (0, across * 4 - scales.shape[1], 0, rows), value=127)
+    both = torch.stack((codes & 15, codes >> 4), -1)  # even columns, odd columns
+    # [down, rh, r, across, g, q, four bytes, even or odd]
+    both = both.view(down, 2, 8, across, 4, 4, 4, 2)
+    halves = torch.stack((_half_word(both[..., 0]), _half_word(both[..., 1])), -1)
+    parts = halves.permute(0, 3, 1, 2, 5, 4, 6).contiguous()  # down, across, rh, r, q, g, half
+    blocks = scales.view(down, 2, 8, across, 4).permute(0, 3, 2, 1, 4)  # down, across, r, rh, g
+    parts = parts.view(torch.uint8).view(down, across, -1)
+    return parts, blocks.reshape(down, across, -1).contiguous()
+
+
+def _type(*shape: int) -> TensorType:
+    return TensorType("u8", shape)
+
+
+mxfp4_fragments = Op(
+    "mxfp4_fragments",
+    _infer,
+    _reference,
+    samples=(
+        Sample((_type(32, 128), _type(32, 8)), {"gated": True}, high=256),
+        Sample((_type(19, 48), _type(19, 3)), high=256),
+    ),
+)
+
+
+def unpacked(
+    codes: torch.Tensor, scales: torch.Tensor, n: int, k: int, gated: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `mxfp4_fragments` was given, codes u8 [n, k/2] and scales u8 [n, k/32]."""
+    down, across = codes.shape[:2]
+    parts = codes.view(down, across, 2, 8, 4, 4, 4).to(torch.int64)
+    words = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16 | parts[..., 3] << 24
+    halves: list[torch.Tensor] = []
+    for half in (words & 0xFFFF, words >> 16):
+        four = [(h >> 12 & 8) | (h >> 6 & 7) for h in (half, half << 3, half << 6)]
+        last = (half >> 11 & 8) | (half >> 9 & 6) | (half >> 13 & 1)
+        halves.append(torch.stack([*four, last], -1))
+    # [down, across, rh, r, q, g, four bytes] of low and high nibbles -> rows, columns
+    both = (halves[0] | halves[1] << 4).to(torch.uint8).permute(0, 2, 3, 1, 5, 4, 6)
+    blocks = scales.view(down, across, 8, 2, 4).permute(0, 3, 2, 1, 4)
+    found: list[torch.Tensor] = []
+    for x, width in ((both, k // 2), (blocks, k // GROUP)):
+        rows = x.reshape(down * ROWS, -1)
+        if gated:
+            rows = rows.view(-1, 2, ROWS // 2, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
+        found.append(rows[:n, :width])
+    return found[0], found[1]
