@@ -16,8 +16,9 @@ from .attend import attend_kernel, combine_kernel, splits_of
 _FEW_TOKENS = 64
 _SPLIT_BYTES = 256 << 20
 _FEW_ROWS = 16
-# Programs that keep every multiprocessor of the largest device busy, several on each.
-_PROGRAMS = 2048
+# Programs that keep every multiprocessor of the largest device busy; more would mostly be of slots
+# and splits that a batch has not, and would leave again after a microsecond or two.
+_PROGRAMS = 512
 # Splits double their length after every so many; see attend.split_start.
 _STEADY = 32
 # Products want at least so many of each dim.
@@ -264,9 +265,9 @@ def _widest(job: Attention, request: Request) -> Tile:
     rows = job.tokens * job.group
     width = max(padded(job.d), padded(job.v))
     if DTYPE_BITS[job.dtype] == 32:
-        if width <= 256:
-            return Tile(_FEW_ROWS, 32, 4, 1)
-        return Tile(_FEW_ROWS, 16, 16 if nvidia else 4, 1)
+        if width <= 128 or not nvidia:
+            return Tile(_FEW_ROWS, 32 if width <= 256 else 16, 4, 1)
+        return Tile(_FEW_ROWS, 16, 8 if width <= 256 else 16, 1)
     if _few(job) or rows <= _FEW_ROWS:
         if nvidia:
             return Tile(_FEW_ROWS, 64, 8 if width > 256 else 4, 5)
