@@ -205,7 +205,8 @@ def attend_kernel(
                     keys_rest = _columns(key + D, tile * K_ROW, written, D_REST, BLOCK_REST)
                     scores = tl.dot(query_rest, tl.trans(keys_rest), scores, input_precision="ieee")
                 scores = _softcapped(scores, SCALE, SOFTCAP)
-                seen = (where[None, :] <= limit[:, None]) & mine[:, None] & written[None, :]
+                # What rows of other slots see here is stored nowhere.
+                seen = where[None, :] <= limit[:, None]
                 if WINDOW:
                     seen = seen & (where[None, :] > at[:, None] - WINDOW)
                 scores = tl.where(seen, scores, float("-inf"))
