@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from ingot.codegen.kernel_backend import NoKernelError
 from ingot.codegen.templates.attend import split_start, splits_of
 from ingot.compiler.ops.attention import attention, cached_attention
-from kernel_checks import Strided, check_node, run_node
+from kernel_checks import ALL_TARGETS, Strided, check_node, run_node
 from paged_batches import Batch, batch, chunks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,7 +91,7 @@ def test_contexts_in_which_splits_grow(last: int) -> None:
 def test_splits_meet_and_cover_every_context(context: int, sizes: tuple[int, int]) -> None:
     count = splits_of(context, *sizes)
     starts = [split_start.fn(i, *sizes) for i in range(count + 1)]
-    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(starts)]
     assert starts[0] == 0 and starts[count - 1] < context <= starts[count]
     assert lengths == [sizes[0] << (i // sizes[1]) for i in range(count)]
 
@@ -171,16 +172,24 @@ def test_heads_that_are_slices() -> None:
     assert lowered.choices[0].kernels == ("attend_kernel",)
 
 
+@pytest.mark.parametrize("target", ALL_TARGETS)
+@pytest.mark.parametrize("tokens", [3, 66])
+def test_tiles_of_every_target(target: str, tokens: int) -> None:
+    args = _args(batch(chunks((1, 40, tokens), (0, 9, 1)), 64, 2), 2, 1, 16, 16, torch.bfloat16)
+    check_node(cached_attention, args, {"scale": 0.1}, target)
+
+
 # ---- builds
 
 
-@pytest.mark.parametrize("tokens", [1, 2048])
-def test_builds_for_every_target(tokens: int) -> None:
-    bf16 = torch.bfloat16
-    q, cache = empty(bf16, tokens, 32, 128), empty(bf16, 1024, 64, 8, 128)
-    build_attention(cached_attention, (q, cache, cache, *index(tokens)), {"scale": 0.1})
-    q, cache = empty(bf16, tokens, 64, 64), empty(bf16, 1024, 64, 8, 64)
-    args = (q, cache, cache, *index(tokens), empty(bf16, 64))
+def test_decoding_builds_for_every_target() -> None:
+    q, cache = empty(torch.bfloat16, 1, 32, 128), empty(torch.bfloat16, 1024, 64, 8, 128)
+    build_attention(cached_attention, (q, cache, cache, *index(1)), {"scale": 0.1})
+
+
+def test_prefill_with_sinks_builds_for_every_target() -> None:
+    q, cache = empty(torch.bfloat16, 2048, 64, 64), empty(torch.bfloat16, 1024, 64, 8, 64)
+    args = (q, cache, cache, *index(2048), empty(torch.bfloat16, 64))
     build_attention(cached_attention, args, {"scale": 0.1, "window": 128})
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_NO_SLOT = tl.constexpr(2**31 - 1)
+_FAR = tl.constexpr(2**31 - 1)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -34,9 +34,13 @@ def splits_of(context: int, split: int, steady: int) -> int:
 
 
 @triton.jit
-def _next_slot(slots, slot):
-    """The smallest of `slots` above `slot`; _NO_SLOT behind the last."""
-    return tl.min(tl.where(slots > slot, slots, _NO_SLOT), 0)
+def _ranks(slots, M: tl.constexpr):
+    """[M] how many different slots of `slots` [M] lie below each; -1 for slot -1."""
+    row = tl.arange(0, M)
+    earlier = (slots[:, None] == slots[None, :]) & (row[:, None] < row[None, :])
+    first = (tl.sum(earlier.to(tl.int32), 0) == 0) & (slots >= 0)
+    below = first[None, :] & (slots[None, :] < slots[:, None])
+    return tl.where(slots < 0, -1, tl.sum(below.to(tl.int32), 1))
 
 
 @triton.jit
@@ -100,6 +104,7 @@ def attend_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SLOTS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
     STEADY: tl.constexpr,
@@ -115,10 +120,10 @@ def attend_kernel(
     there is one sequence of `context` rows, of which the tokens are the last.
 
     Program (block, head · lanes + lane, part): the lane takes every lanes-th slot that the block's
-    rows are of, the part every parts-th split. With SPLITS = 1 the context is not split and `out`
-    [T, H, V] is the result; otherwise `out` f32 [T, H, SPLITS, V], `tops` and `totals` f32
-    [T, H, SPLITS] are the splits' sums of weighted values, greatest scores (log2) and sums of
-    weights, for combine_kernel.
+    rows are of (SLOTS at most), the part every parts-th split. With SPLITS = 1 the context is not
+    split and `out` [T, H, V] is the result; otherwise `out` f32 [T, H, SPLITS, V], `tops` and
+    `totals` f32 [T, H, SPLITS] are the splits' sums of weighted values, greatest scores (log2) and
+    sums of weights, for combine_kernel.
     """
     # The last rows have the longest contexts: they begin first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -145,20 +150,20 @@ def attend_kernel(
     inside_v = (dim_v < V)[None, :]
 
     if SPLITS == 1:
-        if lane == 0:
-            zeros = tl.zeros([BLOCK_M, BLOCK_V], out.dtype.element_ty)
-            padding = (real & (slot_of < 0))[:, None] & inside_v
-            tl.store(out + place[:, None] * V + dim_v[None, :], zeros, mask=padding)
+        zeros = tl.zeros([BLOCK_M, BLOCK_V], out.dtype.element_ty)
+        padding = (real & (slot_of < 0) & (lane == 0))[:, None] & inside_v
+        tl.store(out + place[:, None] * V + dim_v[None, :], zeros, mask=padding)
 
-    slot = lane * 0 - 1
-    for _ in range(lane + 1):
-        slot = _next_slot(slot_of, slot)
-    while slot < _NO_SLOT:
-        mine = slot_of == slot
+    rank = tl.where(slot_of < 0, -1, 0)
+    if SLOTS > 1:
+        rank = _ranks(slot_of, BLOCK_M)
+    for this in range(lane, tl.max(rank, 0) + 1, lanes):
+        mine = rank == this
+        slot = tl.max(tl.where(mine, slot_of, -1), 0)
         last = tl.max(tl.where(mine, limit, -1), 0)
         first = last * 0
         if WINDOW:
-            oldest = tl.min(tl.where(mine, at, _NO_SLOT), 0)
+            oldest = tl.min(tl.where(mine, at, _FAR), 0)
             first = tl.maximum(first, oldest - WINDOW + 1)
         token_at = token.to(tl.int64)
         query = _columns(q, token_at * Q_TOKEN + head * Q_HEAD, mine, D, BLOCK_D)
@@ -200,7 +205,8 @@ def attend_kernel(
                     keys_rest = _columns(key + D, tile * K_ROW, written, D_REST, BLOCK_REST)
                     scores = tl.dot(query_rest, tl.trans(keys_rest), scores, input_precision="ieee")
                 scores = _softcapped(scores, SCALE, SOFTCAP)
-                seen = (where[None, :] <= limit[:, None]) & mine[:, None] & written[None, :]
+                # What rows of other slots see here is stored nowhere.
+                seen = where[None, :] <= limit[:, None]
                 if WINDOW:
                     seen = seen & (where[None, :] > at[:, None] - WINDOW)
                 scores = tl.where(seen, scores, float("-inf"))
@@ -236,9 +242,6 @@ def attend_kernel(
                 tl.store(tops + to, top, mask=mine)
                 tl.store(totals + to, total, mask=mine)
                 tl.store(out + to[:, None] * V + dim_v[None, :], acc, mask=stored)
-
-        for _ in range(lanes):
-            slot = _next_slot(slot_of, slot)
 
 
 @triton.jit

@@ -13,11 +13,12 @@ from .attend import attend_kernel, combine_kernel, splits_of
 
 # Up to so many tokens contexts are split and rows go in blocks of 16, so that every bucket of
 # decoding sums alike; above, and where the splits' sums take more memory, blocks fill the device.
-FEW_TOKENS = 64
+_FEW_TOKENS = 64
 _SPLIT_BYTES = 256 << 20
 _FEW_ROWS = 16
-# Programs that keep every multiprocessor of the largest device busy, several on each.
-_PROGRAMS = 2048
+# Programs that keep every multiprocessor of the largest device busy; more would mostly be of slots
+# and splits that a batch has not, and would leave again after a microsecond or two.
+_PROGRAMS = 512
 # Splits double their length after every so many; see attend.split_start.
 _STEADY = 32
 # Products want at least so many of each dim.
@@ -98,9 +99,11 @@ class Tile:
 def plan(job: Attention, request: Request) -> Chosen:
     """One launch, or two where the context is split."""
     splits = _splits(job)
-    tile = _tile(job, splits > 1, request)
+    tile = _tile(job, request)
     blocks = triton.cdiv(job.tokens * job.group, tile.m)
-    lanes = _lanes(job, tile, blocks * job.kv_heads)
+    slots = _slots(job, tile)
+    # A program for every slot that a block may meet, while that does not crowd the device.
+    lanes = max(1, min(slots, _PROGRAMS // (blocks * job.kv_heads)))
     parts = max(1, min(splits, _PROGRAMS // (blocks * job.kv_heads * lanes)))
     shape = (job.tokens, job.heads, splits)
     temps = {
@@ -136,6 +139,7 @@ def plan(job: Attention, request: Request) -> Chosen:
         {
             **{n: None for n, a in given.items() if a is None},
             **_sizes(job),
+            "SLOTS": 1 if slots == 1 else tile.m,
             "SPLITS": splits,
             "SPLIT": _split(job),
             "STEADY": _STEADY,
@@ -228,29 +232,32 @@ def _split(job: Attention) -> int:
     return 128 if blocks >= 8 else 64
 
 
+def _few(job: Attention) -> bool:
+    """Whether blocks are small and contexts split."""
+    splits = splits_of(job.context, _split(job), _STEADY)
+    small = 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES
+    return job.pages is not None and job.tokens <= _FEW_TOKENS and small
+
+
 def _splits(job: Attention) -> int:
     """How many splits; 1 where the context stays whole."""
-    splits = splits_of(job.context, _split(job), _STEADY)
-    few = job.pages is not None and job.tokens <= FEW_TOKENS
-    return splits if few and 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES else 1
+    return splits_of(job.context, _split(job), _STEADY) if _few(job) else 1
 
 
-def _lanes(job: Attention, tile: Tile, programs: int) -> int:
-    """Programs that share a block's slots between them: one for every slot that it may meet, while
-    that does not crowd the device."""
+def _slots(job: Attention, tile: Tile) -> int:
+    """How many slots the rows of a block may be of."""
     if not job.pages:
         return 1
-    straddling = tile.m % job.group > 0
-    met = min(triton.cdiv(tile.m, job.group) + straddling, job.tokens, job.pages.slots)
-    return max(1, min(met, _PROGRAMS // programs))
+    straddling = tile.m % job.group > 0 and job.group % tile.m > 0
+    return min(triton.cdiv(tile.m, job.group) + straddling, job.tokens, job.pages.slots)
 
 
-def _tile(job: Attention, split: bool, request: Request) -> Tile:
-    tile = _widest(job, split, request)
+def _tile(job: Attention, request: Request) -> Tile:
+    tile = _widest(job, request)
     return replace(tile, n=min(tile.n, job.pages.size)) if job.pages else tile
 
 
-def _widest(job: Attention, split: bool, request: Request) -> Tile:
+def _widest(job: Attention, request: Request) -> Tile:
     """The tile if pages are not smaller: chosen so that nothing spills registers. Stages of the
     pipeline on NVIDIA: one for the page's number, and enough to hold the next tile while one is in
     use; AMD has few registers a lane with 8 warps, and little shared memory."""
@@ -258,15 +265,15 @@ def _widest(job: Attention, split: bool, request: Request) -> Tile:
     rows = job.tokens * job.group
     width = max(padded(job.d), padded(job.v))
     if DTYPE_BITS[job.dtype] == 32:
-        if width <= 256:
-            return Tile(_FEW_ROWS, 32, 4, 1)
-        return Tile(_FEW_ROWS, 16, 16 if nvidia else 4, 1)
-    if split or rows <= _FEW_ROWS:
+        if width <= 128 or not nvidia:
+            return Tile(_FEW_ROWS, 32 if width <= 256 else 16, 4, 1)
+        return Tile(_FEW_ROWS, 16, 8 if width <= 256 else 16, 1)
+    if _few(job) or rows <= _FEW_ROWS:
         if nvidia:
             return Tile(_FEW_ROWS, 64, 8 if width > 256 else 4, 5)
         return Tile(_FEW_ROWS, 64, 4, 2) if width <= 256 else Tile(_FEW_ROWS, 32, 4, 1)
     if width > 256:
-        return Tile(32, 64, 8, 5) if nvidia else Tile(32, 32, 4, 1)
+        return Tile(32, 32, 8, 5) if nvidia else Tile(32, 32, 4, 1)
     m = 128 if rows >= 1024 and width <= 128 else 64
     return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3) if nvidia else Tile(m, 64, 4, 1)
 
