@@ -43,7 +43,7 @@ REDUCTIONS = (sum_, mean, amax)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("op", REDUCTIONS, ids=lambda op: op.name)
 def test_reductions(op: Op, dtype: torch.dtype) -> None:
-    x = torch.randn(3, 5, 17).to(dtype)
+    x = torch.randn(3, 2, 17).to(dtype)
     for dim in (0, 1, -1):
         for keepdim in (True, False):
             check_node(op, (x,), {"dim": dim, "keepdim": keepdim})
@@ -68,7 +68,7 @@ def test_nan_and_infinities() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_softmax(dtype: torch.dtype) -> None:
-    x = (torch.randn(3, 5, 17) * 20).to(dtype)
+    x = (torch.randn(3, 2, 17) * 20).to(dtype)
     for dim in (0, 1, -1):
         check_node(softmax, (x,), {"dim": dim})
     check_node(softmax, (Strided(torch.randn(3, 40).to(dtype)),), {"dim": -1})
