@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
-from ingot.compiler.ir import Op
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ingot.codegen.build import build_one
+from ingot.codegen.lower import lower
+from ingot.codegen.pointwise import fusible
+from ingot.codegen.regions import grouped
+from ingot.compiler.interpret import interpret, random_tensor
+from ingot.compiler.ir import Graph, Op
 from ingot.compiler.ops import pointwise as ops
 from ingot.compiler.ops.glu import ACTIVATIONS, CLAMPED, glu
+from ingot.compiler.ops.leaf import literal, param
+from ingot.compiler.ops.reduce import amax
 from ingot.compiler.ops.shape import arange, full
+from ingot.compiler.target import target_of
+from ingot.compiler.text import parse
 from ingot.compiler.torch_types import torch_dtype
-from kernel_checks import Strided, check_node, run_node
+from ingot.compiler.types import TensorType, symbol
+from ingot.compiler.weights import Weights
+from interpreted import InterpretedBackend, InterpretedDriver
+from kernel_checks import ALL_TARGETS, Strided, build_everywhere, check_node, run_node
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNARY = sorted(ops.UNARY, key=lambda op: op.name)
@@ -188,3 +205,214 @@ def test_strided_operands_are_read_where_they_lie() -> None:
 
 def test_nothing_is_computed_of_nothing() -> None:
     check_node(ops.add, (draw(0, 3), draw(3)), tolerance=1.0)
+
+
+# ---- regions
+
+
+def lowered_graph(text: str, binding: dict[str, int], target: str = "cuda:sm_90") -> Any:
+    graph = parse(text)
+    outputs = [f"out{i}" for i in range(len(graph.outputs))]
+    chosen = target_of(target)
+    backend = InterpretedBackend(chosen)
+    lowered = lower(graph, Weights({}), chosen, [binding], outputs, backend=backend)
+    return graph, lowered, backend
+
+
+def labels(lowered: Any) -> list[str]:
+    (entry,) = lowered.program.entries
+    return [launch.label for launch in entry.launches if not launch.label.startswith("copy")]
+
+
+def agree(graph: Graph, lowered: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """The program computes bit for bit what the interpreter does."""
+    executable = InterpretedDriver("cuda:sm_90").load(lowered.program, lowered.load_weight)
+    (entry,) = lowered.program.entries
+    found = executable.run(entry.name, inputs)
+    expected = interpret(graph, inputs, Weights({})).outputs
+    for i, value in enumerate(expected):
+        assert torch.equal(torch.from_numpy(found[f"out{i}"]), value.to(_seen(value))), i
+
+
+def _seen(value: torch.Tensor) -> torch.dtype:
+    return torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
+
+
+CHAIN = """
+graph @chain(%x: bf16[T, 40], %w: bf16[40], %c: bf16[T, 1]) T=1..64 {
+  %0 = mul(%x, %c) : bf16[T, 40]
+  %1 = add(%0, %w) : bf16[T, 40]
+  %2 = mul(%1, bf16(0.3)) : bf16[T, 40]
+  %3 = relu(%2) : bf16[T, 40]
+  %4 = sub(%3, %0) : bf16[T, 40]
+  %5 = gt(%4, bf16(0.1)) : bool[T, 40]
+  %6 = where(%5, %4, %1) : bf16[T, 40]
+  %7 = cast(%6, dtype='f32') : f32[T, 40]
+  return %7, %3
+}
+"""
+
+
+def test_a_chain_is_one_launch_that_rounds_at_every_step() -> None:
+    graph, lowered, _ = lowered_graph(CHAIN, {"T": 5})
+    assert labels(lowered) == ["mul+add+mul+relu+sub+gt+where+cast"]
+    shapes = {"x": (5, 40), "w": (40,), "c": (5, 1)}
+    agree(graph, lowered, {n: draw(*s, dtype=torch.bfloat16) for n, s in shapes.items()})
+
+
+def test_buckets_share_a_region() -> None:
+    graph = parse(CHAIN)
+    backend = InterpretedBackend(target_of("cuda:sm_90"))
+    bindings = [{"T": t} for t in (2, 6, 64)]
+    lower(graph, Weights({}), backend.target, bindings, ("a", "b"), backend=backend)
+    names = [s.function.__name__ for s in backend.sources.values()]
+    assert names.count("pointwise_mul_add_mul_and_5") == 1
+
+
+# %1 waits for a product of %0 and is added to it: add and exp may not become one launch.
+DETOUR = """
+graph @detour(%x: f32[T, 8]) T=1..64 {
+  %0 = neg(%x) : f32[T, 8]
+  %1 = softmax(%0, dim=-1) : f32[T, 8]
+  %2 = add(%0, %1) : f32[T, 8]
+  %3 = mul(%2, %0) : f32[T, 8]
+  return %3
+}
+"""
+
+
+def test_a_region_that_would_wait_for_itself_is_not_made() -> None:
+    _, lowered, _ = lowered_graph(DETOUR, {"T": 3})
+    assert labels(lowered) == ["neg", "softmax", "add+mul"]
+
+
+# An outside user of the region's first step comes before its last.
+EARLY = """
+graph @early(%x: f32[T, 8], %y: f32[T, 8]) T=1..64 {
+  %0 = neg(%x) : f32[T, 8]
+  %1 = softmax(%0, dim=-1) : f32[T, 8]
+  %2 = mul(%0, %y) : f32[T, 8]
+  return %1, %2
+}
+"""
+
+
+def test_what_a_region_makes_is_there_for_all_who_use_it() -> None:
+    graph, lowered, _ = lowered_graph(EARLY, {"T": 3})
+    assert labels(lowered) == ["neg+mul", "softmax"]
+    (entry,) = lowered.program.entries
+    assert len([b for b in entry.buffers if b.kind == "scratch"]) == 3
+    executable = InterpretedDriver("cuda:sm_90").load(lowered.program, lowered.load_weight)
+    inputs = {n: draw(3, 8) for n in "xy"}
+    found = executable.run(entry.name, inputs)
+    expected = interpret(graph, inputs, Weights({})).outputs
+    for i, value in enumerate(expected):
+        torch.testing.assert_close(torch.from_numpy(found[f"out{i}"]), value)
+
+
+def test_a_long_chain_is_cut() -> None:
+    steps = "\n".join(f"  %{i + 1} = neg(%{i}) : f32[T]" for i in range(40))
+    text = f"graph @long(%x: f32[T]) T=1..64 {{\n  %0 = abs(%x) : f32[T]\n{steps}\n  return %40\n}}"
+    _, lowered, _ = lowered_graph(text, {"T": 3})
+    assert [label.count("+") + 1 for label in labels(lowered)] == [16, 16, 9]
+
+
+EXACT = (ops.add, ops.sub, ops.mul, ops.maximum, ops.minimum)
+
+
+@st.composite
+def dags(draw_: Any) -> Graph:
+    """Element-wise ops over [T, 12] and its rows and columns, between sums that end regions."""
+    dtype = draw_(st.sampled_from(("bf16", "f16", "f32")))
+    t = symbol("T")
+    shapes = ((t, 12), (12,), (t, 1), (t, 12))
+    params = [param(name=f"p{i}", type=TensorType(dtype, s)) for i, s in enumerate(shapes)]
+    values = list(params)
+    for _ in range(draw_(st.integers(2, 14))):
+        a, b = draw_(st.sampled_from(values)), draw_(st.sampled_from(values))
+        kind = draw_(st.sampled_from(("two", "two", "two", "number", "one", "choice", "amax")))
+        if kind == "two":
+            new = draw_(st.sampled_from(EXACT))(a, b)
+        elif kind == "number":
+            scale = literal(value=draw_(st.sampled_from((0.3, -2.0, 1e-3))), dtype=dtype)
+            new = ops.mul(a, scale)
+        elif kind == "one":
+            new = draw_(st.sampled_from((ops.neg, ops.abs_, ops.relu)))(a)
+        elif kind == "choice":
+            new = ops.where(ops.lt(a, b), a, b)
+        elif a.type.shape == (t, 12):
+            new = amax(a, dim=-1, keepdim=True)
+        else:
+            new = ops.neg(a)
+        values.append(new)
+    made = values[len(params) :]
+    chosen = draw_(st.lists(st.sampled_from(made), min_size=1, max_size=3, unique=True))
+    return Graph("drawn", tuple(params), tuple(chosen), {"T": range(1, 65)})
+
+
+@given(dags(), st.sampled_from((1, 2, 5)), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_any_dag_computes_what_its_ops_do(graph: Graph, tokens: int, seed: int) -> None:
+    chosen = target_of("cuda:sm_90")
+    outputs = [f"out{i}" for i in range(len(graph.outputs))]
+    backend = InterpretedBackend(chosen)
+    lowered = lower(graph, Weights({}), chosen, [{"T": tokens}], outputs, backend=backend)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        p.attrs["name"]: random_tensor(p.type.bind({"T": tokens}), generator) for p in graph.params
+    }
+    agree(graph, lowered, inputs)
+
+
+@given(dags())
+@settings(max_examples=60, deadline=None)
+def test_groups_are_convex_and_in_order(graph: Graph) -> None:
+    nodes = [n for n in graph.nodes() if n.op not in (param, literal)]
+    groups = grouped(nodes, fusible)
+    assert Counter(n for g in groups for n in g) == Counter(nodes)
+    place = {n: i for i, g in enumerate(groups) for n in g}
+    for node in nodes:
+        assert all(place[a.node] <= place[node] for a in node.args if a.node in place)
+    for group in groups:
+        assert len(group) == 1 or all(fusible(n) for n in group)
+        assert len({n.types[0].shape for n in group}) == 1
+
+
+def test_equal_regions_are_one_kernel() -> None:
+    layer = "  %{1} = mul(%{0}, %{0}) : f32[T, 8]\n  %{2} = exp(%{1}) : f32[T, 8]\n"
+    layer += "  %{3} = softmax(%{2}, dim=-1) : f32[T, 8]\n"
+    body = "".join(layer.format(*range(3 * i, 3 * i + 4)) for i in range(3))
+    text = f"graph @g(%x: f32[T, 8]) T=1..64 {{\n  %0 = neg(%x) : f32[T, 8]\n  %1{body[4:]}"
+    text += "  return %9\n}"
+    _, lowered, backend = lowered_graph(text, {"T": 3})
+    names = sorted(s.function.__name__ for s in backend.sources.values())
+    assert labels(lowered)[1::2] == ["softmax"] * 3
+    assert names == [
+        "copy_kernel",
+        "pointwise_mul_exp",
+        "pointwise_neg_mul_exp",
+        "softmax_kernel",
+    ]
+
+
+def test_they_build_for_every_target() -> None:
+    for name in ALL_TARGETS:
+        _, _, backend = lowered_graph(CHAIN, {"T": 5}, name)
+        for source in backend.sources.values():
+            facts = build_one(source, target_of(name)).facts
+            assert facts["spills"] == 0
+    x = draw(4, 64)
+    for op in (ops.gelu, ops.pow_, ops.cast):
+        given_ = {ops.gelu: {"approximate": "none"}, ops.cast: {"dtype": "i64"}}
+        args = (x, x.clone()) if op is ops.pow_ else (x,)
+        build_everywhere(op, args, given_.get(op))
+    whole = torch.arange(8)
+    build_everywhere(ops.pow_, (whole, whole.clone()))
+    build_everywhere(ops.maximum, (x.bfloat16(), 0.5))
+    build_everywhere(ops.logical_or, (x > 0, x < 1))
+    build_everywhere(ops.add, (x > 0, x < 1))
+    build_everywhere(ops.div, (x.double(), x.double()))
+    build_everywhere(arange, (), {"start": 3, "stop": 600, "step": 2, "dtype": "bf16"})
+    build_everywhere(full, (), {"value": torch.nan, "shape": (3,), "dtype": "f16"})
+    pair = (x.bfloat16(), x.bfloat16())
+    build_everywhere(glu, pair, {"activation": CLAMPED, "alpha": 1.7, "limit": 7.0})
