@@ -138,12 +138,12 @@ def _text(
     offsets: Sequence[str],
 ) -> str:
     write_at = offsets[len(read_at) :]
+    program = "tl.program_id(0).to(tl.int64)" if far else "tl.program_id(0)"
     names = [*(f"x{i}" for i in read_at), *(f"y{i}" for i in range(len(write_at))), "units"]
     lines = [
         "@triton.jit",
         f"def {_name(region)}({', '.join(names)}, BLOCK: tl.constexpr):",
-        f"    index = tl.program_id(0){'.to(tl.int64)' if far else ''} * BLOCK"
-        " + tl.arange(0, BLOCK)",
+        f"    index = {program} * BLOCK + tl.arange(0, BLOCK)",
         f"    inside = index < units * {unit}",
     ]
     if any(at.startswith("d") for at in offsets):
@@ -189,9 +189,7 @@ def fusible(node: Node) -> bool:
     return node.op.name in OPS and all(t.dtype in HELD for t in known)
 
 
-def region_of(
-    group: BoundGroup, args: tuple[Operand, ...], results: tuple[Operand, ...]
-) -> Region:
+def region_of(group: BoundGroup, args: tuple[Operand, ...], results: tuple[Operand, ...]) -> Region:
     """A group of nodes as a region; `args` lie as its places in order, `results` as its outputs."""
     at = {value: i for i, value in enumerate(group.places)}
     at |= {Value(node): len(at) + i for i, node in enumerate(group.nodes)}
