@@ -138,13 +138,13 @@ def _text(
     offsets: Sequence[str],
 ) -> str:
     write_at = offsets[len(read_at) :]
-    program = "tl.program_id(0).to(tl.int64)" if far else "tl.program_id(0)"
+    wide = ".to(tl.int64)" if far else ""
     names = [*(f"x{i}" for i in read_at), *(f"y{i}" for i in range(len(write_at))), "units"]
     lines = [
         "@triton.jit",
         f"def {_name(region)}({', '.join(names)}, BLOCK: tl.constexpr):",
-        f"    index = {program} * BLOCK + tl.arange(0, BLOCK)",
-        f"    inside = index < units * {unit}",
+        f"    index = tl.program_id(0){wide} * BLOCK + tl.arange(0, BLOCK)",
+        f"    inside = index < units{wide} * {unit}",
     ]
     if any(at.startswith("d") for at in offsets):
         lines += _places(dims)

@@ -39,6 +39,12 @@ def test_the_ends_of_the_number_line(op: Op) -> None:
     torch.testing.assert_close(found[0], expected_, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
+def test_tanh_is_right_near_zero() -> None:
+    x = torch.cat([draw(200) * 10.0**e for e in range(-8, 1)])
+    (found,), _, _ = run_node(ops.tanh, (x,), {})
+    torch.testing.assert_close(found.double(), x.double().tanh(), rtol=5e-7, atol=0)
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gelu(approximate: str, dtype: torch.dtype) -> None:
@@ -130,6 +136,7 @@ def test_powers_of_floats(dtype: torch.dtype, exponent: float) -> None:
     x = draw(50, dtype=dtype).abs() + 0.1
     check_node(ops.pow_, (x, exponent))
     check_node(ops.pow_, (x, torch.full((50,), exponent).to(dtype)))
+    check_node(ops.pow_, (2.5, x))
 
 
 def test_powers_at_the_ends() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +106,23 @@ def test_topk_is_a_stable_sort(numbers: list[float], data: st.DataObject) -> Non
     expected = x.sort(descending=True, stable=True)
     assert torch.equal(indices, expected.indices[:k])
     assert torch.equal(values, expected.values[:k])
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs"),
+    [
+        *((op, {"dim": -1, "keepdim": True}) for op in REDUCTIONS),
+        (softmax, {"dim": -1}),
+        (topk, {"dim": -1, "k": 3}),
+        (hadamard, {"block": 32}),
+    ],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_a_line_does_not_depend_on_the_others(op: Op, attrs: dict[str, Any]) -> None:
+    x = torch.randn(5, 160).bfloat16()
+    whole, _, _ = run_node(op, (x,), attrs)
+    part, _, _ = run_node(op, (x[3:4].clone(),), attrs)
+    assert all(torch.equal(a, b[3:4]) for a, b in zip(part, whole, strict=True))
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])

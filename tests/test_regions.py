@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ingot.codegen.build import build_one
 from ingot.codegen.kernel_backend import NoKernelError
 from ingot.codegen.lower import lower
-from ingot.codegen.pointwise import fusible
+from ingot.codegen.pointwise import Region, Step, computed, fusible
 from ingot.codegen.regions import grouped
+from ingot.codegen.request import Chosen, Operand
 from ingot.compiler.interpret import interpret, random_tensor
 from ingot.compiler.ir import Graph
 from ingot.compiler.ops import pointwise as ops
@@ -89,6 +90,16 @@ def test_buckets_share_a_region() -> None:
     lower(graph, Weights({}), backend.target, bindings, ("a", "b"), backend=backend)
     names = [s.function.__name__ for s in backend.sources.values()]
     assert names.count("pointwise_mul_add_mul_and_5") == 1
+
+
+@pytest.mark.parametrize(("step", "casts"), [(2**28, 0), (2**30, 2)])
+def test_what_lies_far_apart_is_found_in_64_bits(step: int, casts: int) -> None:
+    """Three rows of 4, `step` elements apart: with the larger step the last is past 2**31."""
+    x = Operand(TensorType("f32", (3, 4)), (step, 1))
+    region = Region((3, 4), (x,), (Step("neg", {}, (0,), "f32"),), ((0, (4, 1)),))
+    chosen = computed(region, target_of("cuda:sm_90"))
+    assert isinstance(chosen, Chosen)
+    assert chosen.calls[0].function.generated.count(".to(tl.int64)") == casts
 
 
 # %1 waits for a product of %0 and is added to it: add and exp may not become one launch.
