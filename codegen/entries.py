@@ -200,7 +200,7 @@ class EntryBuilder:
         outputs = tuple(v for node in nodes for v in node.results if uses[v] > used[v])
         attrs = [{k: bind_attr(v, self.binding) for k, v in n.attrs.items()} for n in nodes]
         group = BoundGroup(nodes, tuple(attrs), places, outputs)
-        results = tuple(self.scratch(v.type) for v in outputs)
+        results = tuple(map(self._memory_of, outputs))
         self.backend.emit_group(group, self, results)
         self.at.update(zip(outputs, results, strict=True))
 
