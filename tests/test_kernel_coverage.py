@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ingot.compiler.ops  # noqa: F401  (registers every op)
 import pytest
 import torch
 from ingot.codegen.kernel_backend import KernelBackend, NoKernelError
