@@ -57,6 +57,20 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class BoundGroup:
+    """Nodes that one launch computes, arguments before users, with everything bound.
+
+    `attrs` are each node's, `places` say where the values from outside are, in the order of their
+    first use; `outputs` are the values that others need.
+    """
+
+    nodes: tuple[Node, ...]
+    attrs: tuple[Mapping[str, Any], ...]
+    places: Mapping[Value, Place]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
 class Choice:
     """How a node of one entry is computed: the names of its kernels, why, and an estimate."""
 
@@ -76,6 +90,11 @@ class Backend(Protocol):
         """The kernels of all launches so far, by id."""
         ...
 
+    def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
+        """All of `nodes` in an order in which to emit them, together where one launch computes
+        several."""
+        ...
+
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """The codes and scales that `node` reads in place of its argument at `position`.
 
@@ -89,6 +108,12 @@ class Backend(Protocol):
 
     def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice, ...]) -> None:
         """Launch what computes the node into `results`."""
+        ...
+
+    def emit_group(
+        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...]
+    ) -> None:
+        """Launch what computes a group of several nodes into `results`, one an output."""
         ...
 
     def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
@@ -127,9 +152,13 @@ class EntryBuilder:
         for value, name in self.folded.items():
             bound: Any = value.type.bind({})
             self.at[value] = Slice(name, bound.dtype, bound.shape)
-        for node in self.graph.nodes():
-            if node.op is not param and node not in self.constant_nodes:
-                self._add(node, uses)
+        fixed = self.constant_nodes
+        nodes = [n for n in self.graph.nodes() if n.op is not param and n not in fixed]
+        for group in self.backend.groups(nodes):
+            if len(group) == 1:
+                self._add(group[0], uses)
+            else:
+                self._add_group(group, uses)
         self._copy_outputs()
         self._copy_updates()
         return self._place()
@@ -166,6 +195,22 @@ class EntryBuilder:
         )
         self.backend.emit(bound, self, results)
         self.at.update(zip(node.results, results, strict=True))
+
+    def _add_group(self, nodes: tuple[Node, ...], uses: Mapping[Value, int]) -> None:
+        inside = set(nodes)
+        used = Counter(a for node in nodes for a in node.args)
+        places = {
+            arg: self._place_of(node, i)
+            for node in nodes
+            for i, arg in enumerate(node.args)
+            if arg.node not in inside
+        }
+        outputs = tuple(v for node in nodes for v in node.results if uses[v] > used[v])
+        attrs = [{k: bind_attr(v, self.binding) for k, v in n.attrs.items()} for n in nodes]
+        group = BoundGroup(nodes, tuple(attrs), places, outputs)
+        results = tuple(map(self._memory_of, outputs))
+        self.backend.emit_group(group, self, results)
+        self.at.update(zip(outputs, results, strict=True))
 
     def _place_of(self, node: Node, position: int) -> Place:
         arg = node.args[position]

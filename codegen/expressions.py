@@ -115,8 +115,12 @@ def _power(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
     if x.dtype in INTEGERS:
         signed = x.dtype != "u8"
         return f"integer_power({x.name}, {y.name}, {_BITS[x.dtype]}, {signed})"
-    products = {1: x.name, 2: f"{x.name} * {x.name}", 3: f"{x.name} * {x.name} * {x.name}"}
-    if y.value is not None and y.value in products:
+    products: dict[Any, str] = {
+        1: x.name,
+        2: f"{x.name} * {x.name}",
+        3: f"{x.name} * {x.name} * {x.name}",
+    }
+    if y.value in products:
         return products[y.value]
     return f"float_power({x.name}, {y.name})"
 

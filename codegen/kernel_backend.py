@@ -21,8 +21,10 @@ from ..compiler.target import Target
 from ..compiler.types import DTYPE_BITS, TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice
 from .build import build
-from .entries import Bound, Choice, EntryBuilder, PackedSlice, Place
+from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place
 from .kernel_source import KernelSource
+from .pointwise import computed, fusible, region_of
+from .regions import grouped
 from .request import (
     Arg,
     Call,
@@ -63,6 +65,10 @@ class KernelBackend:
         """See Backend.kernels; builds those that the cache does not hold. BuildError."""
         built = build(list(self.sources.values()), self.target, self._progress)
         return {id_: built[source] for id_, source in self.sources.items()}
+
+    def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
+        """See Backend.groups: element-wise ops over one shape share a launch."""
+        return grouped(nodes, fusible)
 
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """See Backend.packed."""
@@ -125,6 +131,19 @@ class KernelBackend:
             args = tuple(self._dense(a, builder) for a in args)
             request = replace(request, args=tuple(map(operand, args)))
             chosen = select(request)
+        if isinstance(chosen, Declined):
+            raise NoKernelError(f"{label}: {chosen.reason}")
+        self._launch(chosen, args, results, label, builder)
+
+    def emit_group(
+        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...]
+    ) -> None:
+        """See Backend.emit_group. NoKernelError where a step has no expression."""
+        label = "+".join(node.op.name for node in group.nodes)
+        label = f"{label} {group.nodes[-1].source}".strip()
+        args = tuple(group.places.values())
+        region = region_of(group, tuple(map(operand, args)), tuple(map(operand, results)))
+        chosen = computed(region, self.target)
         if isinstance(chosen, Declined):
             raise NoKernelError(f"{label}: {chosen.reason}")
         self._launch(chosen, args, results, label, builder)

@@ -14,17 +14,19 @@ from functools import cache
 from math import prod
 from typing import Any
 
+from ..compiler.ir import Node, Value
 from ..compiler.ops.glu import glu
 from ..compiler.ops.pointwise import POINTWISE
 from ..compiler.ops.shape import arange, full
 from ..compiler.target import Target
 from ..compiler.types import DTYPE_BITS
+from .entries import BoundGroup
 from .expressions import EXPRESSIONS, HELD, Typed, number, rounded, stored
 from .request import LAUNCH_SECONDS, Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
 from .templates.copy import merged, unit_of
 from .templates.generated import from_text
 
-# Ops that a step may be. The generators read nothing; a step by its place is not fused with others.
+# Ops that a step may be.
 OPS = frozenset(op.name for op in (*POINTWISE, glu, full, arange))
 
 # Elements a program: enough programs to fill a device come before long vectors.
@@ -136,13 +138,13 @@ def _text(
     offsets: Sequence[str],
 ) -> str:
     write_at = offsets[len(read_at) :]
+    wide = ".to(tl.int64)" if far else ""
     names = [*(f"x{i}" for i in read_at), *(f"y{i}" for i in range(len(write_at))), "units"]
     lines = [
         "@triton.jit",
         f"def {_name(region)}({', '.join(names)}, BLOCK: tl.constexpr):",
-        f"    index = tl.program_id(0){'.to(tl.int64)' if far else ''} * BLOCK"
-        " + tl.arange(0, BLOCK)",
-        f"    inside = index < units * {unit}",
+        f"    index = tl.program_id(0){wide} * BLOCK + tl.arange(0, BLOCK)",
+        f"    inside = index < units{wide} * {unit}",
     ]
     if any(at.startswith("d") for at in offsets):
         lines += _places(dims)
@@ -179,6 +181,27 @@ def _operands(step: Step, values: Sequence[Typed]) -> list[Typed]:
     beside = given[1:] if step.op == "where" else given
     dtype = next((o.dtype for o in beside if o.value is None), step.dtype)
     return [o if o.value is None else Typed(number(o.value, dtype), dtype, o.value) for o in given]
+
+
+def fusible(node: Node) -> bool:
+    """Whether a node may be a step of a region."""
+    known = [*node.types, *(a.type for a in node.args)]
+    return node.op.name in OPS and all(t.dtype in HELD for t in known)
+
+
+def region_of(group: BoundGroup, args: tuple[Operand, ...], results: tuple[Operand, ...]) -> Region:
+    """A group of nodes as a region; `args` lie as its places in order, `results` as its outputs."""
+    at = {value: i for i, value in enumerate(group.places)}
+    at |= {Value(node): len(at) + i for i, node in enumerate(group.nodes)}
+    steps = tuple(
+        Step(node.op.name, attrs, tuple(at[a] for a in node.args), node.types[0].dtype)
+        for node, attrs in zip(group.nodes, group.attrs, strict=True)
+    )
+    kept = tuple(
+        (at[value] - len(args), result.strides)
+        for value, result in zip(group.outputs, results, strict=True)
+    )
+    return Region(results[0].shape, args, steps, kept)
 
 
 def pointwise(request: Request) -> Chosen | Declined:

@@ -14,7 +14,7 @@ from ..compiler.ops.collective import Communicator
 from ..compiler.ops.shape import view
 from ..compiler.types import TensorType
 from ..runtime.program import Kernel, Launch, Slice
-from .entries import Bound, Choice, EntryBuilder
+from .entries import Bound, BoundGroup, Choice, EntryBuilder
 
 
 class ReferenceBackend:
@@ -28,6 +28,10 @@ class ReferenceBackend:
     def kernels(self) -> Mapping[str, Kernel]:
         """See Backend.kernels."""
         return self._kernels
+
+    def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
+        """See Backend.groups: references compute one node at a time."""
+        return [(node,) for node in nodes]
 
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """References compute with numbers: no packed weight is read as it is."""
@@ -51,6 +55,12 @@ class ReferenceBackend:
         label = f"{node.op.name} {node.source}".strip()
         reads = [a for a in args if isinstance(a, Slice)]
         builder.launch(Launch(id_, given, label=label), reads, results)
+
+    def emit_group(
+        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...]
+    ) -> None:
+        """See Backend.emit_group; ValueError: there are no groups of several."""
+        raise ValueError(f"expected one node at a time, found {list(group.nodes)}")
 
     def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
         """See Backend.copy."""

@@ -1,4 +1,4 @@
-"""Generated kernels: every element-wise op alone, and regions of them."""
+"""Generated kernels: every element-wise op alone, at the ends of numbers and in every dtype."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def test_the_ends_of_the_number_line(op: Op) -> None:
     found, plain, _ = run_node(op, (x,), attrs.get(op.name, {}))
     (expected_,) = op.reference(*plain, **attrs.get(op.name, {}))
     torch.testing.assert_close(found[0], expected_, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+def test_tanh_is_right_near_zero() -> None:
+    x = torch.cat([draw(200) * 10.0**e for e in range(-8, 1)])
+    (found,), _, _ = run_node(ops.tanh, (x,), {})
+    torch.testing.assert_close(found.double(), x.double().tanh(), rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -130,6 +136,7 @@ def test_powers_of_floats(dtype: torch.dtype, exponent: float) -> None:
     x = draw(50, dtype=dtype).abs() + 0.1
     check_node(ops.pow_, (x, exponent))
     check_node(ops.pow_, (x, torch.full((50,), exponent).to(dtype)))
+    check_node(ops.pow_, (2.5, x))
 
 
 def test_powers_at_the_ends() -> None:
@@ -183,7 +190,7 @@ def test_strided_operands_are_read_where_they_lie() -> None:
     x = Strided(draw(3, 4, 40))
     lowered = check_node(ops.add, (x, draw(40)))
     (entry,) = lowered.program.entries
-    assert [launch.label.split()[0] for launch in entry.launches] == ["add", "copy"]
+    assert [launch.label.split()[0] for launch in entry.launches] == ["add"]
 
 
 def test_nothing_is_computed_of_nothing() -> None:

@@ -30,7 +30,7 @@ def copy_kernel(
     Strides are given innermost first, and so are the sizes of all dims but the outermost.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < units * UNIT
+    inside = index < units.to(tl.int64) * UNIT
     left = index
     at = index * 0
     to = index * 0 + SKIP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from math import prod
 
 import triton
@@ -120,7 +121,7 @@ def row_step(x: Operand) -> int | None:
     steps = [(n, s) for n, s in zip(lead, x.strides[:-1], strict=True) if n != 1]
     if width > 1 and x.strides[-1] != 1:
         return None
-    for (_, outer), (n, inner) in zip(steps, steps[1:], strict=False):
+    for (_, outer), (n, inner) in pairwise(steps):
         if outer != n * inner:
             return None
     return steps[-1][1] if steps else width

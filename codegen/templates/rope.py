@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import triton
@@ -118,7 +119,7 @@ def _heads(x: Operand) -> tuple[int, int, int] | None:
         return None
     between = list(zip(x.shape[1:-1], x.strides[1:-1], strict=True))
     steps = [(n, s) for n, s in between if n != 1]
-    if any(a != n * b for (_, a), (n, b) in zip(steps, steps[1:], strict=False)):
+    if any(a != n * b for (_, a), (n, b) in pairwise(steps)):
         return None
     return prod(n for n, _ in between), x.strides[0], steps[-1][1] if steps else x.shape[-1]
 
