@@ -188,3 +188,14 @@ def build_everywhere(
             assert found["spills"] == 0, (name, found)
         facts[name] = built
     return facts
+
+
+def chosen(op: Op, args: Sequence[Given], attrs: Mapping[str, Any]) -> list[str]:
+    """The kernels that compute the node for cuda:sm_90, by name, in order."""
+    graph, weights, _, _ = graph_of_node(op, args, attrs)
+    target = target_of("cuda:sm_90")
+    backend = InterpretedBackend(target)
+    names = [f"out{i}" for i in range(len(graph.outputs))]
+    lower(graph, weights, target, [{}], names, backend=backend)
+    (choice,) = (c for c in backend.choices if c.op == op.name)
+    return list(choice.kernels)

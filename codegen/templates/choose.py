@@ -2,17 +2,15 @@
 
 Experts lie in lanes group by group, each group padded to a power of 2, so the order of lanes is the
 order of experts. Ties go to the expert, or group, of the smallest index.
+
+Keys are i32. The smallest, -2^31, is of what is not there or was chosen before; the one above it of
+what its group keeps out. No float's is as small.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# Keys of what is not there, or was chosen before, and of what its group keeps out; below all floats'.
-_ABSENT = tl.constexpr(-(2**31))
-_OUT = tl.constexpr(-(2**31) + 1)
-_LANE_BITS = tl.constexpr(16)
 
 
 @triton.jit
@@ -25,14 +23,14 @@ def ordered(x):
 
 @triton.jit
 def ranked(key, lane):
-    """Keys i32 with their lanes below them, so that one maximum finds the first of the largest."""
-    return (key.to(tl.int64) << _LANE_BITS) | ((1 << _LANE_BITS) - 1 - lane).to(tl.int64)
+    """Keys with their lanes below them, so that one maximum finds the first of the largest."""
+    return (key.to(tl.int64) << 16) | (0xFFFF - lane).to(tl.int64)
 
 
 @triton.jit
 def lane_of(best):
     """The lane that a ranked key names."""
-    return ((1 << _LANE_BITS) - 1 - (best & ((1 << _LANE_BITS) - 1))).to(tl.int32)
+    return (0xFFFF - (best & 0xFFFF)).to(tl.int32)
 
 
 @triton.jit
@@ -60,16 +58,16 @@ def kept_groups(
     at = lane_of(first)[:, None] == within
     score = tl.sum(tl.where(at, by_group, 0.0), 1)
     if TOP2:
-        rest = tl.where(at, _ABSENT, ordered(by_group))
+        rest = tl.where(at, -2147483648, ordered(by_group))
         second = lane_of(tl.max(ranked(rest, within), 1))[:, None] == within
         score += tl.sum(tl.where(second, by_group, 0.0), 1)
     group = tl.arange(0, GROUPS2)
-    key = tl.where(group < GROUPS, ordered(score), _ABSENT)
+    key = tl.where(group < GROUPS, ordered(score), -2147483648)
     kept = group < 0
     for _ in tl.static_range(TOP):
         best = group == lane_of(tl.max(ranked(key, group), 0))
         kept = kept | best
-        key = tl.where(best, _ABSENT, key)
+        key = tl.where(best, -2147483648, key)
     all_kept = tl.broadcast_to(kept.to(tl.int32)[:, None], (GROUPS2, SIZE2))
     return tl.reshape(all_kept, (GROUPS2 * SIZE2,)) != 0
 
@@ -112,8 +110,10 @@ def choose(
         choice += tl.load(correction + expert, mask=present, other=0).to(tl.float32)
     key = ordered(choice)
     if TOP < GROUPS:
-        key = tl.where(kept_groups(choice, present, GROUPS, GROUPS2, SIZE2, TOP, TOP2), key, _OUT)
-    order = ranked(tl.where(present, key, _ABSENT), lane)
+        kept = kept_groups(choice, present, GROUPS, GROUPS2, SIZE2, TOP, TOP2)
+        key = tl.where(kept, key, -2147483647)
+    order = ranked(tl.where(present, key, -2147483648), lane)
+    taken = ranked(tl.full(lane.shape, -2147483648, tl.int32), lane)
     column = tl.arange(0, COLUMNS)
     chosen = tl.where(column < K, 0, GROUPS * SIZE + column - K)
     weight = tl.zeros([COLUMNS], tl.float32)
@@ -121,7 +121,7 @@ def choose(
         best = lane_of(tl.max(order, 0))
         weight = tl.where(column == j, tl.sum(tl.where(lane == best, scores, 0.0), 0), weight)
         chosen = tl.where(column == j, best // SIZE2 * SIZE + best % SIZE2, chosen)
-        order = tl.where(lane == best, ranked(tl.full(lane.shape, _ABSENT, tl.int32), lane), order)
+        order = tl.where(lane == best, taken, order)
     if NORMALIZE:
         weight = weight / (tl.sum(weight, 0) + SUM_EPS)
     weight = tl.where(column < K, weight * SCALE, 1.0)

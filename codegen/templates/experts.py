@@ -213,7 +213,6 @@ def many(request: Request) -> Chosen | Declined:
     have = _read(request)
     if isinstance(have, Declined):
         return have
-    gate_up, down = request.args[3:5]
     dtype = request.args[0].type.dtype
     tokens = _tile_tokens(have, dtype)
     # Each expert that is chosen at all has one tile that may not be full.
@@ -240,8 +239,8 @@ def many(request: Request) -> Chosen | Declined:
             "CHUNK": _CHUNK,
         },
     )
-    # As much of K at once as 128 bytes of dense elements. Fewer than 64 rows where they are f32: for
-    # sm_100 Triton 3.7 makes tf32 of some products of 64 rows, ieee or not.
+    # As much of K at once as 128 bytes of dense elements. Fewer than 64 rows where they are f32:
+    # for sm_100 Triton 3.7 makes tf32 of some products of 64 rows, ieee or not.
     rows = 32 if dtype == "f32" else 64
     shape = {"TOKENS": tokens, "ROWS": rows, "BLOCK": 1024 // DTYPE_BITS[dtype]}
     sizes = {"WIDTH": have.width, "INNER": have.inner}

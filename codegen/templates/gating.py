@@ -29,14 +29,14 @@ from .gating_kernels import (
 )
 
 # Columns of a row that are loaded at once for its norm; columns that are one partial sum of the
-# product; columns that one matrix product takes. None depends on the number of tokens.
-_ROW_BLOCK, _CHUNK, _BLOCK = 1024, 512, 128
-# Lanes that a choice may fill, and that the product of one program may.
-_LANES, _GATE_LANES = 1024, 128
+# product. Neither depends on the number of tokens.
+_ROW_BLOCK, _CHUNK = 1024, 512
+# Lanes that a choice may fill.
+_LANES = 1024
 # Tokens that two launches compute at most: every program reads its token's whole row.
 _FEW = 4
 # Bytes a second that one program, and that all together, get of what others read too.
-_PROGRAM_BYTES, _SHARED_BYTES = 6e10, 6e12
+_PROGRAM_BYTES, _SHARED_BYTES = 3e10, 6e12
 # Seconds that the choice of one expert takes, most of it waiting for its reduction.
 _PICK_SECONDS = 1e-7
 
@@ -186,8 +186,10 @@ class _Gate:
         return _choosing(Temp("logits"), self.count, parts, self.tokens, refs, constants)
 
     def product(self) -> dict[str, Any]:
-        """Constants of the product."""
-        return {"WIDTH": self.width, "CHUNK": _CHUNK, "BLOCK": _BLOCK, "DOT": self.dot()}
+        """Constants of the product; in f32 fewer columns at once, for lack of registers."""
+        dot = self.dot()
+        block = 32 if dot == tl.float32 else 128
+        return {"WIDTH": self.width, "CHUNK": _CHUNK, "BLOCK": block, "DOT": dot}
 
 
 def one_launch(request: Request) -> Chosen | Declined:
@@ -199,8 +201,11 @@ def one_launch(request: Request) -> Chosen | Declined:
     if isinstance(constants, Declined):
         return constants
     lanes = constants["GROUPS2"] * constants["SIZE2"]
-    if lanes > _GATE_LANES:
-        return Declined(f"{lanes} lanes for one program, expected at most {_GATE_LANES}")
+    # More rows than these would take other matrix instructions than the other templates do, which
+    # may sum in another order; and of f32 more registers than there are.
+    most = 16 if gate.dot() == tl.float32 else 32
+    if lanes > most:
+        return Declined(f"{lanes} lanes for one program, expected at most {most}")
     refs = {**gate.row_refs(), "bias": gate.ref("bias"), "correction": gate.ref("correction")}
     given, missing = _present(refs)
     call = Call(
@@ -213,7 +218,6 @@ def one_launch(request: Request) -> Chosen | Declined:
             **gate.product(),
             **missing,
             **constants,
-            "BLOCK": 64 if lanes * _BLOCK > 8192 else _BLOCK,
             "ROW_BLOCK": _ROW_BLOCK,
         },
         num_stages=_stages(request),

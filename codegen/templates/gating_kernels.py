@@ -1,7 +1,7 @@
 """Kernels of a mixture's gate: a row's norm, the router's product, and the choice.
 
-However many tokens there are, K is summed in chunks of CHUNK columns, BLOCK at a time, and chunks in
-order: in one program or, where tokens are few, each in one of its own.
+However many tokens there are, K is summed in chunks of CHUNK columns, BLOCK at a time, and chunks
+in order: in one program or, where tokens are few, each in one of its own.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def token_logits(
     for start in range(first, first + CHUNK, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < K
-        value = summed(x, delta, post_norm, post_scale, at, inside)
+        added = summed(x, delta, post_norm, post_scale, at, inside)
         if s is not None:
-            tl.store(s + at, value.to(s.dtype.element_ty), mask=inside)
-        value = normed(value, norm, scale, at, inside, x.dtype.element_ty)
+            tl.store(s + at, added.to(s.dtype.element_ty), mask=inside)
+        value = normed(added, norm, scale, at, inside, x.dtype.element_ty)
         if n is not None:
             tl.store(n + at, value, mask=inside)
-        value = tl.where(column[None, :] == 0, value.to(tl.float32)[:, None], 0.0).to(DOT)
+        tile = tl.where(column[None, :] == 0, value.to(tl.float32)[:, None], 0.0).to(DOT)
         mask = present[:, None] & inside[None, :]
         w = tl.load(weight + expert[:, None] * K + at[None, :], mask=mask, other=0).to(DOT)
-        total = tl.dot(w, value, total, input_precision="ieee")
+        total = tl.dot(w, tile, total, input_precision="ieee")
     return tl.sum(tl.where(column[None, :] == 0, total, 0.0), 1)
 
 
@@ -198,14 +198,15 @@ def token_partials_kernel(
     tl.store(partials + at, total, mask=expert < COUNT)
     if tl.program_id(1) == 0:
         for start in range(first, first + CHUNK, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            value = summed(x, delta, post_norm, post_scale, at, at < WIDTH)
+            column = start + tl.arange(0, BLOCK)
+            inside = column < WIDTH
+            value = summed(x, delta, post_norm, post_scale, column, inside)
             if s is not None:
-                row = s + token * WIDTH
-                tl.store(row + at, value.to(s.dtype.element_ty), mask=at < WIDTH)
+                out = s + token * WIDTH + column
+                tl.store(out, value.to(s.dtype.element_ty), mask=inside)
             if n is not None:
-                value = normed(value, norm, scale, at, at < WIDTH, x.dtype.element_ty)
-                tl.store(n + token * WIDTH + at, value, mask=at < WIDTH)
+                rounded_n = normed(value, norm, scale, column, inside, x.dtype.element_ty)
+                tl.store(n + token * WIDTH + column, rounded_n, mask=inside)
 
 
 @triton.jit
