@@ -149,11 +149,12 @@ def test_costs_choose_the_template() -> None:
     assert chosen(experts, large.args(), large.attrs()) == ["count_kernel", "place_kernel", *tiles]
 
 
-@pytest.mark.parametrize("group", [None, 32])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_experts_build_everywhere(kind: str, group: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "group"), [(torch.bfloat16, None), (torch.bfloat16, 32), (torch.float32, 32)]
+)
+def test_experts_build_everywhere(kind: str, dtype: torch.dtype, group: int | None) -> None:
     tokens = 1 if kind == "few" else 64
-    case = Case(tokens, 4, 4, 1440, 704, dtype, group, group, biased=True, residual=True)
+    case = Case(tokens, 1, 1, 704, 352, dtype, group, group, biased=True, residual=True)
     facts = build_everywhere(experts, case.args(), case.attrs())
     if kind == "many" and dtype == torch.float32:  # tf32 would not be what was asked for
         for found in (*facts["cuda:sm_90"], *facts["cuda:sm_100"]):
@@ -162,5 +163,5 @@ def test_experts_build_everywhere(kind: str, group: int | None, dtype: torch.dty
 
 @pytest.mark.parametrize("kind", ["many"], indirect=True)
 def test_the_largest_tiles_build_everywhere(kind: str) -> None:
-    case = Case(256, 2, 4, 704, 352, torch.bfloat16, 32, 32)
+    case = Case(256, 1, 1, 704, 352, torch.bfloat16, 32, 32)
     build_everywhere(experts, case.args(), case.attrs())
