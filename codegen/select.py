@@ -6,13 +6,26 @@ from collections.abc import Mapping, Sequence
 
 from . import pointwise
 from .request import Chosen, Declined, Request, Template
-from .templates import attention, copy, experts, heads, linear, mla, norms, reductions, rope, rows
+from .templates import (
+    attention,
+    copy,
+    experts,
+    gating,
+    heads,
+    linear,
+    mla,
+    norms,
+    reductions,
+    rope,
+    rows,
+)
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     pointwise.TEMPLATES,
     attention.TEMPLATES,
     copy.TEMPLATES,
     experts.TEMPLATES,
+    gating.TEMPLATES,
     heads.TEMPLATES,
     linear.TEMPLATES,
     mla.TEMPLATES,

@@ -4,11 +4,12 @@ A file holds `@triton.jit` functions and a table TEMPLATES: op name -> templates
 `codegen.select` joins. Kernels load into f32, round once where the op's reference does, and mask
 every edge: no size needs to be a multiple of a tile.
 
-`linear` multiplies by a weight (`mxfp4_decode` where it is packed, `activations` where it is a
-gated unit), `prologue` is what is done to its input first, `heads` what attention heads need after
-it. `attend` holds the attention kernels and `attend_plan` their launches, for `attention` (keys and
-values a head) and `mla` (latent rows). `gating` chooses experts; `experts` is computed by
-`experts_few`, `experts_many` and `experts_sum`, with `gemv` for single rows. `norms`, `rope`,
-`reductions` (along one dim) and `arithmetic` (what `tl` lacks) are the small ones. `rows` looks up
-and appends whole rows, `copy` moves strided views, `generated` makes functions of text.
+`linear` multiplies by a weight (`mxfp4_decode` where it is packed, `fragment_linear` where it lies
+as tensor cores take it, `activations` where it is a gated unit), `prologue` is what is done to its
+input first, `heads` what attention heads need after it. `attend` holds the attention kernels and
+`attend_plan` their launches, for `attention` (keys and values a head) and `mla` (latent rows).
+`gating` chooses experts by `gating_kernels`, for which `row_norm` holds the norm and `choose` the
+choice; `experts` is computed by `experts_few`, `experts_many` and `experts_sum`, with `gemv` for
+single rows. `norms`, `rope`, `reductions` and `arithmetic` are the small ones. `rows` looks up and
+appends whole rows, `copy` moves strided views, `generated` makes functions of text.
 """

@@ -213,9 +213,8 @@ def many(request: Request) -> Chosen | Declined:
     have = _read(request)
     if isinstance(have, Declined):
         return have
-    gate_up, down = request.args[3:5]
     dtype = request.args[0].type.dtype
-    tokens = _tile_tokens(have)
+    tokens = _tile_tokens(have, dtype)
     # Each expert that is chosen at all has one tile that may not be full.
     tiles = have.choices // tokens + min(have.count, have.choices)
     numbers = {"choices": have.choices}
@@ -240,8 +239,10 @@ def many(request: Request) -> Chosen | Declined:
             "CHUNK": _CHUNK,
         },
     )
-    # As much of K at once as 128 bytes of dense elements.
-    shape = {"TOKENS": tokens, "ROWS": 64, "BLOCK": 1024 // DTYPE_BITS[dtype]}
+    # As much of K at once as 128 bytes of dense elements. Fewer than 64 rows where they are f32:
+    # for sm_100 Triton 3.7 makes tf32 of some products of 64 rows, ieee or not.
+    rows = 32 if dtype == "f32" else 64
+    shape = {"TOKENS": tokens, "ROWS": rows, "BLOCK": 1024 // DTYPE_BITS[dtype]}
     sizes = {"WIDTH": have.width, "INNER": have.inner}
     warps = 8 if tokens > 64 else 4
     stages = 3 if request.target.name.startswith("cuda") else 2
@@ -289,9 +290,10 @@ def many(request: Request) -> Chosen | Declined:
     )
 
 
-def _tile_tokens(have: _Experts) -> int:
-    """Choices a tile: about as many as an expert has."""
-    return min(128, max(16, triton.next_power_of_2(have.choices // have.count)))
+def _tile_tokens(have: _Experts, dtype: str) -> int:
+    """Choices a tile: about as many as an expert has; f32 has no registers for many."""
+    most = 32 if dtype == "f32" else 128
+    return min(most, max(16, triton.next_power_of_2(have.choices // have.count)))
 
 
 def _seconds_of_tiles(request: Request, have: _Experts, tokens: int) -> float:

@@ -1,8 +1,8 @@
 """The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
-· `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` · `hadamard` · `collective`
-what ranks exchange · `fused` products with what surrounds them, `heads` of attention and `gating`
+· `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` packed weights, in the order
+of tensor cores by `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange · `fused` products with what surrounds them, `heads` of attention and `gating`
 of experts alike, `prologue` what these share · `aten` any other functional torch operator.
 """
 
@@ -20,6 +20,7 @@ from . import (
     mla,
     moe,
     mxfp4,
+    mxfp4_fragments,
     norm,
     pointwise,
     reduce,

@@ -1,0 +1,130 @@
+"""The router's choice of experts for one token, on scores that lie in registers.
+
+Experts lie in lanes group by group, each group padded to a power of 2, so the order of lanes is the
+order of experts. Ties go to the expert, or group, of the smallest index.
+
+Keys are i32. The smallest, -2^31, is of what is not there or was chosen before; the one above it of
+what its group keeps out. No float's is as small.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def ordered(x):
+    """f32 as i32 in the same order, -0 and 0 alike, NaN above all (as torch.topk has it)."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(x != x, 0x7FFFFFFF, key)
+
+
+@triton.jit
+def ranked(key, lane):
+    """Keys with their lanes below them, so that one maximum finds the first of the largest."""
+    return (key.to(tl.int64) << 16) | (0xFFFF - lane).to(tl.int64)
+
+
+@triton.jit
+def lane_of(best):
+    """The lane that a ranked key names."""
+    return (0xFFFF - (best & 0xFFFF)).to(tl.int32)
+
+
+@triton.jit
+def expert_of(lane, GROUPS: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr):
+    """The expert in `lane`, and whether there is one: SIZE experts a group, SIZE2 lanes."""
+    group, within = lane // SIZE2, lane % SIZE2
+    return group * SIZE + within, (group < GROUPS) & (within < SIZE)
+
+
+@triton.jit
+def kept_groups(
+    choice,
+    present,
+    GROUPS: tl.constexpr,
+    GROUPS2: tl.constexpr,
+    SIZE2: tl.constexpr,
+    TOP: tl.constexpr,
+    TOP2: tl.constexpr,
+):
+    """i1 [GROUPS2 · SIZE2]: whether a lane's group is one of the TOP best, judged by its largest
+    choice or, with TOP2, by the sum of its two largest."""
+    by_group = tl.reshape(tl.where(present, choice, float("-inf")), (GROUPS2, SIZE2))
+    within = tl.broadcast_to(tl.arange(0, SIZE2)[None, :], (GROUPS2, SIZE2))
+    first = tl.max(ranked(ordered(by_group), within), 1)
+    at = lane_of(first)[:, None] == within
+    score = tl.sum(tl.where(at, by_group, 0.0), 1)
+    if TOP2:
+        rest = tl.where(at, -2147483648, ordered(by_group))
+        second = lane_of(tl.max(ranked(rest, within), 1))[:, None] == within
+        score += tl.sum(tl.where(second, by_group, 0.0), 1)
+    group = tl.arange(0, GROUPS2)
+    key = tl.where(group < GROUPS, ordered(score), -2147483648)
+    kept = group < 0
+    for _ in tl.static_range(TOP):
+        best = group == lane_of(tl.max(ranked(key, group), 0))
+        kept = kept | best
+        key = tl.where(best, -2147483648, key)
+    all_kept = tl.broadcast_to(kept.to(tl.int32)[:, None], (GROUPS2, SIZE2))
+    return tl.reshape(all_kept, (GROUPS2 * SIZE2,)) != 0
+
+
+@triton.jit
+def choose(
+    logits,
+    correction,
+    weights,
+    indices,
+    K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS2: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE2: tl.constexpr,
+    TOP: tl.constexpr,
+    TOP2: tl.constexpr,
+    SCALE: tl.constexpr,
+    SUM_EPS: tl.constexpr,
+    SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Stores the token's weights [K + SHARED] and indices i64 [K + SHARED].
+
+    `logits` f32 [GROUPS2 · SIZE2], rounded as they should be. An index always names an expert,
+    whatever the logits are. COLUMNS is the power of 2 that holds K + SHARED.
+    """
+    lane = tl.arange(0, GROUPS2 * SIZE2)
+    expert, present = expert_of(lane, GROUPS, SIZE, SIZE2)
+    if SIGMOID:
+        scores = 1 / (1 + tl.exp(-logits))
+    else:
+        shifted = tl.where(present, logits, float("-inf"))
+        shifted = tl.exp(shifted - tl.max(shifted, 0))
+        scores = shifted / tl.sum(shifted, 0)
+    choice = scores
+    if correction is not None:
+        choice += tl.load(correction + expert, mask=present, other=0).to(tl.float32)
+    key = ordered(choice)
+    if TOP < GROUPS:
+        kept = kept_groups(choice, present, GROUPS, GROUPS2, SIZE2, TOP, TOP2)
+        key = tl.where(kept, key, -2147483647)
+    order = ranked(tl.where(present, key, -2147483648), lane)
+    taken = ranked(tl.full(lane.shape, -2147483648, tl.int32), lane)
+    column = tl.arange(0, COLUMNS)
+    chosen = tl.where(column < K, 0, GROUPS * SIZE + column - K)
+    weight = tl.zeros([COLUMNS], tl.float32)
+    for j in range(K):
+        best = lane_of(tl.max(order, 0))
+        weight = tl.where(column == j, tl.sum(tl.where(lane == best, scores, 0.0), 0), weight)
+        chosen = tl.where(column == j, best // SIZE2 * SIZE + best % SIZE2, chosen)
+        order = tl.where(lane == best, taken, order)
+    if NORMALIZE:
+        weight = weight / (tl.sum(weight, 0) + SUM_EPS)
+    weight = tl.where(column < K, weight * SCALE, 1.0)
+    inside = column < K + SHARED
+    tl.store(weights + column, weight.to(weights.dtype.element_ty), mask=inside)
+    tl.store(indices + column, chosen.to(tl.int64), mask=inside)
