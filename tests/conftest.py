@@ -24,10 +24,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden texts under tests/golden instead of comparing with them",
     )
+    parser.addoption(
+        "--device",
+        action="store_true",
+        help="run the nodes of kernel tests on the GPU of this machine, not in an interpreter",
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Share the cores out among the xdist workers: torch would take all of them in each."""
+    if config.getoption("--device"):
+        os.environ["INGOT_TEST_KERNELS"] = "device"  # for kernel_checks, in workers too
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)

@@ -1,16 +1,18 @@
 """One node through the whole GPU road, against its reference in float64.
 
-`run_node` lowers a graph of the one node for a GPU target and runs the program: through Triton's
-interpreter on the CPU, or through the driver that is given. `check_node` compares.
+`run_node` lowers a graph of the one node for a GPU target and runs the program: in interpreters on
+the CPU, or with `pytest --device` on the GPU of this machine. `check_node` compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 from ingot.codegen.build import build_one
 from ingot.codegen.kernel_backend import KernelBackend
@@ -24,6 +26,7 @@ from ingot.compiler.target import TARGETS, target_of
 from ingot.compiler.torch_types import dtype_name, type_of
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Entry, Weights
+from ingot.frontends.drivers import driver_for, present_target
 from interpreted import InterpretedBackend, InterpretedDriver
 
 # Largest |Δ| relative to max |reference|, by dtype of the result: sums in another order, and one
@@ -108,20 +111,26 @@ def graph_of_node(
     return graph, Weights(entries), inputs, plain
 
 
+ON_DEVICE = os.environ.get("INGOT_TEST_KERNELS") == "device"
+
+
+@cache
+def _device() -> Any:
+    """The driver of this machine's GPU."""
+    return driver_for(present_target())
+
+
 def run_node(
-    op: Op,
-    args: Sequence[Given],
-    attrs: Mapping[str, Any],
-    target: str = "cuda:sm_90",
-    driver: Any = None,
-    backend: Callable[[Any], KernelBackend] = InterpretedBackend,
+    op: Op, args: Sequence[Given], attrs: Mapping[str, Any], target: str = "cuda:sm_90"
 ) -> tuple[list[torch.Tensor], list[Any], Any]:
     """The results of the node, its plain arguments, and what was lowered."""
     graph, weights, inputs, plain = graph_of_node(op, args, attrs)
     names = [f"out{i}" for i in range(len(graph.outputs))]
-    chosen = target_of(target)
-    lowered = lower(graph, weights, chosen, [{}], names, backend=backend(chosen))
-    executable = (driver or InterpretedDriver(target)).load(lowered.program, lowered.load_weight)
+    driver = _device() if ON_DEVICE else InterpretedDriver(target)
+    chosen = target_of(driver.target)
+    backend = KernelBackend(chosen) if ON_DEVICE else InterpretedBackend(chosen)
+    lowered = lower(graph, weights, chosen, [{}], names, backend=backend)
+    executable = driver.load(lowered.program, lowered.load_weight)
     try:
         (entry,) = lowered.program.entries
         found = executable.run(entry.name, {n: _numpy(t) for n, t in inputs.items()})
@@ -148,13 +157,11 @@ def check_node(
     args: Sequence[Given],
     attrs: Mapping[str, Any] | None = None,
     target: str = "cuda:sm_90",
-    driver: Any = None,
-    backend: Callable[[Any], KernelBackend] = InterpretedBackend,
     tolerance: float | None = None,
 ) -> Any:
     """The node computed by kernels equals its reference; integers and bools exactly."""
     attrs = attrs or {}
-    found, plain, lowered = run_node(op, args, attrs, target, driver, backend)
+    found, plain, lowered = run_node(op, args, attrs, target)
     (entry,) = lowered.program.entries
     dtypes = {b.name: b.dtype for b in entry.buffers}
     for i, (a, b) in enumerate(zip(expected(op, plain, attrs), found, strict=True)):
@@ -179,6 +186,8 @@ def build_everywhere(
     op: Op, args: Sequence[Given], attrs: Mapping[str, Any] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Facts of every kernel of the node, built for all four GPU targets; nothing spills."""
+    if ON_DEVICE:
+        pytest.skip("kernels are built for every target where they are not run")
     facts: dict[str, list[dict[str, Any]]] = {}
     for name in ALL_TARGETS:
         target = target_of(name)

@@ -1,9 +1,10 @@
 """The ops, one block each: type rule, reference, cost, samples, tolerance, registration.
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
-· `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` packed weights, in the order
-of tensor cores by `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange · `fused` products with what surrounds them, `heads` of attention and `gating`
-of experts alike, `prologue` what these share · `aten` any other functional torch operator.
+· `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` packed weights, and in the
+order of tensor cores `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange · `fused`
+products with what surrounds them, `heads` of attention and `gating` of experts alike, `prologue`
+what these share · `aten` any other functional torch operator.
 """
 
 from . import (
@@ -42,6 +43,7 @@ __all__ = [
     "mla",
     "moe",
     "mxfp4",
+    "mxfp4_fragments",
     "norm",
     "pointwise",
     "reduce",
