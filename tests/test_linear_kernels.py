@@ -8,7 +8,7 @@ import pytest
 import torch
 from ingot.compiler.ops.fused import GATED_OPTIONS, LINEAR_OPTIONS, fused_linear, gated_linear
 from ingot.compiler.ops.heads import project_heads
-from ingot.compiler.ops.linear import head_linear, linear
+from ingot.compiler.ops.linear import head_linear, linear, matmul
 from kernel_checks import Packed, Strided, Weight, build_everywhere, check_node
 
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
@@ -98,6 +98,19 @@ def test_head_linear(tokens: int, group: int) -> None:
     w = torch.randn(3, 24, 64).to(BF16)
     x = Strided(torch.randn(tokens, 3, 64).to(BF16))
     check_node(head_linear, (x, Packed(w, group) if group else Weight(w)))
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [((5, 17), (17, 9)), ((3, 20, 40), (3, 40, 7)), ((2, 3, 4, 8), (8, 5)), ((6, 8), (4, 8, 5))],
+)
+def test_matmul(x: tuple[int, ...], y: tuple[int, ...]) -> None:
+    check_node(matmul, (torch.randn(x).to(BF16), torch.randn(y).to(BF16)))
+    check_node(matmul, (torch.randn(x), Strided(torch.randn(y))))
+
+
+def test_linear_of_more_dims() -> None:
+    check_node(linear, (torch.randn(2, 3, 48), weight(20, 48, F32, 0)))
 
 
 @pytest.mark.parametrize("sample", project_heads.samples, ids=str)

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..request import Arg, Call, Codes, Declined, Ref, Request, Scales
 from .activations import gated
+from .norms import row_step
 
 # The most tokens of one launch: two blocks of eight.
 FEW = 16
@@ -333,10 +334,10 @@ def fragment_call(
         "BLOCKS": -(-tokens // 8),
     }
     if residual is not None:
-        added = request.args[residual]
-        if added.strides[-1] != 1:
-            return Declined("the rows of the residual are not dense")
-        constants["RESIDUAL_STEP"] = added.strides[0]
+        step = row_step(request.args[residual])
+        if step is None:
+            return Declined("the rows of the residual do not lie in one step")
+        constants["RESIDUAL_STEP"] = step
     for name, position in (("bias", bias), ("residual", residual)):
         (constants if position is None else args)[name] = (
             None if position is None else Arg(position)

@@ -7,6 +7,8 @@ tokens are few; a token's sums are the same however many others there are.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import triton
@@ -28,6 +30,7 @@ from ..request import (
 from .activations import gated
 from .fragment_linear import FEW, fragment_call
 from .mxfp4_decode import decoded, e8m0
+from .norms import row_step
 from .prologue import normed_input
 
 _DTYPES = ("bf16", "f16", "f32")
@@ -43,6 +46,8 @@ def weight_tile(
     DTYPE: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    W_ROW: tl.constexpr,
+    W_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -51,7 +56,7 @@ def weight_tile(
     if GROUP == 0:
         at = k + tl.arange(0, BLOCK_K)
         inside = inside_rows[:, None] & (at < K)[None, :]
-        tile = tl.load(w + start * K + at[None, :], mask=inside, other=0.0)
+        tile = tl.load(w + start * W_ROW + at[None, :] * W_COLUMN, mask=inside, other=0.0)
     else:
         at = k // 2 + tl.arange(0, BLOCK_K // 2)
         inside = inside_rows[:, None] & (at < K // 2)[None, :]
@@ -134,6 +139,9 @@ def product_kernel(
     TILES: tl.constexpr,
     X_STEP: tl.constexpr,
     X_HEAD: tl.constexpr,
+    W_ROW: tl.constexpr,
+    W_COLUMN: tl.constexpr,
+    W_HEAD: tl.constexpr,
     RESIDUAL_STEP: tl.constexpr,
     Y_STEP: tl.constexpr,
     Y_HEAD: tl.constexpr,
@@ -158,7 +166,7 @@ def product_kernel(
     DTYPE: tl.constexpr = x.dtype.element_ty
     x_row = x + head * X_HEAD + rows.to(tl.int64)[:, None] * X_STEP
     if GROUP == 0:
-        w_head = w + head * N * K
+        w_head = w + head * W_HEAD
         s_head = scales
     else:
         w_head = w + head * N * (K // 2)
@@ -189,7 +197,18 @@ def product_kernel(
             )
         else:
             ws = weight_tile(
-                w_head, s_head, columns, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K
+                w_head,
+                s_head,
+                columns,
+                in_columns,
+                k,
+                DTYPE,
+                K,
+                GROUP,
+                W_ROW,
+                W_COLUMN,
+                BLOCK_N,
+                BLOCK_K,
             )
         if NARROW:
             sums = tl.dot(ws, tl.trans(xs), sums, input_precision="ieee")
@@ -202,7 +221,18 @@ def product_kernel(
                 )
             else:
                 us = weight_tile(
-                    w_head, s_head, columns + N, in_columns, k, DTYPE, K, GROUP, BLOCK_N, BLOCK_K
+                    w_head,
+                    s_head,
+                    columns + N,
+                    in_columns,
+                    k,
+                    DTYPE,
+                    K,
+                    GROUP,
+                    W_ROW,
+                    W_COLUMN,
+                    BLOCK_N,
+                    BLOCK_K,
                 )
             if NARROW:
                 ups = tl.dot(us, tl.trans(xs), ups, input_precision="ieee")
@@ -239,19 +269,28 @@ def product_call(
     bias: int | None = None,
     residual: int | None = None,
     gate: str | None = None,
+    shape: tuple[int, int] | None = None,
+    w_steps: tuple[int, int, int] = (0, 0, 0),
 ) -> Call | Declined:
-    """The launch of a product with argument `weight`; steps are of a token and of a head."""
+    """The launch of a product with argument `weight`; steps are of a token and of a head.
+
+    The weight is dense [..., N, K], or what `shape` (N, K) and `w_steps` (of a row, of a column, of
+    a head) say.
+    """
     w = request.args[weight]
     if w.packed and w.packed.fragments and tokens <= FEW:
         return fragment_call(
             request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
         )
-    n, k = w.shape[-2:]
-    n = n // 2 if gate else n
     if w.type.dtype not in _DTYPES:
         return Declined(f"{w.type}: expected one of {', '.join(_DTYPES)}")
-    if not w.dense:
-        return Declined(f"the weight {w.type} is not dense")
+    if shape is None:
+        if not w.dense:
+            return Declined(f"the weight {w.type} is not dense")
+        shape = w.shape[-2:]
+        w_steps = (shape[1], 1, shape[0] * shape[1])
+    n, k = shape
+    n = n // 2 if gate else n
     few = tokens <= FEW
     block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w)
     args: dict[str, Any] = {"x": x, "y": y, "tokens": tokens}
@@ -262,6 +301,9 @@ def product_call(
         "TILES": int(w.packed.codes.shape[1]) if w.packed and w.packed.fragments else 0,
         "X_STEP": x_steps[0],
         "X_HEAD": x_steps[1],
+        "W_ROW": w_steps[0],
+        "W_COLUMN": w_steps[1],
+        "W_HEAD": w_steps[2],
         "Y_STEP": y_steps[0],
         "Y_HEAD": y_steps[1],
         "RESIDUAL_STEP": 0,
@@ -279,11 +321,11 @@ def product_call(
     if residual is None:
         constants["residual"] = None
     else:
-        added = request.args[residual]
-        if added.strides[-1] != 1:
-            return Declined("the rows of the residual are not dense")
+        step = row_step(request.args[residual])
+        if step is None:
+            return Declined("the rows of the residual do not lie in one step")
         args["residual"] = Arg(residual)
-        constants["RESIDUAL_STEP"] = added.strides[0]
+        constants["RESIDUAL_STEP"] = step
     grid = (triton.cdiv(n, block_n), triton.cdiv(tokens, block_t), heads)
     return Call(product_kernel, args, grid, (y,), constants, warps, stages)
 
@@ -311,18 +353,11 @@ def tiles_of(call: Call) -> str:
     return "square tiles for many tokens"
 
 
-def _rows(request: Request) -> Declined | None:
-    x = request.args[0]
-    return None if len(x.shape) == 2 else Declined(f"x {x.type}: expected [T, K]")
-
-
 def fused_linear(request: Request) -> Chosen | Declined:
     """linear and fused_linear: prologue rows first, then the product with its epilogue."""
     named = request.named(2)
     if request.op.name == "linear" and len(request.args) == 3:
         named = {"bias": 2}
-    if declined := _rows(request):
-        return declined
     found = normed_input(request, named, Result(1) if "delta" in named else None)
     if isinstance(found, Declined):
         return found
@@ -331,7 +366,7 @@ def fused_linear(request: Request) -> Chosen | Declined:
         request,
         x,
         (step, 0),
-        request.args[0].shape[0],
+        prod(request.args[0].shape[:-1]),
         1,
         Result(0),
         (request.results[0].shape[-1], 0),
@@ -344,8 +379,6 @@ def fused_linear(request: Request) -> Chosen | Declined:
 def gated_linear(request: Request) -> Chosen | Declined:
     """gated_linear: the same with gate and up rows in one program."""
     named = request.named(2)
-    if declined := _rows(request):
-        return declined
     found = normed_input(request, named, Result(1) if "delta" in named else None)
     if isinstance(found, Declined):
         return found
@@ -354,7 +387,7 @@ def gated_linear(request: Request) -> Chosen | Declined:
         request,
         x,
         (step, 0),
-        request.args[0].shape[0],
+        prod(request.args[0].shape[:-1]),
         1,
         Result(0),
         (request.results[0].shape[-1], 0),
@@ -382,7 +415,44 @@ def head_linear(request: Request) -> Chosen | Declined:
     return call if isinstance(call, Declined) else _chosen(request, [call], {})
 
 
+def matmul(request: Request) -> Chosen | Declined:
+    """matmul: x [..., M, K] by y [..., K, N], a grid over the batch of either or both."""
+    x, y, out = request.args[0], request.args[1], request.results[0]
+    if x.strides[-1] != 1 or y.packed is not None:
+        return Declined("the rows of x are not dense")
+    steps = [_batch_step(o, out.shape[:-2]) for o in (x, y)]
+    if None in steps:
+        return Declined(f"{x.type} and {y.type} do not step through the batch evenly")
+    (m, _), (k, n) = x.shape[-2:], y.shape[-2:]
+    call = product_call(
+        request,
+        Arg(0),
+        (x.strides[-2], steps[0] or 0),
+        m,
+        1,
+        Result(0),
+        (n, m * n),
+        heads=prod(out.shape[:-2]),
+        shape=(n, k),
+        w_steps=(y.strides[-1], y.strides[-2], steps[1] or 0),
+    )
+    return call if isinstance(call, Declined) else _chosen(request, [call], {})
+
+
+def _batch_step(x: Operand, batch: tuple[int, ...]) -> int | None:
+    """How far apart the matrices of x lie over `batch`: 0 if all share one, None if unevenly."""
+    lead, strides = x.shape[:-2], x.strides[:-2]
+    if prod(lead) == 1:
+        return 0
+    if lead != batch[len(batch) - len(lead) :] or prod(lead) != prod(batch):
+        return None
+    steps = [(size, step) for size, step in zip(lead, strides, strict=True) if size != 1]
+    even = all(a == size * b for (_, a), (size, b) in pairwise(steps))
+    return steps[-1][1] if even else None
+
+
 TEMPLATES = {
+    "matmul": (matmul,),
     "linear": (fused_linear,),
     "fused_linear": (fused_linear,),
     "gated_linear": (gated_linear,),
