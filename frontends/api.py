@@ -22,6 +22,7 @@ from ..compiler.validate import check_rewrite
 from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
+from ..passes.sample_on_device import output_names
 from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
@@ -287,7 +288,9 @@ def _compile_language_model(
     errors = PackingErrors()
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-        lowered = lower(final, weights, target, bindings, ["logits"], meta, errors.observe, group)
+        lowered = lower(
+            final, weights, target, bindings, output_names(final), meta, errors.observe, group
+        )
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     if group:
         group.agree(_exchanges(final, meta, stops))

@@ -2,8 +2,9 @@
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
 · `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` · `hadamard` · `collective`
-what ranks exchange · `fused` products with what surrounds them, `heads` of attention and `gating`
-of experts alike, `prologue` what these share · `aten` any other functional torch operator.
+what ranks exchange · `sampling` the next token · `fused` products with what surrounds them, `heads`
+of attention and `gating` of experts alike, `prologue` what these share · `aten` any other
+functional torch operator.
 """
 
 from . import (
@@ -24,6 +25,7 @@ from . import (
     pointwise,
     reduce,
     rope,
+    sampling,
     shape,
 )
 
@@ -45,5 +47,6 @@ __all__ = [
     "pointwise",
     "reduce",
     "rope",
+    "sampling",
     "shape",
 ]
