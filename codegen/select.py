@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .request import Chosen, Declined, Request, Template
-from .templates import copy, heads, linear, rows
+from .templates import copy, heads, linear, rows, sampling
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     linear.TEMPLATES,
     heads.TEMPLATES,
     rows.TEMPLATES,
+    sampling.TEMPLATES,
 )
 # Arguments that their templates read in packed form: op name -> positions.
 PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {

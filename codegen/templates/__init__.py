@@ -6,6 +6,7 @@ every edge: no size needs to be a multiple of a tile.
 
 `linear` multiplies by a weight (`mxfp4_decode` where it is packed, `activations` where it is a
 gated unit), `prologue` is what is done to its input first, `heads` what attention heads need after
-it. `rows` looks up and appends whole rows, `copy` moves strided views, `generated` makes functions
+it. `rows` looks up and appends whole rows, `sampling` chooses the next
+tokens (by what `drawing` does to a row), `copy` moves strided views, `generated` makes functions
 of text.
 """
