@@ -22,8 +22,8 @@ from ..compiler.validate import check_rewrite
 from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
-from ..passes.sample_on_device import output_names
 from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ..passes.sample_on_device import output_names
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
 from ..runtime.cpu import CpuDriver

@@ -10,7 +10,7 @@ from ..compiler.ir import Graph, Node, Value
 from ..compiler.ops.leaf import param
 from ..compiler.ops.sampling import SETTINGS, WORD, sample
 from ..compiler.rewrite import Log
-from ..compiler.types import FLOATS, TensorType
+from ..compiler.types import FLOATS, Dim, TensorType
 
 # What the outputs of a serving graph are called; the first alone where the host samples, and no
 # top ones where the op has no candidates.
@@ -51,9 +51,7 @@ class SampleOnDevice:
             log.decline(self.name, logits.node, f"expected logits [L, V], found {outputs}")
             return graph
         rows = logits.type.shape[0]
-        given = [
-            _param(name, "f32" if kind == "float" else kind, rows) for name, kind in SETTINGS
-        ]
+        given = [_param(name, "f32" if kind == "float" else kind, rows) for name, kind in SETTINGS]
         given.append(_param("seen", "i32", rows, -(-vocab // WORD)))
         given.append(_param("top", "i32", rows))
         chosen = sample.all(logits, *given, candidates=min(self.candidates, vocab))
@@ -67,7 +65,7 @@ class SampleOnDevice:
         )
 
 
-def _param(name: str, dtype: str, *shape: object) -> Value:
+def _param(name: str, dtype: str, *shape: Dim) -> Value:
     return param(name=name, type=TensorType(dtype, shape))
 
 

@@ -157,7 +157,9 @@ def candidates_of(entry: Entry) -> int | None:
 def serving_outputs(entry: Entry, meta: ServingMeta) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The dtype in which every output of `entry` reaches the host, and its shape, by name."""
     rows = entry.symbols["L"]
-    expected = {"logits": ("float32", (rows, meta.vocab_size))}
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "logits": ("float32", (rows, meta.vocab_size))
+    }
     candidates = candidates_of(entry)
     if candidates is not None:
         expected |= {"token": ("int32", (rows,)), "logprob": ("float32", (rows,))}

@@ -174,9 +174,7 @@ class FakeExecutable:
         self.fetched.append(sorted(made if outputs is None else outputs))
         return {name: made[name] for name in self.fetched[-1]}
 
-    def _choose(
-        self, entry: Entry, inputs: Mapping[str, Array], logits: Array
-    ) -> dict[str, Array]:
+    def _choose(self, entry: Entry, inputs: Mapping[str, Array], logits: Array) -> dict[str, Array]:
         """What the host would choose, from the numbers that a device is given."""
         made: dict[str, Array] = {
             b.name: np.full(b.shape, -1, np.int32 if b.dtype == "i32" else np.float32)

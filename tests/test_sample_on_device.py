@@ -65,7 +65,9 @@ def test_it_samples_once() -> None:
     ],
 )
 def test_declines_what_are_no_logits(results: str, found: str) -> None:
-    text = GRAPH.replace("return %logits", f"%v = view(%logits, shape=[L, 10, 7])\nreturn {results}")
+    text = GRAPH.replace(
+        "return %logits", f"%v = view(%logits, shape=[L, 10, 7])\nreturn {results}"
+    )
     before = graph_of(text)
     after, log = applied(SampleOnDevice(), before)
     assert after is before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,91 +12,41 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ingot.compiler.ops.sampling import SETTINGS, sample
 from ingot.compiler.types import TensorType, VerifyError
-from ingot.runtime.choosing import DeviceSampling
-from ingot.runtime.sampling import Sampling, distribution, log_softmax, most_likely
-from ingot.runtime.sampling import sample as on_host
-from ingot.runtime.sequence import Sequence, SequenceStats
-
-# A cumulative mass this close to an edge may fall on either side of it.
-CLOSE = 1e-5
-ORDER = (*(name for name, _ in SETTINGS), "seen", "top")
-
-options = st.builds(
-    Sampling,
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.7]),
-    top_k=st.sampled_from([0, 1, 5, 40, 1000]),
-    top_p=st.sampled_from([1.0, 0.95, 0.6, 0.1, 1e-6]),
-    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
-    # Such as f32 holds exactly: what they make equal is then equal on both sides.
-    repetition_penalty=st.sampled_from([1.0, 1.25, 0.75]),
-    seed=st.integers(0, 2**64 - 1),
+from ingot.runtime.sampling import Sampling
+from sampling_checks import (
+    ORDER,
+    check_choices,
+    operands,
+    options,
+    random_logits,
+    request,
+    requests_of,
 )
 
 
-def request(sampling: Sampling, history: list[int], top: int = 0) -> Sequence:
-    stats = SequenceStats(prompt_tokens=len(history))
-    seed = sampling.seed or 0
-    return Sequence(0, tuple(history), 9, sampling, seed, frozenset(), top, stats, list(history))
-
-
-def device_inputs(vocab: int, requests: list[Sequence], candidates: int) -> dict[str, Any]:
-    made = DeviceSampling(vocab, candidates).inputs(len(requests), requests)
-    return {name: torch.tensor(array) for name, array in made.items()}
-
-
-def allowed(logits: Any, sampling: Sampling, history: list[int], draw: float) -> set[int]:
-    """The tokens that may be chosen when sums are off by CLOSE."""
-    return {
-        on_host(logits, sampling, history, min(max(draw + shift, 0), 1 - 2**-53))[0]
-        for shift in (-CLOSE, 0, CLOSE)
-    }
-
-
-def near_an_edge(logits: Any, sampling: Sampling, history: list[int]) -> bool:
-    """Whether what is kept hangs on a rounding."""
-    if sampling.temperature == 0:
-        return False
-    edges = [Sampling(**{**vars(sampling), "top_p": 1.0, "min_p": 0.0})]
-    kept = distribution(logits, edges[0], history)
-    cumulative = np.cumsum(np.sort(kept))
-    top_p = np.abs(cumulative - (1 - sampling.top_p)).min() < CLOSE and sampling.top_p < 1
-    ratios = kept[kept > 0] / kept.max()
-    min_p = sampling.min_p > 0 and np.abs(ratios - sampling.min_p).min() < CLOSE
-    return bool(top_p or (min_p and sampling.min_p < 1))
-
-
 @hypothesis_settings(max_examples=300)
-@given(st.lists(options, min_size=1, max_size=9), st.integers(0, 2**32), st.booleans(), st.data())
+@given(
+    st.lists(options, min_size=1, max_size=9),
+    st.integers(0, 2**32),
+    st.booleans(),
+    st.sampled_from([1, 31, 97]),
+)
 def test_reference_is_the_host_s_sampling(
-    rows: list[Sampling], seed: int, ties: bool, data: st.DataObject
+    rows: list[Sampling], seed: int, ties: bool, vocab: int
 ) -> None:
-    vocab = data.draw(st.sampled_from([1, 31, 97]))
-    generator = np.random.default_rng(seed)
-    logits = (3 * generator.standard_normal((len(rows), vocab))).astype(np.float32)
-    if ties:
-        logits = np.round(logits)
-    histories = [generator.integers(0, vocab, n % 40).tolist() for n in range(3, 3 + len(rows))]
+    logits = random_logits(len(rows), vocab, seed, ties)
     top = min(4, vocab)
-    requests = [request(s, h, top) for s, h in zip(rows, histories, strict=True)]
-    given_ = device_inputs(vocab, requests, top)
-    token, logprob, tokens, logprobs = sample.reference(
-        torch.from_numpy(logits), *(given_[name] for name in ORDER), candidates=top
-    )
-    for i, (sampling, history) in enumerate(zip(rows, histories, strict=True)):
-        if not near_an_edge(logits[i], sampling, history):
-            may = allowed(logits[i], sampling, history, float(given_["draw"][i]))
-            assert int(token[i]) in may
-        assert logprob[i].item() == pytest.approx(log_softmax(logits[i])[token[i]], abs=1e-6)
-        best = most_likely(logits[i], top)
-        assert tokens[i].tolist() == [t for t, _ in best]
-        assert logprobs[i].tolist() == pytest.approx([p for _, p in best], abs=1e-6)
+    requests = requests_of(rows, vocab, top, seed)
+    given_ = operands(vocab, requests, top)
+    found = sample.reference(logits, *given_, candidates=top)
+    check_choices(logits, requests, given_[5], found, tolerance=1e-6)
 
 
 def plain(logits: Any, candidates: int = 0, **numbers: Any) -> tuple[torch.Tensor, ...]:
     """The op over logits [L, V], greedy but for `numbers`."""
     x = torch.as_tensor(logits, dtype=torch.float32)
     rows, vocab = x.shape
-    idle = device_inputs(vocab, [request(Sampling(), [])] * rows, vocab)
+    idle = dict(zip(ORDER, operands(vocab, [request(Sampling(), [])] * rows, vocab), strict=True))
     idle |= {
         name: torch.as_tensor(value, dtype=idle[name].dtype).expand(idle[name].shape)
         for name, value in numbers.items()

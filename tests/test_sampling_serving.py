@@ -37,9 +37,7 @@ def sessions() -> list[Session]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("top", [0, 4, 25])
-def test_the_graph_samples_as_the_host_does(
-    sessions: list[Session], name: str, top: int
-) -> None:
+def test_the_graph_samples_as_the_host_does(sessions: list[Session], name: str, top: int) -> None:
     runs: list[list[Sequence]] = [
         s.generate(PROMPTS, max_new_tokens=16, sampling=SETTINGS[name], top_logprobs=top)
         for s in sessions

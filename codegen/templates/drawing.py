@@ -50,15 +50,19 @@ def mass_between(row, n, low, high, largest, inverse, BLOCK: tl.constexpr):
 
 @triton.jit
 def kth_largest(row, n, k, low, high, BLOCK: tl.constexpr):
-    """The key of the k-th largest of n >= k scores, all of which are in [low, high]."""
+    """A key in [low, high], where all of the n >= k scores are, that the k largest of them and
+    those equal to the least of these reach, and no others."""
     least = low.to(tl.int64)
     most = high.to(tl.int64)
     while least < most:
         middle = (least + most + 1) >> 1
-        if count_from(row, n, middle.to(tl.int32), BLOCK) >= k:
+        count = count_from(row, n, middle.to(tl.int32), BLOCK)
+        if count >= k:
             least = middle
         else:
             most = middle - 1
+        if count == k:
+            most = middle
     return least.to(tl.int32)
 
 
@@ -134,3 +138,97 @@ def draw_from(
         mass += tl.sum(weights, 0)
         start += BLOCK
     return tl.where(found == none, behind, found)
+
+
+@triton.jit
+def drawn_token(
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    draw,
+    scores,
+    largest,
+    mass,
+    tail,
+    ids,
+    length,
+    row,
+    V: tl.constexpr,
+    ROOM: tl.constexpr,
+    STRIPS: tl.constexpr,
+    STRIPS_UP: tl.constexpr,
+    STRIP: tl.constexpr,
+    LIST: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The token that is drawn from a row that is not greedy."""
+    inverse = 1.0 / tl.load(temperature + row).to(tl.float32)
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row).to(tl.float32)
+    least = tl.load(min_p + row).to(tl.float32)
+    part = tl.load(draw + row).to(tl.float32)
+    strip = tl.arange(0, STRIPS_UP)
+    held = row * STRIPS + strip
+    masses = tl.load(mass + held, mask=strip < STRIPS, other=0.0)
+    whole = tl.sum(masses, 0)
+
+    n = tl.load(length + row)
+    first = row * ROOM
+    outside = 0.0
+    listed = n <= LIST
+    if listed:
+        first += V
+        outside = tl.sum(tl.load(tail + held, mask=strip < STRIPS, other=0.0), 0)
+    else:
+        n = V
+    place = scores + first
+
+    edge = LOWEST
+    high = key_of(largest)
+    last = n
+    limits_k = (k > 0) & (k < V)
+    if limits_k:
+        edge = kth_largest(place, n, k, edge, high, BLOCK)
+        # What has no place among the k is no part of what top_p is a share of.
+        whole = mass_between(place, n, edge, high, largest, inverse, BLOCK)
+        outside = 0.0
+    if p < 1:
+        low = edge
+        target = (1.0 - p) * whole - outside
+        edge = first_beyond(place, n, target, low, high, largest, inverse, BLOCK)
+        equal = count_from(place, n, edge, BLOCK)
+        if edge < high:
+            equal -= count_from(place, n, edge + 1, BLOCK)
+        left = target
+        if edge > low:
+            left -= mass_between(place, n, low, edge - 1, largest, inverse, BLOCK)
+        one = tl.exp((value_of(edge) - largest) * inverse)
+        dropped = tl.minimum(tl.maximum(left / one, 0.0), (equal - 1).to(tl.float32)).to(tl.int32)
+        if dropped > 0:
+            last = place_of(place, n, edge, equal - dropped, BLOCK)
+    floor = float("-inf")
+    if least > 0:
+        floor = tl.minimum(tl.log(least), 0.0)
+
+    start = 0
+    end = n
+    before = 0.0
+    if (p < 1) | limits_k | (least > 0) | listed:
+        whole = kept_mass(place, n, edge, last, floor, largest, inverse, BLOCK)
+    else:
+        # Nothing is left out: the strip is found by the weights of strips.
+        beyond = (masses > 0) & (tl.cumsum(masses, 0) > part * whole)
+        chosen = tl.min(tl.where(beyond, strip, STRIPS_UP), 0)
+        if chosen == STRIPS_UP:
+            chosen = tl.max(tl.where(masses > 0, strip, 0), 0)
+        before = tl.sum(tl.where(strip < chosen, masses, 0.0), 0)
+        start = chosen * STRIP
+        end = tl.minimum(start + STRIP, V)
+    found = draw_from(
+        place, start, end, before, part * whole, edge, last, floor, largest, inverse, BLOCK
+    )
+    if listed:
+        found = tl.load(ids + row * LIST + found)
+    return found

@@ -12,32 +12,34 @@ Greedy rows leave 2 and 3 at once. Sums are in orders that only the vocabulary f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from ...compiler.ops.sampling import SETTINGS, WORD
 from ...compiler.types import TensorType
 from ..request import Arg, Call, Chosen, Declined, Ref, Request, Result, Temp
-from .drawing import (
-    count_from,
-    draw_from,
-    first_beyond,
-    kept_mass,
-    key_of,
-    kth_largest,
-    mass_between,
-    place_of,
-    value_of,
-)
+from .drawing import drawn_token, key_of, value_of
 
-# Scores in a part, in a strip, and in the list of those that matter.
-PART = 1024
-STRIP = 4096
-LIST = 4096
+
+@dataclass(frozen=True)
+class Sizes:
+    """Scores in a part, in a strip, in the list of those that matter, and that the last launch
+    takes at a time."""
+
+    part: int = 1024
+    strip: int = 4096
+    listed: int = 16384
+    block: int = 2048
+
+
+SIZES = Sizes()
+# Threads of the last launch.
+_THREADS = 512
 # Bins are half a unit of (score - max) / temperature wide; the last has no end.
 _BINS = 64
-# Scores that the last launch takes at a time.
-_BLOCK = 2048
 # Most likely tokens that are sought, one after the other.
 _MOST_CANDIDATES = 32
 # The key of -inf.
@@ -69,7 +71,7 @@ def part_kernel(
 ):
     """Part program_id(0) of row program_id(1). A part that holds NaN has a raw_max of NaN."""
     part = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     inside = at < V
     x = tl.load(logits + row * STEP + at, mask=inside, other=float("-inf")).to(tl.float32)
@@ -100,7 +102,7 @@ def part_kernel(
         # Below the key of every number.
         gone: tl.constexpr = -2147483648
         keys = tl.where(inside, key_of(x), gone)
-        for i in range(0, tl.minimum(tl.load(top + row), C)):
+        for i in range(tl.minimum(tl.load(top + row), C)):
             most = tl.max(keys, 0)
             id_ = tl.min(tl.where((keys == most) & (most > gone), at, V), 0)
             tl.store(top_keys + here * C + i, most)
@@ -138,7 +140,7 @@ def strip_kernel(
 ):
     """Strip program_id(0) of row program_id(1)."""
     strip = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1)
     heat = tl.load(temperature + row).to(tl.float32)
     if heat > 0:
         at = strip * BLOCK + tl.arange(0, BLOCK)
@@ -179,7 +181,7 @@ def list_kernel(
     behind the row, the weight of the rest to `tail`. `length` is how many are listed in all; more
     than LIST are not."""
     strip = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1)
     heat = tl.load(temperature + row).to(tl.float32)
     if heat > 0:
         k = tl.load(top_k + row)
@@ -223,100 +225,6 @@ def list_kernel(
 
 
 @triton.jit
-def _drawn(
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    draw,
-    scores,
-    largest,
-    mass,
-    tail,
-    ids,
-    length,
-    row,
-    V: tl.constexpr,
-    ROOM: tl.constexpr,
-    STRIPS: tl.constexpr,
-    STRIPS_UP: tl.constexpr,
-    STRIP: tl.constexpr,
-    LIST: tl.constexpr,
-    LOWEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The token that is drawn from a row that is not greedy."""
-    inverse = 1.0 / tl.load(temperature + row).to(tl.float32)
-    k = tl.load(top_k + row)
-    p = tl.load(top_p + row).to(tl.float32)
-    least = tl.load(min_p + row).to(tl.float32)
-    part = tl.load(draw + row).to(tl.float32)
-    strip = tl.arange(0, STRIPS_UP)
-    held = row * STRIPS + strip
-    masses = tl.load(mass + held, mask=strip < STRIPS, other=0.0)
-    whole = tl.sum(masses, 0)
-
-    n = tl.load(length + row)
-    first = row * ROOM
-    outside = 0.0
-    listed = n <= LIST
-    if listed:
-        first += V
-        outside = tl.sum(tl.load(tail + held, mask=strip < STRIPS, other=0.0), 0)
-    else:
-        n = V
-    place = scores + first
-
-    edge = LOWEST
-    high = key_of(largest)
-    last = n
-    limits_k = (k > 0) & (k < V)
-    if limits_k:
-        edge = kth_largest(place, n, k, edge, high, BLOCK)
-        # What has no place among the k is no part of what top_p is a share of.
-        whole = mass_between(place, n, edge, high, largest, inverse, BLOCK)
-        outside = 0.0
-    if p < 1:
-        low = edge
-        target = (1.0 - p) * whole - outside
-        edge = first_beyond(place, n, target, low, high, largest, inverse, BLOCK)
-        equal = count_from(place, n, edge, BLOCK)
-        if edge < high:
-            equal -= count_from(place, n, edge + 1, BLOCK)
-        left = target
-        if edge > low:
-            left -= mass_between(place, n, low, edge - 1, largest, inverse, BLOCK)
-        one = tl.exp((value_of(edge) - largest) * inverse)
-        dropped = tl.minimum(tl.maximum(left / one, 0.0), (equal - 1).to(tl.float32)).to(tl.int32)
-        if dropped > 0:
-            last = place_of(place, n, edge, equal - dropped, BLOCK)
-    floor = float("-inf")
-    if least > 0:
-        floor = tl.minimum(tl.log(least), 0.0)
-
-    start = 0
-    end = n
-    before = 0.0
-    if (p < 1) | limits_k | (least > 0) | listed:
-        whole = kept_mass(place, n, edge, last, floor, largest, inverse, BLOCK)
-    else:
-        # Nothing is left out: the strip is found by the weights of strips.
-        beyond = (masses > 0) & (tl.cumsum(masses, 0) > part * whole)
-        chosen = tl.min(tl.where(beyond, strip, STRIPS_UP), 0)
-        if chosen == STRIPS_UP:
-            chosen = tl.max(tl.where(masses > 0, strip, 0), 0)
-        before = tl.sum(tl.where(strip < chosen, masses, 0.0), 0)
-        start = chosen * STRIP
-        end = tl.minimum(start + STRIP, V)
-    found = draw_from(
-        place, start, end, before, part * whole, edge, last, floor, largest, inverse, BLOCK
-    )
-    if listed:
-        found = tl.load(ids + row * LIST + found)
-    return found
-
-
-@triton.jit
 def choose_kernel(
     logits,
     temperature,
@@ -355,7 +263,7 @@ def choose_kernel(
     BLOCK: tl.constexpr,
 ):
     """Row program_id(0): its token where program_id(1) is 0, else its most likely tokens."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     part = tl.arange(0, PARTS_UP)
     held = row * PARTS + part
     there = part < PARTS
@@ -372,7 +280,7 @@ def choose_kernel(
             bests = tl.load(best + held, mask=there, other=float("-inf"))
             largest = tl.max(bests, 0)
             if tl.load(temperature + row).to(tl.float32) > 0:
-                chosen = _drawn(
+                chosen = drawn_token(
                     temperature,
                     top_k,
                     top_p,
@@ -400,24 +308,23 @@ def choose_kernel(
             likely = tl.load(logits + row * STEP + chosen).to(tl.float32) - most - log_sum
         tl.store(token + row, chosen)
         tl.store(logprob + row, likely)
-    if C > 0:
-        if tl.program_id(1) == 1:
-            gone: tl.constexpr = -2147483648
-            wanted = tl.where(fine, tl.minimum(tl.maximum(tl.load(top + row), 0), C), 0)
-            column = tl.arange(0, C_UP)
-            unasked = (column >= wanted) & (column < C)
-            tl.store(top_tokens + row * C + column, -1, mask=unasked)
-            tl.store(top_logprobs + row * C + column, 0.0, mask=unasked)
-            at = held[:, None] * C + column[None, :]
-            given = there[:, None] & (column < wanted)[None, :]
-            keys = tl.load(top_keys + at, mask=given, other=gone)
-            places = tl.load(top_ids + at, mask=given, other=V)
-            for i in range(0, wanted):
-                key = tl.max(tl.max(keys, 1), 0)
-                id_ = tl.min(tl.min(tl.where(keys == key, places, V), 1), 0)
-                tl.store(top_tokens + row * C + i, id_)
-                tl.store(top_logprobs + row * C + i, value_of(key) - most - log_sum)
-                keys = tl.where(places == id_, gone, keys)
+    if C > 0 and tl.program_id(1) == 1:
+        gone: tl.constexpr = -2147483648
+        wanted = tl.where(fine, tl.minimum(tl.maximum(tl.load(top + row), 0), C), 0)
+        column = tl.arange(0, C_UP)
+        unasked = (column >= wanted) & (column < C)
+        tl.store(top_tokens + row * C + column, -1, mask=unasked)
+        tl.store(top_logprobs + row * C + column, 0.0, mask=unasked)
+        at = held[:, None] * C + column[None, :]
+        given = there[:, None] & (column < wanted)[None, :]
+        keys = tl.load(top_keys + at, mask=given, other=gone)
+        places = tl.load(top_ids + at, mask=given, other=V)
+        for i in range(wanted):
+            key = tl.max(tl.max(keys, 1), 0)
+            id_ = tl.min(tl.min(tl.where(keys == key, places, V), 1), 0)
+            tl.store(top_tokens + row * C + i, id_)
+            tl.store(top_logprobs + row * C + i, value_of(key) - most - log_sum)
+            keys = tl.where(places == id_, gone, keys)
 
 
 def sample(request: Request) -> Chosen | Declined:
@@ -429,9 +336,11 @@ def sample(request: Request) -> Chosen | Declined:
         return Declined(f"logits {logits.type} or their settings do not lie dense")
     if count > _MOST_CANDIDATES:
         return Declined(f"expected at most {_MOST_CANDIDATES} candidates, found {count}")
-    parts, strips = triton.cdiv(vocab, PART), triton.cdiv(vocab, STRIP)
+    if rows * max(vocab + SIZES.listed, logits.strides[0]) >= 2**31:
+        return Declined(f"expected fewer than 2^31 scores, found {logits.type}")
+    parts, strips = triton.cdiv(vocab, SIZES.part), triton.cdiv(vocab, SIZES.strip)
     shapes = {
-        "scores": ("f32", (rows, vocab + LIST)),
+        "scores": ("f32", (rows, vocab + SIZES.listed)),
         "raw_max": ("f32", (rows, parts)),
         "raw_sum": ("f32", (rows, parts)),
         "best": ("f32", (rows, parts)),
@@ -439,7 +348,7 @@ def sample(request: Request) -> Chosen | Declined:
         "counts": ("i32", (rows, strips, _BINS)),
         "mass": ("f32", (rows, strips)),
         "tail": ("f32", (rows, strips)),
-        "ids": ("i32", (rows, LIST)),
+        "ids": ("i32", (rows, SIZES.listed)),
         "length": ("i32", (rows,)),
     }
     if count:
@@ -454,24 +363,24 @@ def sample(request: Request) -> Chosen | Declined:
     sizes = {
         "V": vocab,
         "STEP": logits.strides[0],
-        "ROOM": vocab + LIST,
+        "ROOM": vocab + SIZES.listed,
         "PARTS": parts,
         "PARTS_UP": triton.next_power_of_2(parts),
         "STRIPS": strips,
         "STRIPS_UP": triton.next_power_of_2(strips),
-        "STRIP": STRIP,
+        "STRIP": SIZES.strip,
         "WORDS": triton.cdiv(vocab, WORD),
         "WORD": WORD,
         "BINS": _BINS,
-        "LIST": LIST,
+        "LIST": SIZES.listed,
         "LOWEST": _LOWEST,
         "C": count,
         "C_UP": triton.next_power_of_2(max(count, 1)),
     }
 
-    def call(kernel: object, block: int, grid: tuple[int, int], writes: str, warps: int) -> Call:
+    def call(kernel: Any, block: int, grid: tuple[int, int], writes: str, warps: int) -> Call:
         """A launch with what its parameters are called; None for operands that are not there."""
-        given = [*kernel.arg_names]  # pyright: ignore[reportAttributeAccessIssue]
+        given = [*kernel.arg_names]
         constants = {n: sizes[n] for n in given if n in sizes} | {"BLOCK": block}
         operands = [n for n in given if n not in constants]
         absent = {n: None for n in operands if n not in places}
@@ -484,12 +393,13 @@ def sample(request: Request) -> Chosen | Declined:
             num_warps=warps,
         )
 
+    warps = _THREADS // request.target.warp
     made = "scores raw_max raw_sum best best_at top_keys top_ids"
     calls = (
-        call(part_kernel, PART, (parts, rows), made, 4),
-        call(strip_kernel, STRIP, (strips, rows), "counts mass", 8),
-        call(list_kernel, STRIP, (strips, rows), "scores tail ids length", 8),
-        call(choose_kernel, _BLOCK, (rows, 2 if count else 1), " ".join(results), 8),
+        call(part_kernel, SIZES.part, (parts, rows), made, 4),
+        call(strip_kernel, SIZES.strip, (strips, rows), "counts mass", 8),
+        call(list_kernel, SIZES.strip, (strips, rows), "scores tail ids length", 8),
+        call(choose_kernel, SIZES.block, (rows, 2 if count else 1), " ".join(results), warps),
     )
     temps = {name: TensorType(dtype, shape) for name, (dtype, shape) in shapes.items()}
     reason = f"{parts} parts and {strips} strips a row, then a program a row"

@@ -82,8 +82,9 @@ def _sample_reference(
             logprobs.append(largest)
             continue
         raw = x.log_softmax(0)
-        numbers = [s[row].item() for s in settings]
-        token = _chosen(_penalized(x, seen[row], numbers[4]), *numbers[:4], numbers[5])
+        temperature, top_k, top_p, min_p, penalty, draw = (s[row].item() for s in settings)
+        scores = _penalized(x, seen[row], penalty)
+        token = _chosen(scores, temperature, int(top_k), top_p, min_p, draw)
         tokens.append(token)
         logprobs.append(float(raw[token]))
         wanted = min(max(int(top[row]), 0), candidates)
