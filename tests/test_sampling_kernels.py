@@ -112,6 +112,46 @@ def test_extremes(sampling: Sampling) -> None:
     assert found[0][0] in (7, 100)
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_where_the_kept_tokens_begin(small: bool) -> None:
+    """Of almost equal tokens a draw of 0 takes the first that is kept."""
+    vocab = 100
+    rows = (
+        *(Sampling(temperature=1.0, top_k=k) for k in (1, 3, 50, 99)),
+        *(Sampling(temperature=1.0, top_p=p) for p in (0.015, 0.505, 0.985)),
+        Sampling(temperature=1.0, top_k=10, top_p=0.55),
+        Sampling(temperature=1e-3, min_p=0.5),
+    )
+    logits = torch.linspace(1, 1.01, vocab).expand(len(rows), vocab).contiguous()
+    given_ = operands(vocab, requests_of(rows, vocab, 0), 0)
+    given_[5].zero_()
+    with patch.object(template, "SIZES", SMALL if small else Sizes()):
+        found, plain, _ = run_node(sample, (logits, *given_), {})
+    assert found[0].tolist() == sample.reference(*plain)[0].tolist()
+    assert found[0].tolist()[:4] == [99, 97, 50, 1]
+
+
+def test_penalties_by_sign() -> None:
+    vocab = 100
+    for sign in (-1, 1):
+        logits = sign * torch.linspace(1, 1.01, vocab).expand(2, vocab).contiguous()
+        rows = [Sampling(repetition_penalty=p, temperature=0.0) for p in (1.25, 0.75)]
+        found = check_sampling(logits, requests_of(rows, vocab, 4))
+        tokens = [set(r.history) for r in requests_of(rows, vocab, 4)]
+        assert int(found[0][0]) not in tokens[0]
+        assert int(found[0][1]) in tokens[1]
+
+
+def test_a_list_that_is_too_long_leaves_the_next_row_alone() -> None:
+    vocab = SMALL.listed + 12
+    logits = torch.zeros(2, vocab)
+    logits[1, :3] = torch.tensor([8.0, 9.0, 8.5])
+    rows = [Sampling(temperature=1.0, top_p=0.95, seed=seed) for seed in (1, 2)]
+    with patch.object(template, "SIZES", SMALL):
+        found = check_sampling(logits, requests_of(rows, vocab, 4))
+    assert int(found[0][1]) < 3
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_broken_rows(temperature: float) -> None:
     vocab, bad = 100, (math.nan, math.inf, -math.inf)
