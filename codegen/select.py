@@ -18,6 +18,7 @@ from .templates import (
     reductions,
     rope,
     rows,
+    sampling,
 )
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
@@ -33,6 +34,7 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     rope.TEMPLATES,
     rows.TEMPLATES,
     reductions.TEMPLATES,
+    sampling.TEMPLATES,
 )
 # Arguments that their templates read in packed form: op name -> positions.
 PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {

@@ -24,6 +24,7 @@ from ..compiler.weights import Weights
 from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
 from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ..passes.sample_on_device import output_names
 from ..passes.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.collectives import ProcessGroup
 from ..runtime.driver import Driver
@@ -376,6 +377,7 @@ def _lower_language_model(
             max_tokens_per_sequence=model.max_tokens,
             quantize=packing,
             shard=ShardTensorParallel(group.ranks, group.rank) if group else None,
+            sample=target.is_gpu,
         )
     elif packing is not None:
         raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
@@ -391,8 +393,9 @@ def _lower_language_model(
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
         backend = _backend(target, group, stages)
+        outputs = output_names(final)
         lowered = lower(
-            final, weights, target, bindings, ["logits"], meta, errors.observe, group, backend
+            final, weights, target, bindings, outputs, meta, errors.observe, group, backend
         )
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
     if group:

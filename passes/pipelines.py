@@ -17,6 +17,7 @@ from .gather_logits import GatherLogits
 from .insert_kv_cache import InsertKvCache
 from .quantize_mxfp4 import MXFP4, QuantizeMxfp4
 from .raise_ops import RaiseOps
+from .sample_on_device import SampleOnDevice
 from .shard_tensor_parallel import ShardTensorParallel
 
 # What the model says, in the IR's own ops.
@@ -42,8 +43,12 @@ def causal_lm(
     pages: int | None = None,
     quantize: MXFP4 | None = None,
     shard: ShardTensorParallel | None = None,
+    sample: bool = False,
 ) -> tuple[Pass, ...]:
-    """From a traced causal language model to one that serves from a paged cache."""
+    """From a traced causal language model to one that serves from a paged cache.
+
+    With `sample` it also chooses the next tokens, so that no logits need to leave the device.
+    """
     return (
         *RAISING,
         *(() if shard is None else (shard,)),
@@ -52,6 +57,7 @@ def causal_lm(
         InsertKvCache(max_sequences, max_tokens_per_sequence, pages=pages),
         GatherLogits(),
         *FUSIONS,
+        *((SampleOnDevice(),) if sample else ()),
     )
 
 

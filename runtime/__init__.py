@@ -9,7 +9,7 @@ drivers), `graph_executable` (a program as one explicit graph an entry) and its 
 (what a binary was built for), `gpu_checks` (whether a program can run), `host_arrays`, `staging`
 (inputs and outputs on their way) and `gpu_memory` (arena, state, weights). Above the drivers:
 `buckets` (what entries take and give), `kv_cache` (pages and slots), `sampling`, `sequence` (one
-request), `scheduler` (who runs next), `session` (continuous batching over all of these).
+request), `choosing` (next tokens, by the host or by the device), `scheduler` (who runs next), `session` (continuous batching over all of these).
 
 The ingot, from the top: `artifact` (reading one: what cannot be proved is refused) over `manifest`,
 `ingot_files` (a directory or, by `stored_zip`, a zip), `strict_json` (JSON from strangers),

@@ -7,6 +7,18 @@ Every entry is one bucket of T tokens and L = min(T, max_sequences) rows of logi
 
 Token t of slot slots[t] (-1 is padding) sits at positions[t] and sees the cache of its slot up to
 there, the tokens of this replay included. Row j of the logits is that of token logit_rows[j].
+
+A program may choose the next tokens of the rows too. Then every entry has besides
+
+    temperature f32[L]  top_k i32[L]  top_p f32[L]  min_p f32[L]  penalty f32[L]  draw f32[L]
+    seen i32[L, ceil(vocab_size / 32)]  top i32[L]
+        →  token i32[L]  logprob f32[L]  top_tokens i32[L, C]  top_logprobs f32[L, C]
+
+(without the last two where C is 0). Bit v % 32 of word v // 32 of `seen` says that token v is part
+of prompt or output, which only rows with a `penalty` other than 1 need; `draw` is the randomness in
+[0, 1). Temperature 0 is greedy, and `top` ≤ C is how many most likely tokens are asked for; the
+other meanings are those of `sampling.Sampling`, and `sampling.sample` gives the same. The token of
+a row whose logits are broken is -1, and its logprob their maximum.
 """
 
 from __future__ import annotations
@@ -19,6 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .program import Entry, Program
+
+# Tokens in a word of `seen`.
+SEEN_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,11 @@ class Buckets:
             raise ValueError("program: expected at least one entry, found none")
         for entry in program.entries:
             _check_entry(entry, self.meta)
+        counts = {candidates_of(entry) for entry in program.entries}
+        if len(counts) != 1:
+            raise ValueError(f"program: expected entries that sample alike, found {counts}")
+        # How many most likely tokens the device can give; None where it does not sample.
+        (self.candidates,) = counts
         self._entries = sorted(program.entries, key=lambda entry: entry.symbols["T"])
 
     @property
@@ -111,6 +131,44 @@ def replay_inputs(
     }
 
 
+def sampling_inputs(rows: int, vocab: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes of the inputs by which a device samples, by name."""
+    settings = {
+        "temperature": "f32",
+        "top_k": "i32",
+        "top_p": "f32",
+        "min_p": "f32",
+        "penalty": "f32",
+        "draw": "f32",
+        "top": "i32",
+    }
+    words = -(-vocab // SEEN_BITS)
+    return {**{n: (d, (rows,)) for n, d in settings.items()}, "seen": ("i32", (rows, words))}
+
+
+def candidates_of(entry: Entry) -> int | None:
+    """How many most likely tokens `entry` can give; None where it does not sample."""
+    outputs = {b.name: b for b in entry.buffers if b.kind == "output"}
+    if "token" not in outputs:
+        return None
+    return outputs["top_tokens"].shape[1] if "top_tokens" in outputs else 0
+
+
+def serving_outputs(entry: Entry, meta: ServingMeta) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype in which every output of `entry` reaches the host, and its shape, by name."""
+    rows = entry.symbols["L"]
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "logits": ("float32", (rows, meta.vocab_size))
+    }
+    candidates = candidates_of(entry)
+    if candidates is not None:
+        expected |= {"token": ("int32", (rows,)), "logprob": ("float32", (rows,))}
+    if candidates:
+        shape = (rows, candidates)
+        expected |= {"top_tokens": ("int32", shape), "top_logprobs": ("float32", shape)}
+    return expected
+
+
 def _check_entry(entry: Entry, meta: ServingMeta) -> None:
     size = entry.symbols.get("T", 0)
     rows = min(size, meta.max_sequences)
@@ -126,14 +184,23 @@ def _check_entry(entry: Entry, meta: ServingMeta) -> None:
         "page_table": ("i32", (meta.max_sequences, meta.pages_per_slot)),
         "logit_rows": ("i32", (rows,)),
     }
+    if candidates_of(entry) is not None:
+        expected |= sampling_inputs(rows, meta.vocab_size)
     found = {b.name: (b.dtype, tuple(b.shape)) for b in entry.buffers if b.kind == "input"}
     if found != expected:
         raise ValueError(f"entry {entry.name}: expected inputs {expected}, found {found}")
     outputs = {b.name: tuple(b.shape) for b in entry.buffers if b.kind == "output"}
-    if outputs != {"logits": (rows, meta.vocab_size)}:
-        raise ValueError(
-            f"entry {entry.name}: expected output logits {(rows, meta.vocab_size)}, found {outputs}"
-        )
+    wanted = {name: shape for name, (_, shape) in serving_outputs(entry, meta).items()}
+    if outputs != wanted:
+        raise ValueError(f"entry {entry.name}: expected outputs {wanted}, found {outputs}")
 
 
-__all__ = ["Buckets", "Chunk", "ServingMeta", "replay_inputs"]
+__all__ = [
+    "SEEN_BITS",
+    "Buckets",
+    "Chunk",
+    "ServingMeta",
+    "replay_inputs",
+    "sampling_inputs",
+    "serving_outputs",
+]

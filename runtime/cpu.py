@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .driver import Array, WeightLoader
@@ -53,15 +54,23 @@ class CpuExecutable:
             self._memory[buffer.name] = _own_memory(buffer, weights)
         self._plans = {entry.name: self._bind(entry) for entry in program.entries}
 
-    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See Executable.run. ValueError for an unknown entry or inputs that do not fit it."""
+    def run(
+        self,
+        entry: str,
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """See Executable.run. ValueError for unknown names and for inputs that do not fit."""
         if entry not in self._plans:
             raise ValueError(f"no entry {entry!r}; there are {', '.join(self._plans)}")
         plan = self._plans[entry]
         if inputs.keys() != plan.inputs.keys():
             raise ValueError(f"expected inputs {sorted(plan.inputs)}, found {sorted(inputs)}")
+        wanted = plan.outputs.keys() if outputs is None else outputs
+        if unknown := sorted(set(wanted) - plan.outputs.keys()):
+            raise ValueError(f"expected outputs among {sorted(plan.outputs)}, found {unknown}")
         for name, target in plan.inputs.items():
-            source = torch.as_tensor(inputs[name])
+            source = _to_device(inputs[name])
             if source.shape != target.shape or source.dtype != target.dtype:
                 raise ValueError(
                     f"input {name}: expected {target.dtype}{list(target.shape)}, "
@@ -76,7 +85,7 @@ class CpuExecutable:
                     run(*args)
         finally:
             torch.set_num_threads(threads)
-        return {name: _to_host(value) for name, value in plan.outputs.items()}
+        return {name: _to_host(plan.outputs[name]) for name in wanted}
 
     def close(self) -> None:
         """Drop the memory."""
@@ -139,6 +148,13 @@ def _own_memory(buffer: Buffer, weights: WeightLoader) -> torch.Tensor:
             f"found {tensor.dtype}{list(tensor.shape)}"
         )
     return tensor.contiguous()
+
+
+def _to_device(value: Any) -> torch.Tensor:
+    """`value` as a tensor; torch warns of memory that it may not write, though nobody does."""
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        value = value.copy()
+    return torch.as_tensor(value)
 
 
 def _to_host(value: torch.Tensor) -> Array:

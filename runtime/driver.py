@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -16,11 +16,20 @@ WeightLoader = Callable[[str], Any]
 class Executable(Protocol):
     """A program in device memory, its state zeroed."""
 
-    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self,
+        entry: str,
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, Array]:
         """Copy `inputs` in (all inputs of the entry, exact shapes), replay, copy outputs out.
 
-        Outputs in bf16 or f16 come back as float32 arrays. State buffers keep what the entry
-        wrote into them.
+        Only those called `outputs` are copied, None is all. Outputs in bf16 or f16 come back as
+        float32 arrays. State buffers keep what the entry wrote into them.
+
+        An array that is read-only (numpy's `flags.writeable`) never changes again: where the very
+        same object was this entry's input the last time too, what a driver has staged of it still
+        holds. What lies in the arena does not: a replay may have written over it.
         """
         ...
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -36,6 +36,16 @@ class _Plan:
     graph: int
     inputs: Layout
     outputs: Layout
+    parts: dict[frozenset[str], Layout] = field(default_factory=dict[frozenset[str], Layout])
+
+    def some(self, names: frozenset[str]) -> Layout:
+        """How the outputs called `names` travel; ValueError for one that is not there."""
+        if names not in self.parts:
+            buffers = {f.buffer.name: f.buffer for f in self.outputs.fields}
+            if unknown := names - buffers.keys():
+                raise ValueError(f"expected outputs of {sorted(buffers)}, found {sorted(unknown)}")
+            self.parts[names] = lay_out(buffers[name] for name in names)
+        return self.parts[names]
 
 
 class GpuExecutable:
@@ -70,29 +80,33 @@ class GpuExecutable:
             self.close()
             raise
 
-    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See Executable.run. ValueError for an unknown entry or inputs that do not fit it.
+    def run(
+        self, entry: str, inputs: Mapping[str, Array], outputs: Collection[str] | None = None
+    ) -> dict[str, Array]:
+        """See Executable.run. ValueError for an unknown entry, output, or inputs that do not fit.
 
         Inputs and outputs go through the host; an input may also be a torch tensor on the CPU.
         """
         plan = self._plan(entry)
-        names = {field.buffer.name for field in plan.inputs.fields}
+        names = {place.buffer.name for place in plan.inputs.fields}
         if set(inputs) != names:
             raise ValueError(f"expected inputs {sorted(names)}, found {sorted(inputs)}")
+        wanted = plan.outputs if outputs is None else plan.some(frozenset(outputs))
         with self._device():
             self._settle_interrupted()
-            for field in plan.inputs.fields:
-                buffer = field.buffer
+            for place in plan.inputs.fields:
+                buffer = place.buffer
                 source = host_array(
                     f"input {buffer.name}", inputs[buffer.name], buffer.dtype, buffer.shape
                 )
-                self._staging[field.at : field.at + buffer.nbytes] = source
-            self._replay(plan)
-        outputs: dict[str, Array] = {}
-        for field in plan.outputs.fields:
-            data = self._staging[field.at : field.at + field.buffer.nbytes]
-            outputs[field.buffer.name] = to_array(data, field.buffer.dtype, field.buffer.shape)
-        return outputs
+                self._staging[place.at : place.at + buffer.nbytes] = source
+            self._replay(plan, wanted)
+        found: dict[str, Array] = {}
+        for place in wanted.fields:
+            buffer = place.buffer
+            data = self._staging[place.at : place.at + buffer.nbytes]
+            found[buffer.name] = to_array(data, buffer.dtype, buffer.shape)
+        return found
 
     def measure(self, entry: str, replays: int) -> list[float]:
         """Milliseconds on the device of each of `replays` replays, over the inputs of the last run.
@@ -268,8 +282,8 @@ class GpuExecutable:
         if self._busy:
             self._settle()
 
-    def _replay(self, plan: _Plan) -> None:
-        """Staging to inputs, one replay, outputs to staging; wait for it all."""
+    def _replay(self, plan: _Plan, outputs: Layout) -> None:
+        """Staging to inputs, one replay, `outputs` to staging; wait for it all."""
         api, stream = self._api, self._stream
         self._busy = True
         for copy in plan.inputs.copies:
@@ -277,7 +291,7 @@ class GpuExecutable:
                 self._memory.arena + copy.offset, self._host + copy.at, copy.nbytes, stream
             )
         api.launch(plan.graph, stream)
-        for copy in plan.outputs.copies:
+        for copy in outputs.copies:
             api.to_host(self._host + copy.at, self._memory.arena + copy.offset, copy.nbytes, stream)
         self._settle()
 
@@ -294,18 +308,19 @@ class GpuExecutable:
             self._memory.clear_state(self._api, self._stream)
             self._settle()
             self._staging[:] = 0
-            self._replay(plan)
+            self._replay(plan, plan.outputs)
             seen.append(self._staging[: plan.outputs.nbytes].copy())
         self._memory.clear_state(self._api, self._stream)
         self._settle()
-        for field in plan.outputs.fields:
-            first, second = (s[field.at : field.at + field.buffer.nbytes] for s in seen)
+        for place in plan.outputs.fields:
+            buffer = place.buffer
+            first, second = (s[place.at : place.at + buffer.nbytes] for s in seen)
             wrong = int(np.count_nonzero(first != second))
             if wrong:
                 raise SelfTestError(
                     f"{self._api.info.name}: entry {smallest.name}, replayed twice on the same "
-                    f"inputs, gave output {field.buffer.name} with {wrong} of "
-                    f"{field.buffer.nbytes} bytes different"
+                    f"inputs, gave output {buffer.name} with {wrong} of "
+                    f"{buffer.nbytes} bytes different"
                 )
 
 

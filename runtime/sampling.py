@@ -156,6 +156,11 @@ def most_likely(logits: NDArray[np.float32], count: int) -> tuple[tuple[int, flo
     return tuple((int(token), float(raw[token])) for token in best)
 
 
+def broken_logits(largest: float) -> ValueError:
+    """What is wrong with logits whose maximum is `largest`."""
+    return ValueError(f"logits: expected a finite maximum and no NaN, found {largest}")
+
+
 def _penalized(
     logits: NDArray[np.float32], sampling: Sampling, history: Collection[int]
 ) -> NDArray[np.float64]:
@@ -179,13 +184,14 @@ def _checked(logits: NDArray[Any]) -> NDArray[np.float64]:
         raise ValueError(f"logits: expected shape [V] with V ≥ 1, found {list(logits.shape)}")
     largest = float(logits.max())
     if not math.isfinite(largest):
-        raise ValueError(f"logits: expected a finite maximum and no NaN, found {largest}")
+        raise broken_logits(largest)
     return logits.astype(np.float64)
 
 
 __all__ = [
     "GREEDY",
     "Sampling",
+    "broken_logits",
     "distribution",
     "log_softmax",
     "most_likely",

@@ -15,11 +15,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .buckets import Buckets, Chunk, replay_inputs
-from .driver import Driver, WeightLoader
+from .buckets import Buckets, Chunk, replay_inputs, serving_outputs
+from .choosing import Choice, DeviceSampling, choose, chosen
+from .driver import Array, Driver, WeightLoader
 from .kv_cache import KVCache
 from .program import Program
-from .sampling import GREEDY, Sampling, most_likely, sample, uniform
+from .sampling import GREEDY, Sampling
 from .scheduler import Scheduler
 from .sequence import Event, FinishReason, Sequence, SequenceStats, SessionStats
 
@@ -35,7 +36,8 @@ class Session:
 
     `step` runs one replay: a token of every decoding sequence and chunks of prompts as far as the
     largest bucket goes, in the smallest bucket that takes them. What is batched together never
-    changes which logits a sequence asks for nor the draws it makes from them.
+    changes which logits a sequence asks for nor the draws it makes from them. Where the program
+    chooses tokens itself, logits come to the host only for what it cannot give.
 
     A sequence ends with "stop" (a stop token came; it is not part of the tokens), "length"
     (`max_new_tokens` reached, or its next token has no position below `max_tokens_per_sequence`),
@@ -73,6 +75,10 @@ class Session:
         )
         self._scheduler = Scheduler(
             self._cache, tokens=self._buckets.tokens, sequences=self._buckets.rows
+        )
+        candidates = self._buckets.candidates
+        self._device = (
+            None if candidates is None else DeviceSampling(self.meta.vocab_size, candidates)
         )
         self._draw_seed = draw_seed or partial(secrets.randbits, 64)
         self._ids = count(1)
@@ -220,7 +226,8 @@ class Session:
             parts: list[NDArray[np.float32]] = []
             for start in range(0, len(ids), self._buckets.rows):
                 chunk = Chunk(slot, start, ids[start : start + self._buckets.rows])
-                parts.append(self._replay([chunk], list(range(len(chunk.tokens)))))
+                rows = list(range(len(chunk.tokens)))
+                parts.append(self._replay([chunk], rows, [None] * len(rows), ["logits"])["logits"])
             return np.concatenate(parts)
         finally:
             self._cache.close(slot)
@@ -267,37 +274,45 @@ class Session:
         if not step.chunks:
             return
         ends = accumulate(len(chunk.tokens) for _, chunk in step.chunks)
+        rows = [end - 1 for end in ends]
+        # A prompt that is not at its end yet has no next token.
+        takers = [s if chunk.end == len(s.history) else None for s, chunk in step.chunks]
+        device = self._device
+        on_device = {s for s in takers if s and device and device.takes(s)}
+        outputs = device.outputs(on_device) if device else []
+        if any(s and s not in on_device for s in takers) or not outputs:
+            outputs.append("logits")
         try:
-            logits = self._replay([chunk for _, chunk in step.chunks], [end - 1 for end in ends])
+            found = self._replay([chunk for _, chunk in step.chunks], rows, takers, outputs)
         except SessionEndedError:
             return
 
         decoding = {s for s, _ in step.chunks if s.pending == 1 and s.generated}
-        for (sequence, chunk), row in zip(step.chunks, logits, strict=True):
+        for row, (sequence, chunk) in enumerate(step.chunks):
             sequence.cached = chunk.end
-            if not sequence.pending:
-                self._take(sequence, row)
+            if sequence in on_device:
+                self._take(sequence, partial(chosen, sequence, found, row))
+            elif not sequence.pending:
+                self._take(sequence, partial(choose, sequence, found["logits"][row]))
         self._count_step([s for s, _ in step.chunks], decoding, perf_counter() - started)
 
-    def _take(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
-        """Choose the next token of `sequence` from logits f32[vocab]; ends it where due."""
+    def _take(self, sequence: Sequence, choice: Callable[[], Choice]) -> None:
+        """Give `sequence` its next token; ends it where due."""
         if not sequence.generated:
             prompt_tokens = self._stats.prompt_tokens + len(sequence.prompt)
             self._stats = replace(self._stats, prompt_tokens=prompt_tokens)
-        sampling = sequence.sampling
-        draw = uniform(sequence.seed, sequence.generated) if sampling.temperature > 0 else 0.0
         try:
-            token, logprob = sample(logits, sampling, sequence.history, draw)
+            made = choice()
         except ValueError as error:
             self._scheduler.remove(sequence)
             self._finish(sequence, "error", str(error))
             return
+        token, logprob, top = made.token, made.logprob, made.top
         if token in sequence.stop_tokens:
             self._scheduler.remove(sequence)
             self._finish(sequence, "stop")
             return
 
-        top = most_likely(logits, sequence.top_count)
         sequence.history.append(token)
         sequence.logprobs.append(logprob)
         sequence.top_logprobs.append(top)
@@ -328,26 +343,39 @@ class Session:
             total = replace(total, time_to_first_token=summed / self._first_tokens)
         sequence.stats, self._stats = stats, total
 
-    def _replay(self, chunks: list[Chunk], rows: list[int]) -> NDArray[np.float32]:
-        """Run `chunks` in the smallest entry; the logits f32[len(rows), vocab] of token `rows`.
+    def _replay(
+        self,
+        chunks: list[Chunk],
+        rows: list[int],
+        takers: list[Sequence | None],
+        outputs: list[str],
+    ) -> dict[str, Array]:
+        """Run `chunks` in the smallest entry; `outputs` by name, a row for each token of `rows`.
 
-        Any failure of the device ends the session and is raised as SessionEndedError.
+        A row's next token is that of its sequence in `takers`, where the device chooses it. Any
+        failure of the device ends the session and is raised as SessionEndedError.
         """
         entry = self._buckets.smallest(sum(len(chunk.tokens) for chunk in chunks))
-        inputs = replay_inputs(entry, chunks, rows, self._cache.page_table)
+        inputs: dict[str, Array] = {
+            **replay_inputs(entry, chunks, rows, self._cache.page_table),
+            **(self._device.inputs(entry.symbols["L"], takers) if self._device else {}),
+        }
+        expected = serving_outputs(entry, self.meta)
         # A device may fail in any way, and after none is the state of the cache known.
         try:
-            logits = self._executable.run(entry.name, inputs)["logits"]
-            expected = (entry.symbols["L"], self.meta.vocab_size)
-            if logits.shape != expected or logits.dtype != np.float32:
-                raise ValueError(
-                    f"entry {entry.name}: expected logits float32{list(expected)}, "
-                    f"found {logits.dtype}{list(logits.shape)}"
-                )
+            found = self._executable.run(entry.name, inputs, outputs)
+            for name in outputs:
+                dtype, shape = expected[name]
+                array = found[name]
+                if array.shape != shape or array.dtype != dtype:
+                    raise ValueError(
+                        f"entry {entry.name}: expected {name} {dtype}{list(shape)}, "
+                        f"found {array.dtype}{list(array.shape)}"
+                    )
         except Exception as error:
             self._end(f"{type(error).__name__}: {error}", "error")
             raise SessionEndedError(f"the session ended: {self._ended}") from error
-        return logits[: len(rows)]
+        return {name: found[name][: len(rows)] for name in outputs}
 
     def _sequence(
         self,

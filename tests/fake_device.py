@@ -8,14 +8,15 @@ cache, whose cells start as poison, and refuses every input that breaks the serv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from ingot.runtime.buckets import sampling_inputs
 from ingot.runtime.driver import Array, WeightLoader
 from ingot.runtime.program import Buffer, Entry, Program
-from ingot.runtime.sampling import Sampling, sample, uniform
+from ingot.runtime.sampling import Sampling, most_likely, sample, uniform
 from numpy.typing import NDArray
 
 POISON = np.uint64(2**64 - 1)
@@ -73,8 +74,12 @@ def serving_program(
     max_sequences: int = 8,
     max_tokens_per_sequence: int = 64,
     pages: int = 128,
+    candidates: int | None = None,
 ) -> Program:
-    """A program of the serving contract with nothing in it to launch."""
+    """A program of the serving contract with nothing in it to launch.
+
+    With `candidates` its device chooses the tokens.
+    """
     table = (max_sequences, -(-max_tokens_per_sequence // page_size))
     entries: list[Entry] = []
     for size in buckets:
@@ -88,6 +93,15 @@ def serving_program(
         }
         buffers = [Buffer(name, "i32", shape, "input", 0, 0) for name, shape in inputs.items()]
         buffers.append(Buffer("logits", "f32", (rows, vocab_size), "output", 0, 0))
+        if candidates is not None:
+            more = sampling_inputs(rows, vocab_size)
+            buffers += [Buffer(n, d, shape, "input", 0, 0) for n, (d, shape) in more.items()]
+            buffers.append(Buffer("token", "i32", (rows,), "output", 0, 0))
+            buffers.append(Buffer("logprob", "f32", (rows,), "output", 0, 0))
+        if candidates:
+            shape = (rows, candidates)
+            buffers.append(Buffer("top_tokens", "i32", shape, "output", 0, 0))
+            buffers.append(Buffer("top_logprobs", "f32", shape, "output", 0, 0))
         entries.append(Entry(f"t{size}", {"T": size, "L": rows}, tuple(buffers), (), ()))
     meta = {
         "vocab_size": vocab_size,
@@ -125,10 +139,13 @@ class FakeExecutable:
         self.at = np.full_like(self.cells, -1, dtype=np.int64)
         self.replays: list[tuple[str, int]] = []
         self.slots_seen: list[list[int]] = []
+        self.fetched: list[list[str]] = []
         self.broken_row: int | None = None
         self.closed = 0
 
-    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, entry: str, inputs: Mapping[str, Array], outputs: Collection[str] | None = None
+    ) -> dict[str, Array]:
         assert not self.closed
         self._check(self.entries[entry], inputs)
         slots, positions, table = inputs["slots"], inputs["positions"], inputs["page_table"]
@@ -153,7 +170,37 @@ class FakeExecutable:
             logits[row] = head(self.cells[where], self.meta["vocab_size"])
             if row == self.broken_row:
                 logits[row] = np.nan
-        return {"logits": logits}
+        made = {"logits": logits, **self._choose(self.entries[entry], inputs, logits)}
+        self.fetched.append(sorted(made if outputs is None else outputs))
+        return {name: made[name] for name in self.fetched[-1]}
+
+    def _choose(self, entry: Entry, inputs: Mapping[str, Array], logits: Array) -> dict[str, Array]:
+        """What the host would choose, from the numbers that a device is given."""
+        made: dict[str, Array] = {
+            b.name: np.full(b.shape, -1, np.int32 if b.dtype == "i32" else np.float32)
+            for b in entry.buffers
+            if b.kind == "output" and b.name != "logits"
+        }
+        if not made:
+            return made
+        bits = np.unpackbits(inputs["seen"].view(np.uint8), axis=1, bitorder="little")
+        for row, scores in enumerate(logits):
+            if np.isnan(scores).any():
+                made["logprob"][row] = np.nan
+                continue
+            sampling = Sampling(
+                temperature=inputs["temperature"][row],
+                top_k=inputs["top_k"][row],
+                top_p=inputs["top_p"][row],
+                min_p=inputs["min_p"][row],
+                repetition_penalty=inputs["penalty"][row],
+            )
+            seen = np.flatnonzero(bits[row]).tolist()
+            chosen = sample(scores, sampling, seen, inputs["draw"][row])
+            made["token"][row], made["logprob"][row] = chosen
+            for i, pair in enumerate(most_likely(scores, inputs["top"][row])):
+                made["top_tokens"][row, i], made["top_logprobs"][row, i] = pair
+        return made
 
     def close(self) -> None:
         self.closed += 1
@@ -161,7 +208,9 @@ class FakeExecutable:
     def _check(self, entry: Entry, inputs: Mapping[str, Array]) -> None:
         declared = {b.name: b.shape for b in entry.buffers if b.kind == "input"}
         assert {name: array.shape for name, array in inputs.items()} == declared
-        assert all(array.dtype == np.int32 for array in inputs.values())
+        dtypes = {b.name: b.dtype for b in entry.buffers if b.kind == "input"}
+        for name, array in inputs.items():
+            assert array.dtype == (np.float32 if dtypes[name] == "f32" else np.int32)
         tokens, positions, slots = inputs["tokens"], inputs["positions"], inputs["slots"]
         real = slots >= 0
         assert real.any(), "a replay of nothing but padding"

@@ -7,7 +7,7 @@ arena, order. Memory that nothing has written yet is poison (NaN in every float 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +128,9 @@ class InterpretedExecutable:
                 raw = tensor.contiguous().clone().view(-1).view(torch.uint8)
             self.memory[buffer.name] = raw
 
-    def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def run(
+        self, entry: str, inputs: Mapping[str, Any], outputs: Collection[str] | None = None
+    ) -> dict[str, Any]:
         found = next(e for e in self.program.entries if e.name == entry)
         self.arena.fill_(POISON)
         local = {b.name: b for b in found.buffers}
@@ -146,7 +148,7 @@ class InterpretedExecutable:
         return {
             n: _to_host(self._view(Slice(n, b.dtype, b.shape), local))
             for n, b in local.items()
-            if b.kind == "output"
+            if b.kind == "output" and (outputs is None or n in outputs)
         }
 
     def close(self) -> None:

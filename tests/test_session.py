@@ -506,7 +506,10 @@ def without(program: Program, name: str) -> Program:
         (lambda p: replace(p, meta={**p.meta, "pages": 0}), r"meta\['pages'\].*found 0"),
         (lambda p: replace(p, entries=()), "expected at least one entry"),
         (lambda p: without(p, "slots"), "entry t1: expected inputs .*slots.* found"),
-        (lambda p: without(p, "logits"), r"entry t1: expected output logits \(1, 50\), found"),
+        (
+            lambda p: without(p, "logits"),
+            r"entry t1: expected outputs {'logits': \(1, 50\)}, found",
+        ),
         (
             lambda p: replace(p, entries=(replace(p.entries[3], symbols={"T": 8, "L": 4}),)),
             r"entry t8: expected symbols T ≥ 1 and L = min\(T, 8\), found",

@@ -2,7 +2,8 @@
 
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
 · `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` packed weights, and in the
-order of tensor cores `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange · `fused`
+order of tensor cores `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange ·
+`sampling` the next token · `fused`
 products with what surrounds them, `heads` of attention and `gating` of experts alike, `prologue`
 what these share · `aten` any other functional torch operator.
 """
@@ -26,6 +27,7 @@ from . import (
     pointwise,
     reduce,
     rope,
+    sampling,
     shape,
 )
 
@@ -48,5 +50,6 @@ __all__ = [
     "pointwise",
     "reduce",
     "rope",
+    "sampling",
     "shape",
 ]
