@@ -42,7 +42,7 @@ class Block:
         _, last = self.places(0)[-1]
         return Lifetime(
             self.buffers[0].name,
-            last + self.buffers[-1].nbytes,
+            last + max(self.buffers[-1].nbytes, 1),
             min(b.start for b in self.buffers),
             max(b.end for b in self.buffers),
         )
