@@ -16,7 +16,7 @@ from ..compiler.ops.leaf import literal, param
 from ..compiler.ops.mxfp4_fragments import mxfp4_fragments
 from ..compiler.types import TensorType, bind_attr
 from ..runtime.program import Buffer, Entry, Kernel, Launch, Slice
-from .memory import Access, Lifetime, dependencies, plan_arena
+from .memory import Access, Block, Lifetime, dependencies, plan_blocks
 
 
 def buffer_of(name: str, type_: TensorType, binding: Mapping[str, int], kind: Any) -> Buffer:
@@ -275,7 +275,7 @@ class EntryBuilder:
             )
             for b in self.local.values()
         ]
-        offsets, size = plan_arena(lives)
+        offsets, size = plan_blocks(self._blocks(lives))
         names = [*(n for n in self.local if n not in self.outputs), *self.outputs]
         placed = {n: replace(self.local[n], offset=offsets[n]) for n in names}
 
@@ -293,3 +293,17 @@ class EntryBuilder:
         label = ",".join(f"{k}={v}" for k, v in self.binding.items())
         entry = Entry(label, self.binding, tuple(placed.values()), tuple(self.launches), order)
         return entry, size
+
+    def _blocks(self, lives: Sequence[Lifetime]) -> list[Block]:
+        """Inputs side by side, and outputs, so that one copy moves them.
+
+        The largest output lies by itself: beside the others it would take up its memory for longer
+        than it lives.
+        """
+        kinds = {name: buffer.kind for name, buffer in self.local.items()}
+        outputs = sorted(
+            (x for x in lives if kinds[x.name] == "output"), key=lambda x: (x.nbytes, x.name)
+        )
+        together = [x for x in lives if kinds[x.name] == "input"], outputs[:-1]
+        alone = [x for x in lives if kinds[x.name] == "scratch"] + outputs[-1:]
+        return [Block(tuple(group)) for group in together if group] + [Block((x,)) for x in alone]

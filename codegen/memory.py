@@ -23,6 +23,38 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+@dataclass(frozen=True)
+class Block:
+    """Buffers, one at least, that lie side by side in their order as long as any lives."""
+
+    buffers: tuple[Lifetime, ...]
+
+    def places(self, at: int) -> list[tuple[str, int]]:
+        """Names and offsets of the buffers, when the block begins at `at`."""
+        found: list[tuple[str, int]] = []
+        for buffer in self.buffers:
+            found.append((buffer.name, at))
+            at += aligned(max(buffer.nbytes, 1))
+        return found
+
+    def whole(self) -> Lifetime:
+        """The block as one buffer, by the name of its first."""
+        _, last = self.places(0)[-1]
+        return Lifetime(
+            self.buffers[0].name,
+            last + max(self.buffers[-1].nbytes, 1),
+            min(b.start for b in self.buffers),
+            max(b.end for b in self.buffers),
+        )
+
+
+def plan_blocks(blocks: Sequence[Block]) -> tuple[dict[str, int], int]:
+    """As `plan_arena`, for blocks of buffers: the offset of every buffer by name."""
+    starts, size = plan_arena([block.whole() for block in blocks])
+    places = (block.places(starts[block.buffers[0].name]) for block in blocks)
+    return dict(place for found in places for place in found), size
+
+
 def plan_arena(buffers: Sequence[Lifetime]) -> tuple[dict[str, int], int]:
     """Offsets in bytes by name, and the size of the arena.
 

@@ -170,6 +170,8 @@ def _write_shard(
     header: dict[str, Any] = {}
     end = 0
     for buffer in ordered:
+        if DTYPES[buffer.dtype].stored is None:
+            raise ValueError(f"weight {buffer.name}: an ingot holds no {buffer.dtype}")
         start, end = end, end + buffer.nbytes
         header[buffer.name] = {
             "dtype": DTYPES[buffer.dtype].stored,

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .device_api import DeviceApi, DeviceError, Edge, KernelNode
+from .check_program import Limits, ProgramError, check_address, check_program, launch_place
+from .device_api import DeviceApi, DeviceError, DeviceInfo, Edge, KernelNode
 from .driver import Array, WeightLoader
-from .gpu_checks import check_multiple, check_number, check_program, place_of
 from .gpu_memory import (
     GpuMemory,
     SelfTestError,
@@ -58,10 +58,11 @@ class GpuExecutable:
     def __init__(self, program: Program, api: DeviceApi, weights: WeightLoader) -> None:
         """Check `program`, bring it to the device and test that it replays alike.
 
-        ValueError for what does not fit the device or breaks a promise to a kernel; DeviceError;
-        SelfTestError when the device does not give back what was written or computed.
+        ProgramError for what does not fit the device or breaks a promise to a kernel; ValueError
+        for a weight that is not what the program says; DeviceError; SelfTestError when the device
+        does not give back what was written or computed.
         """
-        check_program(program, api.info)
+        _check(program, api.info)
         self._api = api
         self._program = program
         self._plans: dict[str, _Plan] = {}
@@ -228,15 +229,15 @@ class GpuExecutable:
     ) -> KernelNode:
         launch = entry.launches[index]
         kernel = self._program.kernels[launch.kernel]
-        where = place_of(entry, index)
+        where = launch_place(self._program, entry, index)
         params: list[Any] = []
         for number, (argument, value) in enumerate(zip(kernel.args, launch.args, strict=True)):
-            at = f"{where}, argument {number}"
             if not isinstance(value, Slice):
-                params.append(_NUMBERS[argument.kind](check_number(at, argument, value)))
+                params.append(_NUMBERS[argument.kind](value))
                 continue
             address = self._memory.address_of(known[value.buffer]) + value.offset
-            check_multiple(f"{at}, the address of {value.buffer}", argument, address)
+            at = f"{where}, argument {number}, the address of {value.buffer}"
+            check_address(at, address, argument)
             params.append(ctypes.c_void_p(address))
         # Triton's kernels take two more pointers, to scratch that ours do not use.
         params += [ctypes.c_void_p(), ctypes.c_void_p()]
@@ -322,6 +323,19 @@ class GpuExecutable:
                     f"inputs, gave output {buffer.name} with {wrong} of "
                     f"{buffer.nbytes} bytes different"
                 )
+
+
+def _check(program: Program, device: DeviceInfo) -> None:
+    """ProgramError for the first thing of `program` that `device` cannot run."""
+    if program.target != device.target:
+        raise ProgramError(
+            f"the program was built for {program.target}, and the device is {device.target} "
+            f"({device.name})"
+        )
+    check_program(
+        program,
+        Limits(device.name, device.shared_bytes, device.warp, device.max_threads, device.max_grid),
+    )
 
 
 def _layouts(entry: Entry) -> tuple[Layout, Layout]:

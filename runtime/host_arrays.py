@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import DTYPES, dense_bytes
+
 Bytes = NDArray[np.uint8]
 
-# Bits of one element. The last four have no numpy dtype and no number of one on the host.
-DTYPE_BITS = {
-    "bool": 8,
-    "u8": 8,
-    "i8": 8,
-    "i16": 16,
-    "i32": 32,
-    "i64": 64,
-    "f16": 16,
-    "bf16": 16,
-    "f32": 32,
-    "f64": 64,
-    "c64": 64,
-    "c128": 128,
-    "f8e4m3": 8,
-    "f8e5m2": 8,
-    "e8m0": 8,
-    "f4e2m1": 4,
-}
-_NUMPY: dict[str, Any] = {
-    "bool": np.bool_,
-    "u8": np.uint8,
-    "i8": np.int8,
-    "i16": np.int16,
-    "i32": np.int32,
-    "i64": np.int64,
-    "f16": np.float16,
-    "bf16": np.uint16,
-    "f32": np.float32,
-    "f64": np.float64,
-    "c64": np.complex64,
-    "c128": np.complex128,
-}
 # What torch calls them, and numpy with ml_dtypes.
 _NAMES = {
     "bool": "bool",
@@ -62,11 +30,6 @@ _NAMES = {
     "float8_e5m2": "f8e5m2",
     "float8_e8m0fnu": "e8m0",
 }
-
-
-def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a dense array; KeyError for an unknown dtype."""
-    return -(-prod(shape) * DTYPE_BITS[dtype] // 8)
 
 
 def is_torch_tensor(value: Any) -> bool:
@@ -99,14 +62,14 @@ def host_array(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> Byt
         if value.device.type != "cpu":
             raise ValueError(f"{what}: expected a tensor on the CPU, found one on {value.device}")
         tensor = value.detach().resolve_conj().resolve_neg().contiguous()
-        nbytes = nbytes_of(dtype, shape)
+        nbytes = dense_bytes(dtype, shape)
         if nbytes == 0:
             return np.empty(0, np.uint8)
         return memory_view(tensor.data_ptr(), nbytes, tensor)
     array: NDArray[Any] = np.asarray(value)
-    nbytes = nbytes_of(dtype, shape)
+    nbytes = dense_bytes(dtype, shape)
     exact = (_NAMES.get(array.dtype.name), array.shape) == (dtype, shape) and array.dtype.isnative
-    raw = (dtype == "bf16" or dtype not in _NUMPY) and array.dtype == np.uint8
+    raw = not DTYPES[dtype].exact and array.dtype == np.uint8
     bits = dtype == "bf16" and array.dtype == np.uint16 and array.shape == shape
     if not exact and not bits and not (raw and array.nbytes == nbytes):
         raise ValueError(
@@ -116,14 +79,12 @@ def host_array(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> Byt
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def has_host_form(dtype: str) -> bool:
-    """Whether `to_array` knows `dtype`."""
-    return dtype in _NUMPY
-
-
 def to_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """A copy of `data` as `dtype[shape]`; bf16 and f16 become f32, which holds both exactly."""
-    values: NDArray[Any] = data.view(_NUMPY[dtype]).reshape(shape)
+    """A copy of `data` as `dtype[shape]`, one of READABLE.
+
+    bf16 and f16 become f32, which holds both exactly.
+    """
+    values: NDArray[Any] = data.view(DTYPES[dtype].held).reshape(shape)
     if dtype == "bf16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32) if dtype == "f16" else values.copy()

@@ -14,7 +14,7 @@ from .strict_json import IngotError, each, fields, integer, items, mapping, one_
 
 MAX_HEADER = 100_000_000  # as the format's own library
 _MOST_TENSORS = 1 << 20
-_BY_STORED = {dtype.stored: name for name, dtype in DTYPES.items()}
+_BY_STORED = {dtype.stored: name for name, dtype in DTYPES.items() if dtype.stored}
 
 
 @dataclass(frozen=True)

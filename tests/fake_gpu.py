@@ -6,7 +6,6 @@ import ctypes
 import importlib.util
 import json
 import shutil
-import struct
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_elf import code_for
 from ingot.runtime.cuda import CudaDriver
 from ingot.runtime.driver import WeightLoader
 from ingot.runtime.graph_executable import GpuExecutable
@@ -167,23 +167,10 @@ def build_fake(vendor: Vendor, folder: Path, *options: str) -> FakeGpu:
 
 # ---- device code and programs
 
-FLAGS = {
-    "hip:gfx942": 0x54C,
-    "hip:gfx950": 0x54F,
-    "cuda:sm_90": 0x6005A04,
-    "cuda:sm_100": 0x6006402,
-}
 
-
-def image(
-    target: str, symbols: str = "add axpy copy count noise", *, flags: int | None = None
-) -> bytes:
+def image(target: str, symbols: str = "add axpy copy count noise") -> bytes:
     """An ELF header for `target`, and behind it the names of the kernels in it."""
-    machine, abi = (224, 4) if target.startswith("hip") else (190, 8)
-    ident = b"\x7fELF\x02\x01\x01" + bytes([0x40, abi]) + bytes(7)
-    flags = FLAGS[target] if flags is None else flags
-    header = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, flags, 64, 0, 0, 0, 0, 0)
-    return ident + header + symbols.encode() + b"\0"
+    return code_for(target, symbols.encode() + b"\0")
 
 
 POINTER, N = Argument("*f32", 16), Argument("i32")

@@ -34,6 +34,7 @@ from ingot.frontends.model import NotYetError
 from ingot.runtime import ingot_writer
 from ingot.runtime.artifact import FOLDED_GRAPH, IngotError, open_ingot
 from ingot.runtime.check_program import ProgramError
+from ingot.runtime.program import Buffer
 from ingot.runtime.sampling import GREEDY
 from test_artifact import edit, rewrite
 from test_tokenizer import byte_level
@@ -266,6 +267,11 @@ def test_programs_that_would_be_refused_are_not_written(tmp_path: Path) -> None:
     wrong = Lowered(tiny_ingot.program(), lambda name: held[name].float())
     with pytest.raises(TypeError, match=r"weight @.*: expected .*, found f32"):
         export(replace(tiny_ingot.exportable(), lowered=wrong), tmp_path / "x")
+    wide = Buffer("@wide", "c128", (2,), "weight", 32)
+    made = tiny_ingot.program()
+    made = replace(made, buffers={**made.buffers, "@wide": wide})
+    with pytest.raises(ValueError, match="weight @wide: an ingot holds no c128"):
+        tiny_ingot.write(tmp_path / "x", made)
     collective = parse(
         "graph @g(%x: f32[4]) {\n  %0 = all_reduce(%x, ranks=2) : f32[4]\n  return %0\n}"
     )

@@ -303,17 +303,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "stop token outside": (manifest(lambda m: m.update(stop_tokens=[64])), "from 0 to 63"),
     "no serving program": (
         plan(ENTRY, lambda e: e["buffers"][0].__setitem__(0, "tok")),
-        "launch 0 (gather_kernel), argument 0: expected a buffer",
+        "kernel gather_kernel, argument 0: expected a buffer",
     ),
     "inputs of another form": (
         plan(ENTRY, lambda e: e["buffers"].append(["more", "i32", [1], "input", 4, 0])),
         "expected inputs",
     ),
-    "code for another GPU": (code_of_amd, "expected code for sm_90, found gfx950"),
+    "code for another GPU": (code_of_amd, "expected code for cuda:sm_90, found hip:gfx950"),
     "code outside": (plan(SHARED, lambda p: _point(p, "../" * 20)), "binary: expected text like"),
     "slice outside": (
         plan(ENTRY, lambda e: a_launch(e)["args"][0].__setitem__(3, 8)),
-        "expected an end within the 4 bytes of tokens",
+        "expected bytes within the 4 bytes of tokens",
     ),
     "slice that overflows": (
         plan(ENTRY, lambda e: a_launch(e)["args"][0].__setitem__(3, 2**63)),

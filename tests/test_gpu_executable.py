@@ -27,6 +27,7 @@ from fake_gpu import (
     with_launch,
 )
 from ingot.runtime import gpu_memory
+from ingot.runtime.check_program import ProgramError
 from ingot.runtime.cuda import CudaDriver
 from ingot.runtime.device_api import DeviceError, DriverMissingError
 from ingot.runtime.gpu_memory import SelfTestError
@@ -265,7 +266,7 @@ def test_weight_on_the_device_is_used_in_place(gpu: FakeGpu) -> None:
     [
         (TensorOnGpu(256, index=1), "weight w: expected device 0, found cuda:1"),
         (TensorOnGpu(256, dense=False), r"weight w: expected a dense tensor, found strides \(2,\)"),
-        (TensorOnGpu(264), "the address of w: the kernel was promised a multiple of 16, found 264"),
+        (TensorOnGpu(264), "the address of w: expected an address that 16 divides, found 264"),
         (torch.zeros(8, dtype=torch.float64), r"weight w: expected f32\[8\], found f64\[8\]"),
         (np.zeros(7, np.float32), r"weight w: expected f32\[8\] \(32 bytes\), found float32\[7\]"),
         (np.zeros(32, np.uint8), r"found uint8\[32\]"),
@@ -338,16 +339,39 @@ def test_inputs_that_do_not_fit(
     executable.close()
 
 
-# ---- what it refuses: the program (test_gpu_checks.py has the rest)
+# ---- what it refuses: the program (test_check_program.py has the rest)
+
+
+DEVICE_LIMITS = {"hip": (65536, 16), "cuda": (232_448, 32)}  # what the fakes have
+
+
+@pytest.mark.parametrize("case", ["shared", "num_warps"])
+def test_what_the_device_has_not_is_refused(gpu: FakeGpu, case: str) -> None:
+    """Before anything is allocated, by the device's name; what just fits is run."""
+    shared, warps = DEVICE_LIMITS[gpu.vendor.name]
+    most = {"shared": shared, "num_warps": warps}[case]
+    program = sum_program(gpu.vendor)
+    gpu.load(changed_kernel(program, **{case: most}), WEIGHTS).close()
+    allocated = gpu.calls("allocate")
+    name = gpu.driver().info.name
+    with pytest.raises(ProgramError, match=f"kernel add: .* on {name}: .* found {most + 1}"):
+        gpu.load(changed_kernel(program, **{case: most + 1}), WEIGHTS)
+    assert gpu.calls("allocate") == allocated
 
 
 def test_refused_programs_leave_nothing(gpu: FakeGpu) -> None:
-    """The promise about an address can be checked only when everything has its place."""
     program = with_arg(sum_program(gpu.vendor), 1, view("x", 7, 4))
-    where = r"entry only, launch 0 \(s\) of kernel add, argument 1, the address of x"
+    where = r"entry only, launch 0 \(s\) of kernel add, argument 1"
+    with pytest.raises(ProgramError, match=f"{where}: expected an address that 16 divides"):
+        gpu.load(program, WEIGHTS)
+
+
+def test_promises_about_weights_in_place_are_checked_where_they_lie(gpu: FakeGpu) -> None:
+    """Only when everything has its place; nothing stays behind, and the next try finds the same."""
+    where = r"entry only, launch 0 \(s\) of kernel add, argument 2, the address of w"
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"{where}: the kernel was promised a multiple of 16"):
-            gpu.load(program, WEIGHTS)
+        with pytest.raises(ProgramError, match=f"{where}: expected an address that 16 divides"):
+            gpu.load(sum_program(gpu.vendor), {"w": TensorOnGpu(264)})
 
 
 def test_strided_slices_run(gpu: FakeGpu) -> None:

@@ -23,6 +23,7 @@ from ingot.compiler.torch_types import type_of
 from ingot.compiler.weights import Entry, Weights
 from ingot.runtime.cpu import CpuDriver
 from ingot.runtime.program import Program, Slice
+from ingot.runtime.staging import lay_out
 from pass_checks import plain_serving
 
 # Two layers that share a shape, so that their kernels are the same; heads of 4.
@@ -153,13 +154,14 @@ def test_any_order_that_the_dependencies_allow_gives_the_same() -> None:
 
 
 def test_each_dependency_is_needed() -> None:
-    """Some order that breaks a dependency of kv_append on the launch before it differs."""
+    """The last launch, a place too early, reads what is not there yet."""
     graph = served()
     lowered = lower(graph, Loads().weights(graph), CPU, BINDINGS[2:], ("logits",))
     (entry,) = lowered.program.entries
     expected = run(lowered, lowered.load_weight, inputs_of(graph, BINDINGS[2]))["logits"]
-    last = max(later for _, later in entry.dependencies)
-    moved = (entry.launches[last], *entry.launches[:last], *entry.launches[last + 1 :])
+    *before, first, second = entry.launches
+    assert (len(before), len(before) + 1) in entry.dependencies
+    moved = (*before, second, first)
     program = replace(lowered.program, entries=(replace(entry, launches=moved),))
     found = run(program, lowered.load_weight, inputs_of(graph, BINDINGS[2]))["logits"]
     assert not np.array_equal(found, expected)
@@ -189,6 +191,38 @@ def test_buffers_of_a_real_entry_do_not_meet() -> None:
             beside = lives[0][0] <= lives[1][1] and lives[1][0] <= lives[0][1]
             apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset  # pyright: ignore
             assert apart or not beside
+
+
+def test_inputs_travel_in_one_copy() -> None:
+    """However early some of them have been read: side by side, till the last is."""
+    program = lower(served(), Loads().weights(served()), CPU, BINDINGS, ("logits",)).program
+    for entry in program.entries:
+        inputs = [b for b in entry.buffers if b.kind == "input"]
+        assert len(inputs) == 5
+        assert len(lay_out(inputs).copies) == 1
+        assert len(lay_out(b for b in entry.buffers if b.kind == "output").copies) == 1
+
+
+def test_outputs_but_the_largest_travel_in_one_copy() -> None:
+    """The large one is computed last; the others lie apart in time."""
+    graph = parse("""
+graph @outs(%x: f32[T, 256], %y: i32[T], %w: f32[512, 256]) T=1..8 {
+  %0 = add(%x, f32(1.0)) : f32[T, 256]
+  %1 = mul(%0, %0) : f32[T, 256]
+  %2 = view(%1, shape=[256*T]) : f32[256*T]
+  %3 = add(%0, %1) : f32[T, 256]
+  %4 = add(%y, %y) : i32[T]
+  %5 = linear(%3, %w) : f32[T, 512]
+  return %4, %5, %3, %2
+}""")
+    lowered = lower(graph, Weights({}), CPU, [{"T": 8}], tuple("abcd"))
+    (entry,) = lowered.program.entries
+    kept = {b.name: b for b in entry.buffers if b.kind == "output"}
+    assert len(lay_out(b for b in kept.values() if b.name != "b").copies) == 1
+    given = {"x": torch.randn(8, 256), "y": torch.arange(8).int(), "w": torch.randn(512, 256)}
+    found = run(lowered, lowered.load_weight, given)
+    for name, expected in zip("abcd", interpret(graph, given).outputs, strict=True):
+        np.testing.assert_allclose(found[name], expected.numpy(), 1e-5, 1e-5)
 
 
 def test_equal_kernels_are_one() -> None:

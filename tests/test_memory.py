@@ -5,7 +5,16 @@ from __future__ import annotations
 import networkx as nx
 from hypothesis import given
 from hypothesis import strategies as st
-from ingot.codegen.memory import ALIGNMENT, Access, Lifetime, aligned, dependencies, plan_arena
+from ingot.codegen.memory import (
+    ALIGNMENT,
+    Access,
+    Block,
+    Lifetime,
+    aligned,
+    dependencies,
+    plan_arena,
+    plan_blocks,
+)
 
 
 @st.composite
@@ -40,6 +49,37 @@ def test_the_arena_is_between_the_largest_live_set_and_the_sum(buffers: list[Lif
     _, size = plan_arena(buffers)
     assert size <= sum(aligned(max(b.nbytes, 1)) for b in buffers)
     assert size >= max((live_bytes(buffers, at) for at in range(-1, 21)), default=0)
+
+
+@given(lifetimes(), st.lists(st.integers(1, 4), min_size=24, max_size=24))
+def test_blocks_lie_side_by_side_and_apart_from_others(
+    buffers: list[Lifetime], counts: list[int]
+) -> None:
+    blocks: list[Block] = []
+    rest = buffers
+    while rest:
+        count = counts[len(blocks)]
+        blocks.append(Block(tuple(rest[:count])))
+        rest = rest[count:]
+    offsets, size = plan_blocks(blocks)
+    assert offsets.keys() == {b.name for b in buffers}
+    spans: list[tuple[int, int, int, int]] = []
+    for block in blocks:
+        first = at = offsets[block.buffers[0].name]
+        for buffer in block.buffers:
+            assert offsets[buffer.name] == at
+            at += aligned(max(buffer.nbytes, 1))
+        lives = [(b.start, b.end) for b in block.buffers]
+        born, dead = min(s for s, _ in lives), max(e for _, e in lives)
+        assert first % ALIGNMENT == 0 and at <= size
+        for low, high, start, end in spans:
+            assert at <= low or high <= first or dead < start or end < born
+        spans.append((first, at, born, dead))
+
+
+def test_buffers_of_their_own_are_placed_as_ever() -> None:
+    chain = [Lifetime(f"b{i}", 100 * i, i, i + 1) for i in range(10)]
+    assert plan_blocks([Block((b,)) for b in chain]) == plan_arena(chain)
 
 
 def test_memory_is_used_again() -> None:

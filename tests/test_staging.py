@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ingot.compiler.torch_types import TORCH_DTYPES
-from ingot.compiler.types import DTYPE_BITS
-from ingot.runtime import host_arrays
-from ingot.runtime.host_arrays import host_array, nbytes_of
+from ingot.runtime.dtypes import dense_bytes
+from ingot.runtime.host_arrays import host_array
 from ingot.runtime.program import Buffer
 from ingot.runtime.staging import MAX_GAP, lay_out
 
@@ -50,15 +49,11 @@ def test_every_buffer_arrives(sizes: list[tuple[int, int]], seed: int) -> None:
         assert len(layout.copies) == (len(full) > 0) + sum(gap > MAX_GAP for gap in gaps)
 
 
-def test_dtypes_are_those_of_the_ir() -> None:
-    assert host_arrays.DTYPE_BITS == DTYPE_BITS
-
-
 @pytest.mark.parametrize("dtype", [d for d in TORCH_DTYPES if d != "f4e2m1"])
 def test_bytes_of_tensors(dtype: str) -> None:
     value = torch.randn(4, 6).to(TORCH_DTYPES[dtype])
     raw = value.contiguous().view(torch.uint8).numpy().reshape(-1)
-    assert nbytes_of(dtype, (4, 6)) == raw.nbytes
+    assert dense_bytes(dtype, (4, 6)) == raw.nbytes
     np.testing.assert_array_equal(host_array("it", value, dtype, (4, 6)), raw)
     turned = value.T
     np.testing.assert_array_equal(
@@ -90,7 +85,7 @@ def test_conjugates_and_other_byte_orders() -> None:
 
 
 def test_halves_of_bytes() -> None:
-    assert nbytes_of("f4e2m1", (3, 3)) == 5
+    assert dense_bytes("f4e2m1", (3, 3)) == 5
     assert host_array("it", np.arange(5, dtype=np.uint8), "f4e2m1", (3, 3)).nbytes == 5
     with pytest.raises(ValueError, match=r"f4e2m1\[3, 3\] \(5 bytes\), found uint8\[4\]"):
         host_array("it", np.arange(4, dtype=np.uint8), "f4e2m1", (3, 3))

@@ -6,12 +6,12 @@ it, and everything about it can be checked and damaged.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from fake_elf import code_for
 from ingot.codegen.lower import Lowered
 from ingot.compiler.ir import Graph
 from ingot.compiler.text import parse
@@ -31,15 +31,8 @@ graph @tiny(%tokens: i32[T]) T=1..32 {
 """
 
 
-def elf(machine: int, flags: int, abi: int = 8, body: bytes = b"") -> bytes:
-    """A 64-bit little-endian ELF header: the parts of it that say what it is for."""
-    ident = b"\x7fELF" + bytes([2, 1, 1, 0x41, abi]) + bytes(7)
-    rest = struct.pack("<2HI3QI6H", 2, machine, 1, 0, 0, 0, flags, 64, 0, 0, 0, 0, 0)
-    return ident + rest + body
-
-
-SM_90 = elf(190, 0x6005A04)
-GFX950 = elf(224, 0x54F, abi=4)
+SM_90 = code_for(TARGET)
+GFX950 = code_for("hip:gfx950")
 
 
 def program(target: str = TARGET, code: bytes = SM_90) -> Program:

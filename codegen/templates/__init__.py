@@ -11,5 +11,6 @@ input first, `heads` what attention heads need after it. `attend` holds the atte
 `gating` chooses experts by `gating_kernels`, for which `row_norm` holds the norm and `choose` the
 choice; `experts` is computed by `experts_few`, `experts_many` and `experts_sum`, with `gemv` for
 single rows. `norms`, `rope`, `reductions` and `arithmetic` are the small ones. `rows` looks up and
-appends whole rows, `sampling` chooses the next tokens (by what `drawing` does to a row), `copy` moves strided views, `generated` makes functions of text.
+appends whole rows, `sampling` chooses the next tokens by what `drawing` does to a row, `copy` moves
+strided views, `generated` makes functions of text.
 """
