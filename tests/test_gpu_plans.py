@@ -1,0 +1,124 @@
+"""Whole models as GPU plans: in interpreters on the CPU, and on a GPU where one is.
+
+A plan is compared with the same graph lowered for the cpu target: logits of a prompt, and the
+tokens that several sequences served together go on with.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ingot.codegen.kernel_backend import KernelBackend
+from ingot.codegen.lower import Lowered, lower
+from ingot.compiler.pipeline import run_pipeline
+from ingot.compiler.target import CPU, Target, target_of
+from ingot.frontends.drivers import driver_for, present_target
+from ingot.frontends.huggingface import import_hugging_face
+from ingot.passes.pipelines import causal_lm
+from ingot.passes.quantize_mxfp4 import MXFP4
+from ingot.passes.sample_on_device import output_names
+from ingot.runtime.cpu import CpuDriver
+from ingot.runtime.sampling import Sampling
+from ingot.runtime.session import Session
+from interpreted import InterpretedBackend, InterpretedDriver
+from tiny_models import COVERAGE, tiny_model
+
+SEQUENCES, TOKENS = 3, 192
+META = {
+    "vocab_size": 128,
+    "page_size": 64,
+    "max_sequences": SEQUENCES,
+    "max_tokens_per_sequence": TOKENS,
+    "pages": SEQUENCES * 3,
+}
+
+
+def lowered(
+    name: str,
+    dtype: torch.dtype,
+    quantize: bool,
+    target: Target,
+    backend: Callable[[Target], KernelBackend],
+    sizes: tuple[int, ...],
+) -> tuple[Lowered, Lowered]:
+    """The model for `target` and for the cpu."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = import_hugging_face(tiny_model(name, dtype=dtype), dtype=None, max_tokens=256)
+    passes = causal_lm(
+        max_sequences=SEQUENCES,
+        max_tokens_per_sequence=TOKENS,
+        quantize=MXFP4() if quantize else None,
+        sample=True,
+    )
+    graph = run_pipeline(model.graph, passes)[-1].graph
+    bindings = [{"T": t, "L": min(t, SEQUENCES)} for t in sizes]
+    names = output_names(graph)
+    made = backend(target)
+    for_gpu = lower(graph, model.weights, target, bindings, names, META, backend=made)
+    return for_gpu, lower(graph, model.weights, CPU, bindings, names, META)
+
+
+def served(made: Lowered, driver: Any, prompts: list[list[int]], count: int) -> tuple[Any, ...]:
+    """Logits of the longest prompt, and what greedy and drawn sequences became."""
+    session = Session(made.program, driver, made.load_weight)
+    try:
+        logits = session.logits(max(prompts, key=len))
+        greedy = session.generate(prompts, max_new_tokens=count)
+        drawn = session.generate(
+            prompts[:1],
+            max_new_tokens=count,
+            sampling=Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=7),
+        )
+    finally:
+        session.close()
+    return logits, [s.history for s in greedy], [s.history for s in drawn]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "quantize"),
+    [
+        ("gemma3_text", torch.float32, False),
+        ("deepseek_v3", torch.float32, False),
+        ("gpt_oss", torch.float32, False),
+        ("qwen3_moe", torch.bfloat16, True),
+    ],
+)
+def test_in_the_interpreter(name: str, dtype: torch.dtype, quantize: bool) -> None:
+    target = target_of("cuda:sm_90")
+    made, plain = lowered(name, dtype, quantize, target, InterpretedBackend, (4, 32))
+    prompts = [[3, 14, 15, 92, 6], [5] * 3 + list(range(20, 40)), [7, 8]]
+    found = served(made, InterpretedDriver(target.name), prompts, 3)
+    expected = served(plain, CpuDriver(), prompts, 3)
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    scale = np.abs(expected[0]).max()
+    assert np.abs(found[0] - expected[0]).max() <= tolerance * scale
+    if dtype == torch.float32:
+        assert found[1:] == expected[1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("name", COVERAGE)
+def test_on_the_gpu(name: str, quantize: bool) -> None:
+    """In f32, so that near-ties of bf16 do not part the tokens; bf16 by its logits."""
+    target = target_of(present_target())
+    assert target.is_gpu
+    torch.manual_seed(0)
+    prompts = [torch.randint(3, 128, (n,)).tolist() for n in (5, 100, 2)]
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128)
+    for dtype in (torch.float32, torch.bfloat16):
+        made, plain = lowered(name, dtype, quantize, target, KernelBackend, sizes)
+        found = served(made, driver_for(target.name), prompts, 16)
+        expected = served(plain, CpuDriver(), prompts, 16)
+        scale = np.abs(expected[0]).max()
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        assert np.abs(found[0] - expected[0]).max() <= tolerance * scale
+        if dtype == torch.float32:
+            assert found[1:] == expected[1:]
+            assert served(made, driver_for(target.name), prompts[:1], 16)[1] == found[1][:1]
