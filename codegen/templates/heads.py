@@ -26,7 +26,9 @@ def heads_kernel(
     out_1,
     out_2,
     N: tl.constexpr,
+    NORM_OF: tl.constexpr,
     EPS: tl.constexpr,
+    FORM: tl.constexpr,
     START: tl.constexpr,
     HALF: tl.constexpr,
     TABLE_STEP: tl.constexpr,
@@ -34,8 +36,8 @@ def heads_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     FIRST: tl.constexpr,
-    NORM_OF: tl.constexpr,
-    FORM: tl.constexpr,
+    NORMED: tl.constexpr,
+    TURNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
@@ -59,9 +61,11 @@ def heads_kernel(
             HEADS[0],
             D[0],
             FIRST[0],
-            NORM_OF[0],
+            NORMED[0],
+            NORM_OF,
             EPS,
-            FORM[0],
+            TURNED[0],
+            FORM,
             START,
             HALF,
             TABLE_STEP,
@@ -83,9 +87,11 @@ def heads_kernel(
                 HEADS[1],
                 D[1],
                 FIRST[1],
-                NORM_OF[1],
+                NORMED[1],
+                NORM_OF,
                 EPS,
-                FORM[1],
+                TURNED[1],
+                FORM,
                 START,
                 HALF,
                 TABLE_STEP,
@@ -107,9 +113,11 @@ def heads_kernel(
                 HEADS[2],
                 D[2],
                 FIRST[2],
-                NORM_OF[2],
+                NORMED[2],
+                NORM_OF,
                 EPS,
-                FORM[2],
+                TURNED[2],
+                FORM,
                 START,
                 HALF,
                 TABLE_STEP,
@@ -132,8 +140,10 @@ def _part(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     FIRST: tl.constexpr,
+    NORMED: tl.constexpr,
     NORM_OF: tl.constexpr,
     EPS: tl.constexpr,
+    TURNED: tl.constexpr,
     FORM: tl.constexpr,
     START: tl.constexpr,
     HALF: tl.constexpr,
@@ -142,13 +152,19 @@ def _part(
     BLOCK_HEADS: tl.constexpr,
 ):
     """A block of the HEADS heads of D of one part, from y f32 [T, N], columns FIRST and on."""
+    OF_PART: tl.constexpr = NORMED and NORM_OF == "part"
     heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     d = tl.arange(0, BLOCK_D)
     inside = (heads < HEADS)[:, None] & (d < D)[None, :]
     # Where dim d's own value and its partner's are read: a turned pair is (a, b).
     place = d - START
-    turned = (place >= 0) & (place < 2 * HALF) & (FORM != "")
-    if FORM == "half":
+    turned = (place >= 0) & (place < 2 * HALF) & (TURNED != 0)
+    if not TURNED:
+        pair = place * 0
+        is_b = place < 0
+        mine = d
+        other = d
+    elif FORM == "half":
         pair = place % HALF
         is_b = place >= HALF
         mine = d
@@ -159,13 +175,13 @@ def _part(
         mine = d
         other = tl.where(is_b, d - 1, d + 1)
     else:
-        pair = place % (HALF if HALF > 0 else 1)
+        pair = place % HALF
         is_b = place >= HALF
         mine = START + 2 * pair + is_b.to(tl.int32)
         other = START + 2 * pair + 1 - is_b.to(tl.int32)
     mine = tl.where(turned, mine, d)
     other = tl.where(turned, other, d)
-    if NORM_OF == "part":
+    if OF_PART:
         total = tl.zeros((), tl.float32)
         for first in range(0, HEADS * D, BLOCK_D):
             at = first + d
@@ -175,26 +191,24 @@ def _part(
                 value += tl.load(bias + FIRST + at, mask=ok, other=0.0).to(tl.float32)
             total += tl.sum(value * value, 0)
         scale = tl.rsqrt(total / (HEADS * D) + EPS)
-    value = _head_values(y, bias, norm, token, heads, mine, inside, D, N, FIRST, NORM_OF == "part")
-    partner = _head_values(
-        y, bias, norm, token, heads, other, inside, D, N, FIRST, NORM_OF == "part"
-    )
-    if NORM_OF == "part":
+    value = _head_values(y, bias, norm, token, heads, mine, inside, D, N, FIRST, OF_PART)
+    partner = _head_values(y, bias, norm, token, heads, other, inside, D, N, FIRST, OF_PART)
+    if OF_PART:
         value *= scale
         partner *= scale
-    if NORM_OF == "head":
+    if NORMED and NORM_OF == "head":
         # The sum over a head is the same in whatever order its dims are read.
         plain = _head_values(y, bias, None, token, heads, d, inside, D, N, FIRST, False)
         scales = tl.rsqrt(tl.sum(plain * plain, 1) / D + EPS)[:, None]
         value *= scales * tl.load(norm + mine, mask=d < D, other=0.0).to(tl.float32)[None, :]
         partner *= scales * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    if FORM != "":
+    if TURNED:
         table = token * TABLE_STEP + pair
         c = tl.load(cos + table, mask=turned, other=1.0).to(tl.float32)[None, :]
         s = tl.load(sin + table, mask=turned, other=0.0).to(tl.float32)[None, :]
         # (a, b) becomes (a·cos - b·sin, b·cos + a·sin).
         value = value * c + tl.where(is_b, 1.0, -1.0)[None, :] * partner * s
-    if NORM_OF == "rotated head":
+    if NORMED and NORM_OF == "rotated head":
         scales = tl.rsqrt(tl.sum(value * value, 1) / D + EPS)[:, None]
         value *= scales * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     to = out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
@@ -263,8 +277,8 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
         "HEADS": [],
         "D": [],
         "FIRST": [],
-        "NORM_OF": [],
-        "FORM": [],
+        "NORMED": [],
+        "TURNED": [],
         "BLOCK_D": [],
         "BLOCK_HEADS": [],
     }
@@ -278,7 +292,7 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
         operands[f"norm_{place}"] = norm
         if part is None:
             constants[f"out_{place}"] = None
-            values = (0, 1, 1, 0, "", "", 1, 1)
+            values = (0, 1, 1, 0, 0, 0, 1, 1)
         else:
             args[f"out_{place}"] = Result(part)
             heads, size = attrs["heads"][part], attrs["dims"][part]
@@ -289,8 +303,8 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
                 heads,
                 size,
                 sum(widths[:part]),
-                attrs.get("norm_of", "head") if norm is not None else "",
-                attrs["form"] if rotate[part] else "",
+                int(norm is not None),
+                int(rotate[part]),
                 block_d,
                 block_heads,
             )
@@ -300,7 +314,9 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
     constants |= {name: None for name, at in operands.items() if at is None}
     constants |= {
         "N": n,
+        "NORM_OF": attrs.get("norm_of", "head"),
         "EPS": attrs.get("head_eps") or 0.0,
+        "FORM": attrs.get("form", ""),
         "START": attrs.get("start", 0),
         "HALF": table.shape[1] if table else 0,
         "TABLE_STEP": table.strides[0] if table else 0,
