@@ -11,7 +11,7 @@ MODEL := examples/pico
 PROMPT := def read_lines(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types format clean
+.PHONY: help demo test slow gpu lint types format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -26,6 +26,10 @@ test: $(INSTALLED) $(ORACLES) ## the tests that need no GPU and no patience
 
 slow: $(INSTALLED) ## the long sweeps: every architecture, peak memory, the demo from the shell
 	$(BIN)/pytest -n 2 -m 'slow and not gpu'
+
+gpu: $(INSTALLED) ## the tests that need a GPU, and the kernel tests on it
+	$(BIN)/pytest -m gpu
+	$(BIN)/pytest --device -m 'not gpu and not slow' tests/test_*_kernels.py tests/test_kernel_coverage.py
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check

@@ -83,10 +83,10 @@ def served(made: Lowered, driver: Any, prompts: list[list[int]], count: int) -> 
 @pytest.mark.parametrize(
     ("name", "dtype", "quantize"),
     [
-        ("gemma3_text", torch.float32, False),
         ("deepseek_v3", torch.float32, False),
-        ("gpt_oss", torch.float32, False),
-        ("qwen3_moe", torch.bfloat16, True),
+        pytest.param("gemma3_text", torch.float32, False, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", torch.float32, False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", torch.bfloat16, True, marks=pytest.mark.slow),
     ],
 )
 def test_in_the_interpreter(name: str, dtype: torch.dtype, quantize: bool) -> None:
