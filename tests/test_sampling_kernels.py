@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -31,13 +30,12 @@ def check_sampling(
     logits: torch.Tensor,
     requests: list[Sequence],
     candidates: int = 4,
-    driver: Any = None,
     strided: bool = False,
 ) -> list[torch.Tensor]:
     """The kernels choose what the host does; returns their results."""
     given_ = operands(logits.shape[1], requests, candidates)
     x = Strided(logits) if strided else logits
-    found, _, _ = run_node(sample, (x, *given_), {"candidates": candidates}, driver=driver)
+    found, _, _ = run_node(sample, (x, *given_), {"candidates": candidates})
     check_choices(logits, requests, given_[5], found)
     return found
 
