@@ -334,8 +334,10 @@ def _tiles(n: int, few: bool, is_gated: bool, w: Operand) -> tuple[int, int, int
     """Columns and tokens of a tile, warps, stages."""
     if few:
         return (32 if n >= 8192 else 16), FEW, 4, 3
-    wide = 64 if is_gated or w.packed or w.type.dtype == "f32" else 128
-    return wide, 64, 4, 2
+    if w.type.dtype == "f32":
+        # For sm_100 Triton 3.7 makes tf32 of exact f32 products with 64 rows or more.
+        return 32, 32, 4, 2
+    return (64 if is_gated or w.packed else 128), 64, 4, 2
 
 
 def _chosen(request: Request, calls: list[Call], temps: dict[str, TensorType]) -> Chosen:
