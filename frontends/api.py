@@ -423,6 +423,7 @@ def _lower_language_model(
             unused=model.unused,
             seconds=stages.seconds,
             weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
+            choices=tuple(lowered.choices),
         )
 
     return _LoweredModel(exportable, graphs, tokenizer, report)

@@ -79,6 +79,11 @@ def report_data(model: Model | WrittenIngot) -> dict[str, Any]:
             {"name": name, "launches": launches, "scratch_bytes": scratch}
             for name, launches, scratch in report.entries
         ],
+        "kernels": [
+            {"entry": entry, "op": op, "kernels": list(kernels), "why": why, "nodes": nodes}
+            for entry, uses in report.kernels.items()
+            for (op, kernels, why), nodes in uses.items()
+        ],
         "weights": [asdict(weight) for weight in report.weights],
         "weight_bytes": report.weight_bytes,
         "state_bytes": report.state_bytes,

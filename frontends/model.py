@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..codegen.entries import Choice
 from ..compiler.ir import Graph
 from ..compiler.pipeline import PassResult
 from ..runtime.manifest import Manifest
@@ -23,7 +25,8 @@ class Report:
 
     `entries` has, for each bucket, its name, its launches, and the bytes of arena that it uses.
     Sizes are bytes. `unused` names tensors of the checkpoint that the program does not read.
-    `seconds` is wall time by stage. `weights` is empty where nothing is quantized.
+    `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `choices` says,
+    for a GPU, by which kernels each node of each entry is computed, and why.
     """
 
     model_type: str
@@ -37,6 +40,15 @@ class Report:
     unused: tuple[str, ...]
     seconds: Mapping[str, float]
     weights: tuple[WeightReport, ...] = ()
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def kernels(self) -> Mapping[str, Mapping[tuple[str, tuple[str, ...], str], int]]:
+        """For each entry: (op, its kernels in order, why these) -> how many nodes."""
+        counted: dict[str, Counter[tuple[str, tuple[str, ...], str]]] = {}
+        for c in self.choices:
+            counted.setdefault(c.entry, Counter())[c.op, c.kernels, c.reason] += 1
+        return counted
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
@@ -55,6 +67,10 @@ class Report:
             matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
             lines.append(f"{p.name}: {p.nodes_before} -> {p.nodes_after} nodes ({matches})")
             lines += [f"  {note}" for note in p.notes]
+        for entry, uses in self.kernels.items():
+            lines.append(f"kernels of {entry}")
+            for (op, kernels, reason), count in uses.items():
+                lines.append(f"  {count} x {op}: {', '.join(kernels)} ({reason})")
         return "\n".join(lines)
 
 

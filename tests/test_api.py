@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ingot
 import pytest
 import torch
+from ingot.codegen.entries import Choice
 from ingot.frontends.model import NotYetError
 from ingot.frontends.torch_export import ImportFailure
 from ingot.runtime.device_api import DriverMissingError
@@ -117,3 +119,12 @@ class _Counts(torch.nn.Module):
 def test_modules_that_write_are_refused() -> None:
     with pytest.raises(ImportFailure, match="writes into"):
         ingot.compile(_Counts(), example_inputs=(torch.ones(2),))
+
+
+def test_report_says_which_kernels_and_why(model: Any) -> None:
+    assert not model.report.kernels  # references have none
+    few = Choice("linear", "T=1,L=1", ("fragment_kernel",), "few tokens", 1e-6)
+    many = Choice("linear", "T=64,L=8", ("product_kernel",), "many tokens", 1e-6)
+    report = replace(model.report, choices=(few, few, many))
+    assert report.kernels["T=1,L=1"] == {("linear", ("fragment_kernel",), "few tokens"): 2}
+    assert "kernels of T=64,L=8\n  1 x linear: product_kernel (many tokens)" in str(report)
