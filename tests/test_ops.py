@@ -206,6 +206,8 @@ def test_infer_refuses_what_the_reference_cannot_compute_as_typed(
     op = Op.registry[name]
     if refuses(op, args, attrs) is not None:
         return
+    if op.collective and attrs.get("ranks", 1) > 1:
+        return  # nobody is there to exchange with: test_collective has several ranks
     expected = op.types(args, attrs)
     # Indices within every range: all fall on the first.
     tensors = domain(op, tuple(random_tensor(t, seeded(), high=1) for t in args))
