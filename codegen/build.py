@@ -6,15 +6,15 @@ not at all. Many processes may share it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,6 @@ from triton.backends.compiler import GPUTarget
 from ..compiler.target import Target
 from ..runtime.program import Kernel
 from .kernel_source import KernelSource
-from .templates.generated import from_text
-
-# Fewer kernels than this are built in the calling process: starting others takes seconds.
-_WORTH_WORKERS = 8
 
 
 class BuildError(Exception):
@@ -52,7 +48,7 @@ def build(
 ) -> dict[KernelSource, Kernel]:
     """The kernel of every source, from the cache or built now.
 
-    `progress` hears how many of how many are done. `workers` processes build (default: as many as
+    `progress` hears how many of how many are done. `workers` threads build (default: as many as
     there are cores); `cache` is the folder, by default in the user's cache directory. BuildError
     names the kernel.
     """
@@ -67,12 +63,24 @@ def build(
             missing.append(source)
         else:
             kernels[source] = _kernel(source, target, cached)
-    for source, built in _build_all(missing, target, folder, workers):
-        kernels[source] = _kernel(source, target, built)
-        if progress:
-            progress(len(kernels), len(wanted))
-    if progress:
-        progress(len(wanted), len(wanted))
+
+    def make(source: KernelSource) -> Built:
+        built = build_one(source, target)
+        _write(folder, source.hash(target.name), target, built)
+        return built
+
+    # Triton and the assemblers hold no lock while they work: threads are as good as processes,
+    # which would have to start the caller's program anew.
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        jobs = {pool.submit(make, source): source for source in missing}
+        try:
+            for job in as_completed(jobs):
+                kernels[jobs[job]] = _kernel(jobs[job], target, job.result())
+                if progress:
+                    progress(len(kernels), len(wanted))
+        finally:
+            for job in jobs:
+                job.cancel()
     return kernels
 
 
@@ -188,62 +196,21 @@ def _suffix(target: Target) -> str:
 def _read(folder: Path, key: str, target: Target) -> Built | None:
     """What the cache holds under `key`; None where it holds nothing whole."""
     try:
-        facts = json.loads((folder / f"{key}.json").read_text())
-        return Built((folder / f"{key}.{_suffix(target)}").read_bytes(), facts)
-    except (FileNotFoundError, json.JSONDecodeError):
+        held = json.loads((folder / f"{key}.json").read_text())
+        binary = (folder / f"{key}.{_suffix(target)}").read_bytes()
+    except (FileNotFoundError, ValueError):
         return None
+    digest = hashlib.sha256(binary).hexdigest()
+    whole = isinstance(held, dict) and held.get("sha256") == digest and "facts" in held
+    return Built(binary, held["facts"]) if whole else None
 
 
 def _write(folder: Path, key: str, target: Target, built: Built) -> None:
     """The binary first: who finds the facts finds both. A rename is whole or is not."""
-    facts = json.dumps(dict(built.facts), sort_keys=True).encode()
+    held = {"sha256": hashlib.sha256(built.binary).hexdigest(), "facts": dict(built.facts)}
+    facts = json.dumps(held, sort_keys=True).encode()
     for suffix, content in ((_suffix(target), built.binary), ("json", facts)):
         handle, name = tempfile.mkstemp(dir=folder, prefix=".new-")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.replace(name, folder / f"{key}.{suffix}")
-
-
-# ---- workers: a source travels as the module and name of its function, or its generated text
-
-
-def _build_all(
-    missing: Sequence[KernelSource], target: Target, folder: Path, workers: int | None
-) -> Any:
-    count = workers or os.cpu_count() or 1
-    if count < 2 or len(missing) < _WORTH_WORKERS:
-        for source in missing:
-            built = build_one(source, target)
-            _write(folder, source.hash(target.name), target, built)
-            yield source, built
-        return
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(_work, _packed(s), target, str(folder)): s for s in missing}
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        finally:
-            for job in jobs:
-                job.cancel()
-
-
-def _packed(source: KernelSource) -> tuple[Any, ...]:
-    function = source.function
-    text = getattr(function, "generated", None)
-    origin = (function.__module__, function.__name__, text)
-    rest = (source.parameters, source.constants, source.num_warps, source.num_stages)
-    return (*origin, *rest, source.programmatic)
-
-
-def _work(packed: tuple[Any, ...], target: Target, folder: str) -> Built:
-    module, name, text, parameters, constants, num_warps, num_stages, programmatic = packed
-    if text is not None:
-        function = from_text(text, name)
-    else:
-        function = getattr(__import__(module, fromlist=[name]), name)
-    source = KernelSource.of(
-        function, dict(parameters), dict(constants), num_warps, num_stages, programmatic
-    )
-    built = build_one(source, target)
-    _write(Path(folder), source.hash(target.name), target, built)
-    return built

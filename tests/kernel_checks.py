@@ -1,4 +1,4 @@
-"""One node through the whole GPU road, against its reference in float64.
+"""One node through the whole GPU road, against its reference.
 
 `run_node` lowers a graph of the one node for a GPU target and runs the program: in interpreters on
 the CPU, or with `pytest --device` on the GPU of this machine. `check_node` compares.
@@ -29,9 +29,9 @@ from ingot.compiler.weights import Entry, Weights
 from ingot.frontends.drivers import driver_for, present_target
 from interpreted import InterpretedBackend, InterpretedDriver
 
-# Largest |Δ| relative to max |reference|, by dtype of the result: sums in another order, and one
-# rounding more than the reference's where a product takes a rounded operand.
-TOLERANCE = {"f64": 1e-6, "f32": 2e-5, "f16": 2e-3, "bf16": 2e-2}
+# Largest |Δ| relative to max |reference|, by dtype of the result: sums in another order in f32; in
+# narrow dtypes a rounding that falls the other way, of the result or of what a product takes.
+TOLERANCE = {"f64": 1e-6, "f32": 2e-5, "f16": 2**-10, "bf16": 2**-7}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,11 @@ def _numpy(tensor: torch.Tensor) -> Any:
 
 
 def expected(op: Op, plain: Sequence[Any], attrs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The reference's results, computed in float64 of the same arguments."""
+    """The reference's results: as it rounds in narrow dtypes, else computed in float64."""
+    if any(
+        isinstance(a, torch.Tensor) and a.dtype in (torch.bfloat16, torch.float16) for a in plain
+    ):
+        return op.reference(*plain, **attrs)
     wide = [
         a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in plain
     ]

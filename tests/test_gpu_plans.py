@@ -95,7 +95,7 @@ def test_in_the_interpreter(name: str, dtype: torch.dtype, quantize: bool) -> No
     prompts = [[3, 14, 15, 92, 6], [5] * 3 + list(range(20, 40)), [7, 8]]
     found = served(made, InterpretedDriver(target.name), prompts, 3)
     expected = served(plain, CpuDriver(), prompts, 3)
-    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     scale = np.abs(expected[0]).max()
     assert np.abs(found[0] - expected[0]).max() <= tolerance * scale
     if dtype == torch.float32:
@@ -117,7 +117,7 @@ def test_on_the_gpu(name: str, quantize: bool) -> None:
         found = served(made, driver_for(target.name), prompts, 16)
         expected = served(plain, CpuDriver(), prompts, 16)
         scale = np.abs(expected[0]).max()
-        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         assert np.abs(found[0] - expected[0]).max() <= tolerance * scale
         if dtype == torch.float32:
             assert found[1:] == expected[1:]

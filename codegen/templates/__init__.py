@@ -4,9 +4,10 @@ A file holds `@triton.jit` functions and a table TEMPLATES: op name -> templates
 `codegen.select` joins. Kernels load into f32, round once where the op's reference does, and mask
 every edge: no size needs to be a multiple of a tile.
 
-`linear` multiplies by a weight (`mxfp4_decode` where it is packed, `fragment_linear` where it lies
-as tensor cores take it, `activations` where it is a gated unit), `prologue` is what is done to its
-input first, `heads` what attention heads need after it. `attend` holds the attention kernels and
+`linear` multiplies by a weight, which `weight_tiles` reads (`mxfp4_decode` where it is packed);
+where it lies as tensor cores take it, `fragment_linear` does for few tokens; `activations` are of
+gated units, `prologue` is what is done to the input first, `heads` what attention heads need after.
+`attend` holds the attention kernels and
 `attend_plan` their launches, for `attention` (keys and values a head) and `mla` (latent rows).
 `gating` chooses experts by `gating_kernels`, for which `row_norm` holds the norm and `choose` the
 choice; `experts` is computed by `experts_few`, `experts_many` and `experts_sum`, with `gemv` for

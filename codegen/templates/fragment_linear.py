@@ -155,7 +155,7 @@ def _weights(codes, scales, W: gl.constexpr, T: gl.constexpr):
     numbers = both.permute(0, 1, 2, 6, 7, 8, 4, 3, 5).reshape([W, 16, T * 4, 32])
     exponent = scales.reshape([W, T, 8, 2, 4]).permute(0, 3, 2, 1, 4).reshape([W, 16, T * 4])
     bits = exponent.to(gl.int32) << 23
-    # 0 stands for 2^-127, which is subnormal.
+    # 0 stands for 2^-127, which is subnormal. 255, which is NaN, gives infinity: no finite result.
     bits = gl.maximum(bits, 0x00400000)
     return numbers, bits.to(gl.float32, bitcast=True)
 
