@@ -117,18 +117,10 @@ def _reference(match: re.Match[str]) -> str:
     return f"_ref[{match[0]!r}]" if match[0][0] in "%@" else match[0]
 
 
-def _is_reference(tree: ast.expr) -> bool:
-    return isinstance(tree, ast.Subscript)
-
-
-def _key(tree: ast.expr) -> str:
-    assert isinstance(tree, ast.Subscript) and isinstance(tree.slice, ast.Constant)
-    return str(tree.slice.value)
-
-
 def _argument(tree: ast.expr, values: Mapping[str, Value]) -> Value:
-    if _is_reference(tree):
-        if (key := _key(tree)) not in values:
+    stands_for_value = isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Name)
+    if stands_for_value and isinstance(tree.slice, ast.Constant):
+        if (key := str(tree.slice.value)) not in values:
             raise ParseError(f"{key} is used before it is defined")
         return values[key]
     if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and len(tree.args) == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,35 +39,59 @@ META = {
 }
 
 
-def lowered(
+@dataclass(frozen=True)
+class Made:
+    """The model for a GPU target and for the cpu, and for the cpu in f32 with the same weights."""
+
+    for_gpu: Lowered
+    plain: Lowered
+    exact: Lowered
+
+
+def made(
     name: str,
     dtype: torch.dtype,
     quantize: bool,
     target: Target,
     backend: Callable[[Target], KernelBackend],
     sizes: tuple[int, ...],
-) -> tuple[Lowered, Lowered]:
-    """The model for `target` and for the cpu."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = import_hugging_face(tiny_model(name, dtype=dtype), dtype=None, max_tokens=256)
+) -> Made:
     passes = causal_lm(
         max_sequences=SEQUENCES,
         max_tokens_per_sequence=TOKENS,
         quantize=MXFP4() if quantize else None,
         sample=True,
     )
-    graph = run_pipeline(model.graph, passes)[-1].graph
     bindings = [{"T": t, "L": min(t, SEQUENCES)} for t in sizes]
-    names = output_names(graph)
-    made = backend(target)
-    for_gpu = lower(graph, model.weights, target, bindings, names, META, backend=made)
-    return for_gpu, lower(graph, model.weights, CPU, bindings, names, META)
+
+    def lowered(to: torch.dtype, target: Target, backend: KernelBackend | None) -> Lowered:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = import_hugging_face(tiny_model(name, dtype=dtype), dtype=to, max_tokens=256)
+        graph = run_pipeline(model.graph, passes)[-1].graph
+        names = output_names(graph)
+        return lower(graph, model.weights, target, bindings, names, META, backend=backend)
+
+    plain = lowered(dtype, CPU, None)
+    exact = plain if dtype == torch.float32 else lowered(torch.float32, CPU, None)
+    return Made(lowered(dtype, target, backend(target)), plain, exact)
 
 
-def served(made: Lowered, driver: Any, prompts: list[list[int]], count: int) -> tuple[Any, ...]:
+def assert_as_good(found: Any, plain: Any, exact: Any, dtype: torch.dtype) -> None:
+    """Logits as the cpu's in f32; in narrow dtypes as near to those in f32 as the cpu's are.
+
+    Of the median token: one that stood between two experts may go to the other.
+    """
+    if dtype == torch.float32:
+        assert np.abs(found - exact).max() <= 2e-5 * np.abs(exact).max()
+        return
+    errors = [np.median(np.sqrt(np.square(x - exact).mean(1))) for x in (found, plain)]
+    assert errors[0] <= 1.5 * errors[1], errors
+
+
+def served(model: Lowered, driver: Any, prompts: list[list[int]], count: int) -> tuple[Any, ...]:
     """Logits of the longest prompt, and what greedy and drawn sequences became."""
-    session = Session(made.program, driver, made.load_weight)
+    session = Session(model.program, driver, model.load_weight)
     try:
         logits = session.logits(max(prompts, key=len))
         greedy = session.generate(prompts, max_new_tokens=count)
@@ -91,15 +116,14 @@ def served(made: Lowered, driver: Any, prompts: list[list[int]], count: int) -> 
 )
 def test_in_the_interpreter(name: str, dtype: torch.dtype, quantize: bool) -> None:
     target = target_of("cuda:sm_90")
-    made, plain = lowered(name, dtype, quantize, target, InterpretedBackend, (4, 32))
+    models = made(name, dtype, quantize, target, InterpretedBackend, (4, 32))
     prompts = [[3, 14, 15, 92, 6], [5] * 3 + list(range(20, 40)), [7, 8]]
-    found = served(made, InterpretedDriver(target.name), prompts, 3)
-    expected = served(plain, CpuDriver(), prompts, 3)
-    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    scale = np.abs(expected[0]).max()
-    assert np.abs(found[0] - expected[0]).max() <= tolerance * scale
+    found = served(models.for_gpu, InterpretedDriver(target.name), prompts, 3)
+    plain = served(models.plain, CpuDriver(), prompts, 3)
+    exact = served(models.exact, CpuDriver(), prompts, 3)
+    assert_as_good(found[0], plain[0], exact[0], dtype)
     if dtype == torch.float32:
-        assert found[1:] == expected[1:]
+        assert found[1:] == plain[1:]
 
 
 @pytest.mark.gpu
@@ -113,12 +137,12 @@ def test_on_the_gpu(name: str, quantize: bool) -> None:
     prompts = [torch.randint(3, 128, (n,)).tolist() for n in (5, 100, 2)]
     sizes = (1, 2, 4, 8, 16, 32, 64, 128)
     for dtype in (torch.float32, torch.bfloat16):
-        made, plain = lowered(name, dtype, quantize, target, KernelBackend, sizes)
-        found = served(made, driver_for(target.name), prompts, 16)
-        expected = served(plain, CpuDriver(), prompts, 16)
-        scale = np.abs(expected[0]).max()
-        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        assert np.abs(found[0] - expected[0]).max() <= tolerance * scale
+        models = made(name, dtype, quantize, target, KernelBackend, sizes)
+        found = served(models.for_gpu, driver_for(target.name), prompts, 16)
+        plain = served(models.plain, CpuDriver(), prompts, 16)
+        exact = served(models.exact, CpuDriver(), prompts, 16)
+        assert_as_good(found[0], plain[0], exact[0], dtype)
         if dtype == torch.float32:
-            assert found[1:] == expected[1:]
-            assert served(made, driver_for(target.name), prompts[:1], 16)[1] == found[1][:1]
+            assert found[1:] == plain[1:]
+            alone = served(models.for_gpu, driver_for(target.name), prompts[:1], 16)
+            assert alone[1] == found[1][:1]

@@ -337,6 +337,12 @@ def test_written_types_must_be_those_that_the_op_gives() -> None:
         parse(wrong)
 
 
+@pytest.mark.parametrize("argument", ["%x[0]", "x[%x]", "%x[%x]"])
+def test_an_argument_is_a_value_or_a_number(argument: str) -> None:
+    with pytest.raises(ParseError, match="not an argument"):
+        parse(f"{HEAD}\n  %0 = relu({argument}) : f32[T, 8]\n  return %0\n}}")
+
+
 @settings(max_examples=200)
 @given(st.data())
 def test_damaged_text_raises_only_parse_and_verify_errors(data: st.DataObject) -> None:
