@@ -118,14 +118,15 @@ def _reference(match: re.Match[str]) -> str:
 
 
 def _argument(tree: ast.expr, values: Mapping[str, Value]) -> Value:
-    stands_for_value = isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Name)
-    if stands_for_value and isinstance(tree.slice, ast.Constant):
-        if (key := str(tree.slice.value)) not in values:
-            raise ParseError(f"{key} is used before it is defined")
-        return values[key]
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and len(tree.args) == 1:
-        return literal(value=_attr(tree.args[0]), dtype=tree.func.id)
-    raise ParseError(f"not an argument: {ast.unparse(tree)}")
+    match tree:
+        case ast.Subscript(ast.Name(), ast.Constant(key)):
+            if str(key) not in values:
+                raise ParseError(f"{key} is used before it is defined")
+            return values[str(key)]
+        case ast.Call(ast.Name(dtype), [number], []):
+            return literal(value=_attr(number), dtype=dtype)
+        case _:
+            raise ParseError(f"not an argument: {ast.unparse(tree)}")
 
 
 def _parse_node(line: str, values: dict[str, Value]) -> None:
