@@ -84,10 +84,12 @@ def to_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
 
     bf16 and f16 become f32, which holds both exactly.
     """
-    values: NDArray[Any] = data.view(DTYPES[dtype].held).reshape(shape)
+    values: NDArray[Any] = data.view(DTYPES[dtype].held)
     if dtype == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32) if dtype == "f16" else values.copy()
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = values.astype(np.float32) if dtype == "f16" else values.copy()
+    return values.reshape(shape)
 
 
 def memory_view(address: int, nbytes: int, owner: object = None) -> Bytes:

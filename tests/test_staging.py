@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingot.compiler.torch_types import TORCH_DTYPES
 from ingot.runtime.dtypes import dense_bytes
-from ingot.runtime.host_arrays import host_array
+from ingot.runtime.host_arrays import host_array, to_array
 from ingot.runtime.program import Buffer
 from ingot.runtime.staging import MAX_GAP, lay_out
 
@@ -89,3 +89,14 @@ def test_halves_of_bytes() -> None:
     assert host_array("it", np.arange(5, dtype=np.uint8), "f4e2m1", (3, 3)).nbytes == 5
     with pytest.raises(ValueError, match=r"f4e2m1\[3, 3\] \(5 bytes\), found uint8\[4\]"):
         host_array("it", np.arange(4, dtype=np.uint8), "f4e2m1", (3, 3))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0, 4)])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "i32"])
+def test_arrays_of_bytes(dtype: str, shape: tuple[int, ...]) -> None:
+    """Also numbers without dims stay arrays; narrow floats come as f32 of the same value."""
+    value = torch.randint(-9, 9, shape).to(TORCH_DTYPES[dtype])
+    found = to_array(host_array("x", value, dtype, shape).copy(), dtype, shape)
+    assert isinstance(found, np.ndarray) and found.shape == shape
+    assert found.dtype == (np.int32 if dtype == "i32" else np.float32)
+    np.testing.assert_array_equal(found, value.to(torch.float64).numpy())
