@@ -1,0 +1,200 @@
+"""Full-size models with random weights: what compiling, loading and decoding cost, beside peers.
+
+    python examples/bench/full_size.py [MODEL ...] [--target cuda:sm_90] [--layers N]
+
+MODEL is a name from random_checkpoint.py or a directory with a config.json. A checkpoint is written
+and compiled into an ingot; both are thrown away unless --keep DIR says where they stay. Where the
+machine has the target's device, the ingot is loaded and decoded in a process of its own, and in the
+same run the device's read bandwidth and transformers' eager decoding are measured. Every figure is
+printed as JSON too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ingot.frontends.drivers import present_target
+from ingot.runtime.artifact import open_ingot
+from ingot.runtime.program import Program, Slice
+from random_checkpoint import MODELS, config_of, write_checkpoint
+from transformers import PreTrainedConfig
+
+HERE = Path(__file__).parent
+GIB = 1 << 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog=f"models: {', '.join(MODELS)}"
+    )
+    parser.add_argument("models", nargs="*", default=["qwen3-8b", "deepseek-v2-lite"])
+    parser.add_argument("--target", default="auto", help="default: the GPU of this machine")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--quantize", choices=("mxfp4", "none"), default="mxfp4")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="new tokens (%(default)s)")
+    parser.add_argument("--keep", type=Path, help="where checkpoint and ingot go and stay")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    options = parser.parse_args()
+    here = present_target()
+    target = here if options.target == "auto" else options.target
+    if not target.startswith(("cuda", "hip")):
+        parser.error("this machine has no GPU: name the --target to compile for")
+    bandwidth = 0.0
+    if target == here:
+        bandwidth = _json([HERE / "read_bandwidth.py"])["bytes_per_second"]
+        print(f"{target}: reads {bandwidth / 1e12:.2f} TB/s", flush=True)
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = options.keep or Path(scratch)
+            found = _measure(name, folder, target, bandwidth, options)
+        print("\n".join(_lines(found)))
+        print(json.dumps(found), flush=True)
+
+
+def _measure(
+    name: str, folder: Path, target: str, bandwidth: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One model from its config to its figures; those of a device only with a `bandwidth`."""
+    config = config_of(name, options.layers)
+    stem = Path(name).name
+    source, path = folder / stem, folder / f"{stem}-{target.replace(':', '-')}.ingot"
+    source.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"model": name, "target": target, "layers": config.num_hidden_layers}
+    start = perf_counter()
+    found["checkpoint_bytes"] = write_checkpoint(config, source)
+    found["write_seconds"] = perf_counter() - start
+    found |= _compile(source, path, target, options.quantize)
+    program = open_ingot(path).program
+    assert program is not None
+    found["kernels"] = len(program.kernels)
+    found["bytes_per_token"] = _bytes_per_token(program, config)
+    if bandwidth:
+        sizes = [str(options.prompt), str(options.tokens)]
+        found |= _json([HERE / "serve_ingot.py", path, *sizes])
+        ratio = found["tokens_per_second"] * found["bytes_per_token"] / bandwidth
+        found |= {"bytes_per_second": bandwidth, "of_bandwidth": ratio}
+        if not options.no_peer:
+            peer = _json([HERE / "decode_transformers.py", source, options.prompt, 32])
+            found["transformers_eager_tokens_per_second"] = peer["tokens_per_second"]
+    if options.keep is None:
+        shutil.rmtree(source)
+    return found
+
+
+def _compile(source: Path, path: Path, target: str, quantize: str) -> dict[str, Any]:
+    """`ingot compile` with no kernel cache, in a process of its own: seconds and peak memory."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", "ingot", "compile", source, "-o", path, "--overwrite"]
+        command += ["--target", target, "--json"]
+        command += ["--quantize", quantize] if quantize != "none" else []
+        start = perf_counter()
+        child = subprocess.Popen(
+            [str(part) for part in command],
+            env={**os.environ, "XDG_CACHE_HOME": cache},
+            stdout=subprocess.PIPE,
+        )
+        peaks = _Peaks(child.pid)
+        out, _ = child.communicate()
+        seconds = perf_counter() - start
+        peaks.stop()
+    if child.returncode:
+        raise SystemExit(f"ingot compile ended with {child.returncode}")
+    return {
+        "compile_seconds": seconds,
+        "stages": json.loads(out)["seconds"],
+        "peak_bytes": peaks.found["VmHWM"],
+        "peak_anonymous_bytes": peaks.found["RssAnon"],
+        "ingot_bytes": path.stat().st_size,
+    }
+
+
+class _Peaks:
+    """The peaks of a process's memory, sampled: all that is resident, and what no file backs."""
+
+    def __init__(self, pid: int) -> None:
+        self.found = {"VmHWM": 0, "RssAnon": 0}
+        self._status = Path(f"/proc/{pid}/status")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            try:
+                lines = self._status.read_text(encoding="ascii").splitlines()
+            except OSError:  # it ended
+                return
+            for line in lines:
+                name, _, rest = line.partition(":")
+                if name in self.found:
+                    self.found[name] = max(self.found[name], int(rest.split()[0]) * 1024)
+
+
+def _bytes_per_token(program: Program, config: PreTrainedConfig) -> int:
+    """Bytes of weights that one token needs: all of the decode entry's, of experts the chosen."""
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    held = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None) or 0
+    shared = getattr(config, "n_shared_experts", None) or 0
+    share = (chosen + shared) / (held + shared) if held else 1.0
+    parts: dict[str, float] = {}
+    for launch in program.entries[0].launches:
+        op = launch.label.partition(" ")[0]
+        for arg in launch.args:
+            if isinstance(arg, Slice) and arg.buffer in program.buffers and op != "embedding":
+                buffer = program.buffers[arg.buffer]
+                if buffer.kind == "weight":
+                    parts[buffer.name] = buffer.nbytes * (share if op == "experts" else 1.0)
+    return round(sum(parts.values()))
+
+
+def _json(command: list[Any]) -> dict[str, Any]:
+    """What another script prints last, as JSON."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, check=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    size = {name: found[name] / GIB for name in found if name.endswith("_bytes")}
+    lines = [
+        f"{found['model']} ({found['layers']} layers, {found['target']})",
+        f"  checkpoint {size['checkpoint_bytes']:.1f} GiB, ingot {size['ingot_bytes']:.2f} GiB",
+        f"  compiled in {found['compile_seconds']:.1f} s, {found['kernels']} kernels",
+        f"  peak {size['peak_bytes']:.2f} GiB, unbacked {size['peak_anonymous_bytes']:.2f} GiB",
+    ]
+    if "tokens_per_second" not in found:
+        return [*lines, "  not run: its device is not here"]
+    started = found["processes_started"] or "none"
+    modules = found["compiler_modules"] or "none"
+    share = f"{found['of_bandwidth']:.1%} of the read bandwidth"
+    lines += [
+        f"  loaded in {found['load_seconds']:.2f} s",
+        f"  processes started: {started}; compilers imported: {modules}",
+        f"  prefill {found['prefill_ms']:.1f} ms, then {found['tokens_per_second']:.1f} tokens/s",
+        f"  a replay of {found['launches']} launches takes {found['replay_ms']:.3f} ms",
+        f"  {found['bytes_per_token'] / 1e9:.2f} GB a token: {share}",
+    ]
+    peer = found.get("transformers_eager_tokens_per_second")
+    if peer:
+        lines.append(f"  transformers, eager, bf16: {peer:.1f} tokens/s")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Checkpoints of full-size models with random weights, as transformers would save them, in bf16."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+# What the configs of the published models say beside transformers' defaults.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-8b": dict(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=False,
+    ),
+    "deepseek-v2-lite": dict(
+        model_type="deepseek_v2",
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        max_position_embeddings=163840,
+        rms_norm_eps=1e-6,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+        max_position_embeddings=40960,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=False,
+    ),
+}
+_SHARD_BYTES = 4 << 30
+# Elements of the pool that all weights are cut from: drawing billions of numbers takes minutes.
+_POOL = 1 << 26
+
+
+def config_of(model: str, layers: int | None) -> PreTrainedConfig:
+    """The config of one of MODELS, or of the directory `model`; `layers` cuts it short."""
+    if model in MODELS:
+        config = AutoConfig.for_model(**MODELS[model], dtype="bfloat16")
+    else:
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def write_checkpoint(config: PreTrainedConfig, directory: Path) -> int:
+    """Write config and weights in shards, as the published model has them; gives the bytes.
+
+    Norms are 1; all else is drawn from N(0, 0.02).
+    """
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors = revert_weight_conversion(model, model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    torch.manual_seed(0)
+    pool = (torch.randn(_POOL) * 0.02).bfloat16()
+    files: dict[str, str] = {}
+    written = 0
+    for number, shard in enumerate(_shards(tensors), 1):
+        file = f"model-{number:05}.safetensors"
+        written += _write_shard(directory / file, shard, pool)
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": written}, "weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return written
+
+
+def _shards(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if shard and 2 * sum(t.numel() for t in (*shard.values(), tensor)) > _SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _write_shard(path: Path, shard: dict[str, torch.Tensor], pool: torch.Tensor) -> int:
+    """One file, tensor by tensor: beside the pool nothing is in memory."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in shard.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in shard.items():
+            left = tensor.numel()
+            if "norm" in name and tensor.dim() == 1:
+                out.write(_bytes(torch.ones(left, dtype=torch.bfloat16)))
+                continue
+            while left > 0:
+                start = int(torch.randint(_POOL // 2, ()))
+                part = pool[start : start + min(left, _POOL // 2)]
+                out.write(_bytes(part))
+                left -= part.numel()
+    return end
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())
