@@ -7,16 +7,20 @@ nibble, and `scales` u8 [..., K/group], E8M0 bytes: byte b stands for 2^(b - 127
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 # E2M1: sign, two bits of exponent, one of mantissa. Codes 8 to 15 are these, negative.
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUPS = (16, 32)
 # The exponent of the largest E2M1 number, 6 = 1.5 · 2^2.
 _LARGEST_EXPONENT = 2
-# Elements that are worked on at once: small enough for the cache of a core.
+# Elements that a thread works on at once: small enough for the cache of a core.
 _CHUNK = 1 << 18
 _SCALES = torch.tensor((*(2.0 ** (b - 127) for b in range(255)), math.nan), dtype=torch.float64)
 _EXPONENT_BITS = 0x7F800000  # of an f32
@@ -48,11 +52,14 @@ def encode(w: torch.Tensor, group: int = 32, scale: str = "mse") -> tuple[torch.
     blocks = w.reshape(-1, group)
     codes = blocks.new_empty(len(blocks), group // 2, dtype=torch.uint8)
     scales = blocks.new_empty(len(blocks), dtype=torch.uint8)
-    for part in _parts(len(blocks), group):
+
+    def encode_part(part: slice) -> None:
         some = blocks[part].float()
         exponents = block_exponents(some, scale)
         codes[part] = pack(round_elements(scaled(some, -exponents[:, None])))
         scales[part] = (exponents + 127).to(torch.uint8)
+
+    _each_part(len(blocks), group, encode_part)
     lead = w.shape[:-1]
     return codes.view(*lead, w.shape[-1] // 2), scales.view(*lead, w.shape[-1] // group)
 
@@ -67,9 +74,12 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
     pairs, flat = codes.reshape(-1, group // 2), scales.reshape(-1)
     out = codes.new_empty(len(pairs), group, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for part in _parts(len(pairs), group):
+
+    def decode_part(part: slice) -> None:
         elements = element_values(unpack(pairs[part])).to(wide)
         out[part] = (elements * scale_values(flat[part]).to(wide)[:, None]).to(dtype)
+
+    _each_part(len(pairs), group, decode_part)
     return out.view(shape)
 
 
@@ -77,17 +87,33 @@ def relative_error(w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -
     """|w - decoded| / |w|, Frobenius norms in f64; 0 for a weight of zeros."""
     group = w.shape[-1] // scales.shape[-1]
     blocks, pairs, flat = w.reshape(-1, group), codes.reshape(-1, group // 2), scales.reshape(-1)
-    lost = total = 0.0
-    for part in _parts(len(blocks), group):
+
+    def squares(part: slice) -> tuple[float, float]:
         some = blocks[part].double()
-        lost += float((some - decode(pairs[part], flat[part, None], torch.float64)).square().sum())
-        total += float(some.square().sum())
+        error = some - decode(pairs[part], flat[part, None], torch.float64)
+        return float(error.square().sum()), float(some.square().sum())
+
+    found = _each_part(len(blocks), group, squares)
+    lost, total = (math.fsum(side) for side in zip(*found, strict=True)) if found else (0.0, 0.0)
     return math.sqrt(lost / total) if total else 0.0
 
 
-def _parts(blocks: int, group: int) -> Iterator[slice]:
+def _each_part(blocks: int, group: int, work: Callable[[slice], R]) -> list[R]:
+    """What `work` gives for every part of so many blocks, in order; a thread a core.
+
+    Each thread takes all steps of its part by itself: many short operations, each split over all
+    cores, would mostly wait for each other.
+    """
     step = max(1, _CHUNK // group)
-    return (slice(start, start + step) for start in range(0, blocks, step))
+    parts = [slice(start, start + step) for start in range(0, blocks, step)]
+    if len(parts) <= 1:
+        return [work(part) for part in parts]
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)  # threads that begin later would take over the last setting
 
 
 def scale_values(scales: torch.Tensor) -> torch.Tensor:
