@@ -108,6 +108,8 @@ def build_one(source: KernelSource, target: Target) -> Built:
         raise BuildError(f"kernel {name} for {target.name}: {error}") from error
     text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
     binary = compiled.asm["cubin" if backend == "cuda" else "hsaco"]
+    if source.programmatic:
+        _check_turn(name, target, text)
     facts = {
         "name": compiled.metadata.name,
         "shared": compiled.metadata.shared,
@@ -130,6 +132,16 @@ def _check(name: str, target: Target, metadata: Any, facts: Mapping[str, Any]) -
     # A failed allocation in inline assembly leaves a message in the text, not an error.
     if facts.get("broken"):
         raise BuildError(f"kernel {name} for {target.name}: the assembler left an error behind")
+
+
+def _check_turn(name: str, target: Target, ptx: str) -> None:
+    """A kernel that does not wait would be launched too soon, and no one would be told."""
+    for action in ("launch_dependents", "wait"):
+        if (count := len(re.findall(rf"\bgriddepcontrol\.{action}\b", ptx))) != 1:
+            raise BuildError(
+                f"kernel {name} for {target.name}: expected one griddepcontrol.{action} "
+                f"(see templates.launching), found {count}"
+            )
 
 
 # Matrix instructions and conversions by the names that they have in PTX and in AMD's assembly.

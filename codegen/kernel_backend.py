@@ -213,7 +213,7 @@ class KernelBackend:
             call.constants,
             call.num_warps,
             call.num_stages,
-            call.programmatic and self.target.name.startswith("cuda"),
+            self.target.name.startswith("cuda"),
         )
 
 

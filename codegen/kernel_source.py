@@ -27,6 +27,9 @@ TRITON_TYPES = {
     "f64": "fp64",
 }
 
+# The constant of a function that takes its turn as templates.launching says.
+PROGRAMMATIC = "PROGRAMMATIC"
+
 
 def triton_type(kind: str) -> str:
     """Triton's name for the kind of an Argument, "*bf16" say."""
@@ -38,7 +41,8 @@ class KernelSource:
     """A Triton function, the kinds and promises of its run-time parameters, and its constants.
 
     `parameters` are the run-time parameters by name, in the function's order; `constants` all its
-    others. Two sources are equal when they make equal code.
+    others. `programmatic` says that the kernel waits for the launches before it by itself. Two
+    sources are equal when they make equal code.
     """
 
     function: Any = field(compare=False)
@@ -59,8 +63,14 @@ class KernelSource:
         num_stages: int,
         programmatic: bool,
     ) -> KernelSource:
-        """ValueError where the parameters of `function` are not just those given."""
+        """ValueError where the parameters of `function` are not just those given.
+
+        `programmatic` says whether launches on the target may overlap; a function that minds has
+        a constant PROGRAMMATIC (see templates.launching), which is set here and not given.
+        """
         names = list(function.arg_names)
+        if PROGRAMMATIC in names:
+            constants = {**constants, PROGRAMMATIC: programmatic}
         if given := {*kinds} ^ ({*names} - {*constants}) or {*kinds} & {*constants}:
             raise ValueError(
                 f"kernel {function.__name__}: expected parameters {names}, found arguments "
@@ -72,7 +82,7 @@ class KernelSource:
             tuple((n, constants[n]) for n in names if n in constants),
             num_warps,
             num_stages,
-            programmatic,
+            programmatic and PROGRAMMATIC in names,
             function.cache_key,
         )
 

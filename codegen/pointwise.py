@@ -32,6 +32,7 @@ OPS = frozenset(op.name for op in (*POINTWISE, glu, full, arange))
 # Elements a program: enough programs to fill a device come before long vectors.
 _SMALL_BLOCK, _BLOCK = 256, 1024
 _MANY = 1 << 19
+_CONSTANTS = "BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _text(
     names = [*(f"x{i}" for i in read_at), *(f"y{i}" for i in range(len(write_at))), "units"]
     lines = [
         "@triton.jit",
-        f"def {_name(region)}({', '.join(names)}, BLOCK: tl.constexpr):",
+        f"def {_name(region)}({', '.join(names)}, {_CONSTANTS}):",
+        "    take_turn(PROGRAMMATIC)",
         f"    index = tl.program_id(0){wide} * BLOCK + tl.arange(0, BLOCK)",
         f"    inside = index < units{wide} * {unit}",
     ]

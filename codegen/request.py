@@ -112,8 +112,8 @@ class Call:
 
     `args` are its run-time parameters by name: memory by reference, numbers (int is i32, float is
     f32) as they are. `constants` are its tl.constexpr parameters by name (None for an operand that
-    is not there). `writes` are the references that it writes; it reads the others. `programmatic`
-    says that it waits for the launches before it by itself (griddepcontrol; NVIDIA only).
+    is not there), all but PROGRAMMATIC (see templates.launching). `writes` are the references that
+    it writes; it reads the others.
     """
 
     function: Any
@@ -123,7 +123,6 @@ class Call:
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
     num_warps: int = 4
     num_stages: int = 2
-    programmatic: bool = False
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,12 @@ class GpuExecutable:
         return functions
 
     def _build_graph(self, entry: Entry, functions: Mapping[str, int]) -> int:
-        """An executable graph with one node a launch and one edge a dependency."""
+        """An executable graph with one node a launch and one edge a dependency.
+
+        Programmatic edges order as full ones do, across nodes in between as well, because every
+        programmatic kernel waits before it touches memory that launches write: see
+        codegen/templates/launching.py.
+        """
         api = self._api
         known = {**self._program.buffers, **{buffer.name: buffer for buffer in entry.buffers}}
         before: list[list[int]] = [[] for _ in entry.launches]

@@ -207,7 +207,6 @@ def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]
     meanings = {
         "unpacked": _unpacked,
         "raised": _raised,
-        "arrived": lambda zero: 0,
         "mma_v2": _mma,
         "gl": language,
         "tl": language,

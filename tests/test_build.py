@@ -97,6 +97,25 @@ def test_errors_name_the_kernel(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_kernel_that_does_not_wait_once_is_refused(times: int, tmp_path: Path) -> None:
+    """No one else would tell: it would be launched before what it reads is written."""
+    lines = TWICE.replace("constexpr)", "constexpr, PROGRAMMATIC: tl.constexpr)").splitlines()
+    text = "\n".join([*lines[:2], *["    take_turn(PROGRAMMATIC)"] * times, *lines[2:]]) + "\n"
+    kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
+    late = KernelSource.of(from_text(text, "twice"), kinds, {"N": 32}, 1, 2, True)
+    with pytest.raises(BuildError, match=f"one griddepcontrol.launch_dependents .*found {times}"):
+        build([late], SM_90, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_function_that_takes_no_turn_is_not_programmatic(tmp_path: Path) -> None:
+    kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
+    plain = KernelSource.of(from_text(TWICE, "twice"), kinds, {"N": 32}, 1, 2, True)
+    assert not plain.programmatic
+    assert not build([plain], SM_90, cache=tmp_path)[plain].programmatic
+
+
 def test_parameters_must_be_those_of_the_function() -> None:
     with pytest.raises(ValueError, match=r"kernel copy_kernel: expected parameters .*'count_'"):
         KernelSource.of(copy_kernel, {"count_": Argument("i32")}, {}, 1, 2, False)

@@ -13,5 +13,6 @@ and values a head) and `mla` (latent rows). `gating` chooses experts by `gating_
 `experts_many` and `experts_sum`, with `gemv` for single rows. `norms`, `rope`, `reductions` and
 `arithmetic` are the small ones. `rows` looks up and appends whole rows, `sampling` chooses the
 next tokens by what `drawing` does to a row, `copy` moves strided views, `generated` makes
-functions of text.
+functions of text. By `launching` each kernel takes its
+turn.
 """

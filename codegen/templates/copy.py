@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..request import Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
+from .launching import take_turn
 
 BLOCK = 1024
 
@@ -24,11 +25,13 @@ def copy_kernel(
     TARGET_STRIDES: tl.constexpr,
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """target[SKIP + i] = source[i] for units · UNIT elements.
 
     Strides are given innermost first, and so are the sizes of all dims but the outermost.
     """
+    take_turn(PROGRAMMATIC)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < units.to(tl.int64) * UNIT
     left = index

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .activations import activated, gated
 from .gemv import rows_times
+from .launching import take_turn
 
 
 @triton.jit
@@ -32,11 +33,13 @@ def hidden_kernel(
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """hidden [T·K, INNER] = activation(gate) · up of the expert that choice t·K + j names.
 
     A program computes ROWS of the INNER columns of one choice; x has rows of WIDTH, STEP apart.
     """
+    take_turn(PROGRAMMATIC)
     choice = tl.program_id(0)
     expert = tl.load(indices + choice).to(tl.int64)
     row = x + (choice // K).to(tl.int64) * STEP
@@ -76,11 +79,13 @@ def part_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """parts [T·K, WIDTH] = the chosen expert's down product of hidden [T·K, INNER] + bias.
 
     A program computes ROWS of the WIDTH columns of one choice.
     """
+    take_turn(PROGRAMMATIC)
     choice = tl.program_id(0)
     place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = place < WIDTH

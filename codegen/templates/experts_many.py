@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 
 from .activations import activated, gated
+from .launching import take_turn
 from .mxfp4_decode import decoded
 
 
 @triton.jit
-def count_kernel(indices, counts, choices, CHUNK: tl.constexpr):
+def count_kernel(indices, counts, choices, CHUNK: tl.constexpr, PROGRAMMATIC: tl.constexpr):
     """counts i32 [E]: how many of the `choices` indices name the expert of this program."""
+    take_turn(PROGRAMMATIC)
     expert = tl.program_id(0)
     total = tl.zeros([CHUNK], tl.int32)
     for start in range(0, choices, CHUNK):
@@ -36,11 +38,13 @@ def place_kernel(
     BINS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """experts i32 [tiles]: whose each tile is, -1 for tiles that are not needed; places i32
     [tiles, TOKENS]: the choices in each tile, -1 behind the last. A program does one expert's, of
     COUNT; BINS is the power of 2 that holds them.
     """
+    take_turn(PROGRAMMATIC)
     expert = tl.program_id(0)
     one = tl.arange(0, BINS)
     needed = (tl.load(counts + one, mask=one < COUNT, other=0) + TOKENS - 1) // TOKENS
@@ -118,12 +122,14 @@ def hidden_tile_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """hidden [T·K, INNER] = activation(gate) · up, for one tile of choices and ROWS columns.
 
     The weight is the left operand: it has the rows that a matrix instruction wants however few the
     choices are, and each of them is summed in the same order. x's rows are STEP apart.
     """
+    take_turn(PROGRAMMATIC)
     expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -176,9 +182,11 @@ def part_tile_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """parts [T·K, WIDTH] = down product of hidden [T·K, INNER] + bias, for one tile of choices and
     ROWS columns."""
+    take_turn(PROGRAMMATIC)
     expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launching import take_turn
+
 
 @triton.jit
 def combine_kernel(
@@ -16,11 +18,13 @@ def combine_kernel(
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """out [T, WIDTH] = sum over j of weights[t, j] · parts[t·K + j] + residual[t], in f32.
 
     A program computes BLOCK columns of one token; residual's rows are STEP apart.
     """
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH

@@ -182,6 +182,7 @@ def fragment_kernel(
     T: gl.constexpr,
     T_BITS: gl.constexpr,
     BLOCKS: gl.constexpr,
+    PROGRAMMATIC: gl.constexpr,
 ):
     """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual) for a weight of TILES tiles across.
 
@@ -219,7 +220,8 @@ def fragment_kernel(
     # What does not depend on the launches before: the first step's weights.
     step_codes = gl.load(code_base + at_code, mask=at_code < TILES * 1024, other=0)
     step_scales = gl.load(scale_base + at_scale, mask=at_scale < TILES * 64, other=127)
-    token = token + arrived(block)
+    if PROGRAMMATIC:
+        token = token + arrived(block)
 
     acc0 = gl.zeros([W, 16, 8], gl.float32, layout=mma)
     acc1 = gl.zeros([W, 16, 8], gl.float32, layout=mma)
@@ -342,6 +344,4 @@ def fragment_call(
         (constants if position is None else args)[name] = (
             None if position is None else Arg(position)
         )
-    return Call(
-        fragment_kernel, args, (down, 1, 1), (y,), constants, num_warps=warps, programmatic=True
-    )
+    return Call(fragment_kernel, args, (down, 1, 1), (y,), constants, num_warps=warps)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .choose import choose, expert_of
+from .launching import take_turn
 from .row_norm import normed, scales_of_row, summed
 
 
@@ -27,8 +28,10 @@ def norm_rows_kernel(
     DELTA_STEP: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """n and s [T, K] of a token; each is None where it is not wanted."""
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     x += token * STEP
     if delta is not None:
@@ -131,8 +134,10 @@ def gate_kernel(
     SUM_EPS: tl.constexpr,
     SHARED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """The whole gate of one token."""
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     x += token * STEP
     if delta is not None:
@@ -178,11 +183,13 @@ def token_partials_kernel(
     BLOCK: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     DOT: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """partials f32 [chunks, tokens, COUNT]: one token, sixteen experts, one chunk of the columns.
 
     Every program takes the norm of its token for itself; those of the first experts store n and s.
     """
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     x += token * STEP
     if delta is not None:
@@ -222,8 +229,10 @@ def tile_logits_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     DOT: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """logits f32 [tokens, COUNT], not yet rounded: TOKENS tokens by sixteen experts."""
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     live = token < tokens
     row = x + token.to(tl.int64) * STEP
@@ -269,9 +278,11 @@ def choose_kernel(
     SUM_EPS: tl.constexpr,
     SHARED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """The choice of one token, by logits that lie in PARTS parts [PARTS, tokens, E] to be summed in
     order; rows are STEP apart."""
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     expert, present = expert_of(tl.arange(0, GROUPS2 * SIZE2), GROUPS, SIZE, SIZE2)
     total = tl.zeros([GROUPS2 * SIZE2], tl.float32)

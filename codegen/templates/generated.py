@@ -10,17 +10,18 @@ import triton
 import triton.language as tl
 
 from .arithmetic import float_power, integer_power, tanh
+from .launching import take_turn
 
 # What a text may call beside tl.
-_HELPERS = (float_power, integer_power, tanh)
+_HELPERS = (float_power, integer_power, take_turn, tanh)
 
 
 def from_text(text: str, name: str) -> Any:
     """The `@triton.jit` function called `name` that `text` defines.
 
-    `tl`, `triton` and the functions of `arithmetic` are there. Equal texts give functions of equal
-    hash. The text is kept in its attribute `generated`, and where Python looks for the lines of a
-    file: Triton reads its functions from there.
+    `tl`, `triton`, `take_turn` and the functions of `arithmetic` are there. Equal texts give
+    functions of equal hash. The text is kept in its attribute `generated`, and where Python looks
+    for the lines of a file: Triton reads its functions from there.
     """
     file = f"<generated {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)

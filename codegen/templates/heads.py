@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ...compiler.types import TensorType
 from ..request import Arg, Call, Chosen, Declined, Request, Result, Temp
+from .launching import take_turn
 from .linear import product_call
 from .prologue import normed_input
 
@@ -40,11 +41,13 @@ def heads_kernel(
     TURNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Up to three parts of one token; BLOCKS of program_id(1) belong to each, one after the other.
 
     Constants in capitals from BLOCKS on have a value a part.
     """
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     if block < BLOCKS[0]:

@@ -29,6 +29,7 @@ from ..request import (
 )
 from .activations import gated
 from .fragment_linear import FEW, fragment_call
+from .launching import take_turn
 from .norms import row_step
 from .prologue import normed_input
 from .weight_tiles import tile
@@ -64,12 +65,14 @@ def product_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual), of one head (program_id(2)).
 
     With a GATE the weight is [2N, K], gate rows first, and y = act(gate) · up. With TILES it lies
     in so many tiles across, as fragments. NARROW multiplies w · xᵀ instead of x · wᵀ.
     """
+    take_turn(PROGRAMMATIC)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = tl.program_id(2).to(tl.int64)

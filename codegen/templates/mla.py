@@ -8,6 +8,7 @@ import triton.language as tl
 from ..request import Arg, Call, Chosen, Declined, Request, Result
 from .attend_plan import Attention, Pages, Query, Rows, plan
 from .attention import paged_index
+from .launching import take_turn
 
 # ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe)
 
@@ -26,8 +27,10 @@ def latent_kernel(
     FORM: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Program t: row t of `kv`, rows STEP elements apart, RANK + 2 · HALF columns."""
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     row = kv + token * STEP
     to = out + token * (RANK + 2 * HALF)

@@ -19,6 +19,7 @@ from ..request import (
     Request,
     Result,
 )
+from .launching import take_turn
 
 # Rows up to this many elements stay in registers; longer ones are read again for each pass.
 _IN_REGISTERS = 8192
@@ -57,12 +58,14 @@ def prologue_kernel(
     POST_EPS: tl.constexpr,
     NORMED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """A program a row of K elements; the rows of x and delta lie X_STEP and DELTA_STEP apart.
 
     Operands that are not there are None. `n` and `s` are dense; s is rounded before it is normed.
     A row longer than BLOCK is read in blocks, once for each sum of squares and once to write.
     """
+    take_turn(PROGRAMMATIC)
     row = tl.program_id(0).to(tl.int64)
     HAS_DELTA: tl.constexpr = delta is not None
     POST: tl.constexpr = post_norm is not None
@@ -218,11 +221,13 @@ def layer_norm_kernel(
     STEP: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """A program a row of K elements, STEP apart; weight and bias may be None.
 
     The variance is that of the differences from the mean: two passes.
     """
+    take_turn(PROGRAMMATIC)
     row = tl.program_id(0).to(tl.int64)
     x += row * STEP
     total = tl.zeros((BLOCK,), tl.float32)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..request import Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
 from .copy import merged
+from .launching import take_turn
 
 _BLOCK = 4096
 _PER_THREAD = 8
@@ -97,8 +98,10 @@ def reduce_kernel(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """A program reduces a line of N elements, STEP apart, in f32. NaN wins in amax."""
+    take_turn(PROGRAMMATIC)
     line = tl.program_id(0)
     x += _line(line, SHAPE, STRIDES)
     out += _line(line, SHAPE, OUT_STRIDES)
@@ -147,11 +150,13 @@ def softmax_kernel(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     OUT_STEP: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """A program a line of N elements, STEP apart: the largest, the sum of exponentials, the rest.
 
     A line longer than BLOCK is read three times.
     """
+    take_turn(PROGRAMMATIC)
     line = tl.program_id(0)
     x += _line(line, SHAPE, STRIDES)
     out += _line(line, SHAPE, OUT_STRIDES)
@@ -200,11 +205,13 @@ def topk_kernel(
     OUT_STEP: tl.constexpr,
     TOP: tl.constexpr,
     FLOAT: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """A program a line of N elements, which it holds: TOP times the largest of what is left.
 
     Of equals the first comes first; NaN comes before every number.
     """
+    take_turn(PROGRAMMATIC)
     line = tl.program_id(0)
     x += _line(line, SHAPE, STRIDES)
     to = _line(line, SHAPE, OUT_STRIDES)
@@ -262,9 +269,11 @@ def gather_kernel(
     PICKED: tl.constexpr,
     INNER: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """x is [outer, ROWS, INNER], index and out [outer, PICKED, INNER]: `count` elements, dense. An
     index outside the rows, which no caller gives, reads row 0."""
+    take_turn(PROGRAMMATIC)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     row = tl.load(index + at, mask=inside, other=0)
@@ -311,9 +320,11 @@ def hadamard_kernel(
     SIZE: tl.constexpr,
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """TILE of the `blocks` blocks of SIZE = 2 ** STEPS elements: sums and differences of pairs, by
     one bit of the place after the other."""
+    take_turn(PROGRAMMATIC)
     block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     at = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = (block < blocks)[:, None] & (tl.arange(0, SIZE) < SIZE)[None, :]

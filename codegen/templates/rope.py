@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..request import Arg, Call, Chosen, Declined, Operand, Request, Result
 from .arithmetic import cos_and_sin
+from .launching import take_turn
 
 _FLOATS = ("f16", "bf16", "f32")
 # Elements of a tile that a program rotates.
@@ -21,9 +22,17 @@ _TILE = 2048
 
 @triton.jit
 def tables_kernel(
-    positions, inv_freq, cos, sin, HALF: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr
+    positions,
+    inv_freq,
+    cos,
+    sin,
+    HALF: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """A program a token: a row of HALF angles, each rounded to the float that frequencies have."""
+    take_turn(PROGRAMMATIC)
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside = at < HALF
@@ -84,12 +93,14 @@ def rope_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """A program rotates BLOCK_H of the HEADS heads of a token, SIZE elements each.
 
     Pair i of HALF is read at (i, i + HALF), or with READ_APART == 1 at (2i, 2i + 1); so with
     WRITTEN_APART it is written. What is not rotated, REST or fewer elements, is copied.
     """
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     i = tl.arange(0, BLOCK)[None, :]

@@ -18,6 +18,7 @@ from ..request import (
     Result,
     dense_strides,
 )
+from .launching import take_turn
 
 _BLOCK = 1024
 
@@ -38,9 +39,11 @@ def take_kernel(
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Rows of WIDTH elements, STEP elements apart in the table of `rows` rows. An index outside it,
     which no caller gives, reads row 0."""
+    take_turn(PROGRAMMATIC)
     place = tl.program_id(0)
     row = tl.load(index + place).to(tl.int64)
     row = tl.where((row >= 0) & (row < rows), row, 0)
@@ -94,11 +97,13 @@ def append_kernel(
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Rows of WIDTH elements, STEP elements apart; a page holds PAGE_SIZE of them, dense.
 
     One or two caches, by program_id(2); WIDTH and STEP have a value a cache.
     """
+    take_turn(PROGRAMMATIC)
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     position = tl.load(positions + token)

@@ -22,6 +22,7 @@ from ...compiler.ops.sampling import SETTINGS, WORD
 from ...compiler.types import TensorType
 from ..request import Arg, Call, Chosen, Declined, Ref, Request, Result, Temp
 from .drawing import drawn_token, key_of, value_of
+from .launching import take_turn
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ def part_kernel(
     WORD: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Part program_id(0) of row program_id(1). A part that holds NaN has a raw_max of NaN."""
+    take_turn(PROGRAMMATIC)
     part = tl.program_id(0)
     row = tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
@@ -137,8 +140,10 @@ def strip_kernel(
     STRIPS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Strip program_id(0) of row program_id(1)."""
+    take_turn(PROGRAMMATIC)
     strip = tl.program_id(0)
     row = tl.program_id(1)
     heat = tl.load(temperature + row).to(tl.float32)
@@ -176,10 +181,12 @@ def list_kernel(
     BINS: tl.constexpr,
     LIST: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Strip program_id(0) of row program_id(1): what of it is in the upper bins goes to its place
     behind the row, the weight of the rest to `tail`. `length` is how many are listed in all; more
     than LIST are not."""
+    take_turn(PROGRAMMATIC)
     strip = tl.program_id(0)
     row = tl.program_id(1)
     heat = tl.load(temperature + row).to(tl.float32)
@@ -261,8 +268,10 @@ def choose_kernel(
     C: tl.constexpr,
     C_UP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Row program_id(0): its token where program_id(1) is 0, else its most likely tokens."""
+    take_turn(PROGRAMMATIC)
     row = tl.program_id(0)
     part = tl.arange(0, PARTS_UP)
     held = row * PARTS + part

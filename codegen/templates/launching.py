@@ -1,0 +1,36 @@
+"""How a kernel takes its turn on NVIDIA: it lets later launches come, and waits for earlier ones.
+
+The runtime joins two kernels that both do so by a programmatic edge of the graph: the later one is
+brought onto the device while the earlier one still works, which hides most of what a launch costs.
+What is computed is what launches one after the other compute:
+
+- griddepcontrol.wait returns when every grid that a programmatic edge comes from is complete and
+  its memory is visible (PTX ISA, griddepcontrol). A full edge was waited for before the launch, and
+  a kernel may have some of each. Without programmatic edges the instruction returns at once.
+- No program touches memory that launches write before it has waited, and each one waits: so a
+  kernel is complete only after all that it has edges from, and by induction after all from which a
+  path leads to it. So order is transitive, as it is with full edges, and the edges may stay a
+  transitive reduction: it holds for reading what an earlier launch wrote and for overwriting what
+  it reads. If all programs of a kernel returned without waiting, it would be complete too soon and
+  let the next one in: `take_turn` is therefore the first statement, under no condition.
+- Only constants, which no launch writes, may be read before (fragment_linear does).
+- launch_dependents orders nothing, so it may come first. Later programs start when all of this
+  kernel's have started, so those that wait never hold the room of one that they wait for.
+- A replay as a whole begins and ends in the full order of its stream.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def take_turn(PROGRAMMATIC: tl.constexpr):
+    """Let the launches that follow begin, wait for those before.
+
+    PROGRAMMATIC is set by what builds the kernel: False where launches do not overlap.
+    """
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
