@@ -37,7 +37,8 @@ from ..runtime.plan_json import binary_name, entry_data, program_data
 from ..runtime.program import Buffer, Program
 from ..runtime.strict_json import write_json
 
-SHARD_BYTES = 4 << 30
+# A loader proves shards beside each other: several, so that a large model does not wait for one.
+SHARD_BYTES = 1 << 29
 # A zip can hold any sizes; where weights start in a shard is a multiple of this many bytes.
 _ALIGNMENT = 64
 # What generation_config.json may say of sampling that Ingot knows too.

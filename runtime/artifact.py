@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 TEMPLATES = "additional_chat_templates/"
 _MAX_PLAN = 1 << 28  # bytes of one JSON file of the plan
 _MAX_SMALL = 1 << 30  # bytes of any file but weights
-_HASH_THREADS = 8
+_HASH_THREADS = 16
 
 
 def plan_name(entry: int) -> str:
