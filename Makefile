@@ -11,7 +11,7 @@ MODEL := examples/pico
 PROMPT := def read_lines(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow gpu lint types format clean
+.PHONY: help demo test slow gpu bench lint types format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -30,6 +30,9 @@ slow: $(INSTALLED) ## the long sweeps: every architecture, peak memory, the demo
 gpu: $(INSTALLED) ## the tests that need a GPU, and the kernel tests on it
 	$(BIN)/pytest -m gpu
 	$(BIN)/pytest --device -m 'not gpu and not slow' tests/test_*_kernels.py tests/test_kernel_coverage.py
+
+bench: $(INSTALLED) ## full-size models on the GPU of this machine: compile, load and decode (60 GB of disk)
+	$(BIN)/python examples/bench/full_size.py
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check
