@@ -124,6 +124,10 @@ class FakeGpu:
         """Copies to the host change a byte from now on, or never happen."""
         self._library.fake_corrupt_copies(2 if lost else 1)
 
+    def answer(self, kernel: str, param: int, word: int) -> None:
+        """The real kernel's parameter points to i32 of `word` from now on, one more each launch."""
+        self._library.fake_answer(kernel.encode(), param, word)
+
     def calls(self, role: str) -> int:
         return self.calls_by_name(self.vendor.functions[role])
 
