@@ -74,7 +74,7 @@ static Object *objects;
 static Op queue[4096];
 static size_t queued;
 static struct {
-    int initialized, launched, sticky, retained, expected_device, corrupt;
+    int initialized, launched, sticky, retained, expected_device, corrupt, last_error;
     double clock;
     size_t executables;
     char fail_call[64];
@@ -123,7 +123,7 @@ static int enter(const char *name, int needs_device) {
         return (void)MISUSE("%s before init", name), NOT_INITIALIZED;
     if (!strcmp(name, fake.fail_call) && nth == fake.fail_at) {
         if (is_sticky(fake.fail_code)) fake.sticky = fake.fail_code;
-        return fake.fail_code;
+        return fake.last_error = fake.fail_code;
     }
     if (needs_device && current_device != fake.expected_device)
         return (void)MISUSE("%s with device %d current", name, current_device), BAD_CONTEXT;
@@ -507,6 +507,7 @@ void fake_fail(const char *call, int from_now, int code);
 void fake_corrupt_copies(int how);
 void fake_answer(const char *kernel, int param, uint32_t word);
 int fake_current_device(void);
+int fake_last_error(void);
 int fake_calls(const char *name);
 const char *fake_log(void);
 void fake_clear_log(void);
@@ -538,6 +539,8 @@ void fake_answer(const char *kernel, int param, uint32_t word) {
     answers[i].param = param, answers[i].word = word;
 }
 int fake_current_device(void) { return current_device; }
+/* What a failure that the test asked for left for whoever asks (HIP only). */
+int fake_last_error(void) { return fake.last_error; }
 int fake_calls(const char *name) {
     size_t i = 0;
     while (calls[i].name[0] && strcmp(calls[i].name, name)) i++;

@@ -28,6 +28,10 @@ hipError_t hipRuntimeGetVersion(int *version) {
 #endif
     return OK;
 }
+hipError_t hipGetLastError(void) {
+    int code = fake.last_error;
+    return fake.last_error = 0, code;
+}
 hipError_t hipGetDevice(int *device) {
     ENTER(0);
     *device = current_device;
