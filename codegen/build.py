@@ -1,24 +1,29 @@
 """Kernels built for any target on any machine: Triton to cubin or hsaco, in parallel, cached.
 
 The cache is a folder of the user's: two files a kernel, named by its content hash, written whole or
-not at all. Many processes may share it.
+not at all. Many processes may share it: what one is building the others wait for, so that nothing
+is built twice. It only grows, by some 30 KB a kernel, and may be deleted whenever nothing is being
+built: what is missing is built again.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from filelock import FileLock, Timeout
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
@@ -26,9 +31,14 @@ from ..compiler.target import Target
 from ..runtime.program import Kernel
 from .kernel_source import KernelSource
 
+# Of a file system that has no locks.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+# No kernel takes as long to build: who holds a lock for so long is stuck, and not waited for.
+_PATIENCE_SECONDS = 600.0
+
 
 class BuildError(Exception):
-    """Triton cannot build a kernel, or what it built breaks a limit of the target."""
+    """A kernel cannot be built or kept, or what was built breaks a limit of the target."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +60,9 @@ def build(
 
     `progress` hears how many of how many are done. `workers` threads build (default: as many as
     there are cores); `cache` is the folder, by default in the user's cache directory. BuildError
-    names the kernel.
+    names the kernel, or the folder where nothing can be written.
     """
     folder = cache or cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = list(dict.fromkeys(sources))
     kernels: dict[KernelSource, Kernel] = {}
     missing: list[KernelSource] = []
@@ -64,20 +73,30 @@ def build(
         else:
             kernels[source] = _kernel(source, target, cached)
 
-    def make(source: KernelSource) -> Built:
-        built = build_one(source, target)
-        _write(folder, source.hash(target.name), target, built)
-        return built
+    def make(source: KernelSource, patience: float) -> Built | None:
+        """Built by now or here; None where another is building it for longer than `patience`."""
+        key = source.hash(target.name)
+        with _turn(folder, key, patience) as mine:
+            built = _read(folder, key, target)
+            if built is None and mine:
+                built = build_one(source, target)
+                _write(folder, key, target, built)
+            return built
 
     # Triton and the assemblers hold no lock while they work: threads are as good as processes,
     # which would have to start the caller's program anew.
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        jobs = {pool.submit(make, source): source for source in missing}
+        jobs = {pool.submit(make, source, 0.0): source for source in missing}
         try:
-            for job in as_completed(jobs):
-                kernels[jobs[job]] = _kernel(jobs[job], target, job.result())
-                if progress:
-                    progress(len(kernels), len(wanted))
+            while jobs:
+                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                    source, built = jobs.pop(job), job.result()
+                    if built is None:  # the others first: several processes share the work
+                        jobs[pool.submit(make, source, _PATIENCE_SECONDS)] = source
+                        continue
+                    kernels[source] = _kernel(source, target, built)
+                    if progress:
+                        progress(len(kernels), len(wanted))
         finally:
             for job in jobs:
                 job.cancel()
@@ -210,11 +229,35 @@ def _read(folder: Path, key: str, target: Target) -> Built | None:
     try:
         held = json.loads((folder / f"{key}.json").read_text())
         binary = (folder / f"{key}.{_suffix(target)}").read_bytes()
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     digest = hashlib.sha256(binary).hexdigest()
     whole = isinstance(held, dict) and held.get("sha256") == digest and "facts" in held
     return Built(binary, held["facts"]) if whole else None
+
+
+@contextmanager
+def _turn(folder: Path, key: str, patience: float) -> Generator[bool]:
+    """Whether `key` is ours to build: False where another holds its lock and `patience` is 0.
+
+    Locks are the operating system's and end with the process that holds them, however it ends. A
+    few files serve all kernels. Where the file system has no locks, or one is held for longer than
+    any build takes, a kernel may be built twice: writing is safe without.
+    """
+    mine = True
+    with ExitStack() as held:
+        with _writing(folder):
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(folder / "locks" / key[:2]).acquire(patience))
+            except Timeout:
+                mine = patience > 0
+            except NotImplementedError:  # what older versions of filelock make of ENOSYS
+                pass
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+        yield mine
 
 
 def _write(folder: Path, key: str, target: Target, built: Built) -> None:
@@ -222,7 +265,24 @@ def _write(folder: Path, key: str, target: Target, built: Built) -> None:
     held = {"sha256": hashlib.sha256(built.binary).hexdigest(), "facts": dict(built.facts)}
     facts = json.dumps(held, sort_keys=True).encode()
     for suffix, content in ((_suffix(target), built.binary), ("json", facts)):
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".new-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, folder / f"{key}.{suffix}")
+        with _writing(folder):
+            handle, name = tempfile.mkstemp(dir=folder, prefix=".new-")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                os.replace(name, folder / f"{key}.{suffix}")
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(name)
+                raise
+
+
+@contextmanager
+def _writing(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(
+            f"kernel cache {folder}: expected a folder to write to, found {error.strerror}; "
+            "XDG_CACHE_HOME says where it lies"
+        ) from error

@@ -108,8 +108,11 @@ class ConstantMaker:
         return values[value]
 
     def _compute(self, node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Weights may lie on a GPU; what an op makes out of nothing lies on the CPU.
+        home = next((a.device for a in args if a.device.type != "cpu"), torch.device("cpu"))
         try:
-            results = compute(node, args, {})
+            with home:
+                results = compute(node, tuple(a.to(home) for a in args), {})
         except ValueError as error:
             raise ValueError(f"weight {node.source or 'unnamed'}: {error}") from error
         if self._observe:

@@ -85,9 +85,10 @@ MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 # Up to this many bytes a block of any function may use.
 SHARED_WITHOUT_ASKING = 48 << 10
 
-# CUresult after which a context takes no more work: deinitialized, ECC, NVLink, illegal address,
-# timeout, context destroyed, assert, 714 to 719 (faults of a kernel), 721, unknown.
-STICKY = frozenset({4, 214, 220, 700, 702, 709, 710, *range(714, 720), 721, 999})
+# CUresult after which a context takes no more work: deinitialized, ECC, NVLink, a contained fault,
+# illegal address, timeout, context destroyed, assert, 714 to 719 (faults of a kernel), a leak of
+# tensor memory, the end of the MPS client, unknown.
+STICKY = frozenset({4, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721, 810, 999})
 
 SHARED_NAMES = {
     "init": "cuInit",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .check_program import BASE_ALIGNMENT
 from .device_api import DeviceApi, DeviceError
 from .driver import WeightLoader
 from .host_arrays import (
@@ -98,8 +99,8 @@ def upload_weights(
 ) -> None:
     """Bring every weight to the device, one at a time; return when all have arrived.
 
-    A torch tensor that is on this device already is used where it is, once all that its own
-    streams still do is done. ValueError for a weight of another dtype, shape or device.
+    A torch tensor that is on this device already, dense and aligned, is used where it is, once all
+    that its own streams still do is done. ValueError for another dtype, shape or device.
     """
     buffers = [buffer for buffer in program.buffers.values() if buffer.kind == "weight"]
     largest = max((buffer.nbytes for buffer in buffers), default=0)
@@ -109,8 +110,9 @@ def upload_weights(
             what = f"weight {buffer.name}"
             value = weights(buffer.name)
             if is_torch_tensor(value) and value.is_cuda:
-                memory.addresses[buffer.name] = _in_place(api, what, value, buffer)
-                memory.borrowed.append(value)
+                tensor = _in_place(api, what, value, buffer)
+                memory.addresses[buffer.name] = int(tensor.data_ptr())
+                memory.borrowed.append(tensor)
                 continue
             source = host_array(what, value, buffer.dtype, buffer.shape)
             address = _allocate(api, owned, what, buffer.nbytes)
@@ -180,11 +182,14 @@ def _allocate(api: DeviceApi, owned: ExitStack, what: str, nbytes: int) -> int:
     return address
 
 
-def _in_place(api: DeviceApi, what: str, value: Any, buffer: Buffer) -> int:
-    """The address of a torch tensor on this device."""
+def _in_place(api: DeviceApi, what: str, value: Any, buffer: Buffer) -> Any:
+    """A torch tensor over the memory of `value`, which must be on this device, or over a copy there
+    where a slice or a view is not dense or lies at an odd place.
+
+    It keeps that memory alive, also when a parameter is given other memory (`module.cpu()`).
+    """
     check_tensor(what, value, buffer.dtype, buffer.shape)
     if value.device.index != api.info.ordinal:
         raise ValueError(f"{what}: expected device {api.info.ordinal}, found {value.device}")
-    if not value.is_contiguous():
-        raise ValueError(f"{what}: expected a dense tensor, found strides {tuple(value.stride())}")
-    return int(value.data_ptr())
+    tensor = value.detach().resolve_conj().resolve_neg().contiguous()
+    return tensor if tensor.data_ptr() % BASE_ALIGNMENT == 0 else tensor.clone()

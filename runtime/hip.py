@@ -17,6 +17,7 @@ from ctypes import (
     c_uint,
     c_void_p,
 )
+from typing import Any
 
 from .device_api import DeviceError, DeviceInfo, DriverMissingError, Edge, KernelNode
 from .driver import WeightLoader
@@ -98,6 +99,7 @@ OWN_SIGNATURES = {
     "hipRuntimeGetVersion": (POINTER(c_int),),
     "hipGetDevice": (POINTER(c_int),),
     "hipSetDevice": (c_int,),
+    "hipGetLastError": (),
     "hipGetDevicePropertiesR0600": (POINTER(DeviceProperties), c_int),
     "hipGraphAddKernelNode": (HANDLE, c_void_p, c_void_p, c_size_t, POINTER(KernelNodeParams)),
     "hipGraphInstantiate": (HANDLE, c_void_p, HANDLE, c_char_p, c_size_t),
@@ -144,6 +146,15 @@ class HipApi(NativeApi):
             max_threads=properties.maxThreadsPerBlock,
             max_grid=(x, y, z),
         )
+
+    def _call(self, role: str, *args: Any) -> None:
+        try:
+            super()._call(role, *args)
+        except DeviceError:
+            # The error is told here. It must not be left to be this thread's last one: torch asks
+            # for that after launches of its own.
+            self._functions["hipGetLastError"]()
+            raise
 
     def _error_text(self, code: int) -> str:
         return ": ".join(

@@ -6,7 +6,6 @@
 #define START_DEVICE -1
 #include "fake_gpu.h"
 
-#define EM_CUDA 190
 #define MAX_SHARED (227 << 10)
 
 /* Device d's primary context is &contexts[d]; `stack` is this thread's. */
@@ -158,7 +157,7 @@ CUresult cuEventElapsedTime(float *ms, CUevent start, CUevent end) {
 }
 CUresult cuModuleLoadData(CUmodule *out, const void *image) {
     ENTER(1);
-    return load_module(__func__, image, EM_CUDA, (Object **)out);
+    return load_module(__func__, image, EM_NVIDIA, (Object **)out);
 }
 CUresult cuModuleUnload(CUmodule module) {
     ENTER(1);

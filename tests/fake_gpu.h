@@ -1,9 +1,12 @@
 /* A GPU driver without a GPU: what tests/fake_cuda.c and tests/fake_hip.c share.
  *
- * Memory is host memory, kernels are the few C functions below, found by their symbol. It is
- * stricter than a driver: work that was queued runs only when something waits for it, launches of a
- * graph run as late as their edges allow, copies want pinned memory, and nothing may be allocated
- * while graphs are being launched. What breaks a rule fails with code 1 and is kept as a complaint.
+ * Memory is host memory, kernels are the few C functions below, found by their symbol. Kernels of
+ * real device code are not computed, but held to what that code says of them (fake_code.h): how many
+ * parameters of which size, how many threads, and that every pointer leads into device memory; what
+ * one "computes" is what the test wants of it (fake_answer). It is stricter than a driver: work that
+ * was queued runs only when something waits for it, launches of a graph run as late as their edges
+ * allow, copies want pinned memory, and nothing may be allocated while graphs are being launched.
+ * What breaks a rule fails with code 1 and is kept as a complaint.
  */
 #include <stdarg.h>
 #include <stdint.h>
@@ -11,16 +14,18 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "fake_code.h"
+
 enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 101 };
 enum { BAD_IMAGE = 200, BAD_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 /* How copies to the host go wrong when the test asks for it: fake_corrupt_copies. */
 enum { CHANGE_BYTES = 1, LOSE_COPIES = 2 };
 #define DEVICES 2
-#define MAX_PARAMS 8
 #define MAX_EDGES 16
+#define MAX_NODES 256
 #define MAX_BLOCK 1024
 #define ASKED_SHARED (48 << 10)
-#define TEXT (1 << 20)
+#define TEXT (4 << 20)
 
 typedef enum { STREAM = 1, EVENT, MODULE, FUNCTION, GRAPH, NODE, EXECUTABLE, DEVICE, PINNED } Kind;
 static const char *KIND_NAMES[] = {"",     "stream", "event",      "module",        "function",
@@ -38,6 +43,7 @@ struct Object {
     /* memory; `kept` for modules too */
     char *memory;
     size_t size;
+    int real;
     /* function */
     const struct Kernel *kernel;
     size_t shared_allowed;
@@ -47,7 +53,7 @@ struct Object {
     Dependency edges[MAX_EDGES];
     size_t edge_count, index;
     /* graph and executable */
-    Object *nodes[256];
+    Object *nodes[MAX_NODES];
     size_t node_count;
     /* event */
     int recorded, reached;
@@ -68,8 +74,9 @@ static Object *objects;
 static Op queue[4096];
 static size_t queued;
 static struct {
-    int initialized, launched, sticky, retained, expected_device, corrupt;
+    int initialized, launched, sticky, retained, expected_device, corrupt, last_error;
     double clock;
+    size_t executables;
     char fail_call[64];
     int fail_at, fail_code, noise;
     char arch[64];
@@ -83,11 +90,14 @@ static struct {
 static __thread int current_device = START_DEVICE;
 
 static void append(char *text, const char *format, ...) {
-    size_t used = strlen(text);
+    static size_t log_used; /* launches are many: their text is not measured again each time */
+    size_t used = text != log_text ? strlen(text) : log_text[0] ? log_used : 0;
     va_list args;
     va_start(args, format);
-    vsnprintf(text + used, TEXT - used, format, args);
+    int more = vsnprintf(text + used, TEXT - used, format, args);
     va_end(args);
+    if (used + more >= TEXT) fprintf(stderr, "fake: out of room for text\n"), abort();
+    if (text == log_text) log_used = used + more;
 }
 /* Keep a complaint; its value is the code to return. */
 static int complain(int code) {
@@ -113,7 +123,7 @@ static int enter(const char *name, int needs_device) {
         return (void)MISUSE("%s before init", name), NOT_INITIALIZED;
     if (!strcmp(name, fake.fail_call) && nth == fake.fail_at) {
         if (is_sticky(fake.fail_code)) fake.sticky = fake.fail_code;
-        return fake.fail_code;
+        return fake.last_error = fake.fail_code;
     }
     if (needs_device && current_device != fake.expected_device)
         return (void)MISUSE("%s with device %d current", name, current_device), BAD_CONTEXT;
@@ -156,11 +166,13 @@ static Object *range_of(const void *start, size_t size, Kind kind) {
 
 /* ---- kernels: parameters as 8-byte words; 0, or the code of the fault */
 
+/* `run` is NULL where the code is real and `signature` (its two last parameters left out) holds. */
 typedef struct Kernel {
     const char *name;
     int params;
     int sizes[MAX_PARAMS];
     int (*run)(const uint64_t *p);
+    Signature signature;
 } Kernel;
 
 static float as_float(uint64_t word) {
@@ -208,26 +220,56 @@ static const Kernel KERNELS[] = {
     {"noise", 1, {8}, run_noise},
 };
 
+/* ---- real kernels, which write what the test wants: a word that is one more at each launch */
+
+static struct {
+    char kernel[64];
+    int param;
+    uint32_t word;
+} answers[8];
+
+static int run_real(const Object *node) {
+    const Kernel *kernel = node->owner->kernel;
+    for (int i = 0; i < kernel->params; i++)
+        if (kernel->signature.pointers[i] && !range_of((void *)node->params[i], 1, DEVICE))
+            return ILLEGAL_ADDRESS;
+    for (size_t i = 0; i < sizeof answers / sizeof *answers; i++) {
+        if (strcmp(answers[i].kernel, kernel->name)) continue;
+        uint32_t *to = (uint32_t *)node->params[answers[i].param];
+        if (!REACHES(to, node->grid[0])) return ILLEGAL_ADDRESS;
+        for (unsigned x = 0; x < node->grid[0]; x++) to[x] = answers[i].word;
+        answers[i].word++;
+    }
+    return OK;
+}
+
 /* ---- graphs */
 
-static int run_node(const Object *node) {
+/* `room` is how many bytes there are from a pointer to the end of its memory, 0 for numbers. */
+static int run_node(const Object *node, const Object *exec) {
     const Kernel *kernel = node->owner->kernel;
-    append(log_text, "{\"kernel\":\"%s\",\"node\":%zu,\"grid\":[%u,%u,%u],\"threads\":%u,",
-           kernel->name, node->index, node->grid[0], node->grid[1], node->grid[2], node->threads);
-    append(log_text, "\"shared\":%u,\"params\":[", node->shared);
+    append(log_text, "{\"kernel\":\"%s\",\"graph\":%zu,\"node\":%zu,\"grid\":[%u,%u,%u],",
+           kernel->name, exec->index, node->index, node->grid[0], node->grid[1], node->grid[2]);
+    append(log_text, "\"threads\":%u,\"shared\":%u,\"params\":[", node->threads, node->shared);
     for (int i = 0; i < kernel->params; i++)
         append(log_text, "%s%llu", i ? "," : "", (unsigned long long)node->params[i]);
+    append(log_text, "],\"room\":[");
+    for (int i = 0; i < kernel->params; i++) {
+        char *at = (char *)node->params[i];
+        Object *o = kernel->sizes[i] == 8 ? range_of(at, 1, DEVICE) : NULL;
+        append(log_text, "%s%zu", i ? "," : "", o ? (size_t)(o->memory + o->size - at) : 0);
+    }
     append(log_text, "],\"after\":[");
     for (size_t i = 0; i < node->edge_count; i++)
         append(log_text, "%s[%zu,%d]", i ? "," : "", node->edges[i].from->index,
                node->edges[i].programmatic);
     append(log_text, "]}\n");
-    return kernel->run(node->params);
+    return kernel->run ? kernel->run(node->params) : run_real(node);
 }
 
 /* Of the nodes whose predecessors have run, always the one that was added last. */
 static int run_graph(const Object *exec) {
-    char done[256] = {0};
+    char done[MAX_NODES] = {0};
     for (size_t left = exec->node_count; left; left--) {
         size_t at = exec->node_count;
         while (at--) {
@@ -237,7 +279,7 @@ static int run_graph(const Object *exec) {
             if (ready) break;
         }
         done[at] = 1;
-        int code = run_node(exec->nodes[at]);
+        int code = run_node(exec->nodes[at], exec);
         if (code) return code;
     }
     return OK;
@@ -248,6 +290,23 @@ typedef struct {
     unsigned grid[3], block[3], shared;
     void **params, **extra;
 } NodeParams;
+
+/* What real code asks of its launches; OK for a kernel of the test's. */
+static int check_signature(const char *call, const Kernel *kernel, NodeParams p) {
+    const Signature *s = &kernel->signature;
+    if (kernel->run) return OK;
+    if (s->at_most ? p.block[0] > s->threads : p.block[0] != s->threads)
+        return MISUSE("%s: %u threads for %s, which was built for %u", call, p.block[0], kernel->name,
+                      s->threads);
+    for (int i = 0; i < kernel->params; i++) {
+        if (!s->pointers[i]) continue;
+        void *at = *(void **)p.params[i];
+        if (!range_of(at, 1, DEVICE))
+            return MISUSE("%s: parameter %d of %s is %p, where no device memory is", call, i,
+                          kernel->name, at);
+    }
+    return OK;
+}
 
 static int add_node(const char *call, const void *graph_handle, const void *const *before,
                     const unsigned char *programmatic, size_t count, NodeParams p, Object **out) {
@@ -262,9 +321,13 @@ static int add_node(const char *call, const void *graph_handle, const void *cons
     if (!p.block[0] || p.block[1] != 1 || p.block[2] != 1 || p.block[0] > MAX_BLOCK)
         return MISUSE("%s: block %u %u %u", call, p.block[0], p.block[1], p.block[2]);
     if ((uint64_t)p.grid[0] * p.block[0] >> 32) return MISUSE("%s: too many threads", call);
-    if (p.shared > function->shared_allowed)
-        return MISUSE("%s: %u bytes of shared memory, allowed %zu", call, p.shared,
-                      function->shared_allowed);
+    const Kernel *kernel = function->kernel;
+    if (p.shared + kernel->signature.shared > function->shared_allowed)
+        return MISUSE("%s: %u bytes of shared memory, allowed %zu", call,
+                      p.shared + kernel->signature.shared, function->shared_allowed);
+    if (graph->node_count == MAX_NODES) return MISUSE("%s: more than %d nodes", call, MAX_NODES);
+    int code = check_signature(call, kernel, p);
+    if (code) return code;
     Object *node = new_object(NODE, function);
     for (size_t i = 0; i < count; i++) {
         Object *from = object_of(before[i], NODE);
@@ -275,7 +338,6 @@ static int add_node(const char *call, const void *graph_handle, const void *cons
         if (!from || !inside) return MISUSE("%s: edge %zu from no node of this graph", call, i);
         node->edges[i] = (Dependency){from, programmatic && programmatic[i]};
     }
-    const Kernel *kernel = function->kernel;
     for (int i = 0; i < kernel->params; i++) memcpy(&node->params[i], p.params[i], kernel->sizes[i]);
     for (int i = 0; i < 2; i++)
         if (*(void **)p.params[kernel->params + i])
@@ -294,7 +356,7 @@ static int instantiate(const char *call, const void *handle, Object **out) {
     int code = create(call, EXECUTABLE, out);
     if (code) return code;
     memcpy((*out)->nodes, graph->nodes, sizeof graph->nodes);
-    (*out)->node_count = graph->node_count;
+    (*out)->node_count = graph->node_count, (*out)->index = fake.executables++;
     return OK;
 }
 
@@ -399,26 +461,42 @@ static int free_memory(const char *call, const void *address, Kind kind) {
     return MISUSE("%s: no live %s at %p", call, KIND_NAMES[kind], (void *)address);
 }
 
-/* The test's images: an ELF header of 64 bytes, then the names of its kernels as one C string. */
+/* Real code, or one of the test's images: an ELF header of 64 bytes, then the names of its kernels
+ * as one C string. */
 static int load_module(const char *call, const void *image, int machine, Object **out) {
     uint16_t found;
     memcpy(&found, (const char *)image + 18, sizeof found);
     if (memcmp(image, "\x7f" "ELF", 4) || found != machine) return BAD_IMAGE;
     int code = create(call, MODULE, out);
-    if (!code) (*out)->memory = strdup((const char *)image + 64);
-    return code;
+    if (code) return code;
+    (*out)->real = ((const Elf64_Ehdr *)image)->e_shnum > 0;
+    size_t size = (*out)->real ? code_bytes(image) : 65 + strlen((const char *)image + 64);
+    (*out)->memory = memcpy(malloc(size), image, size);
+    return OK;
+}
+
+static int make_function(Object *module, const Kernel *kernel, Object **out) {
+    *out = new_object(FUNCTION, module);
+    (*out)->kernel = kernel, (*out)->shared_allowed = ASKED_SHARED;
+    return OK;
+}
+static int real_function(const char *call, Object *module, const char *name, Object **out) {
+    if (!symbol(module->memory, name, STT_FUNC)) return NOT_FOUND;
+    Kernel *kernel = calloc(1, sizeof *kernel);
+    const char *wrong = read_signature(module->memory, name, &kernel->signature);
+    if (wrong) return MISUSE("%s: kernel %s %s", call, name, wrong);
+    kernel->name = strdup(name), kernel->params = kernel->signature.params - 2;
+    memcpy(kernel->sizes, kernel->signature.sizes, sizeof kernel->sizes);
+    return make_function(module, kernel, out);
 }
 
 static int get_function(const char *call, const void *handle, const char *name, Object **out) {
     Object *module = object_of(handle, MODULE);
     if (!module) return MISUSE("%s: no live module", call);
-    if (!strstr(module->memory, name)) return NOT_FOUND;
+    if (module->real) return real_function(call, module, name, out);
+    if (!strstr(module->memory + 64, name)) return NOT_FOUND;
     for (size_t i = 0; i < sizeof KERNELS / sizeof *KERNELS; i++)
-        if (!strcmp(KERNELS[i].name, name)) {
-            *out = new_object(FUNCTION, module);
-            (*out)->kernel = &KERNELS[i], (*out)->shared_allowed = ASKED_SHARED;
-            return OK;
-        }
+        if (!strcmp(KERNELS[i].name, name)) return make_function(module, &KERNELS[i], out);
     return NOT_FOUND;
 }
 
@@ -427,7 +505,9 @@ static int get_function(const char *call, const void *handle, const char *name, 
 void fake_reset(const char *arch, int expected_device);
 void fake_fail(const char *call, int from_now, int code);
 void fake_corrupt_copies(int how);
+void fake_answer(const char *kernel, int param, uint32_t word);
 int fake_current_device(void);
+int fake_last_error(void);
 int fake_calls(const char *name);
 const char *fake_log(void);
 void fake_clear_log(void);
@@ -436,6 +516,7 @@ const char *fake_outstanding(void);
 
 void fake_reset(const char *arch, int expected_device) {
     memset(&fake, 0, sizeof fake), memset(calls, 0, sizeof calls);
+    memset(answers, 0, sizeof answers);
     for (Object *o = objects; o; o = o->next) o->live = 0;
     queued = 0, current_device = START_DEVICE;
     log_text[0] = complaint_text[0] = 0;
@@ -449,7 +530,17 @@ void fake_fail(const char *call, int from_now, int code) {
     fake.fail_at = calls[i].count + from_now, fake.fail_code = code;
 }
 void fake_corrupt_copies(int how) { fake.corrupt = how; }
+/* From now on the real kernel writes `word`, then one more at each launch, as many as its grid is
+ * wide, where its parameter points to. */
+void fake_answer(const char *kernel, int param, uint32_t word) {
+    size_t i = 0;
+    while (answers[i].kernel[0]) i++;
+    snprintf(answers[i].kernel, sizeof answers[i].kernel, "%s", kernel);
+    answers[i].param = param, answers[i].word = word;
+}
 int fake_current_device(void) { return current_device; }
+/* What a failure that the test asked for left for whoever asks (HIP only). */
+int fake_last_error(void) { return fake.last_error; }
 int fake_calls(const char *name) {
     size_t i = 0;
     while (calls[i].name[0] && strcmp(calls[i].name, name)) i++;

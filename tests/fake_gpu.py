@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_elf import code_for
-from ingot.runtime.cuda import CudaDriver
+from ingot.runtime.cuda import CudaApi, CudaDriver
 from ingot.runtime.driver import WeightLoader
 from ingot.runtime.graph_executable import GpuExecutable
-from ingot.runtime.hip import HipDriver
+from ingot.runtime.hip import HipApi, HipDriver
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
 
 HERE = Path(__file__).parent
@@ -110,6 +110,10 @@ class FakeGpu:
     def driver(self, ordinal: int = 0) -> CudaDriver | HipDriver:
         return self.vendor.driver(ordinal, [self.path])
 
+    def api(self) -> CudaApi | HipApi:
+        """The driver's own interface, to do things beside a program: what else a process does."""
+        return (CudaApi if self.vendor is CUDA else HipApi)(0, [self.path])
+
     def load(self, program: Program, weights: Mapping[str, Any] | None = None) -> GpuExecutable:
         loader: WeightLoader = (weights or {}).__getitem__
         return self.driver().load(program, loader)
@@ -124,6 +128,10 @@ class FakeGpu:
         """Copies to the host change a byte from now on, or never happen."""
         self._library.fake_corrupt_copies(2 if lost else 1)
 
+    def answer(self, kernel: str, param: int, word: int) -> None:
+        """The real kernel's parameter points to i32 of `word` from now on, one more each launch."""
+        self._library.fake_answer(kernel.encode(), param, word)
+
     def calls(self, role: str) -> int:
         return self.calls_by_name(self.vendor.functions[role])
 
@@ -133,6 +141,11 @@ class FakeGpu:
     @property
     def current_device(self) -> int:
         return self._library.fake_current_device()
+
+    @property
+    def last_error(self) -> int:
+        """What hipGetLastError would give."""
+        return self._library.fake_last_error()
 
     @property
     def complaints(self) -> str:

@@ -6,7 +6,6 @@
 #define START_DEVICE 0
 #include "fake_gpu.h"
 
-#define EM_AMDGPU 224
 /* HIP 7 made the source of this copy const. */
 #if HIP_VERSION_MAJOR >= 7
 typedef const void Source;
@@ -29,6 +28,10 @@ hipError_t hipRuntimeGetVersion(int *version) {
 #endif
     return OK;
 }
+hipError_t hipGetLastError(void) {
+    int code = fake.last_error;
+    return fake.last_error = 0, code;
+}
 hipError_t hipGetDevice(int *device) {
     ENTER(0);
     *device = current_device;
@@ -40,13 +43,14 @@ hipError_t hipSetDevice(int device) {
     current_device = device;
     return OK;
 }
+static size_t lds_bytes(void) { return strncmp(fake.arch, "gfx950", 6) ? 65536 : 163840; }
 hipError_t hipGetDevicePropertiesR0600(hipDeviceProp_tR0600 *p, int device) {
     ENTER(0);
     if (device < 0 || device >= DEVICES) return NO_DEVICE;
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "Fake Instinct");
     snprintf(p->gcnArchName, sizeof p->gcnArchName, "%s", fake.arch);
-    p->totalGlobalMem = 1ull << 30, p->sharedMemPerBlock = 65536, p->warpSize = 64;
+    p->totalGlobalMem = 1ull << 30, p->sharedMemPerBlock = lds_bytes(), p->warpSize = 64;
     p->maxThreadsPerBlock = MAX_BLOCK;
     p->maxGridSize[0] = 2147483647, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     return OK;
@@ -128,7 +132,7 @@ hipError_t hipEventElapsedTime(float *ms, hipEvent_t start, hipEvent_t end) {
 }
 hipError_t hipModuleLoadData(hipModule_t *out, const void *image) {
     ENTER(1);
-    return load_module(__func__, image, EM_AMDGPU, (Object **)out);
+    return load_module(__func__, image, EM_AMD, (Object **)out);
 }
 hipError_t hipModuleUnload(hipModule_t module) {
     ENTER(1);
@@ -137,7 +141,7 @@ hipError_t hipModuleUnload(hipModule_t module) {
 hipError_t hipModuleGetFunction(hipFunction_t *out, hipModule_t module, const char *name) {
     ENTER(1);
     int code = get_function(__func__, module, name, (Object **)out);
-    if (!code) ((Object *)*out)->shared_allowed = 65536;
+    if (!code) ((Object *)*out)->shared_allowed = lds_bytes();
     return code;
 }
 hipError_t hipGraphCreate(hipGraph_t *out, unsigned int flags) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from ingot.runtime.cuda import CudaDriver
 from ingot.runtime.device_api import DeviceError, DriverMissingError
 from ingot.runtime.gpu_memory import SelfTestError
 from ingot.runtime.hip import HipDriver
+from ingot.runtime.host_arrays import memory_view
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
 
 X = np.linspace(-1, 2, 8, dtype=np.float32)
@@ -53,8 +55,10 @@ def gpu(request: pytest.FixtureRequest, built: dict[str, FakeGpu]) -> Iterator[F
     assert fake.outstanding == []
 
 
-def expected(x: np.ndarray[Any, Any] = X) -> np.ndarray[Any, Any]:
-    s = x + WEIGHTS["w"]
+def expected(
+    x: np.ndarray[Any, Any] = X, w: np.ndarray[Any, Any] = WEIGHTS["w"]
+) -> np.ndarray[Any, Any]:
+    s = x + w
     return s + ((x + x) + s)
 
 
@@ -225,25 +229,102 @@ def test_long_weights_pass_through_a_short_buffer(
     executable.close()
 
 
+class Storage:
+    """Memory of the device, with its address."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+
 class TensorOnGpu:
-    """What of a torch tensor on a GPU is asked for, over memory of the fake's arena."""
+    """What of a torch tensor on a GPU is asked for; copies of it lie at `copy`, or where it is."""
 
     is_cuda = True
     dtype = "torch.float32"
     shape = (8,)
 
-    def __init__(self, address: int, index: int = 0, dense: bool = True) -> None:
-        self.address, self.dense = address, dense
+    def __init__(
+        self, address: int, index: int = 0, dense: bool = True, copy: int | None = None
+    ) -> None:
+        self.storage, self.dense, self.copy = Storage(address), dense, copy
         self.device = torch.device("cuda", index)
 
     def data_ptr(self) -> int:
-        return self.address
+        return self.storage.address
 
-    def is_contiguous(self) -> bool:
-        return self.dense
+    def detach(self) -> TensorOnGpu:
+        other = TensorOnGpu(0, self.device.index, self.dense, self.copy)
+        other.storage = self.storage
+        return other
 
-    def stride(self) -> tuple[int, ...]:
-        return (2,)
+    def resolve_conj(self) -> TensorOnGpu:
+        return self
+
+    def resolve_neg(self) -> TensorOnGpu:
+        return self
+
+    def contiguous(self) -> TensorOnGpu:
+        return self if self.dense else self.clone()
+
+    def clone(self) -> TensorOnGpu:
+        return TensorOnGpu(self.data_ptr() if self.copy is None else self.copy)
+
+
+@pytest.fixture
+def others_memory(gpu: FakeGpu) -> Iterator[int]:
+    """Where 32 bytes of the device lie that someone else has allocated, and frees."""
+    api = gpu.api()
+    api.open()
+    with api.current():
+        address = api.allocate(32)
+    yield address
+    with api.current():
+        api.free(address)
+    api.close()
+
+
+def put(address: int, values: np.ndarray[Any, Any]) -> None:
+    memory_view(address, values.nbytes)[:] = values.view(np.uint8)
+
+
+def test_others_weights_are_used_in_place(gpu: FakeGpu, others_memory: int) -> None:
+    """In the context that is there; they are read at each run, never copied, and not freed."""
+    outstanding = gpu.outstanding
+    put(others_memory, WEIGHTS["w"])
+    allocated = gpu.calls("allocate")
+    executable = gpu.load(sum_program(gpu.vendor), {"w": TensorOnGpu(others_memory)})
+    assert gpu.calls("allocate") - allocated == 3  # the probe, the arena, the state
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    changed = WEIGHTS["w"] * 2
+    put(others_memory, changed)
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected(X, changed))
+    executable.close()
+    assert gpu.outstanding == outstanding
+
+
+def test_others_weights_live_as_long_as_the_executable(gpu: FakeGpu, others_memory: int) -> None:
+    """A parameter that is given other memory (module.cpu()) does not take its own away."""
+    put(others_memory, WEIGHTS["w"])
+    w = TensorOnGpu(others_memory)
+    memory = weakref.ref(w.storage)
+    executable = gpu.load(sum_program(gpu.vendor), {"w": w})
+    w.storage = Storage(0)
+    assert memory() is not None
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    executable.close()
+    assert memory() is None
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_others_weights_are_copied_where_they_must(
+    gpu: FakeGpu, others_memory: int, dense: bool
+) -> None:
+    """What is not dense, or lies at an odd place, as slices of weights may: torch copies it."""
+    put(others_memory, WEIGHTS["w"])
+    w = TensorOnGpu(others_memory + (4 if dense else 0), dense=dense, copy=others_memory)
+    executable = gpu.load(sum_program(gpu.vendor), {"w": w})
+    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    executable.close()
 
 
 def test_weight_on_the_device_is_used_in_place(gpu: FakeGpu) -> None:
@@ -265,7 +346,6 @@ def test_weight_on_the_device_is_used_in_place(gpu: FakeGpu) -> None:
     ("tensor", "message"),
     [
         (TensorOnGpu(256, index=1), "weight w: expected device 0, found cuda:1"),
-        (TensorOnGpu(256, dense=False), r"weight w: expected a dense tensor, found strides \(2,\)"),
         (TensorOnGpu(264), "the address of w: expected an address that 16 divides, found 264"),
         (torch.zeros(8, dtype=torch.float64), r"weight w: expected f32\[8\], found f64\[8\]"),
         (np.zeros(7, np.float32), r"weight w: expected f32\[8\] \(32 bytes\), found float32\[7\]"),
@@ -565,6 +645,18 @@ def test_interrupted_run_is_waited_for(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
 
 
 # ---- what only one of them has
+
+
+def test_hip_keeps_no_error_for_others(built: dict[str, FakeGpu]) -> None:
+    """torch asks for the thread's last error after its launches, and would take it for its own."""
+    gpu = built["hip"]
+    gpu.reset()
+    for nth in (1, 2):
+        gpu.fail("allocate", 2, nth)
+        with pytest.raises(DeviceError, match="hipMalloc failed with 2"):
+            gpu.load(sum_program(HIP), WEIGHTS)
+        assert gpu.last_error == 0
+    assert (gpu.complaints, gpu.outstanding) == ("", [])
 
 
 def programmatic(vendor: Any, *names: str) -> Program:

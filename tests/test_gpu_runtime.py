@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -9,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ingot
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from ingot.codegen.templates.launching import take_turn
-from ingot.runtime.cuda import CudaDriver
+from ingot.runtime.cuda import CudaApi, CudaDriver
 from ingot.runtime.device_api import DeviceError
 from ingot.runtime.gpu_memory import SelfTestError
 from ingot.runtime.graph_executable import GpuExecutable
@@ -316,6 +318,83 @@ def test_weight_of_torch_is_used_in_place() -> None:
     torch.cuda.synchronize()
     check(executable, 2, 1)  # the state grew by nothing
     executable.close()
+
+
+class Products(torch.nn.Module):
+    """Two products by large weights, a slice of a third, and a table that is made at load."""
+
+    SIZE = 8192
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(self.SIZE, self.SIZE)
+        self.second = torch.nn.Linear(self.SIZE, self.SIZE, bias=False)
+        self.wide = torch.nn.Parameter(torch.randn(self.SIZE, 64) / 64)
+        self.register_buffer("scale", torch.arange(32) / 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(torch.nn.functional.silu(self.first(x)))
+        ones = torch.ones(32, dtype=x.dtype, device=x.device)
+        return (y @ self.wide[:, 16:48]) * (self.scale + ones)
+
+
+def test_module_on_the_gpu_is_served_where_it_lies() -> None:
+    """There is no second copy of its weights: they are read in place, and kept while needed."""
+    torch.manual_seed(0)
+    module = Products().bfloat16().cuda()
+    x = torch.randn(4, Products.SIZE).bfloat16()
+    compiled = ingot.compile(module, example_inputs=(x.cuda(),), progress=False)
+
+    def agrees(factor: float) -> None:
+        with torch.no_grad():
+            expected = module(x.cuda()).float().cpu()
+        found = compiled(x).float()
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01 * factor)
+
+    with torch.no_grad():
+        module(x.cuda())  # so that torch has all the memory that it needs
+    torch.cuda.synchronize()
+    free, _ = torch.cuda.mem_get_info()
+    agrees(1)  # the first call loads
+    taken = free - torch.cuda.mem_get_info()[0]
+    large = 2 * Products.SIZE * Products.SIZE * 2
+    assert sum(p.nbytes for p in module.parameters()) > large
+    assert taken < large // 2, f"{taken} bytes more are in use, weights have {large}"
+    with torch.no_grad():
+        module.second.weight.mul_(2)
+    torch.cuda.synchronize()
+    agrees(2)  # what the parameter holds now
+
+    # The module moves away; its memory stays, and torch gives it to nobody else.
+    before = compiled(x)
+    module.cpu()
+    sizes, dtype = (Products.SIZE, Products.SIZE), torch.bfloat16
+    others = [torch.full(sizes, 7.0, dtype=dtype, device="cuda") for _ in range(2)]
+    torch.cuda.synchronize()
+    torch.testing.assert_close(compiled(x), before, rtol=0, atol=0)
+    assert [float(other[0, 0]) for other in others] == [7, 7]
+
+
+def test_context_is_that_of_torch() -> None:
+    """The primary one, which outlives what was loaded in it."""
+    if torch.version.hip:
+        pytest.skip("the HIP runtime has no contexts to choose from")
+    tensor = torch.ones(4, device="cuda")  # torch makes it current on this thread
+    library, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+    assert library.cuCtxGetCurrent(ctypes.byref(context)) == 0
+    executable = load(axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), 2))
+    api = executable._api
+    assert isinstance(api, CudaApi)
+    assert context.value == api._context
+    with api.current():
+        inside = ctypes.c_void_p()
+        assert library.cuCtxGetCurrent(ctypes.byref(inside)) == 0
+        assert inside.value == context.value
+    executable.close()
+    after = ctypes.c_void_p()
+    assert library.cuCtxGetCurrent(ctypes.byref(after)) == 0
+    assert after.value == context.value
+    assert float(tensor.sum()) == 4
 
 
 def test_from_another_thread_and_beside_torch() -> None:

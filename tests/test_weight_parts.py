@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ingot.codegen.constants import evaluate_constant
 from ingot.compiler.ir import Graph, Value
 from ingot.compiler.ops.leaf import constant
-from ingot.compiler.ops.shape import permute, slice_
+from ingot.compiler.ops.pointwise import add
+from ingot.compiler.ops.shape import full, permute, slice_
 from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.rewrite import Log, depends_only_on_constants
 from ingot.compiler.torch_types import type_of
@@ -56,6 +57,15 @@ def test_slices_of_a_weight_are_loaded_alone() -> None:
     assert torch.equal(evaluate_constant(turned, store), W[1:3, 3:5:2].permute(2, 0, 1))
     assert store.loaded == [("w", ((1, 3), (3, 5), (0, 2)))]
     assert evaluate_constant(part, store).data_ptr() == W[1:3, 3:5].data_ptr()  # no copy
+
+
+def test_weights_that_lie_elsewhere_are_folded_there() -> None:
+    """With what ops make out of nothing; the device `meta` stands for a GPU."""
+    w = constant(name="w", type=type_of(W))
+    raised = add(w, full(value=1.0, shape=W.shape, dtype="f32"))
+    assert torch.equal(evaluate_constant(raised, Weights.of({"w": W})), W + 1)
+    elsewhere = evaluate_constant(raised, Weights.of({"w": W.to("meta")}))
+    assert (elsewhere.device.type, elsewhere.shape) == ("meta", W.shape)
 
 
 def test_stores_that_cannot_load_parts_do_not_keep_the_rest() -> None:
