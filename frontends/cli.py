@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -360,48 +361,61 @@ def verify(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each.")] = 32,
     top: Annotated[int, typer.Option(min=1, help="n of the top-n rule.")] = 5,
+    target: Target = "auto",
     dtype: Annotated[str, typer.Option(help="Both sides compute in this.")] = "f32",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="mxfp4: a GPU beside the cpu target with the same weights dequantized."),
+    ] = None,
+    max_tokens: MaxTokens = 4096,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative Δlogits; without it, 1e-3 in f32.")
+        float | None, typer.Option(help="Largest relative Δlogits; without it, 1e-4 in f32.")
     ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Compare with transformers: greedy tokens, logits, and what leaves each layer.
 
-    Where the greedy tokens first differ, each must be among the other's top n.
+    Where the greedy tokens first differ, each must be among the other's top n. With --quantize a
+    GPU is compared with the cpu target instead, which computes with the same weights dequantized.
     """
     with _errors_in_one_line(traceback):
-        text = prompts.read_text(encoding="utf-8") if prompts else ""
-        lines = [line for line in text.splitlines() if line]
-        if prompts and not lines:
-            raise UsageError(f"--prompts: {prompts} holds no prompt; expected one a line")
-        model = _compile(directory, dtype=dtype)
-        from .model_check import F32_TOLERANCE, built_in_prompts, check_model
+        from .cli_verify import (
+            check_data,
+            check_gpu,
+            check_tables,
+            compared,
+            prompts_of,
+            verdict,
+        )
 
-        meta = model.session.meta
-        longest = meta.max_tokens_per_sequence - tokens
-        if longest < 1:
-            raise UsageError(f"--tokens {tokens}: sequences end at {meta.max_tokens_per_sequence}")
-        if lines and model.tokenizer is None:
-            raise UsageError(f"--prompts: {directory} has no tokenizer.json; leave the option out")
-        ids = built_in_prompts(model.tokenizer, meta.vocab_size, longest)
-        if lines and model.tokenizer is not None:
-            ids = [model.tokenizer.encode(line)[:longest] for line in lines]
-        if tolerance is None and model.report.dtype == "f32":
-            tolerance = F32_TOLERANCE
-        top = min(top, meta.vocab_size)
-        with _status("comparing with transformers"):
-            check = check_model(directory, model, ids, steps=tokens, top=top, tolerance=tolerance)
-        from .cli_report import check_data, check_tables
-
+        lines = prompts_of(prompts)
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "quantize": quantize,
+            "max_tokens_per_sequence": max_tokens,
+        }
+        on_cpu = None
+        if quantize is not None:
+            check_gpu(target)
+            on_cpu = partial(_compile, directory, target="cpu", **options)
+        model = _compile(directory, target=target, **options)
+        with _status("comparing"):
+            check = compared(
+                directory,
+                model,
+                on_cpu,
+                prompts=lines,
+                tokens=tokens,
+                top=top,
+                tolerance=tolerance,
+            )
         if as_json:
             print_json(check_data(check))
         else:
             out = _console()
             out.print(*check_tables(check))
-            verdict = f"max |Δlogits| / max |logit| = {check.logits_error:.1e}, {check.dtype}"
-            _print_lines(out, [verdict, *check.failures, "agrees" if check.ok else "DISAGREES"])
+            _print_lines(out, verdict(check))
         if not check.ok:
             raise typer.Exit(1)
 

@@ -17,7 +17,6 @@ from .inspect_view import one_token, show_bytes
 if TYPE_CHECKING:
     from .doctor import Diagnosis
     from .model import Model, Report, WrittenIngot
-    from .model_check import Check
 
 
 class IrHighlighter(RegexHighlighter):
@@ -154,31 +153,6 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
         names = ", ".join(data["unused"][:3]) + (" …" if len(data["unused"]) > 3 else "")
         lines.append(f"{len(data['unused'])} tensors of the checkpoint are not used: {names}")
     return lines
-
-
-def check_data(check: Check) -> dict[str, Any]:
-    return {
-        **asdict(check),
-        "logits_error": check.logits_error,
-        "failures": list(check.failures),
-        "ok": check.ok,
-    }
-
-
-def check_tables(check: Check) -> list[Table]:
-    """Tokens and logits of each prompt, and the error of each layer."""
-    rows: list[list[str]] = []
-    for i, p in enumerate(check.prompts):
-        parted = ""
-        if p.ours is not None:
-            rule = f"each in the other's top {check.top}" if p.near else "NOT near"
-            parted = f"{p.ours} / {p.theirs}, {rule}"
-        agreed = f"{p.agreed} of {p.steps}"
-        rows.append([str(i), str(p.length), agreed, parted, f"{p.logits_error:.1e}"])
-    heads = ["prompt", "tokens", "equal tokens", "where they part: ours / theirs", "Δlogits"]
-    prompts = table("Greedy tokens, beside transformers", heads, rows, right=(0, 1, 2, 4))
-    rows = [[layer.path, f"{layer.error:.1e}"] for layer in check.layers]
-    return [prompts, table("Hidden states", ["layer", "max error"], rows, right=(1,))]
 
 
 def doctor_tables(found: Diagnosis) -> list[Table]:

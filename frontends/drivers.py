@@ -52,4 +52,4 @@ def present_target() -> str:
     return found if found and found in TARGETS else CPU
 
 
-__all__ = ["NoDriverError", "driver_for", "driver_here", "present_target"]
+__all__ = ["CPU", "NoDriverError", "driver_for", "driver_here", "present_target"]

@@ -1,32 +1,21 @@
-"""A compiled model beside transformers on the same directory: tokens, logits, every layer.
+"""A compiled model beside a reference: greedy tokens, logits, and what leaves each layer.
 
-Ours are decoded greedily through the session (prefill in chunks, then the paged cache, all prompts
-together). Theirs are one forward pass, without a cache, over each prompt and our tokens: as long as
-both agree, its largest logits are the tokens that transformers would have chosen.
+Ours are decoded through the session of the model's target (prefill in chunks, then the paged cache,
+all prompts together). Theirs are one forward pass, without a cache, over each prompt and our
+tokens: as long as both agree, its largest logits are the tokens that the reference would have
+chosen. The top-n rule: where the tokens first differ, each must be among the other's n most likely;
+nothing after that is comparable.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
-from ..compiler.interpret import interpret
-from ..compiler.ir import Graph, Value
-from ..compiler.ops.leaf import constant
-from ..compiler.torch_types import torch_dtype
-from ..compiler.weights import Weights
-from .checkpoint import open_checkpoint
-from .huggingface import import_hugging_face
-from .inspect_view import layout
-from .meta_model import build_meta_model, read_config
 from .model import Model
 from .tokenizer import Tokenizer
 
@@ -56,21 +45,56 @@ _RANDOM_LENGTHS = (1, 7, 40, 70)
 
 
 @dataclass(frozen=True)
-class PromptCheck:
-    """One prompt. `agreed` counts the equal tokens out of `steps`.
+class Answer:
+    """What a reference says of some ids: the logits f32 [T, vocab], and by path of its layers how
+    far what leaves them is from what leaves ours, relative to the largest of theirs."""
 
-    Where both part, `ours` and `theirs` are the two tokens, and `near` says whether each is among
-    the other's top n. `logits_error` is the largest difference over all positions, relative to the
-    largest of their logits.
+    logits: torch.Tensor
+    layers: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class Reference(Protocol):
+    """What a model is compared with; `name` is for people."""
+
+    @property
+    def name(self) -> str: ...
+
+    def answer(self, ids: Sequence[int]) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two greedy runs: `agreed` of `steps` tokens are equal before the first that differs.
+
+    There `ours` and `theirs` are the two tokens, and `ours_ranked` says whether ours is among
+    their top n, `theirs_ranked` whether theirs is among ours.
+    """
+
+    steps: int
+    agreed: int
+    ours: int | None = None
+    theirs: int | None = None
+    ours_ranked: bool = True
+    theirs_ranked: bool = True
+
+    @property
+    def near(self) -> bool:
+        """Whether the top-n rule is kept."""
+        return self.ours_ranked and self.theirs_ranked
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCheck(Agreement):
+    """The agreement on one prompt of `length` tokens.
+
+    `logits_error` is the largest difference over all positions. `logprob_error` is that of the
+    log-probabilities with which our tokens were generated, which batching, chunks and the cache
+    have had their part in. Both are relative to the largest of their logits.
     """
 
     length: int
-    steps: int
-    agreed: int
-    ours: int | None
-    theirs: int | None
-    near: bool
     logits_error: float
+    logprob_error: float
 
 
 @dataclass(frozen=True)
@@ -83,10 +107,12 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """The comparison; `ok` when tokens, or their top n, agree and the logits are close."""
+    """The comparison; `ok` when tokens, or their top n, agree and the numbers are close."""
 
     model_type: str
+    target: str
     dtype: str
+    beside: str
     top: int
     tolerance: float | None
     prompts: tuple[PromptCheck, ...]
@@ -97,26 +123,35 @@ class Check:
         return worst(p.logits_error for p in self.prompts)
 
     @property
+    def logprob_error(self) -> float:
+        return worst(p.logprob_error for p in self.prompts)
+
+    @property
     def failures(self) -> tuple[str, ...]:
         """What is wrong, a line each."""
         if not self.prompts:
             return ("there was nothing to compare: no prompts",)
-        found = [
-            f"prompt {i}: token {p.agreed} is {p.ours}, in transformers {p.theirs}, "
-            f"and one is not among the other's top {self.top}"
-            for i, p in enumerate(self.prompts)
-            if not p.near
+        found = [self._parting(i, p) for i, p in enumerate(self.prompts) if not p.near]
+        if self.tolerance is None:
+            return tuple(found)
+        errors = {"logits": self.logits_error, "log-probabilities": self.logprob_error}
+        found += [
+            f"{what} differ by {error:.1e} of the largest logit, over {self.tolerance:.0e}"
+            for what, error in errors.items()
+            if not error <= self.tolerance  # NaN is not within any tolerance
         ]
-        error = self.logits_error
-        # NaN is not within any tolerance
-        if self.tolerance is not None and not error <= self.tolerance:
-            found.append(f"logits differ by {error:.1e} of the largest, over {self.tolerance:.0e}")
         found += [
             f"{layer.path} differs by {layer.error:.1e}, over {self.tolerance:.0e}"
             for layer in self.layers
-            if self.tolerance is not None and not layer.error <= self.tolerance
+            if not layer.error <= self.tolerance
         ]
         return tuple(found)
+
+    def _parting(self, i: int, p: PromptCheck) -> str:
+        far = [] if p.ours_ranked else [f"{p.ours} is not among the top {self.top} there"]
+        far += [] if p.theirs_ranked else [f"{p.theirs} is not among our top {self.top}"]
+        tokens = f"token {p.agreed} is {p.ours}, in {self.beside} {p.theirs}"
+        return f"prompt {i}: {tokens}; {', '.join(far)}"
 
     @property
     def ok(self) -> bool:
@@ -141,57 +176,70 @@ def built_in_prompts(tokenizer: Tokenizer | None, vocab_size: int, longest: int)
 
 
 def check_model(
-    directory: Path,
     model: Model,
+    reference: Reference,
     prompts: Sequence[Sequence[int]],
     *,
     steps: int,
     top: int,
     tolerance: float | None,
 ) -> Check:
-    """Compare `model`, compiled from `directory`, with transformers on the CPU in its dtype."""
+    """Compare what `model` continues `prompts` with, up to `steps` tokens each, with `reference`.
+
+    RuntimeError where a sequence ended with an error.
+    """
     sequences = model.session.requests(prompts, max_new_tokens=steps, top_logprobs=top)
     for event in model.session.events(sequences):
         if event.finish_reason == "error":
             raise RuntimeError(f"generation failed: {event.message}")
-    dtype = torch_dtype(model.report.dtype)
-    theirs = _transformers_model(directory, dtype)
-    weights = _weights(directory, model.graph("raise-ops"), dtype)
-    ends = _layer_ends(model.graph("raise-ops"), theirs)
     checked: list[PromptCheck] = []
-    errors: dict[str, list[float]] = {path: [] for path in ends}
+    layers: dict[str, list[float]] = {}
     for sequence in sequences:
-        prompt, tokens = sequence.prompt, sequence.tokens
-        ids = [*prompt, *tokens[:-1]]
-        with _outputs_of(theirs, ends) as hidden, torch.inference_mode():
-            expected = theirs(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-        found = torch.from_numpy(model.logits(ids))
-        ours_top = [[token for token, _ in step] for step in sequence.top_logprobs]
-        check = compare_tokens(tokens, ours_top, expected[len(prompt) - 1 :], top)
-        error = relative_error(found, expected)
-        checked.append(replace(check, length=len(prompt), logits_error=error))
-        for path, value in _interpreted(model.graph("raise-ops"), ends, ids, weights).items():
-            errors[path].append(relative_error(value, hidden[path]))
-    layers = tuple(LayerCheck(path, worst(values)) for path, values in errors.items())
-    kind = model.report.model_type
-    return Check(kind, model.report.dtype, top, tolerance, tuple(checked), layers)
+        ids = [*sequence.prompt, *sequence.tokens[:-1]]
+        answer = reference.answer(ids)
+        expected = answer.logits[len(sequence.prompt) - 1 :]
+        found = [[token for token, _ in step] for step in sequence.top_logprobs]
+        ranked = expected.topk(min(top, expected.shape[-1])).indices.tolist()
+        chosen = expected.argmax(dim=-1).tolist()
+        agreement = compare_tokens(sequence.tokens, found, chosen, ranked)
+        scores = expected.log_softmax(-1).gather(1, torch.tensor(sequence.tokens)[:, None])[:, 0]
+        scored = torch.tensor(sequence.logprobs)
+        largest = float(answer.logits.abs().max())
+        check = PromptCheck(
+            **vars(agreement),
+            length=len(sequence.prompt),
+            logits_error=relative_error(torch.from_numpy(model.logits(ids)), answer.logits),
+            logprob_error=float((scored - scores).abs().max()) / (largest or 1.0),
+        )
+        checked.append(check)
+        for path, error in answer.layers.items():
+            layers.setdefault(path, []).append(error)
+    report = model.report
+    return Check(
+        report.model_type,
+        report.target,
+        report.dtype,
+        reference.name,
+        top,
+        tolerance,
+        tuple(checked),
+        tuple(LayerCheck(path, worst(errors)) for path, errors in layers.items()),
+    )
 
 
 def compare_tokens(
-    tokens: Sequence[int], ours_top: Sequence[Sequence[int]], expected: torch.Tensor, top: int
-) -> PromptCheck:
-    """Our tokens beside `expected` f32[steps, vocab], the logits that theirs come from.
-
-    The top-n rule is applied at the first token that differs; nothing after it is comparable.
-    """
-    chosen = expected.argmax(dim=-1).tolist()
-    pairs = zip(tokens, chosen, strict=True)
-    at = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    ours: Sequence[int],
+    our_tops: Sequence[Sequence[int]],
+    theirs: Sequence[int],
+    their_tops: Sequence[Sequence[int]],
+) -> Agreement:
+    """Two greedy runs of equal length, each with its most likely tokens at every step."""
+    pairs = zip(ours, theirs, strict=True)
+    at = next((i for i, (mine, other) in enumerate(pairs) if mine != other), None)
     if at is None:
-        return PromptCheck(0, len(tokens), len(tokens), None, None, True, 0.0)
-    theirs_top = expected[at].topk(min(top, expected.shape[-1])).indices.tolist()
-    near = tokens[at] in theirs_top and chosen[at] in ours_top[at]
-    return PromptCheck(0, len(tokens), at, tokens[at], chosen[at], near, 0.0)
+        return Agreement(len(ours), len(ours))
+    mine, other = ours[at], theirs[at]
+    return Agreement(len(ours), at, mine, other, mine in their_tops[at], other in our_tops[at])
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -202,80 +250,17 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return difference / largest if largest else difference
 
 
-def _weights(directory: Path, graph: Graph, dtype: torch.dtype) -> Weights:
-    """The weights of `graph`; the model is traced once more only if tracing itself made some."""
-    stored = open_checkpoint(directory, build_meta_model(read_config(directory), dtype)).weights
-    if all(n.attrs["name"] in stored for n in graph.nodes() if n.op is constant):
-        return stored
-    return import_hugging_face(directory, dtype=dtype, max_tokens=2).weights
-
-
-def _transformers_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            dtype=dtype,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    return model.eval()
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Without transformers' bars and its report of tensors (an MTP layer) that it leaves out."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _layer_ends(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
-    """By module path, the value that leaves each layer: the last of hidden size that it gives."""
-    width = theirs.config.get_text_config().hidden_size
-    tokens = graph.param("tokens").type.shape
-    ends: dict[str, Value] = {}
-    for layer in layout(graph).layers:
-        fitting = [v for v in layer.leaving if v.type.shape == (*tokens, width)]
-        if fitting:
-            ends[layer.path] = fitting[-1]
-    return ends
-
-
-@contextmanager
-def _outputs_of(model: PreTrainedModel, paths: Iterable[str]) -> Generator[dict[str, torch.Tensor]]:
-    """What the modules at `paths` give during a forward pass."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def hook_for(path: str) -> Any:
-        def keep(_module: Any, _args: Any, output: Any) -> None:
-            outputs[path] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    hooks = [model.get_submodule(p).register_forward_hook(hook_for(p)) for p in paths]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _interpreted(
-    graph: Graph, ends: dict[str, Value], ids: Sequence[int], weights: Weights
-) -> dict[str, torch.Tensor]:
-    part = Graph(graph.name, graph.params, tuple(ends.values()), graph.symbols)
-    inputs = {
-        "tokens": torch.tensor(ids, dtype=torch.int32),
-        "positions": torch.arange(len(ids), dtype=torch.int32),
-    }
-    with torch.inference_mode():
-        outputs = interpret(part, inputs, weights).outputs
-    return dict(zip(ends, outputs, strict=True))
+__all__ = [
+    "F32_TOLERANCE",
+    "Agreement",
+    "Answer",
+    "Check",
+    "LayerCheck",
+    "PromptCheck",
+    "Reference",
+    "built_in_prompts",
+    "check_model",
+    "compare_tokens",
+    "relative_error",
+    "worst",
+]

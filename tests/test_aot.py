@@ -28,7 +28,7 @@ from ingot.compiler.text import parse, same_structure
 from ingot.compiler.weights import Weights
 from ingot.frontends.aot import export
 from ingot.frontends.cli import app
-from ingot.frontends.drivers import NoDriverError, driver_for
+from ingot.frontends.drivers import NoDriverError, driver_for, present_target
 from ingot.frontends.loading import LoadedModel, load
 from ingot.frontends.model import NotYetError
 from ingot.runtime import ingot_writer
@@ -251,6 +251,39 @@ def test_gpu_ingots_are_served_without_torch(tmp_path: Path, name: str) -> None:
     assert kinds == {"@embed.weight": "uint16", "@folded.0": "float32", "@codes": "uint8"}
     for weight, tensor in tiny_ingot.weights().items():
         assert sums[weight] == int(tensor.contiguous().view(torch.uint8).long().sum())
+
+
+SERVED = """
+import json, sys
+import ingot
+with ingot.load(sys.argv[1]) as model:
+    completions = model.generate(sys.argv[2:], max_new_tokens=24, logprobs=2)
+    heavy = sorted({"torch", "triton", "transformers", "sympy"} & set(sys.modules))
+    said = [[c.text, c.tokens, c.logprobs] for c in completions]
+    print(json.dumps([model.manifest.target, said, heavy]))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "mxfp4"], ids=["dense", "packed"])
+def test_text_to_text_on_the_gpu_without_torch(tmp_path: Path, quantize: str | None) -> None:
+    """From an ingot alone, in a process of its own: what the compiled model says in this one."""
+    options = {"max_sequences": 2, "max_tokens_per_sequence": 64, "progress": False}
+    written = ingot.compile_to(PICO, tmp_path / "pico.ingot", quantize=quantize, **options)
+    assert written.manifest.target == present_target() != CPU.name
+    prompts = ["def __init__(self, ", "import os\n", "é"]
+    command = [sys.executable, "-c", SERVED, str(written.path), *prompts]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, check=False, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    target, said, heavy = json.loads(done.stdout)
+    assert (target, heavy) == (written.manifest.target, [])
+    with ingot.compile(PICO, quantize=quantize, **options) as model:
+        expected = model.generate(prompts, max_new_tokens=24, logprobs=2)
+    assert said == [[c.text, list(c.tokens), list(c.logprobs)] for c in expected]
+    assert all(text for text, _, _ in said)
 
 
 def test_a_target_without_a_driver_is_told() -> None:

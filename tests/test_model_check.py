@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.frontends import api, model_check
+from ingot.frontends import api, model_check, references
 from ingot.frontends.cli import app
 from ingot.frontends.model_check import (
     Check,
@@ -19,6 +19,7 @@ from ingot.frontends.model_check import (
     compare_tokens,
     relative_error,
 )
+from ingot.frontends.references import TransformersReference
 from safetensors.torch import load_file, save_file
 from test_tokenizer import byte_level
 from test_tokenizer import save as save_tokenizer
@@ -43,14 +44,15 @@ def model(directory: Path) -> Any:
 def checked(directory: Path, model: Any, **options: Any) -> Check:
     prompts = built_in_prompts(None, 320, 100)
     options = {"steps": 8, "top": 5, "tolerance": 1e-4, **options}
-    return check_model(directory, model, prompts, **options)
+    return check_model(model, TransformersReference(directory, model), prompts, **options)
 
 
 def test_agreement(directory: Path, model: Any) -> None:
     check = checked(directory, model)
     assert check.ok and [p.agreed for p in check.prompts] == [8] * 4
     assert [p.length for p in check.prompts] == [1, 7, 40, 70]
-    assert 0 < check.logits_error < 1e-5
+    assert (check.target, check.dtype, check.beside) == ("cpu", "f32", "transformers")
+    assert 0 < check.logits_error < 1e-5 and 0 < check.logprob_error < 1e-5
     assert [layer.path for layer in check.layers] == [f"model.layers.{i}" for i in range(3)]
     assert all(0 < layer.error < 1e-5 for layer in check.layers)
 
@@ -62,38 +64,48 @@ def test_a_broken_layer_is_found_where_it_is(directory: Path, model: Any, tmp_pa
     tensors["model.layers.1.mlp.down_proj.weight"] *= -20
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     # Weights of the interpreted layers are read from the directory: they are the sound ones here.
-    sound = model_check._weights
+    sound = references._weights
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            model_check, "_weights", lambda _, graph, dtype: sound(directory, graph, dtype)
+            references, "_weights", lambda _, graph, dtype: sound(directory, graph, dtype)
         )
         check = checked(tmp_path, model, top=1)
-    assert not check.ok and "one is not among the other's top 1" in check.failures[0]
-    assert any("logits differ by" in line for line in check.failures)
+    assert not check.ok and "is not among the top 1 there" in check.failures[0]
+    assert "is not among our top 1" in check.failures[0]
+    for what in ("logits", "log-probabilities"):
+        assert any(line.startswith(f"{what} differ by") for line in check.failures)
     assert "model.layers.1 differs by" in check.failures[-2] and "2 differs" in check.failures[-1]
     errors = [layer.error for layer in check.layers]
     assert errors[0] < 1e-5 < 1e-2 < errors[1]
 
 
 def test_top_n_rule() -> None:
-    expected = torch.tensor([[0.0, 3.0, 2.0, 1.0], [9.0, 8.0, 7.0, 0.0], [5.0, 0.0, 0.0, 0.0]])
-    ours_top = [[1, 2], [1, 0], [3, 2]]
-    assert compare_tokens([1, 0, 0], ours_top, expected, 2).agreed == 3
-    near = compare_tokens([1, 1, 3], ours_top, expected, 2)
+    theirs, their_tops = [1, 0, 0], [[1, 2], [0, 1], [0, 1]]
+    our_tops = [[1, 2], [1, 0], [3, 2]]
+
+    def compare(ours: list[int], our_tops: list[list[int]] = our_tops) -> Any:
+        return compare_tokens(ours, our_tops, theirs, their_tops)
+
+    assert (compare([1, 0, 0]).agreed, compare([1, 0, 0]).near) == (3, True)
+    near = compare([1, 1, 3])
     assert (near.agreed, near.ours, near.theirs, near.near) == (1, 1, 0, True)
-    assert not compare_tokens([1, 2, 0], ours_top, expected, 2).near  # not in their top 2
-    far = [[1, 2], [1, 3], [3, 2]]
-    assert not compare_tokens([1, 1, 0], far, expected, 2).near  # theirs is not in our top 2
+    far = compare([1, 2, 0])
+    assert (far.ours_ranked, far.theirs_ranked, far.near) == (False, True, False)
+    far = compare([1, 1, 0], [[1, 2], [1, 3], [3, 2]])
+    assert (far.ours_ranked, far.theirs_ranked, far.near) == (True, False, False)
+    with pytest.raises(ValueError, match="zip"):
+        compare([1, 0])
 
 
 def test_tolerance_and_nan() -> None:
-    def check(error: float, tolerance: float | None) -> Check:
-        prompt = PromptCheck(1, 1, 1, None, None, True, error)
-        return Check("x", "f32", 5, tolerance, (prompt,), ())
+    def check(error: float, tolerance: float | None, scored: float = 0.0) -> Check:
+        prompt = PromptCheck(1, 1, length=1, logits_error=error, logprob_error=scored)
+        return Check("x", "cpu", "f32", "y", 5, tolerance, (prompt,), ())
 
-    assert not Check("x", "f32", 5, None, (), ()).ok  # nothing was compared
+    assert not Check("x", "cpu", "f32", "y", 5, None, (), ()).ok  # nothing was compared
     assert check(1e-4, 1e-3).ok and check(1.0, None).ok
     assert not check(1e-2, 1e-3).ok and not check(math.nan, 1e-3).ok
+    assert not check(1e-4, 1e-3, 1e-2).ok and not check(1e-4, 1e-3, math.nan).ok
     assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 4.0]])) == 0.5
 
 
