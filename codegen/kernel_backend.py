@@ -21,7 +21,7 @@ from ..compiler.target import Target
 from ..compiler.types import DTYPE_BITS, TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice
 from .build import build
-from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place
+from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place, entry_name
 from .kernel_source import KernelSource
 from .pointwise import computed, fusible, region_of
 from .regions import grouped
@@ -211,7 +211,7 @@ class KernelBackend:
                 raise TypeError(f"{label}: {ref} names no memory")
             return found
 
-        entry = ",".join(f"{k}={v}" for k, v in builder.binding.items())
+        entry = entry_name(builder.binding)
         ids: list[str] = []
         for call in chosen.calls:
             names = [n for n in call.function.arg_names if n in call.args]
