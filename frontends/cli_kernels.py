@@ -64,8 +64,9 @@ def launch_tables(step: Step) -> Iterable[Table]:
         for line in s.lines:
             grid = "×".join(map(str, line.grid))
             # The estimate and the reason are those of the whole op: said once.
-            begins = line.seconds is not None
-            last = [f"{line.seconds * 1e6:.1f}", line.why or ""] if begins else ["", ""]
+            last = ["", ""]
+            if line.seconds is not None:
+                last = [f"{line.seconds * 1e6:.1f}", line.why or ""]
             rows.append([line.op, line.place, line.kernel, grid, *(last if told else ())])
         heads = ["op", "of", "kernel", "grid", *(("µs", "why") if told else ())]
         yield table(f"{s.title}: {len(s.lines)} launches", heads, rows, right=(4,))

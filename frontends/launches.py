@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 # Figures of `Kernel.facts` that count instructions: products on matrix units, and conversions.
 _COUNTED = ("wgmma", "mma", "tcgen05", "mfma", "scaled_conversions")
-BEFORE, AFTER = "before the layers", "after the layers"
+# What stands in no layer: a program without any is one body.
+BODY, BEFORE, AFTER = "all launches", "before the layers", "after the layers"
+_OUTSIDE = (BODY, BEFORE, AFTER)
 
 
 @dataclass(frozen=True)
@@ -106,23 +108,26 @@ def sections(step: Step) -> tuple[Section, ...]:
         op, place = _split(launch)
         inside = place.removeprefix(homes[i]).lstrip(".")
         choice = step.choices[i] if step.choices else None
-        begins = i == 0 or choice is not step.choices[i - 1]
-        why, seconds = (
-            (choice.reason, choice.seconds if begins else None) if choice else (None,) * 2
+        begins = i == 0 or choice is None or choice is not step.choices[i - 1]
+        line = Line(
+            op,
+            inside,
+            step.program.kernels[launch.kernel].symbol,
+            launch.grid,
+            choice.reason if choice else None,
+            choice.seconds if choice and begins else None,
         )
-        symbol = step.program.kernels[launch.kernel].symbol
-        line = Line(op, inside, symbol, launch.grid, why, seconds)
         lines.setdefault(homes[i], []).append(line)
         kinds.setdefault(homes[i], []).append((op, inside, launch.kernel, launch.grid))
     found: dict[object, list[str]] = {}
     for home, kind in kinds.items():
-        alone = home if home in (BEFORE, AFTER) else ""
+        alone = home if home in _OUTSIDE else ""
         found.setdefault((alone, tuple(kind)), []).append(home)
     return tuple(_section(homes, lines[homes[0]]) for homes in found.values())
 
 
 def _section(homes: Sequence[str], lines: Sequence[Line]) -> Section:
-    if homes[0] in (BEFORE, AFTER):
+    if homes[0] in _OUTSIDE:
         return Section(homes[0], (), tuple(lines))
     numbers = tuple(int(home.rpartition(".")[2]) for home in homes)
     many = "s" if len(numbers) > 1 else ""
@@ -136,7 +141,7 @@ def _split(launch: Launch) -> tuple[str, str]:
 
 
 def _homes(program: Program, entry: Entry) -> list[str]:
-    """Of each launch its layer's path, or BEFORE or AFTER.
+    """Of each launch its layer's path, or which of BODY, BEFORE and AFTER it is in.
 
     What several layers read and no activation reaches (rotary tables) belongs to none of them,
     whichever it is named after.
@@ -151,7 +156,9 @@ def _homes(program: Program, entry: Entry) -> list[str]:
     ]
     shared = _shared(homes, touched)
     homes = ["" if i in shared else home for i, home in enumerate(homes)]
-    first = next((i for i, home in enumerate(homes) if home), len(homes))
+    first = next((i for i, home in enumerate(homes) if home), None)
+    if first is None:
+        return [BODY] * len(homes)
     return [home or (BEFORE if i < first or i in shared else AFTER) for i, home in enumerate(homes)]
 
 
@@ -160,7 +167,7 @@ def _shared(homes: Sequence[str], touched: Sequence[Set[str]]) -> set[int]:
     seen: dict[str, int] = {}  # scratch memory -> the free launch that made it, -1 for another
     free: dict[int, set[str]] = {}
     for i, (home, names) in enumerate(zip(homes, touched, strict=True)):
-        if home and names and all(seen.get(name, i) in (i, *free) for name in names):
+        if home and names and all(name not in seen or seen[name] in free for name in names):
             free[i] = {home}
         for name in names:
             seen.setdefault(name, i if i in free else -1)
