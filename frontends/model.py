@@ -66,6 +66,9 @@ class Report:
                 )
             ),
         ]
+        if self.choices:
+            built, cached = self.kernels_built, self.kernels_cached
+            lines.append(f"{built} kernels built, {cached} from the cache")
         for p in self.passes:
             matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
             lines.append(f"{p.name}: {p.nodes_before} -> {p.nodes_after} nodes ({matches})")
