@@ -159,7 +159,6 @@ def test_weights_are_not_needed_to_look(name: str, tmp_path: Path) -> None:
     shutil.copy(full / "config.json", bare)
     mine, theirs = imported(bare), imported(full)
     assert str(mine.graph) == str(theirs.graph)
-    assert str(final(mine, 4)) == str(final(theirs, 4))
     types = [{n: e.type for n, e in m.weights.items()} for m in (mine, theirs)]
     assert types[0] == types[1]
     with pytest.raises(SourceError, match=r"bare: holds no weights: .* only be inspected"):
