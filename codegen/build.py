@@ -58,7 +58,8 @@ def build(
 ) -> dict[KernelSource, Kernel]:
     """The kernel of every source, from the cache or built now.
 
-    `progress` hears how many of how many are done. `workers` threads build (default: as many as
+    `progress` hears how many of how many are done: first those that the cache held, then each that
+    is built. `workers` threads build (default: as many as
     there are cores); `cache` is the folder, by default in the user's cache directory. BuildError
     names the kernel, or the folder where nothing can be written.
     """
@@ -72,6 +73,8 @@ def build(
             missing.append(source)
         else:
             kernels[source] = _kernel(source, target, cached)
+    if progress:
+        progress(len(kernels), len(wanted))
 
     def make(source: KernelSource, patience: float) -> Built | None:
         """Built by now or here; None where another is building it for longer than `patience`."""

@@ -21,7 +21,7 @@ from ..compiler.target import Target
 from ..compiler.types import DTYPE_BITS, TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice
 from .build import build
-from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place
+from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place, entry_name
 from .kernel_source import KernelSource
 from .pointwise import computed, fusible, region_of
 from .regions import grouped
@@ -53,18 +53,36 @@ class NoKernelError(Exception):
 class KernelBackend:
     """Launches of Triton kernels for one GPU target."""
 
-    def __init__(self, target: Target, progress: Callable[[int, int], None] | None = None) -> None:
-        """`progress` hears how many of how many kernels are built."""
+    def __init__(
+        self,
+        target: Target,
+        progress: Callable[[int, int], None] | None = None,
+        only: str | None = None,
+    ) -> None:
+        """`progress` hears how many of how many kernels are there. `only` names an entry: just its
+        kernels are built, for a program that is looked at and not run."""
         self.target = target
         self.sources: dict[str, KernelSource] = {}
         self.choices: list[Choice] = []
+        self.from_cache = 0  # of `kernels`
         self._progress = progress
+        self._only = only
+        self._wanted: dict[str, None] = {}
         self._fragments: dict[tuple[Value, Value, bool], tuple[Value, ...]] = {}
 
     def kernels(self) -> Mapping[str, Kernel]:
         """See Backend.kernels; builds those that the cache does not hold. BuildError."""
-        built = build(list(self.sources.values()), self.target, self._progress)
-        return {id_: built[source] for id_, source in self.sources.items()}
+        told: list[int] = []
+
+        def progress(done: int, of: int) -> None:
+            told.append(done)
+            if self._progress:
+                self._progress(done, of)
+
+        sources = {id_: self.sources[id_] for id_ in self._wanted}
+        built = build(list(sources.values()), self.target, progress)
+        self.from_cache = told[0]
+        return {id_: built[source] for id_, source in sources.items()}
 
     def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
         """See Backend.groups: element-wise ops over one shape share a launch."""
@@ -111,12 +129,13 @@ class KernelBackend:
         if node.op is view:  # of bytes that lie too far apart to be looked at otherwise
             (source,) = args
             assert isinstance(source, Slice)
-            self.copy(source, replace(results[0], shape=source.shape), builder)
+            target = replace(results[0], shape=source.shape)
+            self._copy(source, target, builder, f"copy {node.source}")
             return
         if node.op.inplace and not bound.in_place:
             for source, target in zip(args, results, strict=False):
                 assert isinstance(source, Slice)
-                self.copy(source, target, builder)
+                self._copy(source, target, builder, f"copy {node.source}")
             args = (*results, *args[len(results) :])
         label = f"{node.op.name} {node.source}".strip()
         request = Request(
@@ -128,7 +147,7 @@ class KernelBackend:
         )
         chosen = select(request)
         if isinstance(chosen, Declined) and not all(a.dense for a in request.args):
-            args = tuple(self._dense(a, builder) for a in args)
+            args = tuple(self._dense(a, builder, f"copy {node.source}") for a in args)
             request = replace(request, args=tuple(map(operand, args)))
             chosen = select(request)
         if isinstance(chosen, Declined):
@@ -148,19 +167,21 @@ class KernelBackend:
             raise NoKernelError(f"{label}: {chosen.reason}")
         self._launch(chosen, args, results, label, builder)
 
-    def _dense(self, place: Place, builder: EntryBuilder) -> Place:
+    def _dense(self, place: Place, builder: EntryBuilder, label: str) -> Place:
         """`place`, or a dense copy of it."""
         if not isinstance(place, Slice) or place.strides is None:
             return place
         target = builder.scratch(TensorType(place.dtype, place.shape))
-        self.copy(place, target, builder)
+        self._copy(place, target, builder, label)
         return target
 
     def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
         """See Backend.copy."""
+        self._copy(source, target, builder, f"copy {target.buffer}")
+
+    def _copy(self, source: Slice, target: Slice, builder: EntryBuilder, label: str) -> None:
         request = Request(view, {}, (operand(source),), (operand(target),), self.target)
-        label = f"copy {target.buffer}"
-        self._launch(copied(request), (source,), (target,), label, builder)
+        self._launch(copied(request), (source,), (target,), label.strip(), builder)
 
     def _launch(
         self,
@@ -190,6 +211,7 @@ class KernelBackend:
                 raise TypeError(f"{label}: {ref} names no memory")
             return found
 
+        entry = entry_name(builder.binding)
         ids: list[str] = []
         for call in chosen.calls:
             names = [n for n in call.function.arg_names if n in call.args]
@@ -197,12 +219,13 @@ class KernelBackend:
             source = self._source(call, {n: _argument(given[n]) for n in names})
             id_ = source.hash(self.target.name)
             self.sources.setdefault(id_, source)
+            if self._only in (None, entry):
+                self._wanted[id_] = None
             ids.append(call.function.__name__)
             writes = [place(ref) for ref in call.writes]
             reads = [s for s in given.values() if isinstance(s, Slice)]
             launch = Launch(id_, tuple(given[n] for n in names), call.grid, label)
             builder.launch(launch, reads, writes)
-        entry = ",".join(f"{k}={v}" for k, v in builder.binding.items())
         op = label.split(" ")[0]
         self.choices.append(Choice(op, entry, tuple(ids), chosen.reason, chosen.seconds))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import export as export_program
 
-from ..codegen.entries import Backend
+from ..codegen.entries import entry_name
 from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
 from ..compiler.ir import Graph
 from ..compiler.ops.mxfp4 import mxfp4
@@ -34,8 +34,9 @@ from .aot import Exportable, export
 from .calibration import calibrated, token_sequences
 from .completion import Completion, TextEvent
 from .drivers import driver_here, present_target
+from .launches import chosen_entry
 from .loading import IngotError, LoadedModel, load
-from .model import Model, NotYetError, Report, WrittenIngot, entry_sizes
+from .model import Model, NotYetError, Plan, Report, WrittenIngot, entry_sizes
 from .module import CompiledModule, ModuleReport
 from .progress import Progress
 from .tokenizer import Tokenizer
@@ -43,6 +44,7 @@ from .torch_export import import_program
 from .weight_report import PackingErrors, weight_reports
 
 if TYPE_CHECKING:
+    from ..codegen.kernel_backend import KernelBackend
     from .huggingface import HuggingFaceModel
 
 
@@ -178,6 +180,50 @@ def compile_to(
     return WrittenIngot(Path(path), manifest, lowered.graphs, lowered.report())
 
 
+def plan(
+    source: Any,
+    *,
+    target: str = "auto",
+    entry: str | None = None,
+    quantize: str | MXFP4 | None = None,
+    max_sequences: int = 8,
+    max_tokens_per_sequence: int = 4096,
+    dtype: str | torch.dtype | None = None,
+    passes: Sequence[Pass] | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> Plan:
+    """Compile a language model to look at it: its device need not be there, nor its weights.
+
+    A directory may hold config.json alone. Of the kernels those of `entry` are built: the name of
+    one, or how many tokens it is for; by default the first, which is a step of decoding. Other
+    options and errors are those of `compile`.
+    """
+    chosen, packing = _target(target), _quantization(quantize)
+    _check_options(None, 1, max_sequences, max_tokens_per_sequence)
+    if _is_module(source):
+        raise NotYetError("only language models are planned; a module is compiled where it runs")
+    with Progress(enabled=progress) as bar:
+        stages = _Stages(bar)
+        lowered = _lower_language_model(
+            source,
+            chosen,
+            max_sequences,
+            max_tokens_per_sequence,
+            _dtype(dtype),
+            packing,
+            passes,
+            check_rewrite if verify else None,
+            stages,
+            None,
+            plan_only=True,
+            entry=entry,
+        )
+    program = lowered.exportable.lowered.program
+    name = chosen_entry([e.name for e in program.entries], entry)
+    return Plan(program, name, lowered.graphs, lowered.report())
+
+
 class _Stages:
     """Times the stages of one compilation and tells the progress bar of them."""
 
@@ -203,8 +249,10 @@ def _target(name: str) -> Target:
     return target_of(present_target() if name == "auto" else name)
 
 
-def _backend(target: Target, group: ProcessGroup | None, stages: _Stages) -> Backend | None:
-    """What generates kernels for a GPU; None for the cpu."""
+def _backend(
+    target: Target, group: ProcessGroup | None, stages: _Stages, only: str | None = None
+) -> KernelBackend | None:
+    """What generates kernels for a GPU, of the entry `only` if one is named; None for the cpu."""
     if not target.is_gpu:
         return None
     if group is not None:
@@ -214,7 +262,7 @@ def _backend(target: Target, group: ProcessGroup | None, stages: _Stages) -> Bac
         )
     from ..codegen.kernel_backend import KernelBackend  # needs triton
 
-    return KernelBackend(target, stages.bar.count)
+    return KernelBackend(target, stages.bar.count, only)
 
 
 def _quantization(given: str | MXFP4 | None) -> MXFP4 | None:
@@ -366,11 +414,17 @@ def _lower_language_model(
     check: Callable[..., None] | None,
     stages: _Stages,
     group: ProcessGroup | None,
+    plan_only: bool = False,
+    entry: str | None = None,
 ) -> _LoweredModel:
+    """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels,
+    and whose weights need not be there."""
     from .huggingface import import_hugging_face  # needs transformers, which is an extra
 
     with stages("trace and import"):
-        model = import_hugging_face(source, dtype=dtype, max_tokens=max_tokens)
+        model = import_hugging_face(
+            source, dtype=dtype, max_tokens=max_tokens, weightless=plan_only
+        )
     if passes is None:
         passes = causal_lm(
             max_sequences=max_sequences,
@@ -392,7 +446,8 @@ def _lower_language_model(
     errors = PackingErrors()
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-        backend = _backend(target, group, stages)
+        only = chosen_entry(list(map(entry_name, bindings)), entry) if plan_only else None
+        backend = _backend(target, group, stages, only)
         outputs = output_names(final)
         lowered = lower(
             final, weights, target, bindings, outputs, meta, errors.observe, group, backend
@@ -424,6 +479,8 @@ def _lower_language_model(
             seconds=stages.seconds,
             weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
             choices=tuple(lowered.choices),
+            kernels_built=len(lowered.program.kernels) - backend.from_cache if backend else 0,
+            kernels_cached=backend.from_cache if backend else 0,
         )
 
     return _LoweredModel(exportable, graphs, tokenizer, report)
@@ -510,4 +567,5 @@ __all__ = [
     "compile",
     "compile_to",
     "load",
+    "plan",
 ]

@@ -33,7 +33,7 @@ from .cli_run import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .model import Model, WrittenIngot
+    from .model import Model, Plan, WrittenIngot
     from .text_model import TextModel
 
 app = typer.Typer(
@@ -278,6 +278,16 @@ def inspect(
             "--weights", help="With --quantize: how each weight is held, and why. Of an ingot: all."
         ),
     ] = False,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels", help="What each launch of a step is, and every kernel as it was built."
+        ),
+    ] = False,
+    entry: Annotated[
+        str | None,
+        typer.Option(help="With --kernels: the entry for so many tokens; without it, one."),
+    ] = None,
     dot: Annotated[Path | None, typer.Option(help="Write the graph as Graphviz DOT.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the graph (needs Graphviz).")] = None,
     everything: Annotated[
@@ -293,25 +303,40 @@ def inspect(
 ) -> None:
     """Print the graph after any pass; or what the passes did, or a picture; or what an ingot holds.
 
-    Layers that are built alike are shown once; --all prints every one.
+    Layers that are built alike are shown once; --all prints every one. With --kernels the target's
+    device need not be here. A directory with config.json alone can be inspected too.
     """
     with _errors_in_one_line(traceback):
+        if entry is not None and not kernels:
+            raise UsageError("--entry belongs to --kernels")
         if is_ingot(source):
             made = {"target": (target, "auto"), "dtype": (dtype, None)}
             made |= {"quantize": (quantize, None), "max_tokens": (max_tokens, 4096)}
             made |= {"max_sequences": (max_sequences, 8), "after": (after, None)}
             made |= {"passes": (passes, False), "dot": (dot, None), "svg": (svg, None)}
             check_options(source, made)
-            _inspect_ingot(source, weights=weights, everything=everything, as_json=as_json)
+            shown = {"weights": weights, "everything": everything, "kernels": kernels}
+            _inspect_ingot(source, **shown, entry=entry, as_json=as_json)
             return
-        model = _compile(
-            source,
-            target=target,
-            dtype=dtype,
-            quantize=quantize,
-            max_sequences=max_sequences,
-            max_tokens_per_sequence=max_tokens,
-        )
+        options: dict[str, Any] = {
+            "target": target,
+            "dtype": dtype,
+            "quantize": quantize,
+            "max_sequences": max_sequences,
+            "max_tokens_per_sequence": max_tokens,
+        }
+        from .cli_kernels import kernel_data, kernel_page
+        from .launches import Step
+        from .safetensors_files import holds_weights
+
+        model: Model | Plan
+        planned: Step | None = None
+        if kernels or not holds_weights(source):
+            model = plan = _plan(source, kernels=kernels, entry=entry, **options)
+            if kernels:
+                planned = Step.of(plan.program, plan.entry, plan.report.choices)
+        else:
+            model = _compile(source, **options)
         names = ("traced", *(p.name for p in model.report.passes), "final")
         which = after or "final"
         if which not in names:
@@ -328,11 +353,12 @@ def inspect(
             write_svg(dot_text(graph, everything=everything), svg)
         if weights and not model.report.weights:
             raise UsageError("--weights tells of quantized weights: give --quantize too")
-        tables = passes or entries or weights
+        tables = passes or entries or weights or kernels
         wanted = after is not None or everything or not (tables or dot or svg)
         if as_json:
             text = {"graph": {"name": which, "text": str(graph)}} if wanted else {}
-            print_json({**cli_report.report_data(model), **text})
+            step = {"step": kernel_data(planned)} if planned else {}
+            print_json({**cli_report.report_data(model), **text, **step})
             return
         out = _console()
         if wanted:
@@ -349,7 +375,12 @@ def inspect(
             out.print(cli_report.entry_table(data))
         if weights:
             out.print(cli_report.weight_table(data))
-        _print_lines(out, cli_report.summary_lines(data))
+        lines = cli_report.summary_lines(data)
+        if planned:
+            page_tables, page_lines = kernel_page(planned)
+            out.print(*page_tables)
+            lines += page_lines
+        _print_lines(out, lines)
 
 
 @app.command()
@@ -487,6 +518,21 @@ def _compile(directory: Path, output: Path | None = None, **options: Any) -> Any
     return api.compile(directory, **options, progress=progress)
 
 
+def _plan(directory: Path, *, kernels: bool, **options: Any) -> Plan:
+    """A model that is only looked at; UsageError for kernels of the cpu target."""
+    from ..compiler.target import TARGETS
+    from . import api
+    from .drivers import present_target
+
+    if options["target"] == "auto":
+        options["target"] = present_target()
+    if kernels and options["target"] == "cpu":
+        gpus = ", ".join(t.name for t in TARGETS.values() if t.is_gpu)
+        raise UsageError(f"--kernels: the cpu target has no kernels; give --target, one of {gpus}")
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    return api.plan(directory, **options, progress=sys.stderr.isatty())
+
+
 def _open(
     source: Path, target: str, dtype: str | None, quantize: str | None, max_tokens: int
 ) -> TextModel:
@@ -507,20 +553,40 @@ def _open(
     return load(source)
 
 
-def _inspect_ingot(source: Path, *, weights: bool, everything: bool, as_json: bool) -> None:
+def _inspect_ingot(
+    source: Path,
+    *,
+    weights: bool,
+    everything: bool,
+    kernels: bool,
+    entry: str | None,
+    as_json: bool,
+) -> None:
     from ..runtime.artifact import FINAL_GRAPH, open_ingot
     from .cli_ingot import ingot_data, ingot_lines, ingot_tables
+    from .cli_kernels import kernel_data, kernel_page
+    from .launches import Step
 
     artifact = open_ingot(source)
+    step = None
+    if kernels:
+        if artifact.program is None:
+            raise UsageError(f"--kernels: {source} is for the cpu target, which has no kernels")
+        step = Step.of(artifact.program, entry)
     data = ingot_data(artifact, weights=weights)
     if as_json:
-        print_json(data)
+        print_json({**data, "step": kernel_data(step)} if step else data)
         return
     out = _console()
     if everything:
         _print_lines(out, artifact.graphs[FINAL_GRAPH].splitlines())
-    out.print(*ingot_tables(data))
-    _print_lines(out, ingot_lines(data))
+    out.print(*ingot_tables(data, artifact.program))
+    lines = ingot_lines(data)
+    if step:
+        tables, more = kernel_page(step)
+        out.print(*tables)
+        lines += more
+    _print_lines(out, lines)
 
 
 def _console() -> Console:

@@ -10,8 +10,11 @@ from typing import Any
 from rich.table import Table
 
 from ..runtime.artifact import Artifact
+from ..runtime.program import Program
+from .cli_kernels import static_data, static_table
 from .cli_report import table
 from .inspect_view import show_bytes
+from .launches import static_report
 
 
 def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
@@ -30,23 +33,12 @@ def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
         "stop_tokens": list(manifest.stop_tokens),
         "generation": dict(manifest.generation),
         "entries": [asdict(entry) for entry in manifest.entries],
-        "kernels": [],
+        "static": None,
         "files": len(manifest.files),
         "bytes": dict(groups),
     }
     if program is not None:
-        used = Counter(launch.kernel for e in program.entries for launch in e.launches)
-        data["kernels"] = [
-            {
-                "symbol": kernel.symbol,
-                "launches": used[id_],
-                "num_warps": kernel.num_warps,
-                "shared": kernel.shared,
-                "code_bytes": len(kernel.binary) if isinstance(kernel.binary, bytes) else 0,
-                "facts": dict(kernel.facts),
-            }
-            for id_, kernel in program.kernels.items()
-        ]
+        data["static"] = static_data(static_report(program, program.entries))
     if weights:
         data["weights"] = [
             {"name": name, "dtype": t.dtype, "shape": list(t.shape), "bytes": len(t.data)}
@@ -67,23 +59,22 @@ def ingot_lines(data: Mapping[str, Any]) -> list[str]:
             f"on {meta['pages']} pages of {meta['page_size']}, vocabulary {meta['vocab_size']}"
         ),
     ]
+    if (static := data["static"]) is not None:
+        lines += [f"{static['target']}: {static['verdict']}"]
+        lines += [static["note"]] if static["note"] else []
     if data["generation"]:
         made = ", ".join(f"{name} {value}" for name, value in data["generation"].items())
         lines.append(f"its makers sample with {made}")
     return lines
 
 
-def ingot_tables(data: Mapping[str, Any]) -> Iterable[Table]:
-    """Entries; kernels and weights where there are any to show."""
+def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[Table]:
+    """Entries; the kernels of `program` and the weights, where there are any to show."""
     entries = [[e["name"], str(e["launches"])] for e in data["entries"]]
     yield table("Entries", ["entry", "launches"], entries, right=(1,))
-    if data["kernels"]:
-        rows = [
-            [k["symbol"], *(str(k[n]) for n in ("launches", "num_warps", "shared", "code_bytes"))]
-            for k in data["kernels"]
-        ]
-        heads = ["kernel", "launches", "warps", "shared bytes", "code bytes"]
-        yield table("Kernels", heads, rows, right=(1, 2, 3, 4))
+    if program is not None:
+        report = static_report(program, program.entries)
+        yield static_table(report, f"Kernels of all entries, as built for {report.target}")
     if "weights" in data:
         rows = [
             [w["name"], w["dtype"], "×".join(map(str, w["shape"])), show_bytes(w["bytes"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from .inspect_view import one_token, show_bytes
 
 if TYPE_CHECKING:
     from .doctor import Diagnosis
-    from .model import Model, Report, WrittenIngot
+    from .model import Model, Plan, Report, WrittenIngot
 
 
 class IrHighlighter(RegexHighlighter):
@@ -52,10 +53,13 @@ def costs(traced: Graph, report: Report) -> list[dict[str, int]]:
     return [{"flops": int(c.flops), "bytes": int(c.bytes)} for c in found]
 
 
-def report_data(model: Model | WrittenIngot) -> dict[str, Any]:
+def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
     """The report as JSON has it."""
     report = model.report
     moved = costs(model.graph("traced"), report)
+    estimates: dict[tuple[str, str, tuple[str, ...], str], float] = defaultdict(float)
+    for c in report.choices:
+        estimates[c.entry, c.op, c.kernels, c.reason] += c.seconds
     return {
         "model_type": report.model_type,
         "target": report.target,
@@ -79,10 +83,18 @@ def report_data(model: Model | WrittenIngot) -> dict[str, Any]:
             for name, launches, scratch in report.entries
         ],
         "kernels": [
-            {"entry": entry, "op": op, "kernels": list(kernels), "why": why, "nodes": nodes}
+            {
+                "entry": entry,
+                "op": op,
+                "kernels": list(kernels),
+                "why": why,
+                "nodes": nodes,
+                "seconds": estimates[entry, op, kernels, why],
+            }
             for entry, uses in report.kernels.items()
             for (op, kernels, why), nodes in uses.items()
         ],
+        "kernel_count": {"built": report.kernels_built, "from_cache": report.kernels_cached},
         "weights": [asdict(weight) for weight in report.weights],
         "weight_bytes": report.weight_bytes,
         "state_bytes": report.state_bytes,
@@ -149,6 +161,9 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
         f"one token, caches full: {token['flops'] / 1e6:.1f} Mflop, {show_bytes(token['bytes'])}",
         f"compiled in {sum(data['seconds'].values()):.1f} s: {stages}",
     ]
+    if data["kernels"]:
+        count = data["kernel_count"]
+        lines.append(f"{count['built']} kernels built, {count['from_cache']} from the cache")
     if data["unused"]:
         names = ", ".join(data["unused"][:3]) + (" …" if len(data["unused"]) > 3 else "")
         lines.append(f"{len(data['unused'])} tensors of the checkpoint are not used: {names}")

@@ -27,8 +27,10 @@ from ..compiler.types import TensorType, symbol
 from ..compiler.weights import Weights
 from .checkpoint import open_checkpoint, weights_of
 from .meta_model import MetaModel, PreTrainedConfig, PreTrainedModel, build_meta_model, read_config
+from .safetensors_files import holds_weights
 from .torch_export import Imported, ImportFailure, import_program
 from .traced_ops import UnsupportedModel, register
+from .weightless import without_weights
 
 # Tokens in the traced sample; any number but 0 and 1, which torch.export treats as special.
 _SAMPLE_TOKENS = 20
@@ -159,14 +161,19 @@ def _check(meta: MetaModel, imported: Imported) -> None:
 
 
 def import_hugging_face(
-    source: str | Path | PreTrainedModel, *, dtype: torch.dtype | None, max_tokens: int
+    source: str | Path | PreTrainedModel,
+    *,
+    dtype: torch.dtype | None,
+    max_tokens: int,
+    weightless: bool = False,
 ) -> HuggingFaceModel:
     """Trace and import a causal language model; no weight is read.
 
     `source` is a directory with config.json and safetensors, or a model in memory (it is not
     changed, and its tensors are not copied where `dtype` is their own). `dtype` None keeps the
-    checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. SourceError
-    (see meta_model) or ImportFailure tells what is not supported.
+    checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. With
+    `weightless` a directory may hold no weights: then they have types alone. SourceError (see
+    meta_model) or ImportFailure tells what is not supported.
     """
     register()
     in_memory = isinstance(source, PreTrainedModel)
@@ -180,7 +187,8 @@ def import_hugging_face(
         frozen = Weights.of({n: meta.buffers[n] for n in meta.frozen}, "computed from the config")
         weights, packed, unused = Weights({**weights_of(source, meta), **frozen}), {}, ()
     else:
-        checkpoint = open_checkpoint(source, meta)
+        absent = weightless and not holds_weights(Path(source))
+        checkpoint = (without_weights if absent else open_checkpoint)(source, meta)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
     imported = _import_traced(meta, config.model_type, max_tokens)
     _check(meta, imported)

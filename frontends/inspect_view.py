@@ -75,7 +75,7 @@ class Layout:
 def layer_path(source: str) -> str:
     """The module path of the layer that a source lies in: `model.layers.3`, or nothing."""
     parts = source.split(" @")[0].split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return "" if at is None else ".".join(parts[: at + 1])
 
 

@@ -26,7 +26,8 @@ class Report:
     `entries` has, for each bucket, its name, its launches, and the bytes of arena that it uses.
     Sizes are bytes. `unused` names tensors of the checkpoint that the program does not read.
     `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `choices` says,
-    for a GPU, by which kernels each node of each entry is computed, and why.
+    for a GPU, by which kernels each node of each entry is computed, and why; `kernels_built` of
+    those were built now, and `kernels_cached` came from the cache.
     """
 
     model_type: str
@@ -41,6 +42,8 @@ class Report:
     seconds: Mapping[str, float]
     weights: tuple[WeightReport, ...] = ()
     choices: tuple[Choice, ...] = ()
+    kernels_built: int = 0
+    kernels_cached: int = 0
 
     @property
     def kernels(self) -> Mapping[str, Mapping[tuple[str, tuple[str, ...], str], int]]:
@@ -63,6 +66,9 @@ class Report:
                 )
             ),
         ]
+        if self.choices:
+            built, cached = self.kernels_built, self.kernels_cached
+            lines.append(f"{built} kernels built, {cached} from the cache")
         for p in self.passes:
             matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
             lines.append(f"{p.name}: {p.nodes_before} -> {p.nodes_after} nodes ({matches})")
@@ -128,6 +134,23 @@ class WrittenIngot:
         return _named(self.graphs, which)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A model that was compiled to be looked at: nothing of it can run, and no weight was read.
+
+    `program` has the kernels of one entry alone, that of the name `entry`; none for the cpu target.
+    """
+
+    program: Program
+    entry: str
+    graphs: Mapping[str, Graph]
+    report: Report
+
+    def graph(self, which: str = "final") -> Graph:
+        """The IR as "traced", "final", or after the pass of that name. KeyError lists the names."""
+        return _named(self.graphs, which)
+
+
 def _named(graphs: Mapping[str, Graph], which: str) -> Graph:
     if which not in graphs:
         raise KeyError(f"no graph {which!r}; there are {', '.join(graphs)}")
@@ -138,4 +161,4 @@ class NotYetError(NotImplementedError):
     """Something that this version does not do; says what does."""
 
 
-__all__ = ["Model", "NotYetError", "Report", "WrittenIngot", "entry_sizes"]
+__all__ = ["Model", "NotYetError", "Plan", "Report", "WrittenIngot", "entry_sizes"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
-from ..codegen.entries import Backend
+from ..codegen.entries import Backend, entry_name
 from ..codegen.lower import lower
 from ..compiler.interpret import bind_symbols
 from ..compiler.ir import Graph
@@ -73,7 +73,7 @@ class CompiledModule:
         if key not in self._programs:
             self._programs[key] = self._build(graph, binding)
         arrays: dict[str, Any] = {n: x.detach() for n, x in named.items()}
-        results = self._programs[key].run(_entry_name(binding), arrays)
+        results = self._programs[key].run(entry_name(binding), arrays)
         outputs = [
             torch.from_numpy(results[name]).to(torch_dtype(value.type.dtype))
             for name, value in zip(_output_names(graph), graph.outputs, strict=True)
@@ -85,10 +85,6 @@ class CompiledModule:
         backend = self._backend()
         lowered = lower(graph, self._weights, self._target, [binding], names, backend=backend)
         return self._driver.load(lowered.program, lowered.load_weight)
-
-
-def _entry_name(binding: Mapping[str, int]) -> str:
-    return ",".join(f"{k}={v}" for k, v in binding.items())
 
 
 def _output_names(graph: Graph) -> Sequence[str]:

@@ -22,6 +22,7 @@ from .source_error import SourceError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", *_PICKLES)
 _MAX_NAMES = 5  # names that an error lists before it only counts
 
 # The format's dtype names (safetensors, `Dtype`) that the IR has a name for.
@@ -158,6 +159,11 @@ class File:
         return mmap.mmap(self.descriptor, 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+def holds_weights(directory: Path) -> bool:
+    """Whether any file of weights, or an index of some, lies in `directory`."""
+    return any(p.name == INDEX or p.suffix in _WEIGHTS for p in directory.iterdir())
+
+
 def safetensors_files(directory: Path) -> list[Path]:
     """The files that hold the model in `directory`: one, or the shards that its index names.
 
@@ -178,6 +184,7 @@ def safetensors_files(directory: Path) -> list[Path]:
         )
     raise SourceError(
         f"{directory}: expected {SINGLE} or {INDEX}, found {listed(names) if names else 'none'}"
+        + ("" if holds_weights(directory) else "; a model without weights can only be inspected")
     )
 
 

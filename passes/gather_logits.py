@@ -58,11 +58,16 @@ def _rule(op: Op) -> Rule:
                 raise Decline(f"{x.type} does not have the rows of {m[inner].type}")
             if op in pointwise.POINTWISE and x.type.rank != rank:
                 raise Decline(f"{x.type} is broadcast over the rows")
-            return shape.take(x, rows)
+            return _taken(x, rows, node.source)
 
-        return op(*map(taken, node.args), **node.attrs)
+        return Value(op.node(tuple(map(taken, node.args)), node.attrs, node.source))
 
     return Rule(f"take-before-{op.name}", (root,), build)
+
+
+def _taken(x: Value, rows: Value, source: str) -> Value:
+    """The rows of `x`, as a part of what uses them: it keeps its place in the model."""
+    return Value(shape.take.node((x, rows), {}, source))
 
 
 def _view_rule() -> Rule:
@@ -75,7 +80,9 @@ def _view_rule() -> Rule:
         if m[x].type.shape[:1] != m[inner].type.shape[:1]:
             raise Decline("the view does not keep the rows")
         target: tuple[Any, ...] = m[root].type.shape
-        return shape.view(shape.take(m[x], m[ROWS]), shape=target)
+        source = m[inner].node.source
+        rows = _taken(m[x], m[ROWS], source)
+        return Value(shape.view.node((rows,), {"shape": target}, source))
 
     return Rule("take-before-view", (root,), build)
 

@@ -271,7 +271,10 @@ def _widest(job: Attention, request: Request) -> Tile:
     if _few(job) or rows <= _FEW_ROWS:
         if nvidia:
             return Tile(_FEW_ROWS, 64, 8 if width > 256 else 4, 5)
-        return Tile(_FEW_ROWS, 64, 4, 2) if width <= 256 else Tile(_FEW_ROWS, 32, 4, 1)
+        if width > 256:
+            return Tile(_FEW_ROWS, 32, 4, 1)
+        # The bounds of a window are scalars that wide tiles leave no registers for.
+        return Tile(_FEW_ROWS, 32 if job.window else 64, 4, 2)
     if width > 256:
         return Tile(32, 32, 8, 5) if nvidia else Tile(32, 32, 4, 1)
     m = 128 if rows >= 1024 and width <= 128 else 64
