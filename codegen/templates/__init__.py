@@ -11,7 +11,8 @@ after. `attend` holds the attention kernels and `attend_plan` their launches, fo
 and values a head) and `mla` (latent rows). `gating` chooses experts by `gating_kernels`, for which
 `row_norm` holds the norm and `choose` the choice; `experts` is computed by `experts_few`,
 `experts_many` and `experts_sum`, with `gemv` for single rows. `norms`, `rope`, `reductions` and
-`arithmetic` are the small ones. `rows` looks up and appends whole rows, `sampling` chooses the
+`arithmetic` are the small ones. `rows` looks up and appends whole rows (and
+finds a token's row of a cache for those that append their own), `sampling` chooses the
 next tokens by what `drawing` does to a row, `copy` moves strided views, `generated` makes
 functions of text.
 """
