@@ -275,19 +275,21 @@ def project_heads(request: Request) -> Chosen | Declined:
     found = normed_input(request, named, Result(len(heads)) if "delta" in named else None)
     if isinstance(found, Declined):
         return found
-    calls, x, step, temps = found
+    calls = [*found.calls]
     tokens, n = request.args[0].shape[0], request.args[1].shape[0]
-    call = product_call(request, x, (step, 0), tokens, 1, Temp("y"), (n, 0))
+    call = product_call(
+        request, found.x, (found.step, 0), tokens, 1, Temp("y"), (n, 0), norm=found.norm
+    )
     if isinstance(call, Declined):
         return call
     calls.append(call)
     parts = range(len(heads))
     calls.extend(_parts_call(request, named, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
-    temps = {**temps, "y": TensorType("f32", (tokens, n))}
+    temps = {**found.temps, "y": TensorType("f32", (tokens, n))}
     return Chosen(
         tuple(calls),
         request.seconds(len(calls), 8 * tokens * n),
-        "the product in f32, then norms and rotation of all heads"
+        f"the product in f32{found.note}; then norms and rotation of all heads"
         + (", written into the cache" if request.append else ""),
         temps,
     )
