@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ EXPERTS = {"gate": 1, "hidden": 1, "part": 1}
 LAYERS: dict[str, dict[str, int]] = {
     "llama": {**ATTENTION, "products": 4},
     "qwen3_moe": {**ATTENTION, **EXPERTS, "combine": 2, "products": 2},
+    "gpt_oss": {**ATTENTION, **EXPERTS, "combine": 2, "products": 2},
     "deepseek_v3": {**ATTENTION, **EXPERTS, "combine": 2, "latent": 1, "products": 4},
 }
 
@@ -31,7 +33,10 @@ LAYERS: dict[str, dict[str, int]] = {
 def launches(name: str, layers: int, target: str) -> Counter[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = tiny_model(name, dtype=torch.bfloat16, num_hidden_layers=layers)
+        of_layers: dict[str, Any] = {"num_hidden_layers": layers}
+        if name == "gpt_oss":
+            of_layers["layer_types"] = ["sliding_attention"] * layers
+        model = tiny_model(name, dtype=torch.bfloat16, **of_layers)
         imported = import_hugging_face(model, dtype=torch.bfloat16, max_tokens=256)
     passes = causal_lm(max_sequences=2, max_tokens_per_sequence=192, quantize=MXFP4())
     graph = run_pipeline(imported.graph, passes)[-1].graph
