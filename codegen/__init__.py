@@ -6,5 +6,6 @@ become when they are loaded). A backend turns nodes into launches: `reference_ba
 `kernel_backend` on a GPU. The latter asks `templates` (a folder: Triton kernels) by way of `select`
 in the terms of `request`; what they name is a `kernel_source`, and `build` makes device code of it.
 Element-wise ops need no template: `regions` groups those that one launch computes, and `pointwise`
-generates its kernel out of their `expressions`.
+generates its kernel out of their `expressions`. `appends` joins what is appended to the cache with
+what computes it.
 """

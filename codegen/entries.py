@@ -66,7 +66,8 @@ class BoundGroup:
     """Nodes that one launch computes, arguments before users, with everything bound.
 
     `attrs` are each node's, `places` say where the values from outside are, in the order of their
-    first use; `outputs` are the values that others need.
+    first use; `outputs` are the values that not only nodes of the group read. Those of an op with
+    an in-place form are the memory of its first arguments where these donate it.
     """
 
     nodes: tuple[Node, ...]
@@ -124,6 +125,13 @@ class Backend(Protocol):
     def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
         """Launch a copy."""
         ...
+
+
+def _in_place(node: Node, uses: Mapping[Value, int]) -> bool:
+    """Whether results may take over the memory of the first arguments: parameters that nothing
+    else, no other operand either, looks at."""
+    donors = node.args[: len(node.types)]
+    return node.op.inplace is not None and all(a.op is param and uses[a] == 1 for a in donors)
 
 
 @dataclass
@@ -186,10 +194,7 @@ class EntryBuilder:
         types = tuple(t.bind(self.binding) for t in node.types)
         attrs = {k: bind_attr(v, self.binding) for k, v in node.attrs.items()}
         args = tuple(self._place_of(node, i) for i in range(len(node.args)))
-        # Memory is donated by parameters that nothing else, no other operand either, looks at.
-        in_place = node.op.inplace is not None and all(
-            a.op is param and uses[a] == 1 for a in node.args[: len(node.types)]
-        )
+        in_place = _in_place(node, uses)
         bound = Bound(node, attrs, args, types, in_place)
         seen = self.backend.view(bound)
         if seen is not None:
@@ -210,10 +215,15 @@ class EntryBuilder:
             for i, arg in enumerate(node.args)
             if arg.node not in inside
         }
-        outputs = tuple(v for node in nodes for v in node.results if uses[v] > used[v])
+        outputs = tuple(
+            v for node in nodes for v in node.results if not used[v] or uses[v] > used[v]
+        )
         attrs = [{k: bind_attr(v, self.binding) for k, v in n.attrs.items()} for n in nodes]
         group = BoundGroup(nodes, tuple(attrs), places, outputs)
-        results = tuple(map(self._memory_of, outputs))
+        donated: dict[Value, Any] = {
+            v: places[v.node.args[v.index]] for v in outputs if _in_place(v.node, uses)
+        }
+        results = tuple(donated.get(v) or self._memory_of(v) for v in outputs)
         self.backend.emit_group(group, self, results)
         self.at.update(zip(outputs, results, strict=True))
 

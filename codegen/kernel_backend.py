@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..compiler.ir import Node, Value
+from ..compiler.ops.attention import kv_append
 from ..compiler.ops.fused import gated_linear
 from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.mxfp4_fragments import GROUP, ROWS, mxfp4_fragments
@@ -20,12 +21,14 @@ from ..compiler.ops.shape import expand, permute, slice_, view
 from ..compiler.target import Target
 from ..compiler.types import DTYPE_BITS, TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice
+from .appends import with_appends
 from .build import build
 from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place, entry_name
 from .kernel_source import KernelSource
 from .pointwise import computed, fusible, region_of
 from .regions import grouped
 from .request import (
+    Append,
     Arg,
     Call,
     Chosen,
@@ -85,8 +88,9 @@ class KernelBackend:
         return {id_: built[source] for id_, source in sources.items()}
 
     def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
-        """See Backend.groups: element-wise ops over one shape share a launch."""
-        return grouped(nodes, fusible)
+        """See Backend.groups: element-wise ops over one shape share a launch, and an append is done
+        where its rows are computed."""
+        return with_appends(grouped(nodes, fusible))
 
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """See Backend.packed."""
@@ -145,9 +149,21 @@ class KernelBackend:
             tuple(map(operand, results)),
             self.target,
         )
+        self._compute(request, args, results, label, builder)
+
+    def _compute(
+        self,
+        request: Request,
+        args: tuple[Place, ...],
+        results: Sequence[Slice | None],
+        label: str,
+        builder: EntryBuilder,
+    ) -> None:
+        """Launch what a template chooses for a request, of dense copies if none reads as it is."""
         chosen = select(request)
         if isinstance(chosen, Declined) and not all(a.dense for a in request.args):
-            args = tuple(self._dense(a, builder, f"copy {node.source}") for a in args)
+            copying = f"copy {label.partition(' ')[2]}"
+            args = tuple(self._dense(a, builder, copying) for a in args)
             request = replace(request, args=tuple(map(operand, args)))
             chosen = select(request)
         if isinstance(chosen, Declined):
@@ -160,12 +176,44 @@ class KernelBackend:
         """See Backend.emit_group. NoKernelError where a step has no expression."""
         label = "+".join(node.op.name for node in group.nodes)
         label = f"{label} {group.nodes[-1].source}".strip()
+        if group.nodes[-1].op is kv_append:
+            self._append(group, builder, results, label)
+            return
         args = tuple(group.places.values())
         region = region_of(group, tuple(map(operand, args)), tuple(map(operand, results)))
         chosen = computed(region, self.target)
         if isinstance(chosen, Declined):
             raise NoKernelError(f"{label}: {chosen.reason}")
         self._launch(chosen, args, results, label, builder)
+
+    def _append(
+        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...], label: str
+    ) -> None:
+        """Launch what computes a node and appends rows of its results (appends.with_appends)."""
+        node, append = group.nodes
+        count, own = len(append.types), len(node.types)
+        at = dict(zip(group.outputs, results, strict=True))
+        for cache, target in zip(append.args, append.results, strict=False):
+            source = group.places[cache]
+            if source != at[target]:
+                assert isinstance(source, Slice)
+                self.copy(source, at[target], builder)
+        first = len(node.args)
+        caches = {row.index: own + i for i, row in enumerate(append.args[count : 2 * count])}
+        index = (Arg(first), Arg(first + 1), Arg(first + 2))
+        kept = frozenset(v.index for v in node.results if v in at)
+        args = tuple(group.places[a] for a in (*node.args, *append.args[2 * count :]))
+        places = [at.get(v) for v in (*node.results, *append.results)]
+        bound: list[Any] = [t.bind(builder.binding) for t in (*node.types, *append.types)]
+        request = Request(
+            node.op,
+            group.attrs[0],
+            tuple(map(operand, args)),
+            tuple(Operand(t, dense_strides(t.shape)) for t in bound),
+            self.target,
+            Append(caches, *index, kept),
+        )
+        self._compute(request, args, places, label, builder)
 
     def _dense(self, place: Place, builder: EntryBuilder, label: str) -> Place:
         """`place`, or a dense copy of it."""
@@ -187,7 +235,7 @@ class KernelBackend:
         self,
         chosen: Chosen,
         args: Sequence[Place],
-        results: Sequence[Slice],
+        results: Sequence[Slice | None],
         label: str,
         builder: EntryBuilder,
     ) -> None:
@@ -198,7 +246,7 @@ class KernelBackend:
                 case Temp(name):
                     return temps[name]
                 case Result(index):
-                    return results[index]
+                    found = results[index]
                 case Arg(index):
                     found = args[index]
                 case Codes(index):

@@ -143,10 +143,27 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class Append:
+    """Results of a node, rows [T, ...], that its launches write into paged caches too.
+
+    `caches` says which of the request's results, all behind the node's own, is the cache of a
+    result; `slots`, `positions` and `page_table` are arguments, as kv_append has them. Results that
+    are not `kept` nothing else reads: they have no memory of their own.
+    """
+
+    caches: Mapping[int, int]
+    slots: Arg
+    positions: Arg
+    page_table: Arg
+    kept: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Request:
     """A node to be computed: `args` and `results` in the order of the op's, attributes bound.
 
-    An op that is computed in place has results that are the memory of its first arguments.
+    An op that is computed in place has results that are the memory of its first arguments. With an
+    `append` there are more of both: what it names.
     """
 
     op: Op
@@ -154,6 +171,7 @@ class Request:
     args: tuple[Operand, ...]
     results: tuple[Operand, ...]
     target: Target
+    append: Append | None = None
 
     def named(self, start: int) -> dict[str, int]:
         """Positions of the optional operands that begin at argument `start`, by name."""
@@ -161,7 +179,9 @@ class Request:
 
     def seconds(self, launches: int, extra_bytes: int = 0) -> float:
         """An estimate: every operand moved once at the target's bandwidth, and `launches` turns."""
-        moved = sum(o.nbytes for o in (*self.args, *self.results)) + extra_bytes
+        # An appended row is moved as a result; the cache that it goes to is not.
+        own = len(self.results) - (len(self.append.caches) if self.append else 0)
+        moved = sum(o.nbytes for o in (*self.args, *self.results[:own])) + extra_bytes
         return moved / self.target.bytes_per_second + launches * LAUNCH_SECONDS
 
 

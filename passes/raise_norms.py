@@ -43,10 +43,19 @@ def _rms_rule(root_form: str, scaled: bool) -> Rule:
             raise Decline(f"{m[x].type} goes in and {result.type} comes out")
         if scaled and m[weight].type.shape != given.type.shape[-1:]:
             raise Decline(f"a weight {m[weight].type} does not scale the last dim of {given.type}")
-        weights = (m[weight],) if scaled else ()
+        weights = (_unwidened(m[weight]),) if scaled else ()
         return norm.rms_norm(given, *weights, eps=float(m[eps].attrs["value"]))
 
     return Rule("rms-norm", (root,), build)
+
+
+def _unwidened(weight: Value) -> Value:
+    """A weight before it was made wide, which rms_norm does itself, exactly: what a model casts to
+    f32 for the arithmetic stays as it is held."""
+    if weight.op is not pointwise.cast or weight.type.dtype not in ("f32", "f64"):
+        return weight
+    (held,) = weight.node.args
+    return held if held.type.dtype in ("bf16", "f16") else weight
 
 
 def _layer_rule(scaled: bool) -> Rule:

@@ -71,9 +71,10 @@ for _name_, _function in {
     "and": np.bitwise_and,
     "lt": np.less,
     "gt": np.greater,
+    "eq": np.equal,
 }.items():
     _binary(f"__{_name_}__", _function)
-    if _name_ not in ("lt", "gt"):
+    if _name_ not in ("lt", "gt", "eq"):
         _binary(f"__r{_name_}__", _function, swapped=True)
 
 
@@ -164,6 +165,12 @@ class _Language:
         values = np.where(condition.values, *(getattr(v, "values", v) for v in (a, b)))
         return Array(_rounded(values, "f32"), "f32")
 
+    def rsqrt(self, x: Array) -> Array:
+        return Array(np.float32(1) / np.sqrt(x.values), "f32")
+
+    def static_range(self, stop: int) -> range:
+        return range(stop)
+
     def exp(self, x: Array) -> Array:
         return Array(np.exp(x.values), "f32")
 
@@ -197,6 +204,10 @@ def _raised(x: Array) -> Array:
     return Array(_rounded(x.values * np.float32(2.0**64), "bf16"), "bf16")
 
 
+def _times(x: Array, y: Array) -> Array:
+    return Array(_rounded(x.values * y.values, "bf16"), "bf16")
+
+
 def _mma(a: Array, b: Array, acc: Array) -> Array:
     return Array(acc.values + np.matmul(a.values, b.values), "f32")
 
@@ -207,6 +218,7 @@ def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]
     meanings = {
         "unpacked": _unpacked,
         "raised": _raised,
+        "times": _times,
         "mma_v2": _mma,
         "gl": language,
         "tl": language,

@@ -77,6 +77,24 @@ def test_every_form_becomes_one_op(root: str, weight: str, dtype: str) -> None:
     assert len(norm.args) == (1 if weight == "none" else 2)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_a_weight_that_was_widened_is_taken_as_it_is_held(dtype: str) -> None:
+    after = checked(RaiseOps(), norm_text("rsqrt", "before the cast", dtype), 2e-2)
+    (norm,) = (n for n in after.nodes() if n.op.name == "rms_norm")
+    assert norm.args[1].type.dtype == dtype
+    assert ops(after) == {"rms_norm": 1}
+
+
+def test_a_weight_that_was_rounded_stays_so() -> None:
+    """In bf16 1.01 is 1.0078125."""
+    text = norm_text("rsqrt", "before the cast", "bf16").replace("@w: bf16[8]", "@w: f32[8]")
+    narrow = "%n = cast(@w, dtype='bf16')\n%wide = cast(%n, dtype='f32')"
+    after = checked(RaiseOps(), text.replace("%wide = cast(@w, dtype='f32')", narrow), 2e-2)
+    (norm,) = (n for n in after.nodes() if n.op.name == "rms_norm")
+    assert norm.args[1].type.dtype == "bf16"
+    assert ops(after) == {"cast": 1, "rms_norm": 1}
+
+
 def test_one_more_than_the_weight(golden: Callable[[str], None]) -> None:
     golden(str(checked(RaiseOps(), norm_text(weight="one more"), 2e-2)))
 

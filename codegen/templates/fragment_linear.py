@@ -7,6 +7,9 @@ rows for up to 16 tokens; its warps take turns along K, and their sums are added
 
 Codes become bf16 numbers 2^126 times too small. So that their products stay normal numbers, x is
 taken 2^64 times too large; 2^62 is left for the end. (An x beyond 2^63 overflows.)
+
+A norm of x is taken along: x is multiplied by the norm's weight where it is read, and the sums at
+the end by 1 / rms of their token, found then: x is near, and registers are free.
 """
 
 from __future__ import annotations
@@ -92,6 +95,14 @@ def raised(x):
 
 
 @gluon.jit
+def times(x, y):
+    """The product of two bf16, rounded once."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def arrived(zero):
     """Let the launches that follow begin, wait for those before; 0, for addresses to depend on."""
     return gl.inline_asm_elementwise(
@@ -136,12 +147,11 @@ def _sums(
 
 
 @gluon.jit
-def _x_groups(x, offsets, column, inside, K: gl.constexpr, start, W: gl.constexpr, T: gl.constexpr):
-    """[W, T·4, 32, 8] of x, columns `start` on, in the order of the fragments, times 2^64."""
-    value = gl.load(x + offsets, mask=inside & (start + column < K), other=0.0)
+def _in_groups(x, W: gl.constexpr, T: gl.constexpr):
+    """Columns of x [8, W·T·128] as [W, T·4, 32, 8], in the order of the fragments."""
     # n, w, t, g, q, s, b1, b0 -> w, t, g, (s, b1, q, b0), n
-    value = raised(value).reshape([8, W, T, 4, 4, 2, 2, 2]).permute(1, 2, 3, 5, 6, 4, 7, 0)
-    return value.reshape([W, T * 4, 32, 8])
+    x = x.reshape([8, W, T, 4, 4, 2, 2, 2]).permute(1, 2, 3, 5, 6, 4, 7, 0)
+    return x.reshape([W, T * 4, 32, 8])
 
 
 @gluon.jit
@@ -161,12 +171,46 @@ def _weights(codes, scales, W: gl.constexpr, T: gl.constexpr):
 
 
 @gluon.jit
+def _scales_of(
+    x,
+    first,
+    stop,
+    of: gl.constexpr,
+    X_STEP: gl.constexpr,
+    K: gl.constexpr,
+    EPS: gl.constexpr,
+    W: gl.constexpr,
+):
+    """1 / rms of tokens `first` to `stop`, eight at most, in the layout `of`.
+
+    Each lane has partial sums of all eight: lanes and warps meet once.
+    """
+    CHUNK: gl.constexpr = 256 * W
+    across: gl.constexpr = gl.BlockedLayout([8], [32], [W], [0])
+    held: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, W], [0, 1])
+    column = gl.arange(0, CHUNK, layout=across)
+    token = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(1, held)), 1)
+    sums = gl.zeros([8, CHUNK // 8], gl.float32, layout=held)
+    for t in range(first, stop):
+        squares = gl.zeros([CHUNK], gl.float32, layout=across)
+        for i in gl.static_range((K + CHUNK - 1) // CHUNK):
+            at = i * CHUNK + column
+            value = gl.load(x + t * X_STEP + at, mask=at < K, other=0.0).to(gl.float32)
+            squares += value * value
+        mine = gl.sum(squares.reshape([CHUNK // 8, 8]), 1)
+        mine = gl.convert_layout(mine, gl.SliceLayout(0, held), assert_trivial=True)
+        sums = gl.where(first + token == t, gl.expand_dims(mine, 0), sums)
+    return gl.rsqrt(gl.convert_layout(gl.sum(sums, 1), of) / K + EPS)
+
+
+@gluon.jit
 def fragment_kernel(
     x,
     codes,
     scales,
     bias,
     residual,
+    norm,
     y,
     tokens,
     N: gl.constexpr,
@@ -174,6 +218,7 @@ def fragment_kernel(
     TILES: gl.constexpr,
     X_STEP: gl.constexpr,
     RESIDUAL_STEP: gl.constexpr,
+    EPS: gl.constexpr,
     GATE: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
@@ -187,11 +232,13 @@ def fragment_kernel(
     """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual) for a weight of TILES tiles across.
 
     W warps of T tiles make a step. BLOCKS is 1 or 2 blocks of eight tokens. With a GATE a tile is
-    eight gate rows and their up rows, and y = act(gate) · up.
+    eight gate rows and their up rows, and y = act(gate) · up. With a `norm` [K] rows of x are
+    normed by it first.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], instr_shape=[1, 16, 8])
     la: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     lb: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    of_sums: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, mma))
     # Bits of a place in a step's codes: byte 0-1, g 2-3, q 4-5, r 6-8, rh 9, t, w.
     in_codes: gl.constexpr = _vector(
         W * T * 1024,
@@ -220,8 +267,10 @@ def fragment_kernel(
     # What does not depend on the launches before: the first step's weights.
     step_codes = gl.load(code_base + at_code, mask=at_code < TILES * 1024, other=0)
     step_scales = gl.load(scale_base + at_scale, mask=at_scale < TILES * 64, other=127)
+    first = 0
     if PROGRAMMATIC:
-        token = token + arrived(block)
+        first = arrived(block)
+        token = token + first
 
     acc0 = gl.zeros([W, 16, 8], gl.float32, layout=mma)
     acc1 = gl.zeros([W, 16, 8], gl.float32, layout=mma)
@@ -233,23 +282,35 @@ def fragment_kernel(
         step_codes = gl.load(code_base + code, mask=code < TILES * 1024, other=0)
         scale = (i + 1) * (W * T * 64) + at_scale
         step_scales = gl.load(scale_base + scale, mask=scale < TILES * 64, other=127)
+        inside = start + column < K
         offsets = token * X_STEP + start + column
-        xs = _x_groups(x, offsets, column, token < tokens, K, start, W, T)
-        acc0 = _sums(w, xs, s, acc0, la, lb, mma, W, T * 4)
+        # x is raised, not the weight of the norm: that way 128 registers do.
+        xs = raised(gl.load(x + offsets, mask=inside & (token < tokens), other=0.0))
+        if norm is not None:
+            gain = gl.load(norm + start + column, mask=inside, other=0.0)
+            xs = times(xs, gain)
+        acc0 = _sums(w, _in_groups(xs, W, T), s, acc0, la, lb, mma, W, T * 4)
         if BLOCKS == 2:
             offsets = (token + 8) * X_STEP + start + column
-            xs = _x_groups(x, offsets, column, token + 8 < tokens, K, start, W, T)
-            acc1 = _sums(w, xs, s, acc1, la, lb, mma, W, T * 4)
-    _finished(acc0, bias, residual, y, block, 0, tokens, N, RESIDUAL_STEP, GATE, ALPHA, LIMIT, W)
-    if BLOCKS == 2:
+            xs = raised(gl.load(x + offsets, mask=inside & (token + 8 < tokens), other=0.0))
+            if norm is not None:
+                xs = times(xs, gain)
+            acc1 = _sums(w, _in_groups(xs, W, T), s, acc1, la, lb, mma, W, T * 4)
+    for b in gl.static_range(BLOCKS):
+        total = gl.sum(acc0 if b == 0 else acc1, 0) * _REST
+        if norm is not None:
+            of_tokens = _scales_of(
+                x, first + b * 8, tokens if b == BLOCKS - 1 else 8, of_sums, X_STEP, K, EPS, W
+            )
+            total *= gl.expand_dims(of_tokens, 0)
         _finished(
-            acc1, bias, residual, y, block, 8, tokens, N, RESIDUAL_STEP, GATE, ALPHA, LIMIT, W
+            total, bias, residual, y, block, b * 8, tokens, N, RESIDUAL_STEP, GATE, ALPHA, LIMIT, W
         )
 
 
 @gluon.jit
 def _finished(
-    acc,
+    total,
     bias,
     residual,
     y,
@@ -263,8 +324,7 @@ def _finished(
     LIMIT: gl.constexpr,
     W: gl.constexpr,
 ):
-    """The sums of all warps, with what follows the product, stored for tokens `first` and on."""
-    total = gl.sum(acc, 0) * _REST
+    """The sums [16, 8], with what follows the product, stored for tokens `first` and on."""
     if GATE is None:
         stored: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, W], [0, 1])
         total = gl.convert_layout(total, stored)
@@ -303,9 +363,13 @@ def fragment_call(
     *,
     bias: int | None,
     residual: int | None,
+    norm: int | None,
     gate: str | None,
 ) -> Call | Declined:
-    """The launch of a product of up to FEW tokens with the fragments of argument `weight`."""
+    """The launch of a product of up to FEW tokens with the fragments of argument `weight`.
+
+    `norm` is the weight, in bf16, of an rms_norm of x's rows with the node's `eps`.
+    """
     w = request.args[weight]
     if request.args[0].type.dtype != "bf16" or w.packed is None:
         return Declined(f"x {request.args[0].type}: fragments are for bf16")
@@ -326,6 +390,7 @@ def fragment_call(
         "TILES": across,
         "X_STEP": x_step,
         "RESIDUAL_STEP": 0,
+        "EPS": 0.0 if norm is None else request.attrs["eps"],
         "GATE": gate,
         "ALPHA": float(request.attrs.get("alpha", 0.0)),
         "LIMIT": float(request.attrs.get("limit", 0.0)),
@@ -340,7 +405,7 @@ def fragment_call(
         if step is None:
             return Declined("the rows of the residual do not lie in one step")
         constants["RESIDUAL_STEP"] = step
-    for name, position in (("bias", bias), ("residual", residual)):
+    for name, position in (("bias", bias), ("residual", residual), ("norm", norm)):
         (constants if position is None else args)[name] = (
             None if position is None else Arg(position)
         )

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from ...compiler.types import TensorType
-from ..request import Arg, Call, Chosen, Declined, Request, Result, Temp
+from ..request import Arg, Call, Chosen, Declined, Ref, Request, Result, Temp
 from .launching import take_turn
 from .linear import product_call
 from .prologue import normed_input
+from .rows import append_operands, append_refs, cache_row
 
 
 @triton.jit
@@ -26,6 +27,12 @@ def heads_kernel(
     out_0,
     out_1,
     out_2,
+    cache_0,
+    cache_1,
+    cache_2,
+    slots,
+    positions,
+    page_table,
     N: tl.constexpr,
     NORM_OF: tl.constexpr,
     EPS: tl.constexpr,
@@ -33,6 +40,8 @@ def heads_kernel(
     START: tl.constexpr,
     HALF: tl.constexpr,
     TABLE_STEP: tl.constexpr,
+    PAGES_PER_SLOT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -45,10 +54,14 @@ def heads_kernel(
 ):
     """Up to three parts of one token; BLOCKS of program_id(1) belong to each, one after the other.
 
-    Constants in capitals from BLOCKS on have a value a part.
+    A part goes to `out`, to the token's row of `cache`, or to both. Constants in capitals from
+    BLOCKS on have a value a part.
     """
     take_turn(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
+    row = token
+    if slots is not None:
+        row = cache_row(slots, positions, page_table, token, PAGES_PER_SLOT, PAGE_SIZE)
     block = tl.program_id(1)
     if block < BLOCKS[0]:
         _part(
@@ -58,6 +71,8 @@ def heads_kernel(
             cos,
             sin,
             out_0,
+            cache_0,
+            row,
             token,
             block,
             N,
@@ -84,6 +99,8 @@ def heads_kernel(
                 cos,
                 sin,
                 out_1,
+                cache_1,
+                row,
                 token,
                 block - BLOCKS[0],
                 N,
@@ -110,6 +127,8 @@ def heads_kernel(
                 cos,
                 sin,
                 out_2,
+                cache_2,
+                row,
                 token,
                 block - BLOCKS[0] - BLOCKS[1],
                 N,
@@ -137,6 +156,8 @@ def _part(
     cos,
     sin,
     out,
+    cache,
+    row,
     token,
     block,
     N: tl.constexpr,
@@ -214,8 +235,13 @@ def _part(
     if NORMED and NORM_OF == "rotated head":
         scales = tl.rsqrt(tl.sum(value * value, 1) / D + EPS)[:, None]
         value *= scales * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    to = out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
-    tl.store(to, value.to(out.dtype.element_ty), mask=inside)
+    at = heads[:, None] * D + d[None, :]
+    if out is not None:
+        to = out + token * (HEADS * D) + at
+        tl.store(to, value.to(out.dtype.element_ty), mask=inside)
+    if cache is not None:
+        to = cache + row * (HEADS * D) + at
+        tl.store(to, value.to(cache.dtype.element_ty), mask=inside & (row >= 0))
 
 
 @triton.jit
@@ -252,19 +278,22 @@ def project_heads(request: Request) -> Chosen | Declined:
     found = normed_input(request, named, Result(len(heads)) if "delta" in named else None)
     if isinstance(found, Declined):
         return found
-    calls, x, step, temps = found
+    calls = [*found.calls]
     tokens, n = request.args[0].shape[0], request.args[1].shape[0]
-    call = product_call(request, x, (step, 0), tokens, 1, Temp("y"), (n, 0))
+    call = product_call(
+        request, found.x, (found.step, 0), tokens, 1, Temp("y"), (n, 0), norm=found.norm
+    )
     if isinstance(call, Declined):
         return call
     calls.append(call)
     parts = range(len(heads))
     calls.extend(_parts_call(request, named, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
-    temps = {**temps, "y": TensorType("f32", (tokens, n))}
+    temps = {**found.temps, "y": TensorType("f32", (tokens, n))}
     return Chosen(
         tuple(calls),
         request.seconds(len(calls), 8 * tokens * n),
-        "the product in f32, then norms and rotation of all heads",
+        f"the product in f32{found.note}; then norms and rotation of all heads"
+        + (", written into the cache" if request.append else ""),
         temps,
     )
 
@@ -289,15 +318,21 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
     operands |= {name: named.get(name) for name in ("cos", "sin")}
     args: dict[str, Any] = {"y": Temp("y")}
     constants: dict[str, Any] = {}
+    stored: list[Ref] = []
     for place in range(_PARTS):
         part = parts[place] if place < len(parts) else None
         norm = None if part is None else named.get(f"norm_{part}")
         operands[f"norm_{place}"] = norm
+        own, cache = (None, None) if part is None else append_refs(request, part)
+        for name, ref in ((f"out_{place}", own), (f"cache_{place}", cache)):
+            if ref is None:
+                constants[name] = None
+            else:
+                args[name] = ref
+                stored.append(ref)
         if part is None:
-            constants[f"out_{place}"] = None
             values = (0, 1, 1, 0, 0, 0, 1, 1)
         else:
-            args[f"out_{place}"] = Result(part)
             heads, size = attrs["heads"][part], attrs["dims"][part]
             block_d = triton.next_power_of_2(size)
             block_heads = max(1, min(triton.next_power_of_2(heads), 1024 // block_d))
@@ -315,6 +350,9 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
             held.append(value)
     args |= {name: Arg(at) for name, at in operands.items() if at is not None}
     constants |= {name: None for name, at in operands.items() if at is None}
+    index, pages = append_operands(request)
+    args |= index
+    constants |= pages
     constants |= {
         "N": n,
         "NORM_OF": attrs.get("norm_of", "head"),
@@ -326,7 +364,7 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
         **{name: tuple(values) for name, values in per_part.items()},
     }
     grid = (request.args[0].shape[0], sum(per_part["BLOCKS"]), 1)
-    return Call(heads_kernel, args, grid, tuple(Result(p) for p in parts), constants)
+    return Call(heads_kernel, args, grid, tuple(stored), constants)
 
 
 TEMPLATES = {"project_heads": (project_heads,)}

@@ -14,7 +14,6 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...compiler.types import TensorType
 from ..request import (
     Arg,
     Call,
@@ -31,7 +30,7 @@ from .activations import gated
 from .fragment_linear import FEW, fragment_call
 from .launching import take_turn
 from .norms import row_step
-from .prologue import normed_input
+from .prologue import ProductInput, normed_input
 from .weight_tiles import tile
 
 _DTYPES = ("bf16", "f16", "f32")
@@ -44,6 +43,7 @@ def product_kernel(
     scales,
     bias,
     residual,
+    norm,
     y,
     tokens,
     K: tl.constexpr,
@@ -61,6 +61,7 @@ def product_kernel(
     GATE: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    EPS: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,7 +71,8 @@ def product_kernel(
     """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual), of one head (program_id(2)).
 
     With a GATE the weight is [2N, K], gate rows first, and y = act(gate) · up. With TILES it lies
-    in so many tiles across, as fragments. NARROW multiplies w · xᵀ instead of x · wᵀ.
+    in so many tiles across, as fragments. NARROW multiplies w · xᵀ instead of x · wᵀ. With a `norm`
+    rows of x are normed by it first: squares are added up as x is read, for a scale of the sums.
     """
     take_turn(PROGRAMMATIC)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -92,10 +94,17 @@ def product_kernel(
     else:
         sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         ups = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if norm is not None:
+        squares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
         inside = in_rows[:, None] & (at < K)[None, :]
         xs = tl.load(x_row + at[None, :], mask=inside, other=0.0)
+        if norm is not None:
+            wide = xs.to(tl.float32)
+            squares += wide * wide
+            gain = tl.load(norm + at, mask=at < K, other=0.0).to(tl.float32)
+            xs = (wide * gain[None, :]).to(DTYPE)
         ws = tile(
             w_head,
             s_head,
@@ -144,6 +153,11 @@ def product_kernel(
     if NARROW:
         sums = tl.trans(sums)
         ups = tl.trans(ups)
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)[:, None]
+        sums *= scale
+        if GATE is not None:
+            ups *= scale
     if bias is not None:
         sums += tl.load(bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         if GATE is not None:
@@ -171,6 +185,7 @@ def product_call(
     heads: int = 1,
     bias: int | None = None,
     residual: int | None = None,
+    norm: int | None = None,
     gate: str | None = None,
     shape: tuple[int, int] | None = None,
     w_steps: tuple[int, int, int] = (0, 0, 0),
@@ -178,12 +193,21 @@ def product_call(
     """The launch of a product with argument `weight`; steps are of a token and of a head.
 
     The weight is dense [..., N, K], or what `shape` (N, K) and `w_steps` (of a row, of a column, of
-    a head) say.
+    a head) say. `norm` is the weight of an rms_norm of x's rows with the node's `eps`.
     """
     w = request.args[weight]
     if w.packed and w.packed.fragments and tokens <= FEW:
         return fragment_call(
-            request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
+            request,
+            x,
+            x_steps[0],
+            tokens,
+            weight,
+            y,
+            bias=bias,
+            residual=residual,
+            norm=norm,
+            gate=gate,
         )
     if w.type.dtype not in _DTYPES:
         return Declined(f"{w.type}: expected one of {', '.join(_DTYPES)}")
@@ -213,6 +237,7 @@ def product_call(
         "GATE": gate,
         "ALPHA": float(request.attrs.get("alpha", 0.0)),
         "LIMIT": float(request.attrs.get("limit", 0.0)),
+        "EPS": 0.0 if norm is None else request.attrs["eps"],
         "NARROW": few,
         "BLOCK_T": block_t,
         "BLOCK_N": block_n,
@@ -220,7 +245,10 @@ def product_call(
     }
     args["w"] = Codes(weight) if w.packed else Arg(weight)
     (args if w.packed else constants)["scales"] = Scales(weight) if w.packed else None
-    (constants if bias is None else args)["bias"] = None if bias is None else Arg(bias)
+    for name, position in (("bias", bias), ("norm", norm)):
+        (constants if position is None else args)[name] = (
+            None if position is None else Arg(position)
+        )
     if residual is None:
         constants["residual"] = None
     else:
@@ -243,10 +271,13 @@ def _tiles(n: int, few: bool, is_gated: bool, w: Operand) -> tuple[int, int, int
     return (64 if is_gated or w.packed else 128), 64, 4, 2
 
 
-def _chosen(request: Request, calls: list[Call], temps: dict[str, TensorType]) -> Chosen:
+def _chosen(request: Request, call: Call, given: ProductInput | None = None) -> Chosen:
     held = "MXFP4" if request.args[1].packed else request.args[1].type.dtype
-    reason = f"{tiles_of(calls[-1])}, {held} weight"
-    return Chosen(tuple(calls), request.seconds(len(calls)), reason, temps)
+    reason = f"{tiles_of(call)}, {held} weight"
+    if given is None:
+        return Chosen((call,), request.seconds(1), reason)
+    calls = (*given.calls, call)
+    return Chosen(calls, request.seconds(len(calls)), reason + given.note, given.temps)
 
 
 def tiles_of(call: Call) -> str:
@@ -266,19 +297,19 @@ def fused_linear(request: Request) -> Chosen | Declined:
     found = normed_input(request, named, Result(1) if "delta" in named else None)
     if isinstance(found, Declined):
         return found
-    calls, x, step, temps = found
     call = product_call(
         request,
-        x,
-        (step, 0),
+        found.x,
+        (found.step, 0),
         prod(request.args[0].shape[:-1]),
         1,
         Result(0),
         (request.results[0].shape[-1], 0),
         bias=named.get("bias"),
         residual=named.get("residual"),
+        norm=found.norm,
     )
-    return call if isinstance(call, Declined) else _chosen(request, [*calls, call], temps)
+    return call if isinstance(call, Declined) else _chosen(request, call, found)
 
 
 def gated_linear(request: Request) -> Chosen | Declined:
@@ -287,19 +318,19 @@ def gated_linear(request: Request) -> Chosen | Declined:
     found = normed_input(request, named, Result(1) if "delta" in named else None)
     if isinstance(found, Declined):
         return found
-    calls, x, step, temps = found
     call = product_call(
         request,
-        x,
-        (step, 0),
+        found.x,
+        (found.step, 0),
         prod(request.args[0].shape[:-1]),
         1,
         Result(0),
         (request.results[0].shape[-1], 0),
         bias=named.get("bias"),
         gate=request.attrs["activation"],
+        norm=found.norm,
     )
-    return call if isinstance(call, Declined) else _chosen(request, [*calls, call], temps)
+    return call if isinstance(call, Declined) else _chosen(request, call, found)
 
 
 def head_linear(request: Request) -> Chosen | Declined:
@@ -317,7 +348,7 @@ def head_linear(request: Request) -> Chosen | Declined:
         (y.strides[0], y.strides[1]),
         heads=x.shape[1],
     )
-    return call if isinstance(call, Declined) else _chosen(request, [call], {})
+    return call if isinstance(call, Declined) else _chosen(request, call)
 
 
 def matmul(request: Request) -> Chosen | Declined:
@@ -341,7 +372,7 @@ def matmul(request: Request) -> Chosen | Declined:
         shape=(n, k),
         w_steps=(y.strides[-1], y.strides[-2], steps[1] or 0),
     )
-    return call if isinstance(call, Declined) else _chosen(request, [call], {})
+    return call if isinstance(call, Declined) else _chosen(request, call)
 
 
 def _batch_step(x: Operand, batch: tuple[int, ...]) -> int | None:

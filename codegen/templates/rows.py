@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -14,6 +15,7 @@ from ..request import (
     Chosen,
     Declined,
     Operand,
+    Ref,
     Request,
     Result,
     dense_strides,
@@ -84,6 +86,23 @@ def take(request: Request) -> Chosen | Declined:
 
 
 @triton.jit
+def cache_row(
+    slots,
+    positions,
+    page_table,
+    token,
+    PAGES_PER_SLOT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Which row of a cache [pages · PAGE_SIZE, ...] a token's is, i64; -1 for padding."""
+    slot = tl.load(slots + token)
+    position = tl.load(positions + token)
+    at = page_table + slot * PAGES_PER_SLOT + position // PAGE_SIZE
+    page = tl.load(at, mask=slot >= 0, other=0).to(tl.int64)
+    return tl.where(slot >= 0, page * PAGE_SIZE + position % PAGE_SIZE, -1)
+
+
+@triton.jit
 def append_kernel(
     cache_0,
     cache_1,
@@ -105,12 +124,9 @@ def append_kernel(
     """
     take_turn(PROGRAMMATIC)
     token = tl.program_id(0)
-    slot = tl.load(slots + token)
-    position = tl.load(positions + token)
+    to = cache_row(slots, positions, page_table, token, PAGES_PER_SLOT, PAGE_SIZE)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if slot >= 0:
-        page = tl.load(page_table + slot * PAGES_PER_SLOT + position // PAGE_SIZE).to(tl.int64)
-        to = page * PAGE_SIZE + position % PAGE_SIZE
+    if to >= 0:
         row = token.to(tl.int64)
         if tl.program_id(2) == 0:
             value = tl.load(rows_0 + row * STEP[0] + at, mask=at < WIDTH[0])
@@ -158,6 +174,31 @@ def _append_call(request: Request, count: int, caches: range) -> Call:
     }
     grid = (rows[0].shape[0], triton.cdiv(max(widths), block), len(caches))
     return Call(append_kernel, args, grid, tuple(Result(i) for i in caches), constants)
+
+
+def append_operands(request: Request) -> tuple[dict[str, Ref], dict[str, Any]]:
+    """What a kernel that writes into the caches of `request.append` needs to find a token's row:
+    operands by name, and constants."""
+    names, sizes = ("slots", "positions", "page_table"), ("PAGES_PER_SLOT", "PAGE_SIZE")
+    append = request.append
+    if append is None:
+        return {}, {**dict.fromkeys(names), **dict.fromkeys(sizes, 0)}
+    cache = request.results[min(append.caches.values())]
+    pages = request.args[append.page_table.index].shape[1]
+    args: dict[str, Ref] = dict(
+        zip(names, (append.slots, append.positions, append.page_table), strict=True)
+    )
+    return args, dict(zip(sizes, (pages, cache.shape[1]), strict=True))
+
+
+def append_refs(request: Request, result: int) -> tuple[Ref | None, Ref | None]:
+    """Where a result of a node goes: memory of its own, and its cache; None: not there."""
+    append = request.append
+    if append is None:
+        return Result(result), None
+    cache = append.caches.get(result)
+    own = Result(result) if result in append.kept else None
+    return own, None if cache is None else Result(cache)
 
 
 TEMPLATES = {"embedding": (embedding,), "take": (take,), "kv_append": (kv_append,)}
