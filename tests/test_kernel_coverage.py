@@ -74,7 +74,11 @@ def arguments(op: Op, sample: Sample, dtype: str | None) -> list[torch.Tensor]:
     ("op", "sample"), CASES, ids=[f"{op.name}-{i}" for i, (op, _) in enumerate(CASES)]
 )
 def test_samples(op: Op, sample: Sample, dtype: str | None) -> None:
-    check_node(op, arguments(op, sample, dtype), dict(sample.attrs))
+    # A product that norms its own input rounds x · weight where the reference rounds the normed x,
+    # and rows of 8 show it. How near that is to float64 is tested in test_norm_in_product.
+    within = dtype is not None and "norm" in sample.attrs.get("optional", ())
+    tolerance = 2**-5 if within else None
+    check_node(op, arguments(op, sample, dtype), dict(sample.attrs), tolerance=tolerance)
 
 
 def test_what_ranks_exchange_is_refused() -> None:

@@ -122,7 +122,9 @@ def test_project_heads(sample: Any, dtype: torch.dtype) -> None:
         args[2 + sample.attrs["optional"].index("delta")] = tensors[
             2 + sample.attrs["optional"].index("delta")
         ]
-    check_node(project_heads, args, sample.attrs)
+    # In bf16 a norm rounds other numbers within the product: see test_kernel_coverage.
+    tolerance = 2**-5 if dtype == BF16 and "norm" in sample.attrs["optional"] else None
+    check_node(project_heads, args, sample.attrs, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("form", ["half", "interleaved", "deinterleaved"])
