@@ -1,6 +1,7 @@
 """MXFP4 in the canonical layout, turned into numbers inside kernels (compiler/microscaling.py).
 
 codes u8 [..., K/2] hold element 2j in the low nibble of byte j; scales u8 [..., K/group] are E8M0.
+Codes become numbers by moving their bits, or, where the target has them, by scaled conversions.
 """
 
 from __future__ import annotations
@@ -44,3 +45,71 @@ def decoded(
     # In this order: a scale times 2^126 may leave the range of f32, an element does not.
     groups = tl.reshape(both * 8.507059173023462e37, (ROWS, BLOCK // GROUP, GROUP))
     return tl.reshape(groups * e8m0(scales)[:, :, None], (ROWS, BLOCK)).to(DTYPE)
+
+
+@triton.jit
+def scaled_numbers(words, scale, dtype: tl.constexpr):
+    """Words i32 [...] of eight codes times `scale` f32 -> dtype [..., 2, 2, 2], by instructions.
+
+    V_CVT_SCALEF32_PK_{F32,F16,BF16}_FP4 (AMD CDNA 4 ISA, VOP3): OPSEL[1:0] picks a byte of the
+    first source; its low nibble makes the low half of the result, its high nibble the high half. Of
+    the second source, an f32, only the exponent's eight bits count, as E8M0.
+    """
+    if dtype == tl.float32:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """v_cvt_scalef32_pk_f32_fp4 $0, $4, $5
+            v_cvt_scalef32_pk_f32_fp4 $1, $4, $5 op_sel:[1,0,0]
+            v_cvt_scalef32_pk_f32_fp4 $2, $4, $5 op_sel:[0,1,0]
+            v_cvt_scalef32_pk_f32_fp4 $3, $4, $5 op_sel:[1,1,0]""",
+            "=&v,=&v,=&v,=&v,v,v",
+            [words, scale],
+            dtype=(tl.int64, tl.int64, tl.int64, tl.int64),
+            is_pure=True,
+            pack=1,
+        )
+    elif dtype == tl.float16:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """v_cvt_scalef32_pk_f16_fp4 $0, $4, $5
+            v_cvt_scalef32_pk_f16_fp4 $1, $4, $5 op_sel:[1,0,0]
+            v_cvt_scalef32_pk_f16_fp4 $2, $4, $5 op_sel:[0,1,0]
+            v_cvt_scalef32_pk_f16_fp4 $3, $4, $5 op_sel:[1,1,0]""",
+            "=&v,=&v,=&v,=&v,v,v",
+            [words, scale],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        tl.static_assert(dtype == tl.bfloat16)
+        a, b, c, d = tl.inline_asm_elementwise(
+            """v_cvt_scalef32_pk_bf16_fp4 $0, $4, $5
+            v_cvt_scalef32_pk_bf16_fp4 $1, $4, $5 op_sel:[1,0,0]
+            v_cvt_scalef32_pk_bf16_fp4 $2, $4, $5 op_sel:[0,1,0]
+            v_cvt_scalef32_pk_bf16_fp4 $3, $4, $5 op_sel:[1,1,0]""",
+            "=&v,=&v,=&v,=&v,v,v",
+            [words, scale],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    # What is joined last changes fastest: bytes 0 … 3, and in each the low half, then the high.
+    pairs = tl.join(tl.join(a, c), tl.join(b, d))
+    if dtype == tl.float32:
+        low, high = pairs.to(tl.int32), (pairs >> 32).to(tl.int32)
+    else:
+        low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
+    return tl.join(low.to(dtype, bitcast=True), high.to(dtype, bitcast=True))
+
+
+@triton.jit
+def scaled_tile(
+    words,
+    scales,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """As `decoded` by scaled conversions: words i32 [ROWS, BLOCK/8] of codes instead of bytes."""
+    grouped = tl.reshape(words, (ROWS, BLOCK // GROUP, GROUP // 8))
+    return tl.reshape(scaled_numbers(grouped, e8m0(scales)[:, :, None], DTYPE), (ROWS, BLOCK))
