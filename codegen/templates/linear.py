@@ -29,6 +29,7 @@ from ..request import (
 )
 from .activations import gated
 from .fragment_linear import FEW, fragment_call
+from .mfma_linear import mfma_call, takes
 from .norms import row_step
 from .prologue import normed_input
 from .weight_tiles import tile
@@ -183,6 +184,10 @@ def product_call(
     w = request.args[weight]
     if w.packed and w.packed.fragments and tokens <= FEW:
         return fragment_call(
+            request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
+        )
+    if takes(request, tokens, weight):
+        return mfma_call(
             request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
         )
     if w.type.dtype not in _DTYPES:
