@@ -103,9 +103,16 @@ class Pointer:
         return Pointer(self.memory.view(torch.int32))
 
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "u8", torch.int32: "i32"}
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+}
 _NUMPY = {
     "f32": np.float32,
+    "f16": np.float16,
     "bf16": np.float32,
     "i16": np.int16,
     "i32": np.int32,
@@ -246,7 +253,12 @@ def _raised(x: Array) -> Array:
 
 
 def _mma(a: Array, b: Array, acc: Array) -> Array:
-    return Array(acc.values + np.matmul(a.values, b.values), "f32")
+    return Array(acc.values + np.matmul(*(_wide(x) for x in (a, b))), "f32")
+
+
+def _wide(x: Array) -> Any:
+    assert x.dtype in ("bf16", "f16"), x.dtype
+    return x.values.astype(np.float32)
 
 
 # Functions that make layouts.

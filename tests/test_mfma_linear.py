@@ -1,4 +1,4 @@
-"""Few tokens on AMD's matrix cores: both ways to decode, every epilogue, every edge."""
+"""Few tokens on AMD's matrix cores: dense and both ways to decode, every epilogue and edge."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def test_linear(target: str, tokens: int, n: int, k: int) -> None:
     assert kernels(lowered) == ["mfma_kernel"]
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 33, 8), (5, 17, 1000), (16, 16, 2048)])
+def test_dense(target: str, tokens: int, n: int, k: int, dtype: torch.dtype) -> None:
+    x, w = torch.randn(tokens, k).to(dtype), Weight(drawn(n, k).to(dtype))
+    assert kernels(check_node(linear, (x, w), target=target)) == ["mfma_kernel"]
+
+
 @pytest.mark.parametrize("names", [("bias", "residual"), LINEAR_OPTIONS])
 def test_what_stands_before_and_after(target: str, names: tuple[str, ...]) -> None:
     rest, attrs = operands(names, 3, 96, 50, 50, BF16)
@@ -58,9 +65,12 @@ def test_gated(target: str, n: int, k: int, biased: bool) -> None:
 
 
 @pytest.mark.parametrize("gate", [False, True])
-def test_more_rows_a_program(target: str, gate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [Packed, Weight])
+def test_more_rows_a_program(
+    target: str, gate: bool, form: type[Packed | Weight], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mfma_linear, "_MANY_PROGRAMS", 1)
-    args = (torch.randn(3, 320).to(BF16), Packed(drawn(70, 320)))
+    args = (torch.randn(3, 320).to(BF16), form(drawn(70, 320)))
     if gate:
         check_node(gated_linear, args, {"activation": "silu"}, target)
     else:
@@ -91,6 +101,7 @@ def test_other_groups_dtypes_and_sizes_go_elsewhere(target: str) -> None:
         (torch.randn(2, 64).to(BF16), Packed(drawn(32, 64), 16)),
         (torch.randn(2, 64), Packed(torch.randn(32, 64))),
         (torch.randn(17, 64).to(BF16), Packed(drawn(32, 64))),
-        (torch.randn(2, 64).to(BF16), Weight(drawn(32, 64))),
+        (torch.randn(2, 60).to(BF16), Weight(drawn(32, 60))),
+        (torch.randn(2, 64), Weight(torch.randn(32, 64))),
     ):
         assert "mfma_kernel" not in kernels(check_node(linear, (x, w), target=target))

@@ -224,6 +224,7 @@ def many(request: Request) -> Chosen | Declined:
     if isinstance(have, Declined):
         return have
     dtype = request.args[0].type.dtype
+    gate_up, down = request.args[3:5]
     tokens = _tile_tokens(have, dtype)
     # Each expert that is chosen at all has one tile that may not be full.
     tiles = have.choices // tokens + min(have.count, have.choices)
@@ -249,12 +250,11 @@ def many(request: Request) -> Chosen | Declined:
             "CHUNK": _CHUNK,
         },
     )
-    # As much of K at once as 128 bytes of dense elements. Fewer than 64 rows where they are f32:
-    # for sm_100 Triton 3.7 makes tf32 of some products of 64 rows, ieee or not.
-    rows = 32 if dtype == "f32" else 64
-    shape = {"TOKENS": tokens, "ROWS": rows, "BLOCK": 1024 // DTYPE_BITS[dtype]}
+    # Fewer than 64 rows where they are f32: for sm_100 Triton 3.7 makes tf32 of some products of 64
+    # rows, ieee or not.
+    shape = {"TOKENS": tokens, "ROWS": 32 if dtype == "f32" else 64}
     sizes = {"WIDTH": have.width, "INNER": have.inner}
-    warps = 8 if tokens > 64 else 4
+    warps = 8 if tokens > 64 and request.target.warp == 32 else 4
     stages = 3 if request.target.name.startswith("cuda") else 2
     weight, form = _memory(request, 3)
     bias, no_bias = _bias(have, 5)
@@ -268,6 +268,7 @@ def many(request: Request) -> Chosen | Declined:
             **form,
             **no_bias,
             **shape,
+            "BLOCK": _tile_block(request, gate_up, shape),
             **sizes,
             "K": have.k,
             "STEP": have.step,
@@ -282,7 +283,7 @@ def many(request: Request) -> Chosen | Declined:
         {"hidden": Temp("hidden"), **where, **weight, **bias, "parts": Temp("parts")},
         (tiles, triton.cdiv(have.width, shape["ROWS"]), 1),
         (Temp("parts"),),
-        {**form, **no_bias, **shape, **sizes},
+        {**form, **no_bias, **shape, "BLOCK": _tile_block(request, down, shape), **sizes},
         warps,
         stages,
     )
@@ -304,6 +305,16 @@ def _tile_tokens(have: _Experts, dtype: str) -> int:
     """Choices a tile: about as many as an expert has; f32 has no registers for many."""
     most = 32 if dtype == "f32" else 128
     return min(most, max(16, triton.next_power_of_2(have.choices // have.count)))
+
+
+def _tile_block(request: Request, weight: Operand, shape: Mapping[str, int]) -> int:
+    """As much of K at once as 128 bytes of dense elements; twice that where 64 lanes a warp load
+    codes, 16 bytes each, if two programs then fit in the shared memory."""
+    bits = DTYPE_BITS[request.args[0].type.dtype]
+    block = 1024 // bits
+    both = (shape["TOKENS"] + shape["ROWS"]) * 2 * block * bits // 8
+    wide = weight.packed is not None and request.target.warp == 64 and bits == 16
+    return 2 * block if wide and 2 * both <= request.target.shared_bytes else block
 
 
 def _seconds_of_tiles(request: Request, have: _Experts, tokens: int) -> float:

@@ -186,7 +186,7 @@ def product_call(
         return fragment_call(
             request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
         )
-    if takes(request, tokens, weight):
+    if shape is None and takes(request, tokens, weight):
         return mfma_call(
             request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
         )

@@ -1,9 +1,10 @@
-"""Products of few tokens with an MXFP4 weight on AMD's matrix cores (Gluon).
+"""Products of few tokens with a weight, dense or in MXFP4, on AMD's matrix cores (Gluon).
 
-The weight lies by rows, as it was stored. It is the right operand of v_mfma_f32_16x16x{16,32}_bf16,
-in which lane 16·q + r holds eight columns of row r: here the same eighth of a group of 32 columns
-of its own, so that a lane loads a whole group, 16 bytes, and one scale. Numbers are made of them in
-registers; nothing goes through LDS but the sums of the warps, which take turns along K.
+The weight lies by rows, as it was stored. It is the right operand of v_mfma_f32_16x16x{16,32}, in
+which lane 16·q + r holds eight columns of row r. Which eight is free, if x has the same: in MXFP4 a
+quarter of a group of 32 columns of the lane's own, so that it loads a whole group, 16 bytes, and
+one scale; else those beside the next lane's. Codes become numbers in registers; nothing goes
+through LDS but the sums of the warps, which take turns along K.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from triton.experimental.gluon.language.amd.cdna3 import mfma
 
 from ..request import Arg, Call, Codes, Declined, Ref, Request, Scales
 from .activations import gated
-from .mxfp4_decode import e8m0, scaled_numbers
+from .mxfp4_decode import e8m0, narrowed, scaled_numbers
 from .norms import row_step
 
-# The most tokens of one launch, and columns that share a scale.
-FEW, GROUP = 16, 32
+# The most tokens of one launch.
+FEW = 16
 # Programs that fill a GPU several times over: fewer share each tile among more warps.
 _MANY_PROGRAMS = 608
 _TO_ONE = gl.constexpr(8.507059173023462e37)  # 2^126
@@ -44,20 +45,25 @@ def _words(r_bits, t_bits, w_bits):
 
 
 @gluon.constexpr_function
-def _columns(t_bits, w_bits):
-    """Layout of x [16, columns]; bits of a column: place in a word 0-2, g 3-4, q 5-6, t, w."""
-    registers = [[0, p] for p in (1, 2, 4, 8, 16, *_powers(7, t_bits))]
-    lanes = [[1, 0], [2, 0], [4, 0], [8, 0], [0, 32], [0, 64]]
+def _columns(r_bits, t_bits, w_bits, q_first):
+    """Layout of rows of numbers [16 << r_bits, columns], a lane's eight columns at once.
+
+    Bits of a column: place in its eight 0-2, q and g (with `q_first`) or g and q 3-6, t, w.
+    """
+    q, g = ([8, 16], [32, 64]) if q_first else ([32, 64], [8, 16])
+    registers = [[0, p] for p in (1, 2, 4, *g, *_powers(7, t_bits))]
+    registers += [[p, 0] for p in _powers(4, r_bits)]
+    lanes = [[1, 0], [2, 0], [4, 0], [8, 0], *([0, p] for p in q)]
     warps = [[0, p] for p in _powers(7 + t_bits, w_bits)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [16, 128 << t_bits + w_bits])
+    shape = [16 << r_bits, 128 << t_bits + w_bits]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 
 @gluon.jit
 def _moved(words, scale):
     """Words i32 [...] of eight codes times `scale` -> bf16 [..., 2, 2, 2], by moving their bits.
 
-    A pair holds codes i and i + 4 of a word, 2^126 times too small. All products are exact in bf16,
-    which cuts nothing of them off.
+    A pair holds codes i and i + 4 of a word, 2^126 times too small.
     """
     sign: gl.constexpr = -2147450880  # 0x80008000
     rest: gl.constexpr = 29360576  # 0x01C001C0
@@ -72,51 +78,74 @@ def _moved(words, scale):
 def _times(pair, scale):
     low = (pair << 16).to(gl.float32, bitcast=True) * _TO_ONE * scale
     high = (pair & -65536).to(gl.float32, bitcast=True) * _TO_ONE * scale
-    return gl.join(_cut(low), _cut(high))
-
-
-@gluon.jit
-def _cut(number):
-    """The bf16 that is the high half of an f32."""
-    return (number.to(gl.int32, bitcast=True) >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
+    return gl.join(narrowed(low, gl.bfloat16), narrowed(high, gl.bfloat16))
 
 
 @gluon.jit
 def _sums(
     x,
-    a,
+    w,
     acc,
     lx: gl.constexpr,
-    la: gl.constexpr,
+    lw: gl.constexpr,
     W: gl.constexpr,
     ROWS: gl.constexpr,
     G: gl.constexpr,
 ):
-    """acc + Σ over G of x [W, 16, 32, G] · a [W, 32, ROWS, G], halved until one is left."""
+    """acc + Σ over G of x [W, 16, 32, G] · w [W, 32, ROWS, G], halved until one is left."""
     if G == 1:
         left = gl.convert_layout(x.reshape([W, 16, 32]), lx, assert_trivial=True)
-        right = gl.convert_layout(a.reshape([W, 32, ROWS]), la, assert_trivial=True)
+        right = gl.convert_layout(w.reshape([W, 32, ROWS]), lw, assert_trivial=True)
         acc = mfma(left, right, acc)
     else:
         x0, x1 = gl.split(x.reshape([W, 16, 32, 2, G // 2]).permute(0, 1, 2, 4, 3))
-        a0, a1 = gl.split(a.reshape([W, 32, ROWS, 2, G // 2]).permute(0, 1, 2, 4, 3))
-        acc = _sums(x0, a0, acc, lx, la, W, ROWS, G // 2)
-        acc = _sums(x1, a1, acc, lx, la, W, ROWS, G // 2)
+        w0, w1 = gl.split(w.reshape([W, 32, ROWS, 2, G // 2]).permute(0, 1, 2, 4, 3))
+        acc = _sums(x0, w0, acc, lx, lw, W, ROWS, G // 2)
+        acc = _sums(x1, w1, acc, lx, lw, W, ROWS, G // 2)
     return acc
 
 
 @gluon.jit
-def _loaded(at_word, at_scale, group, K: gl.constexpr, STEP: gl.constexpr):
-    """Words and scales of groups; past the last it is the last again, for x is zero there."""
+def _loaded(at_w, at_scale, unit, K: gl.constexpr, STEP: gl.constexpr, GROUP: gl.constexpr):
+    """Words and scales of groups, or numbers of eights of columns; past the last it is the last
+    again, for x is zero there."""
+    columns: gl.constexpr = 8 if GROUP == 0 else GROUP
     if K % STEP != 0:
-        group = gl.minimum(group, K // 32 - 1)
-    return gl.load(at_word + group * 4), gl.load(at_scale + group)
+        unit = gl.minimum(unit, K // columns - 1)
+    if GROUP == 0:
+        return gl.load(at_w + unit * 8), 0
+    else:
+        return gl.load(at_w + unit * (GROUP // 8)), gl.load(at_scale + unit)
+
+
+@gluon.jit
+def _numbers(
+    held,
+    scale,
+    GROUP: gl.constexpr,
+    SCALED: gl.constexpr,
+    W: gl.constexpr,
+    T: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """What _loaded gave as an operand [W, 32, ROWS, T * 4], the last dim of MFMAs."""
+    if GROUP == 0:
+        # row, w, t, g, q, column -> w, (q, column), row, (t, g)
+        found = held.reshape([ROWS, W, T, 4, 4, 8]).permute(1, 4, 5, 0, 2, 3)
+    else:
+        if SCALED:
+            found = scaled_numbers(held, e8m0(scale), gl.bfloat16)
+        else:
+            found = _moved(held, e8m0(scale))
+        # w, t, row, q, g, column -> w, (q, column), row, (t, g)
+        found = found.reshape([W, T, ROWS, 4, 4, 8]).permute(0, 3, 5, 2, 1, 4)
+    return found.reshape([W, 32, ROWS, T * 4])
 
 
 @gluon.jit
 def mfma_kernel(
     x,
-    codes,
+    w,
     scales,
     bias,
     residual,
@@ -124,11 +153,13 @@ def mfma_kernel(
     tokens,
     N: gl.constexpr,
     K: gl.constexpr,
+    GROUP: gl.constexpr,
     X_STEP: gl.constexpr,
     RESIDUAL_STEP: gl.constexpr,
     GATE: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
+    VERSION: gl.constexpr,
     SCALED: gl.constexpr,
     W: gl.constexpr,
     W_BITS: gl.constexpr,
@@ -140,57 +171,64 @@ def mfma_kernel(
     """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual) for a weight by rows.
 
     W warps of T times 128 columns make a step, R times 16 rows a program. With a GATE half of them
-    are gate rows, the others their up rows, and y = act(gate) · up. SCALED says whether the target
-    has scaled conversions; if so, it has MFMAs of 32 columns too.
+    are gate rows, the others their up rows, and y = act(gate) · up. GROUP is 0 for a dense weight.
+    VERSION is of the matrix cores, SCALED says whether the target has scaled conversions.
     """
     ROWS: gl.constexpr = 16 * R
     mma: gl.constexpr = AMDMFMALayout(
-        4 if SCALED else 3, [16, 16, 32 if SCALED else 16], False, [W, 1, 1]
+        VERSION, [16, 16, 32 if VERSION == 4 else 16], False, [W, 1, 1]
     )
     lx: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
-    la: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
-    in_words: gl.constexpr = _words(R_BITS, T_BITS, W_BITS)
-    in_x: gl.constexpr = _columns(T_BITS, W_BITS)
+    lw: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
+    in_x: gl.constexpr = _columns(0, T_BITS, W_BITS, GROUP == 0)
     STEP: gl.constexpr = W * T * 128
     STEPS: gl.constexpr = (K + STEP - 1) // STEP
+    UNITS: gl.constexpr = STEP // (8 if GROUP == 0 else GROUP)
 
     # Rows and tokens past the last are the last again, and are not stored: no load has a mask but
     # of x where columns end within a step.
     block = gl.program_id(0)
-    place = gl.arange(0, W * T * R * 256, layout=in_words)
-    row = place // 16 % ROWS
+    if GROUP == 0:
+        in_w: gl.constexpr = _columns(R_BITS, T_BITS, W_BITS, True)
+        row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, in_w)), 1)
+        place = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, in_w)), 0)
+        unit = place // 8
+    else:
+        place = gl.arange(0, W * T * R * 256, layout=_words(R_BITS, T_BITS, W_BITS))
+        row = place // 16 % ROWS
+        unit = place // (16 * ROWS) * 4 + place // 4 % 4
     if GATE is None:
         row = gl.minimum(block * ROWS + row, N - 1)
     else:
         column = gl.minimum(block * (ROWS // 2) + row % (ROWS // 2), N - 1)
         row = column + row // (ROWS // 2) * N
-    group = place // (16 * ROWS) * 4 + place // 4 % 4
-    at_word = codes.to(gl.pointer_type(gl.int32)) + (row.to(gl.int64) * (K // 8) + place % 4)
-    at_scale = scales + row.to(gl.int64) * (K // 32)
+    if GROUP == 0:
+        at_w = w + (row.to(gl.int64) * K + place % 8)
+        at_scale = w
+    else:
+        at_w = w.to(gl.pointer_type(gl.int32)) + (row.to(gl.int64) * (K // 8) + place % 4)
+        at_scale = scales + row.to(gl.int64) * (K // GROUP)
     column = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, in_x)), 0)
     token = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, in_x)), 1)
     at_x = x + (gl.minimum(token, tokens - 1) * X_STEP + column)
 
-    words, scale = _loaded(at_word, at_scale, group, K, STEP)
+    held, scale = _loaded(at_w, at_scale, unit, K, STEP, GROUP)
     acc = gl.zeros([W, 16, ROWS], gl.float32, layout=mma)
     for i in range(STEPS):
         if K % STEP == 0:
             xs = gl.load(at_x + i * STEP)
         else:
             xs = gl.load(at_x + i * STEP, mask=token * 0 + column < K - i * STEP, other=0.0)
-        if SCALED:
-            numbers = scaled_numbers(words, e8m0(scale), gl.bfloat16)
-        else:
-            numbers = _moved(words, e8m0(scale))
+        numbers = _numbers(held, scale, GROUP, SCALED, W, T, ROWS)
         # The next step's weights are asked for before this one's are used.
-        ahead = gl.minimum(i + 1, STEPS - 1) * (STEP // 32)
-        words, scale = _loaded(at_word, at_scale, ahead + group, K, STEP)
-        # w, t, row, q, g, column -> w, (q, column), row, (t, g)
-        numbers = numbers.reshape([W, T, ROWS, 4, 4, 8]).permute(0, 3, 5, 2, 1, 4)
-        # token, w, t, q, g, column -> w, token, (q, column), (t, g)
-        xs = xs.reshape([16, W, T, 4, 4, 8]).permute(1, 0, 3, 5, 2, 4)
-        numbers = numbers.reshape([W, 32, ROWS, T * 4])
-        acc = _sums(xs.reshape([W, 16, 32, T * 4]), numbers, acc, lx, la, W, ROWS, T * 4)
+        ahead = gl.minimum(i + 1, STEPS - 1) * UNITS
+        held, scale = _loaded(at_w, at_scale, ahead + unit, K, STEP, GROUP)
+        # token, w, t, two of q and g, column -> w, token, (q, column), (t, g)
+        if GROUP == 0:
+            xs = xs.reshape([16, W, T, 4, 4, 8]).permute(1, 0, 4, 5, 2, 3)
+        else:
+            xs = xs.reshape([16, W, T, 4, 4, 8]).permute(1, 0, 3, 5, 2, 4)
+        acc = _sums(xs.reshape([W, 16, 32, T * 4]), numbers, acc, lx, lw, W, ROWS, T * 4)
 
     total = gl.sum(acc, 0)
     if GATE is None:
@@ -224,14 +262,14 @@ def mfma_kernel(
 def takes(request: Request, tokens: int, weight: int) -> bool:
     """Whether mfma_call computes the product of `tokens` tokens with argument `weight`."""
     w = request.args[weight]
-    return (
-        request.target.name.startswith("hip")
-        and tokens <= FEW
-        and w.packed is not None
-        and w.packed.group == GROUP
-        and len(w.shape) == 2
-        and w.type.dtype == request.args[0].type.dtype == "bf16"
-    )
+    dtype = w.type.dtype
+    if tokens > FEW or len(w.shape) != 2 or dtype != request.args[0].type.dtype:
+        return False
+    if w.packed:
+        fits = w.packed.group == 32 and dtype == "bf16"
+    else:
+        fits = w.dense and w.shape[1] % 8 == 0 and dtype in ("bf16", "f16")
+    return fits and request.target.mfma > 0
 
 
 def mfma_call(
@@ -247,6 +285,7 @@ def mfma_call(
     gate: str | None,
 ) -> Call | Declined:
     """The launch of a product that `takes` approves."""
+    packed = request.args[weight].packed
     n, k = request.args[weight].shape
     tall = 2 if n >= 32 * _MANY_PROGRAMS else 1
     programs = -(-n // (16 * tall))
@@ -254,20 +293,21 @@ def mfma_call(
     wide = 2 if k >= 256 * warps else 1
     args: dict[str, Any] = {
         "x": x,
-        "codes": Codes(weight),
-        "scales": Scales(weight),
+        "w": Codes(weight) if packed else Arg(weight),
         "y": y,
         "tokens": tokens,
     }
     constants: dict[str, Any] = {
         "N": n // 2 if gate else n,
         "K": k,
+        "GROUP": packed.group if packed else 0,
         "X_STEP": x_step,
         "RESIDUAL_STEP": 0,
         "GATE": gate,
         "ALPHA": float(request.attrs.get("alpha", 0.0)),
         "LIMIT": float(request.attrs.get("limit", 0.0)),
-        "SCALED": request.target.scaled_conversions,
+        "VERSION": request.target.mfma,
+        "SCALED": packed is not None and request.target.scaled_conversions,
         "W": warps,
         "W_BITS": warps.bit_length() - 1,
         "T": wide,
@@ -275,6 +315,7 @@ def mfma_call(
         "R": tall,
         "R_BITS": tall.bit_length() - 1,
     }
+    (args if packed else constants)["scales"] = Scales(weight) if packed else None
     if residual is not None:
         step = row_step(request.args[residual])
         if step is None:

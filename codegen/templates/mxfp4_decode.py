@@ -44,7 +44,17 @@ def decoded(
     both = tl.interleave(e2m1(wide), e2m1(wide >> 4))
     # In this order: a scale times 2^126 may leave the range of f32, an element does not.
     groups = tl.reshape(both * 8.507059173023462e37, (ROWS, BLOCK // GROUP, GROUP))
-    return tl.reshape(groups * e8m0(scales)[:, :, None], (ROWS, BLOCK)).to(DTYPE)
+    return narrowed(tl.reshape(groups * e8m0(scales)[:, :, None], (ROWS, BLOCK)), DTYPE)
+
+
+@triton.jit
+def narrowed(number, dtype: tl.constexpr):
+    """f32 numbers that bf16 holds exactly in `dtype`: nothing is rounded to bf16, but cut."""
+    if dtype == tl.bfloat16:
+        bits = number.to(tl.int32, bitcast=True) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return number.to(dtype)
 
 
 @triton.jit
