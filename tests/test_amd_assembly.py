@@ -62,7 +62,10 @@ SILU = (("activation", "silu"),)
 CASES = {
     "few": Case(linear, (bf16(1, 4096), HeldPacked(bf16(6144, 4096))), (), FEW),
     "few, deep": Case(linear, (bf16(16, 14336), HeldPacked(bf16(4096, 14336))), (), FEW),
-    "few, gated": Case(gated_linear, (bf16(1, 4096), HeldPacked(bf16(28672, 4096))), SILU, FEW),
+    "few, gated": Case(gated_linear, (bf16(16, 2048), HeldPacked(bf16(1536, 2048))), SILU, FEW),
+    "few, gated, large": Case(
+        gated_linear, (bf16(1, 4096), HeldPacked(bf16(28672, 4096))), SILU, FEW
+    ),
     "few, dense": Case(linear, (bf16(1, 4096), Held(bf16(128256, 4096))), (), FEW, packed=False),
     "many": Case(linear, (bf16(64, 4096), HeldPacked(bf16(6144, 4096))), (), MANY),
     "experts, few": moe(1, ("hidden_kernel", "part_kernel"), False),

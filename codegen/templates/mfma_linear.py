@@ -245,6 +245,9 @@ def mfma_kernel(
             total += gl.load(at, mask=inside, other=0.0).to(gl.float32)
     else:
         halves: gl.constexpr = gl.BlockedLayout([1, 1], [8, 8], [W, 1], [1, 0])
+        # A lane has both halves of a token.
+        whole: gl.constexpr = gl.BlockedLayout([1, ROWS], [16, 4], [1, W], [1, 0])
+        total = gl.convert_layout(total, whole)
         gate, up = gl.split(total.reshape([16, 2, ROWS // 2]).permute(0, 2, 1))
         gate = gl.convert_layout(gate, halves)
         up = gl.convert_layout(up, halves)
