@@ -11,6 +11,7 @@ import pytest
 from ingot.codegen.build import build_one
 from ingot.codegen.kernel_source import KernelSource
 from ingot.compiler.ir import Op
+from ingot.compiler.ops.attention import cached_attention
 from ingot.compiler.ops.fused import gated_linear
 from ingot.compiler.ops.linear import linear
 from ingot.compiler.ops.moe import experts
@@ -34,7 +35,7 @@ def bf16(*shape: int) -> TensorType:
 
 @dataclass(frozen=True)
 class Case:
-    """A node, the kernels that compute its products, and whether they use matrix cores."""
+    """A node, the kernels of its products, whether they use matrix cores, and read MXFP4."""
 
     op: Op
     args: tuple[Any, ...]
@@ -57,6 +58,13 @@ def moe(tokens: int, kernels: tuple[str, ...], mfma: bool) -> Case:
     return Case(experts, args, attrs, kernels, mfma)
 
 
+def attending(tokens: int, size: int) -> Case:
+    cache = bf16(1024, 64, 8, size)
+    index = [TensorType("i32", shape) for shape in ((tokens,), (tokens,), (8, 128))]
+    args = (bf16(tokens, 32, size), cache, cache, *index)
+    return Case(cached_attention, args, (("scale", 0.1),), ("attend_kernel",), packed=False)
+
+
 FEW, MANY = ("mfma_kernel",), ("product_kernel",)
 SILU = (("activation", "silu"),)
 CASES = {
@@ -68,6 +76,9 @@ CASES = {
     ),
     "few, dense": Case(linear, (bf16(1, 4096), Held(bf16(128256, 4096))), (), FEW, packed=False),
     "many": Case(linear, (bf16(64, 4096), HeldPacked(bf16(6144, 4096))), (), MANY),
+    "attention, few": attending(1, 128),
+    "attention, many": attending(2048, 128),
+    "attention, many, wide": attending(2048, 256),
     "experts, few": moe(1, ("hidden_kernel", "part_kernel"), False),
     "experts, many": moe(512, ("hidden_tile_kernel", "part_tile_kernel"), True),
 }
@@ -89,7 +100,7 @@ def built(case: str, target: str) -> list[tuple[KernelSource, Assembly, dict[str
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
-def test_products(case: str, target: str) -> None:
+def test_kernels(case: str, target: str) -> None:
     this, device = CASES[case], target_of(target)
     for source, assembly, facts in built(case, target):
         name = source.function.__name__
