@@ -13,7 +13,7 @@ from ingot.codegen.kernel_source import KernelSource
 from ingot.compiler.ir import Op
 from ingot.compiler.ops.attention import cached_attention
 from ingot.compiler.ops.fused import gated_linear
-from ingot.compiler.ops.linear import linear
+from ingot.compiler.ops.linear import head_linear, linear
 from ingot.compiler.ops.moe import experts
 from ingot.compiler.target import target_of
 from ingot.compiler.types import TensorType
@@ -75,6 +75,9 @@ CASES = {
         gated_linear, (bf16(1, 4096), HeldPacked(bf16(28672, 4096))), SILU, FEW
     ),
     "few, dense": Case(linear, (bf16(1, 4096), Held(bf16(128256, 4096))), (), FEW, packed=False),
+    "few, heads": Case(
+        head_linear, (bf16(1, 128, 512), HeldPacked(bf16(128, 128, 512))), (), ("product_kernel",)
+    ),
     "many": Case(linear, (bf16(64, 4096), HeldPacked(bf16(6144, 4096))), (), MANY),
     "attention, few": attending(1, 128),
     "attention, many": attending(2048, 128),

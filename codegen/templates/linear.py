@@ -14,6 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ...compiler.target import Target
 from ...compiler.types import TensorType
 from ..request import (
     Arg,
@@ -200,7 +201,7 @@ def product_call(
     n, k = shape
     n = n // 2 if gate else n
     few = tokens <= FEW
-    block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w)
+    block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w, request.target)
     args: dict[str, Any] = {"x": x, "y": y, "tokens": tokens}
     constants: dict[str, Any] = {
         "K": k,
@@ -239,8 +240,13 @@ def product_call(
     return Call(product_kernel, args, grid, (y,), constants, warps, stages)
 
 
-def _tiles(n: int, few: bool, is_gated: bool, w: Operand) -> tuple[int, int, int, int]:
+def _tiles(
+    n: int, few: bool, is_gated: bool, w: Operand, target: Target
+) -> tuple[int, int, int, int]:
     """Columns and tokens of a tile, warps, stages."""
+    if few and target.mfma:
+        # A matrix instruction has 16 rows, and warps that have none repeat another's.
+        return 64, FEW, 4, 2
     if few:
         return (32 if n >= 8192 else 16), FEW, 4, 3
     if w.type.dtype == "f32":
