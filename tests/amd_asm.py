@@ -37,6 +37,8 @@ def run(asm: str, constraints: str, args: Sequence[Any]) -> list[Any]:
     assert kinds[len(outputs) :] == ["v"] * len(args), constraints
     registers: list[Any] = [None] * len(outputs) + list(np.broadcast_arrays(*args))
     for line in filter(None, (part.strip() for part in re.split(r"[;\n]", asm))):
+        if re.fullmatch(r"s_nop \d+", line):
+            continue
         match = _LINE.fullmatch(line)
         assert match, f"unknown instruction {line!r}"
         place = int(match["d"])

@@ -136,6 +136,43 @@ def test_few_tokens_read_whole_groups_and_stay_in_registers(target: str) -> None
     assert loop["v_cvt_scalef32_pk_bf16_fp4"] == converted
 
 
+def registers(operand: str) -> set[int]:
+    """Of v7 or v[4:7]; none of anything else."""
+    found = re.fullmatch(r"v\[?(\d+)(?::(\d+))?\]?", operand.strip(","))
+    return set(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else set()
+
+
+def test_conversions_keep_their_distance_from_matrix_instructions() -> None:
+    """LLVM inserts no wait states around inline assembly. Required (AMD CDNA 3 and 4 ISA) are two
+    between a vector instruction and an MFMA that reads what it wrote, and up to 15 between an MFMA
+    and a vector instruction that writes what was added to."""
+    seen = 0
+    for case in ("few", "few, deep", "few, gated", "few, gated, large", "many", "experts, many"):
+        for _, assembly, _ in built(case, "hip:gfx950"):
+            converted: dict[int, int] = {}  # wait states since a conversion wrote a register
+            added: dict[int, int] = {}  # and since an MFMA read one that it does not write
+            for line in re.findall(r"^\s+((?:[vs]|ds|global|buffer)_.*)", assembly.text, re.M):
+                name, *operands = line.split()
+                places = [registers(operand) for operand in operands]
+                if name.startswith("v_mfma"):
+                    read = places[1] | places[2] | places[3]
+                    assert all(converted.get(r, 2) >= 2 for r in read), line
+                    seen += bool(read & converted.keys())
+                if "scalef32" in name:
+                    assert all(added.get(r, 15) >= 15 for r in places[0]), line
+                states = int(operands[0]) + 1 if name == "s_nop" else 1
+                converted = {r: n + states for r, n in converted.items()}
+                added = {r: n + states for r, n in added.items()}
+                if name.startswith("v_mfma"):
+                    added |= dict.fromkeys(places[3] - places[0], 0)
+                if name.startswith("v_"):
+                    for r in places[0]:
+                        converted.pop(r, None)
+                        if "scalef32" in name:
+                            converted[r] = 0
+    assert seen
+
+
 # Instructions that a wave issues for 1,000 weights in the loop over K; what there is now, and some.
 @pytest.mark.parametrize(
     ("case", "target", "most"),

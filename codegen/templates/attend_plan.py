@@ -260,7 +260,7 @@ def _tile(job: Attention, request: Request) -> Tile:
 def _widest(job: Attention, request: Request) -> Tile:
     """The tile if pages are not smaller: chosen so that nothing spills registers. Stages of the
     pipeline on NVIDIA: one for the page's number, and enough to hold the next tile while one is in
-    use. On AMD a lane holds twice as many rows: more than 64 of them spill masks of scalars, and
+    use. On AMD a lane holds twice as much: more than 64 rows spill masks, which are scalars, and
     with 8 warps, two on each SIMD, there are 256 registers a lane; shared memory is little."""
     nvidia = request.target.name.startswith("cuda")
     rows = job.tokens * job.group
@@ -276,7 +276,7 @@ def _widest(job: Attention, request: Request) -> Tile:
     if width > 256:
         return Tile(32, 32, 8, 5) if nvidia else Tile(32, 32, 4, 1)
     if not nvidia:
-        return Tile(64, 64 if width <= 128 else 32, 8, 1)
+        return Tile(64, 64 if width <= 64 else 32, 8 if width <= 128 else 4, 1)
     m = 128 if rows >= 1024 and width <= 128 else 64
     return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3)
 

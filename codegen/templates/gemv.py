@@ -49,7 +49,8 @@ def rows_times(
             # A scale for every word, which has the words' layout; loads of equals are one.
             group = rows[:, None] * (WIDTH // GROUP) + (word // (GROUP // 8))[None, :]
             scale = e8m0(tl.load(scales + group, mask=mask, other=127))
-            w = scaled_numbers(code, scale, tl.float32)
+            code = tl.reshape(code, (ROWS, WORDS // 4, 2, 2))
+            w = scaled_numbers(code, tl.reshape(scale, (ROWS, WORDS // 4, 2, 2)), tl.float32)
             at = start + column
             value = tl.load(x + at, mask=at < WIDTH, other=0).to(tl.float32)
             part = tl.reshape(w, (ROWS, BLOCK)) * value[None, :]

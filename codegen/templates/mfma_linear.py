@@ -134,7 +134,9 @@ def _numbers(
         found = held.reshape([ROWS, W, T, 4, 4, 8]).permute(1, 4, 5, 0, 2, 3)
     else:
         if SCALED:
-            found = scaled_numbers(held, e8m0(scale), gl.bfloat16)
+            four: gl.constexpr = [W * T * ROWS * 4, 2, 2]
+            scale = e8m0(scale).reshape(four)
+            found = scaled_numbers(held.reshape(four), scale, gl.bfloat16)
         else:
             found = _moved(held, e8m0(scale))
         # w, t, row, q, g, column -> w, (q, column), row, (t, g)
