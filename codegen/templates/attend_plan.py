@@ -273,10 +273,10 @@ def _widest(job: Attention, request: Request) -> Tile:
         if nvidia:
             return Tile(_FEW_ROWS, 64, 8 if width > 256 else 4, 5)
         return Tile(_FEW_ROWS, 64, 4, 2) if width <= 256 else Tile(_FEW_ROWS, 32, 4, 1)
-    if width > 256:
-        return Tile(32, 32, 8, 5) if nvidia else Tile(32, 32, 4, 1)
     if not nvidia:
-        return Tile(64, 64 if width <= 64 else 32, 8 if width <= 128 else 4, 1)
+        return Tile(32, 32, 4, 1) if width > 128 else Tile(64, 64 if width <= 64 else 32, 8, 1)
+    if width > 256:
+        return Tile(32, 32, 8, 5)
     m = 128 if rows >= 1024 and width <= 128 else 64
     return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3)
 
