@@ -111,8 +111,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ingot" / "kernels"
 
 
-def build_one(source: KernelSource, target: Target) -> Built:
-    """Device code for `target`; BuildError where Triton fails or a limit is passed."""
+def compiled(source: KernelSource, target: Target) -> Any:
+    """What triton.compile makes of `source` for `target`; BuildError where it fails."""
     backend, arch = target.name.split(":")
     gpu = GPUTarget(backend, int(arch[3:]) if backend == "cuda" else arch, target.warp)
     options: dict[str, Any] = {
@@ -125,20 +125,26 @@ def build_one(source: KernelSource, target: Target) -> Built:
         options["launch_pdl"] = True
     name = source.function.__name__
     try:
-        compiled = triton.compile(source.ast_source(), target=gpu, options=options)
+        return triton.compile(source.ast_source(), target=gpu, options=options)
     except Exception as error:  # Triton raises whatever its passes raise
         raise BuildError(f"kernel {name} for {target.name}: {error}") from error
-    text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
-    binary = compiled.asm["cubin" if backend == "cuda" else "hsaco"]
+
+
+def build_one(source: KernelSource, target: Target) -> Built:
+    """Device code for `target`; BuildError where Triton fails or a limit is passed."""
+    made = compiled(source, target)
+    backend = target.name.split(":")[0]
+    text = made.asm["ptx" if backend == "cuda" else "amdgcn"]
+    binary = made.asm["cubin" if backend == "cuda" else "hsaco"]
     if source.programmatic:
-        _check_turn(name, target, text)
+        _check_turn(source.function.__name__, target, text)
     facts = {
-        "name": compiled.metadata.name,
-        "shared": compiled.metadata.shared,
+        "name": made.metadata.name,
+        "shared": made.metadata.shared,
         **_assembly_facts(text, backend),
         **_resources(binary, text, backend),
     }
-    _check(name, target, compiled.metadata, facts)
+    _check(source.function.__name__, target, made.metadata, facts)
     return Built(binary, facts)
 
 

@@ -109,10 +109,12 @@ class ConstantMaker:
 
     def _compute(self, node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # Weights may lie on a GPU; what an op makes out of nothing lies on the CPU.
-        home = next((a.device for a in args if a.device.type != "cpu"), torch.device("cpu"))
+        homes = {a.device for a in args if isinstance(a, torch.Tensor) and a.device.type != "cpu"}
+        home = next(iter(homes), torch.device("cpu"))
+        placed = tuple(a.to(home) if isinstance(a, torch.Tensor) else a for a in args)
         try:
             with home:
-                results = compute(node, tuple(a.to(home) for a in args), {})
+                results = compute(node, placed, {})
         except ValueError as error:
             raise ValueError(f"weight {node.source or 'unnamed'}: {error}") from error
         if self._observe:

@@ -84,7 +84,7 @@ def computed(region: Region, target: Target) -> Chosen | Declined:
         (-(-count // block), 1, 1),
         tuple(Result(i) for i in range(len(region.outputs))),
         {"BLOCK": block},
-        num_warps=block // 256,
+        num_warps=max(1, block // (8 * target.warp)),
     )
     read = sum(region.args[i].nbytes for i in memory)
     written = sum(count * DTYPE_BITS[region.steps[i].dtype] // 8 for i, _ in region.outputs)

@@ -11,6 +11,8 @@ class Target:
 
     `warp` is threads a warp, `shared_bytes` shared memory (LDS) a block may use,
     `bytes_per_second` memory bandwidth on paper; all 0 for the cpu, which runs the references.
+    `scaled_conversions` says whether it has instructions that turn MXFP4 codes and a scale into
+    numbers (v_cvt_scalef32_pk_*_fp4); `mfma` is the generation of AMD's matrix cores, 0 for none.
     """
 
     name: str
@@ -18,6 +20,8 @@ class Target:
     warp: int = 0
     shared_bytes: int = 0
     bytes_per_second: float = 0.0
+    scaled_conversions: bool = False
+    mfma: int = 0
 
     @property
     def is_gpu(self) -> bool:
@@ -32,8 +36,16 @@ TARGETS = {
         CPU,
         Target("cuda:sm_90", "NVIDIA H100, H200", 32, 232_448, 4.8e12),
         Target("cuda:sm_100", "NVIDIA B200", 32, 232_448, 8.0e12),
-        Target("hip:gfx942", "AMD Instinct MI300X, MI325X", 64, 65_536, 5.3e12),
-        Target("hip:gfx950", "AMD Instinct MI350X, MI355X", 64, 163_840, 8.0e12),
+        Target("hip:gfx942", "AMD Instinct MI300X, MI325X", 64, 65_536, 5.3e12, mfma=3),
+        Target(
+            "hip:gfx950",
+            "AMD Instinct MI350X, MI355X",
+            64,
+            163_840,
+            8.0e12,
+            scaled_conversions=True,
+            mfma=4,
+        ),
     )
 }
 

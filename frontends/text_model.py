@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Self
 
@@ -143,20 +144,22 @@ class _Run:
 
     def events(self) -> Iterator[TextEvent]:
         """The events of every prompt as they come; closing the iterator cancels what is left."""
-        for event in self._session.events(self._sequences):
-            i = self._index[event.sequence.id]
-            follower = self._followers[i]
-            if follower.stopped:
-                continue  # the cancellation that a stop string brought
-            text = follower.push(event.token) if event.token is not None else ""
-            reason = event.finish_reason
-            if follower.stopped:
-                reason = "stop"
-                self._session.cancel(event.sequence)
-            elif reason is not None:
-                text += follower.finish()
-                reason = "stop" if follower.stopped else reason
-            yield TextEvent(i, text, event.token, event.logprob, reason, event.message)
+        # Closed by name: some versions of Python drop what a closed generator iterates over late.
+        with closing(self._session.events(self._sequences)) as events:
+            for event in events:
+                i = self._index[event.sequence.id]
+                follower = self._followers[i]
+                if follower.stopped:
+                    continue  # the cancellation that a stop string brought
+                text = follower.push(event.token) if event.token is not None else ""
+                reason = event.finish_reason
+                if follower.stopped:
+                    reason = "stop"
+                    self._session.cancel(event.sequence)
+                elif reason is not None:
+                    text += follower.finish()
+                    reason = "stop" if follower.stopped else reason
+                yield TextEvent(i, text, event.token, event.logprob, reason, event.message)
 
     def completions(self) -> list[Completion]:
         """One completion a prompt, after all events."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, count
@@ -240,7 +240,7 @@ class Session:
         self._end("closed", "cancelled")
         self._executable.close()
 
-    def events(self, sequences: list[Sequence]) -> Iterator[Event]:
+    def events(self, sequences: list[Sequence]) -> Generator[Event]:
         unfinished = set(sequences)
         try:
             self._check_open()

@@ -8,13 +8,15 @@ trivial is checked when the kernel is built. Inline assembly is given by its mea
 from __future__ import annotations
 
 import math
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any
 
+import amd_asm
 import numpy as np
 import torch
-from ingot.codegen.templates import activations, fragment_linear
+from ingot.codegen.templates import activations, mxfp4_decode
 from triton.runtime.jit import JITFunction
 
 
@@ -35,7 +37,8 @@ class Array:
         if values.dtype == bool:
             return Array(values, "i1")
         kinds = {self.dtype, getattr(other, "dtype", self.dtype)}
-        dtype = next((k for k in ("f32", "bf16", "i64", "i32", "i1") if k in kinds), self.dtype)
+        order = ("f32", "bf16", "i64", "i32", "i16", "i1")
+        dtype = next((k for k in order if k in kinds), self.dtype)
         return Array(_rounded(values, dtype), dtype)
 
     def reshape(self, shape: list[int]) -> Array:
@@ -47,7 +50,7 @@ class Array:
     def to(self, dtype: Any, bitcast: bool = False) -> Array:
         name = _name(dtype)
         if bitcast:
-            return Array(self.values.astype(np.int32).view(np.float32), name)
+            return Array(_recast(self.values, self.dtype, name), name)
         return Array(_rounded(self.values, name), name)
 
     def __neg__(self) -> Array:
@@ -67,11 +70,15 @@ for _name_, _function in {
     "sub": np.subtract,
     "mul": np.multiply,
     "truediv": np.divide,
+    "floordiv": np.floor_divide,
+    "mod": np.mod,
     "lshift": np.left_shift,
+    "rshift": np.right_shift,
     "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "eq": np.equal,
     "lt": np.less,
     "gt": np.greater,
-    "eq": np.equal,
 }.items():
     _binary(f"__{_name_}__", _function)
     if _name_ not in ("lt", "gt", "eq"):
@@ -90,13 +97,43 @@ class Pointer:
         step = offset.values if isinstance(offset, Array) else offset
         return Pointer(self.memory, self.offset + step)
 
+    def to(self, dtype: str) -> Pointer:
+        """The same memory as words."""
+        assert dtype == "i32" and np.all(self.offset == 0), (dtype, self.offset)
+        return Pointer(self.memory.view(torch.int32))
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "u8"}
-_NUMPY = {"f32": np.float32, "bf16": np.float32, "i32": np.int32, "i64": np.int64, "u8": np.uint8}
+
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+}
+_NUMPY = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": np.float32,
+    "i16": np.int16,
+    "i32": np.int32,
+    "i64": np.int64,
+    "u8": np.uint8,
+}
 
 
 def _name(dtype: Any) -> str:
     return dtype if isinstance(dtype, str) else {"fp32": "f32", "int32": "i32"}[str(dtype)]
+
+
+def _recast(values: Any, source: str, target: str) -> Any:
+    match source, target:
+        case "i32", "f32":
+            return values.view(np.float32)
+        case "f32", "i32":
+            return values.view(np.int32)
+        case "i16", "bf16":
+            return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    raise AssertionError(f"bits of {source} as {target}")
 
 
 def _rounded(values: Any, dtype: str) -> Any:
@@ -111,7 +148,8 @@ def _rounded(values: Any, dtype: str) -> Any:
 class _Language:
     """What kernels call of gl and tl."""
 
-    float32, int32, int64, bfloat16 = "f32", "i32", "i64", "bf16"
+    float32, float16, bfloat16 = "f32", "f16", "bf16"
+    int16, int32, int64 = "i16", "i32", "i64"
     constexpr = object
 
     def __init__(self) -> None:
@@ -131,8 +169,13 @@ class _Language:
     def zeros(self, shape: list[int], dtype: str, layout: Any = None) -> Array:
         return Array(np.zeros(shape, np.float32), dtype)
 
-    def load(self, at: Pointer, mask: Array, other: float) -> Array:
-        places, live = np.broadcast_arrays(at.offset, mask.values)
+    def pointer_type(self, element: str) -> str:
+        return element
+
+    def load(self, at: Pointer, mask: Array | None = None, other: float = 0) -> Array:
+        live = np.True_ if mask is None else mask.values
+        places, live = np.broadcast_arrays(at.offset, live)
+        assert np.all((places >= 0) & (places < len(at.memory)) | ~live), "outside the tensor"
         flat = at.memory.float().numpy() if at.memory.is_floating_point() else at.memory.numpy()
         found = np.where(live, flat[np.where(live, places, 0)], other)
         dtype = _DTYPES[at.memory.dtype]
@@ -161,9 +204,20 @@ class _Language:
     def maximum(self, x: Array, least: float) -> Array:
         return Array(np.maximum(x.values, least), x.dtype)
 
+    def minimum(self, x: Any, most: int) -> Any:
+        return Array(np.minimum(x.values, most), x.dtype) if isinstance(x, Array) else min(x, most)
+
     def where(self, condition: Array, a: Any, b: Any) -> Array:
         values = np.where(condition.values, *(getattr(v, "values", v) for v in (a, b)))
-        return Array(_rounded(values, "f32"), "f32")
+        dtype = next((v.dtype for v in (a, b) if isinstance(v, Array)), "f32")
+        return Array(_rounded(values, dtype), dtype)
+
+    def inline_asm_elementwise(
+        self, asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int
+    ) -> tuple[Array, ...]:
+        assert is_pure and pack == 1, (is_pure, pack)
+        found = amd_asm.run(asm, constraints, [a.values for a in args])
+        return tuple(Array(v, d) for v, d in zip(found, dtype, strict=True))
 
     def rsqrt(self, x: Array) -> Array:
         return Array(np.float32(1) / np.sqrt(x.values), "f32")
@@ -209,7 +263,16 @@ def _times(x: Array, y: Array) -> Array:
 
 
 def _mma(a: Array, b: Array, acc: Array) -> Array:
-    return Array(acc.values + np.matmul(a.values, b.values), "f32")
+    return Array(acc.values + np.matmul(*(_wide(x) for x in (a, b))), "f32")
+
+
+def _wide(x: Array) -> Any:
+    assert x.dtype in ("bf16", "f16"), x.dtype
+    return x.values.astype(np.float32)
+
+
+# Functions that make layouts.
+_LAYOUTS = ("_vector", "_powers", "_columns_by_k", "_words", "_columns")
 
 
 def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]) -> None:
@@ -220,18 +283,19 @@ def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]
         "raised": _raised,
         "times": _times,
         "mma_v2": _mma,
+        "mfma": _mma,
         "gl": language,
         "tl": language,
     }
     scope: dict[str, Any] = {}
-    for module in (activations, fragment_linear):
+    for module in (activations, mxfp4_decode, sys.modules[kernel.fn.__module__]):
         for name, value in vars(module).items():
             if isinstance(value, JITFunction):
                 scope[name] = types.FunctionType(value.fn.__code__, scope, name)
             else:
                 scope[name] = getattr(value, "value", value)
     scope.update(meanings)
-    scope |= {n: (lambda *a: []) for n in ("_vector", "_powers", "_columns_by_k")}
+    scope |= {n: (lambda *a: []) for n in _LAYOUTS}
     given = {n: Pointer(_flat(v)) if isinstance(v, torch.Tensor) else v for n, v in args.items()}
     with np.errstate(all="ignore"):
         for x in range(grid[0]):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import amd_asm
 import gluon_numpy
 import numpy as np
 import torch
@@ -78,8 +79,8 @@ _LANGUAGE = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    """Kernels call kernels, products take bf16, and f32 is rounded to it, not cut: none of which
-    the interpreter does by itself."""
+    """Kernels call kernels, products take bf16, f32 is rounded to it, not cut, and there is inline
+    assembly (AMD's): none of which the interpreter does by itself."""
     builder = interpreter.InterpreterBuilder
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
@@ -99,11 +100,23 @@ def _interpreting() -> Iterator[None]:
             return interpreter.TensorHandle(narrow.numpy(), tl.bfloat16)
         return plain_cast(self, source, target)
 
+    def inline_asm(
+        self: Any, asm: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int
+    ) -> Any:
+        assert is_pure and pack == 1, (is_pure, pack)
+        found = amd_asm.run(asm, constraints, [v.data for v in values])
+        handles = [
+            interpreter.TensorHandle(data, type_.scalar)
+            for data, type_ in zip(found, types, strict=True)
+        ]
+        return SimpleNamespace(get_result=handles.__getitem__)
+
     scope = interpreter._patch_lang(_LANGUAGE)
     with (
         patch.object(builder, "cast_impl", cast),
         patch.object(JITFunction, "__call__", call),
         patch.object(builder, "create_dot", dot),
+        patch.object(builder, "create_inline_asm", inline_asm),
         np.errstate(all="ignore"),
     ):
         try:

@@ -92,8 +92,10 @@ def test_dense_experts(kind: str, dtype: torch.dtype, tokens: int) -> None:
 
 @pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_experts(kind: str, group: int, dtype: torch.dtype) -> None:
-    check(Case(width=96, inner=32, gate_up=group, down=group, dtype=dtype))
+@pytest.mark.parametrize("target", ["cuda:sm_90", "hip:gfx950"])  # bits moved, and conversions
+def test_packed_experts(kind: str, group: int, dtype: torch.dtype, target: str) -> None:
+    case = Case(width=96, inner=32, gate_up=group, down=group, dtype=dtype)
+    check(case, target=target)
 
 
 @pytest.mark.parametrize(("gate_up", "down"), [(32, None), (None, 32)])
@@ -138,6 +140,7 @@ def test_sizes_past_one_block(kind: str) -> None:
     check(Case(1, 1, 2, width=70, inner=1100))
     check(Case(1, 1, 2, width=2112, inner=48, gate_up=32, down=16))
     check(Case(1, 1, 2, width=48, inner=2112, gate_up=16, down=32))
+    check(Case(1, 1, 2, width=48, inner=2112, gate_up=16, down=32), target="hip:gfx950")
 
 
 def test_costs_choose_the_template() -> None:

@@ -260,7 +260,8 @@ def _tile(job: Attention, request: Request) -> Tile:
 def _widest(job: Attention, request: Request) -> Tile:
     """The tile if pages are not smaller: chosen so that nothing spills registers. Stages of the
     pipeline on NVIDIA: one for the page's number, and enough to hold the next tile while one is in
-    use; AMD has few registers a lane with 8 warps, and little shared memory."""
+    use. On AMD a lane holds twice as much: more than 64 rows spill masks, which are scalars, and
+    with 8 warps, two on each SIMD, there are 256 registers a lane; shared memory is little."""
     nvidia = request.target.name.startswith("cuda")
     rows = job.tokens * job.group
     width = max(padded(job.d), padded(job.v))
@@ -275,10 +276,12 @@ def _widest(job: Attention, request: Request) -> Tile:
             return Tile(_FEW_ROWS, 32, 4, 1)
         # The bounds of a window are scalars that wide tiles leave no registers for.
         return Tile(_FEW_ROWS, 32 if job.window else 64, 4, 2)
+    if not nvidia:
+        return Tile(32, 32, 4, 1) if width > 128 else Tile(64, 64 if width <= 64 else 32, 8, 1)
     if width > 256:
-        return Tile(32, 32, 8, 5) if nvidia else Tile(32, 32, 4, 1)
+        return Tile(32, 32, 8, 5)
     m = 128 if rows >= 1024 and width <= 128 else 64
-    return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3) if nvidia else Tile(m, 64, 4, 1)
+    return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3)
 
 
 def _seconds(job: Attention, request: Request) -> float:

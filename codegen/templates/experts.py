@@ -11,6 +11,7 @@ from typing import Any
 
 import triton
 
+from ...compiler.target import Target
 from ...compiler.types import DTYPE_BITS, TensorType
 from ..request import (
     LAUNCH_SECONDS,
@@ -30,14 +31,16 @@ from .experts_few import hidden_kernel, part_kernel
 from .experts_many import count_kernel, hidden_tile_kernel, part_tile_kernel, place_kernel
 from .experts_sum import combine_kernel
 
-# Codes that a device unpacks in a second in kernels that do little else; about 20 a clock and SM.
-_UNPACKED_PER_SECOND = 4e12
+# Codes that a device unpacks in a second in kernels that do little else: about 20 a clock and SM;
+# by scaled conversions an instruction of 64 lanes unpacks 128.
+_UNPACKED_PER_SECOND = {False: 4e12, True: 12e12}
 # Flops a second that tiles reach, roughly.
 _MULTIPLIED_PER_SECOND = 3e14
 # Elements of a weight that a program for few tokens loads at once, and how many of a row at most:
-# a thread of 128 loads four, or two, vectors of 16 bytes.
+# each of _THREADS loads four, or two, vectors of 16 bytes.
 _TILE = {"dense": 4096, "packed": 8192}
 _WIDEST = {"dense": 1024, "packed": 2048}
+_THREADS = 128
 # Columns that a program sums at once, and indices that one looks through.
 _COMBINED, _CHUNK = 1024, 1024
 
@@ -92,8 +95,9 @@ def _memory(request: Request, position: int) -> tuple[dict[str, Ref], dict[str, 
     """Pointers to the weight at `position`, and the constants that go with them."""
     packed = request.args[position].packed
     if packed is None:
-        return {"weight": Arg(position)}, {"scales": None, "GROUP": 0}
-    return {"weight": Codes(position), "scales": Scales(position)}, {"GROUP": packed.group}
+        return {"weight": Arg(position)}, {"scales": None, "GROUP": 0, "SCALED": False}
+    form = {"GROUP": packed.group, "SCALED": request.target.scaled_conversions}
+    return {"weight": Codes(position), "scales": Scales(position)}, form
 
 
 def _bias(have: _Experts, position: int) -> tuple[dict[str, Ref], dict[str, Any]]:
@@ -126,9 +130,10 @@ def _of_one(weight: Operand) -> float:
     return weight.nbytes / weight.shape[0]
 
 
-def _unpacking(weight: Operand) -> float:
+def _unpacking(weight: Operand, target: Target) -> float:
     """Seconds that unpacking one expert's weight takes the whole device."""
-    return weight.type.numel / weight.shape[0] / _UNPACKED_PER_SECOND if weight.packed else 0.0
+    rate = _UNPACKED_PER_SECOND[target.scaled_conversions]
+    return weight.type.numel / weight.shape[0] / rate if weight.packed else 0.0
 
 
 def _gemv_tile(width: int, weight: Operand) -> dict[str, Any]:
@@ -164,6 +169,7 @@ def few(request: Request) -> Chosen | Declined:
     bias, no_bias = _bias(have, 5)
     sizes = {"WIDTH": have.width, "INNER": have.inner}
     tile = _gemv_tile(have.width, gate_up)
+    warps = _THREADS // request.target.warp
     hidden = Call(
         hidden_kernel,
         {"x": Arg(0), "indices": Arg(2), **weight, **bias, "hidden": Temp("hidden")},
@@ -178,6 +184,7 @@ def few(request: Request) -> Chosen | Declined:
             "K": have.k,
             "STEP": have.step,
         },
+        warps,
     )
     weight, form = _memory(request, 4)
     bias, no_bias = _bias(have, 6)
@@ -194,9 +201,12 @@ def few(request: Request) -> Chosen | Declined:
         (have.choices, triton.cdiv(have.width, tile["ROWS"]), 1),
         (Temp("parts"),),
         {**form, **no_bias, **tile, **sizes},
+        warps,
     )
     moved = have.choices * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
-    computed = have.choices * (_unpacking(gate_up) + _unpacking(down))
+    computed = have.choices * (
+        _unpacking(gate_up, request.target) + _unpacking(down, request.target)
+    )
     return Chosen(
         (hidden, parts, _combined(have)),
         max(moved, computed) + 3 * LAUNCH_SECONDS,
@@ -214,6 +224,7 @@ def many(request: Request) -> Chosen | Declined:
     if isinstance(have, Declined):
         return have
     dtype = request.args[0].type.dtype
+    gate_up, down = request.args[3:5]
     tokens = _tile_tokens(have, dtype)
     # Each expert that is chosen at all has one tile that may not be full.
     tiles = have.choices // tokens + min(have.count, have.choices)
@@ -239,12 +250,11 @@ def many(request: Request) -> Chosen | Declined:
             "CHUNK": _CHUNK,
         },
     )
-    # As much of K at once as 128 bytes of dense elements. Fewer than 64 rows where they are f32:
-    # for sm_100 Triton 3.7 makes tf32 of some products of 64 rows, ieee or not.
-    rows = 32 if dtype == "f32" else 64
-    shape = {"TOKENS": tokens, "ROWS": rows, "BLOCK": 1024 // DTYPE_BITS[dtype]}
+    # Fewer than 64 rows where they are f32: for sm_100 Triton 3.7 makes tf32 of some products of 64
+    # rows, ieee or not.
+    shape = {"TOKENS": tokens, "ROWS": 32 if dtype == "f32" else 64}
     sizes = {"WIDTH": have.width, "INNER": have.inner}
-    warps = 8 if tokens > 64 else 4
+    warps = 8 if tokens > 64 and request.target.warp == 32 else 4
     stages = 3 if request.target.name.startswith("cuda") else 2
     weight, form = _memory(request, 3)
     bias, no_bias = _bias(have, 5)
@@ -258,6 +268,7 @@ def many(request: Request) -> Chosen | Declined:
             **form,
             **no_bias,
             **shape,
+            "BLOCK": _tile_block(request, gate_up, shape),
             **sizes,
             "K": have.k,
             "STEP": have.step,
@@ -272,7 +283,7 @@ def many(request: Request) -> Chosen | Declined:
         {"hidden": Temp("hidden"), **where, **weight, **bias, "parts": Temp("parts")},
         (tiles, triton.cdiv(have.width, shape["ROWS"]), 1),
         (Temp("parts"),),
-        {**form, **no_bias, **shape, **sizes},
+        {**form, **no_bias, **shape, "BLOCK": _tile_block(request, down, shape), **sizes},
         warps,
         stages,
     )
@@ -296,12 +307,22 @@ def _tile_tokens(have: _Experts, dtype: str) -> int:
     return min(most, max(16, triton.next_power_of_2(have.choices // have.count)))
 
 
+def _tile_block(request: Request, weight: Operand, shape: Mapping[str, int]) -> int:
+    """As much of K at once as 128 bytes of dense elements; twice that where 64 lanes a warp load
+    codes, 16 bytes each, if two programs then fit in the shared memory."""
+    bits = DTYPE_BITS[request.args[0].type.dtype]
+    block = 1024 // bits
+    both = (shape["TOKENS"] + shape["ROWS"]) * 2 * block * bits // 8
+    wide = weight.packed is not None and request.target.warp == 64 and bits == 16
+    return 2 * block if wide and 2 * both <= request.target.shared_bytes else block
+
+
 def _seconds_of_tiles(request: Request, have: _Experts, tokens: int) -> float:
     gate_up, down = request.args[3:5]
     touched = _touched(have)
     tiles = have.choices / tokens + touched / 2
     read = touched * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
-    unpacked = tiles * (_unpacking(gate_up) + _unpacking(down))
+    unpacked = tiles * sum(_unpacking(w, request.target) for w in (gate_up, down))
     elements = (gate_up.type.numel + down.type.numel) / have.count
     multiplied = 2 * tiles * tokens * elements / _MULTIPLIED_PER_SECOND
     # The sort reads all indices once an expert, in turns that have to wait for each other.

@@ -27,6 +27,7 @@ def hidden_kernel(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -50,17 +51,19 @@ def hidden_kernel(
         pair = tl.arange(0, 2 * ROWS)
         column = tl.program_id(1) * ROWS + pair // 2
         rows = expert * (2 * INNER) + (pair % 2) * INNER + column
-        h = rows_times(weight, scales, rows, column < INNER, row, WIDTH, GROUP, 2 * ROWS, BLOCK)
+        inside = column < INNER
+        h = rows_times(weight, scales, rows, inside, row, WIDTH, GROUP, SCALED, 2 * ROWS, BLOCK)
         if bias is not None:
-            h += tl.load(bias + rows, mask=column < INNER, other=0).to(tl.float32)
+            h += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
         h = h.to(hidden.dtype.element_ty).to(tl.float32)
         gate, up = tl.split(tl.reshape(h, (ROWS, 2)))
         y = gated(gate, up, ACTIVATION, ALPHA, LIMIT)
     else:
         rows = expert * INNER + place
-        h = rows_times(weight, scales, rows, place < INNER, row, WIDTH, GROUP, ROWS, BLOCK)
+        inside = place < INNER
+        h = rows_times(weight, scales, rows, inside, row, WIDTH, GROUP, SCALED, ROWS, BLOCK)
         if bias is not None:
-            h += tl.load(bias + rows, mask=place < INNER, other=0).to(tl.float32)
+            h += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
         h = h.to(hidden.dtype.element_ty).to(tl.float32)
         y = activated(h, ACTIVATION)
     tl.store(out, y.to(hidden.dtype.element_ty), mask=place < INNER)
@@ -77,6 +80,7 @@ def part_kernel(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
@@ -91,7 +95,7 @@ def part_kernel(
     inside = place < WIDTH
     rows = tl.load(indices + choice).to(tl.int64) * WIDTH + place
     row = hidden + choice.to(tl.int64) * INNER
-    part = rows_times(weight, scales, rows, inside, row, INNER, GROUP, ROWS, BLOCK)
+    part = rows_times(weight, scales, rows, inside, row, INNER, GROUP, SCALED, ROWS, BLOCK)
     if bias is not None:
         part += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
     at = parts + choice.to(tl.int64) * WIDTH + place

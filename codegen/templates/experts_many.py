@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .activations import activated, gated
 from .launching import take_turn
-from .mxfp4_decode import decoded
+from .weight_tiles import weight_tile
 
 
 @triton.jit
@@ -70,38 +70,6 @@ def place_kernel(
 
 
 @triton.jit
-def weight_tile(
-    weight,
-    scales,
-    rows,
-    inside,
-    start,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """[ROWS, BLOCK] of weight [..., WIDTH] from column `start`, 0 outside it, as DTYPE.
-
-    `rows` i64 [ROWS], where `inside`. With GROUP `weight` points to MXFP4 codes.
-    """
-    if GROUP == 0:
-        at = start + tl.arange(0, BLOCK)
-        mask = inside[:, None] & (at < WIDTH)[None, :]
-        tile = tl.load(weight + rows[:, None] * WIDTH + at[None, :], mask=mask, other=0)
-    else:
-        at = start // 2 + tl.arange(0, BLOCK // 2)
-        mask = inside[:, None] & (at < WIDTH // 2)[None, :]
-        codes = tl.load(weight + rows[:, None] * (WIDTH // 2) + at[None, :], mask=mask, other=0)
-        at = start // GROUP + tl.arange(0, BLOCK // GROUP)
-        mask = inside[:, None] & (at < WIDTH // GROUP)[None, :]
-        at = rows[:, None] * (WIDTH // GROUP) + at[None, :]
-        tile = decoded(codes, tl.load(scales + at, mask=mask, other=0), ROWS, BLOCK, GROUP, DTYPE)
-    return tile
-
-
-@triton.jit
 def hidden_tile_kernel(
     x,
     experts,
@@ -115,6 +83,7 @@ def hidden_tile_kernel(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -147,11 +116,25 @@ def hidden_tile_kernel(
         at = start + tl.arange(0, BLOCK)
         mask = (at < WIDTH)[:, None] & live[None, :]
         value = tl.load(row[None, :] + at[:, None], mask=mask, other=0)
-        w = weight_tile(weight, scales, rows, inside, start, WIDTH, GROUP, ROWS, BLOCK, dtype)
+        w = weight_tile(
+            weight, scales, rows, inside, start, dtype, WIDTH, GROUP, SCALED, WIDTH, 1, ROWS, BLOCK
+        )
         gate = tl.dot(w, value, gate, input_precision="ieee")
         if GATED:
             w = weight_tile(
-                weight, scales, rows + INNER, inside, start, WIDTH, GROUP, ROWS, BLOCK, dtype
+                weight,
+                scales,
+                rows + INNER,
+                inside,
+                start,
+                dtype,
+                WIDTH,
+                GROUP,
+                SCALED,
+                WIDTH,
+                1,
+                ROWS,
+                BLOCK,
             )
             up = tl.dot(w, value, up, input_precision="ieee")
     if bias is not None:
@@ -179,6 +162,7 @@ def part_tile_kernel(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -202,7 +186,9 @@ def part_tile_kernel(
         at = start + tl.arange(0, BLOCK)
         mask = (at < INNER)[:, None] & live[None, :]
         value = tl.load(hidden + choice[None, :] * INNER + at[:, None], mask=mask, other=0)
-        w = weight_tile(weight, scales, rows, inside, start, INNER, GROUP, ROWS, BLOCK, dtype)
+        w = weight_tile(
+            weight, scales, rows, inside, start, dtype, INNER, GROUP, SCALED, INNER, 1, ROWS, BLOCK
+        )
         total = tl.dot(w, value, total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mxfp4_decode import e2m1, e8m0
+from .mxfp4_decode import e2m1, e8m0, scaled_numbers
 
 
 @triton.jit
@@ -17,14 +17,16 @@ def rows_times(
     x,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """f32 [ROWS]: the rows `rows` (i64 [ROWS], where `inside`) of weight [..., WIDTH] times x.
 
-    `weight` points to numbers; or with GROUP to MXFP4 codes, and `scales` to their scales. BLOCK
-    columns are worked on at once; each is a sum of its own until the end, so the order of summation
-    depends on WIDTH and BLOCK alone. Loads are 16 bytes a thread where WIDTH lets them.
+    `weight` points to numbers; or with GROUP to MXFP4 codes, and `scales` to their scales; SCALED
+    says whether the target has scaled conversions. BLOCK columns are worked on at once; each, or
+    eight or GROUP beside each other, is a sum of its own until the end, so the order of summation
+    depends on WIDTH, BLOCK and the target alone. Loads are 16 bytes a thread where WIDTH lets them.
     """
     if GROUP == 0:
         column = tl.arange(0, BLOCK)
@@ -35,6 +37,24 @@ def rows_times(
             mask = inside[:, None] & (at < WIDTH)[None, :]
             w = tl.load(weight + rows[:, None] * WIDTH + at[None, :], mask=mask, other=0)
             total += w.to(tl.float32) * value[None, :]
+    elif SCALED:
+        WORDS: tl.constexpr = BLOCK // 8
+        words = weight.to(tl.pointer_type(tl.int32))
+        column = tl.arange(0, BLOCK)
+        total = tl.zeros([ROWS, WORDS], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            word = start // 8 + tl.arange(0, WORDS)
+            mask = inside[:, None] & (word < WIDTH // 8)[None, :]
+            code = tl.load(words + rows[:, None] * (WIDTH // 8) + word[None, :], mask=mask, other=0)
+            # A scale for every word, which has the words' layout; loads of equals are one.
+            group = rows[:, None] * (WIDTH // GROUP) + (word // (GROUP // 8))[None, :]
+            scale = e8m0(tl.load(scales + group, mask=mask, other=127))
+            code = tl.reshape(code, (ROWS, WORDS // 4, 2, 2))
+            w = scaled_numbers(code, tl.reshape(scale, (ROWS, WORDS // 4, 2, 2)), tl.float32)
+            at = start + column
+            value = tl.load(x + at, mask=at < WIDTH, other=0).to(tl.float32)
+            part = tl.reshape(w, (ROWS, BLOCK)) * value[None, :]
+            total += tl.sum(tl.reshape(part, (ROWS, WORDS, 8)), 2)
     else:
         # A thread holds whole groups, so that their sums are its own. x is taken 2^64 times too
         # large, so that products with codes, 2^126 times too small, stay normal numbers.

@@ -14,6 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ...compiler.target import Target
 from ..request import (
     Arg,
     Call,
@@ -29,6 +30,7 @@ from ..request import (
 from .activations import gated
 from .fragment_linear import FEW, fragment_call
 from .launching import take_turn
+from .mfma_linear import mfma_call, takes
 from .norms import row_step
 from .prologue import ProductInput, normed_input
 from .weight_tiles import tile
@@ -49,6 +51,7 @@ def product_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     TILES: tl.constexpr,
     X_STEP: tl.constexpr,
     X_HEAD: tl.constexpr,
@@ -117,6 +120,7 @@ def product_kernel(
             N,
             K,
             GROUP,
+            SCALED,
             TILES,
             W_ROW,
             W_COLUMN,
@@ -140,6 +144,7 @@ def product_kernel(
                 N,
                 K,
                 GROUP,
+                SCALED,
                 TILES,
                 W_ROW,
                 W_COLUMN,
@@ -209,6 +214,11 @@ def product_call(
             norm=norm,
             gate=gate,
         )
+    if shape is None and takes(request, tokens, weight):
+        assert norm is None, "see prologue.normed_input"
+        return mfma_call(
+            request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
+        )
     if w.type.dtype not in _DTYPES:
         return Declined(f"{w.type}: expected one of {', '.join(_DTYPES)}")
     if shape is None:
@@ -219,12 +229,13 @@ def product_call(
     n, k = shape
     n = n // 2 if gate else n
     few = tokens <= FEW
-    block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w)
+    block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w, request.target)
     args: dict[str, Any] = {"x": x, "y": y, "tokens": tokens}
     constants: dict[str, Any] = {
         "K": k,
         "N": n,
         "GROUP": w.packed.group if w.packed else 0,
+        "SCALED": w.packed is not None and request.target.scaled_conversions,
         "TILES": int(w.packed.codes.shape[1]) if w.packed and w.packed.fragments else 0,
         "X_STEP": x_steps[0],
         "X_HEAD": x_steps[1],
@@ -261,8 +272,13 @@ def product_call(
     return Call(product_kernel, args, grid, (y,), constants, warps, stages)
 
 
-def _tiles(n: int, few: bool, is_gated: bool, w: Operand) -> tuple[int, int, int, int]:
+def _tiles(
+    n: int, few: bool, is_gated: bool, w: Operand, target: Target
+) -> tuple[int, int, int, int]:
     """Columns and tokens of a tile, warps, stages."""
+    if few and target.mfma:
+        # A matrix instruction has 16 rows, and warps that have none repeat another's.
+        return 64, FEW, 4, 2
     if few:
         return (32 if n >= 8192 else 16), FEW, 4, 3
     if w.type.dtype == "f32":

@@ -130,10 +130,10 @@ def row_step(x: Operand) -> int | None:
     return steps[-1][1] if steps else width
 
 
-def row_launch(width: int) -> tuple[int, int]:
-    """The block of a row of `width` elements that a program holds, and its warps."""
+def row_launch(width: int, warp: int) -> tuple[int, int]:
+    """The block of a row of `width` elements that a program holds, and its warps (`warp` lanes)."""
     block = min(triton.next_power_of_2(width), _IN_REGISTERS)
-    return block, max(1, min(16, block // (32 * _PER_THREAD)))
+    return block, max(1, min(512 // warp, block // (warp * _PER_THREAD)))
 
 
 def prologue_call(
@@ -161,7 +161,7 @@ def prologue_call(
     if odd := [o.type for o in (x, *weights) if o.type.dtype not in _FLOATS]:
         return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
     width = x.shape[-1]
-    block, warps = row_launch(width)
+    block, warps = row_launch(width, request.target.warp)
     places: dict[str, Ref | None] = {name: Arg(i) for name, i in given.items()}
     places |= {"x": Arg(0), "n": n, "s": s}
     all_of = ("x", "delta", "post_norm", "norm", "n", "s")
@@ -260,7 +260,7 @@ def layer_norm(request: Request) -> Chosen | Declined:
         return Declined(f"rows of x {x.type} or its weights do not lie in one step")
     if odd := [o.type for o in request.args if o.type.dtype not in _FLOATS]:
         return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
-    block, warps = row_launch(x.shape[-1])
+    block, warps = row_launch(x.shape[-1], request.target.warp)
     names = ("x", "weight", "bias")
     call = Call(
         layer_norm_kernel,

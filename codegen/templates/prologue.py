@@ -13,6 +13,7 @@ from math import prod
 from ...compiler.types import TensorType
 from ..request import Arg, Call, Declined, Ref, Request, Temp
 from .fragment_linear import FEW
+from .mfma_linear import takes
 from .norms import prologue_call, row_step
 
 # Bytes of a weight over which a launch costs less than the norm does in every program of its
@@ -71,6 +72,8 @@ def _norm_first(request: Request, norm: int) -> str:
     x, weight, gain = request.args[0], request.args[1], request.args[norm]
     if prod(x.shape[:-1]) > FEW:
         return "tokens are many"
+    if takes(request, prod(x.shape[:-1]), 1):
+        return "in registers it costs every program as much as the weight"
     if row_step(x) is None or not gain.dense:
         return "rows do not lie in one step"
     if x.type.dtype not in ("bf16", "f32"):

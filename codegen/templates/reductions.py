@@ -9,6 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ...compiler.target import Target
 from ..request import Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
 from .copy import merged
 from .launching import take_turn
@@ -67,9 +68,14 @@ def _launch(
             "BLOCK": block,
             **constants,
         },
-        num_warps=max(1, min(16, block // (32 * _PER_THREAD))),
+        num_warps=_warps(block, request.target),
     )
     return Chosen((call,), request.seconds(1), "a program a line")
+
+
+def _warps(block: int, target: Target) -> int:
+    """Warps of a program whose threads hold _PER_THREAD elements of a block each."""
+    return max(1, min(512, block // _PER_THREAD) // target.warp)
 
 
 def _block(request: Request) -> int:
@@ -355,7 +361,7 @@ def hadamard(request: Request) -> Chosen | Declined:
         (-(-count // tile), 1, 1),
         (Result(0),),
         {"SCALE": size**-0.5, "SIZE": size, "STEPS": size.bit_length() - 1, "TILE": tile},
-        num_warps=max(4, min(16, size // 256)),
+        num_warps=max(128, min(512, size // 8)) // request.target.warp,
     )
     return _unreadable(request, _FLOATS) or Chosen((call,), request.seconds(1), "in registers")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mxfp4_decode import decoded, e8m0
+from .mxfp4_decode import decoded, e8m0, scaled_tile
 
 
 @triton.jit
@@ -18,25 +18,36 @@ def weight_tile(
     DTYPE: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     W_ROW: tl.constexpr,
     W_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[ROWS, BLOCK_K] of a weight [N, K] from column k on, zero outside; GROUP 0 is dense."""
+    """[ROWS, BLOCK_K] of a weight [N, K] from column k on, zero outside; GROUP 0 is dense.
+
+    SCALED says whether the target has scaled conversions.
+    """
     start = rows.to(tl.int64)[:, None]
     if GROUP == 0:
         at = k + tl.arange(0, BLOCK_K)
         inside = inside_rows[:, None] & (at < K)[None, :]
         tile = tl.load(w + start * W_ROW + at[None, :] * W_COLUMN, mask=inside, other=0.0)
     else:
-        at = k // 2 + tl.arange(0, BLOCK_K // 2)
-        inside = inside_rows[:, None] & (at < K // 2)[None, :]
-        codes = tl.load(w + start * (K // 2) + at[None, :], mask=inside, other=0)
         block = k // GROUP + tl.arange(0, BLOCK_K // GROUP)
         inside = inside_rows[:, None] & (block < K // GROUP)[None, :]
         scale = tl.load(scales + start * (K // GROUP) + block[None, :], mask=inside, other=127)
-        tile = decoded(codes, scale, ROWS, BLOCK_K, GROUP, DTYPE)
+        if SCALED:
+            at = k // 8 + tl.arange(0, BLOCK_K // 8)
+            inside = inside_rows[:, None] & (at < K // 8)[None, :]
+            words = w.to(tl.pointer_type(tl.int32)) + start * (K // 8) + at[None, :]
+            words = tl.load(words, mask=inside, other=0)
+            tile = scaled_tile(words, scale, ROWS, BLOCK_K, GROUP, DTYPE)
+        else:
+            at = k // 2 + tl.arange(0, BLOCK_K // 2)
+            inside = inside_rows[:, None] & (at < K // 2)[None, :]
+            codes = tl.load(w + start * (K // 2) + at[None, :], mask=inside, other=0)
+            tile = decoded(codes, scale, ROWS, BLOCK_K, GROUP, DTYPE)
     return tile
 
 
@@ -109,6 +120,7 @@ def tile(
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     TILES: tl.constexpr,
     W_ROW: tl.constexpr,
     W_COLUMN: tl.constexpr,
@@ -133,6 +145,7 @@ def tile(
             DTYPE,
             K,
             GROUP,
+            SCALED,
             W_ROW,
             W_COLUMN,
             ROWS,
