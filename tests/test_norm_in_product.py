@@ -53,7 +53,7 @@ def launches(lowered: Any) -> int:
     [(BF16, BF16, 32), (BF16, F32, 16), (BF16, BF16, 0), (F32, F32, 0), (F32, BF16, 32)],
 )
 @pytest.mark.parametrize(("tokens", "k"), [(1, 96), (7, 416), (16, 1152)])
-def test_no_launch_before_the_product(
+def test_launches_of_a_normed_product(
     name: str,
     target: str,
     dtype: torch.dtype,
@@ -62,12 +62,14 @@ def test_no_launch_before_the_product(
     tokens: int,
     k: int,
 ) -> None:
+    """One, and another where operands are made in registers for AMD's matrix cores."""
     op, attrs = OPS[name]
     args = (residual_stream(tokens, k, dtype), held(dtype, k, group), gain(k, of_norm))
     lowered = check_node(op, args, attrs, target, ALLOWED[dtype])
-    assert launches(lowered) == (2 if name == "heads" else 1)
+    first = target.startswith("hip") and dtype == BF16 and group != 16
+    assert launches(lowered) == (2 if name == "heads" else 1) + first
     (choice,) = lowered.choices
-    assert ", its norm within" in choice.reason
+    assert (", after its norm: in registers" if first else ", its norm within") in choice.reason
 
 
 @ops
@@ -172,6 +174,7 @@ def test_built_for_every_target(tokens: int, group: int) -> None:
     attrs = {**NORM, "activation": "silu"}
     facts = build_everywhere(gated_linear, (x, Packed(w) if group else Weight(w), of_norm), attrs)
     if group:
-        assert all(len(found) == 1 for found in facts.values())
+        counts = {target: len(found) for target, found in facts.items()}
+        assert counts == {target: 2 if target.startswith("hip") else 1 for target in facts}
         # A program of eight warps leaves room for another on the multiprocessor.
         assert tokens > 8 or facts["cuda:sm_90"][0]["registers"] <= 128
