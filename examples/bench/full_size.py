@@ -57,9 +57,7 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
             folder = options.keep or Path(scratch)
-            found = _measure(name, folder, target, bandwidth, options)
-        print("\n".join(_lines(found)))
-        print(json.dumps(found), flush=True)
+            print(json.dumps(_measure(name, folder, target, bandwidth, options)), flush=True)
 
 
 def _measure(
@@ -71,25 +69,51 @@ def _measure(
     source, path = folder / stem, folder / f"{stem}-{target.replace(':', '-')}.ingot"
     source.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"model": name, "target": target, "layers": config.num_hidden_layers}
+    _tell(f"{name}, {config.num_hidden_layers} layers, for {target}")
     start = perf_counter()
     found["checkpoint_bytes"] = write_checkpoint(config, source)
     found["write_seconds"] = perf_counter() - start
+    _tell(f"  checkpoint of {found['checkpoint_bytes'] / GIB:.1f} GiB")
     found |= _compile(source, path, target, options.quantize)
+    _tell(
+        f"  compiled in {found['compile_seconds']:.1f} s to {found['ingot_bytes'] / GIB:.2f} GiB; "
+        f"peak memory {found['peak_bytes'] / GIB:.2f} GiB, "
+        f"{found['peak_anonymous_bytes'] / GIB:.2f} GiB of it backed by no file"
+    )
     program = open_ingot(path).program
     assert program is not None
     found["kernels"] = len(program.kernels)
     found["bytes_per_token"] = _bytes_per_token(program, config)
-    if bandwidth:
-        sizes = [str(options.prompt), str(options.tokens)]
-        found |= _json([HERE / "serve_ingot.py", path, *sizes])
-        ratio = found["tokens_per_second"] * found["bytes_per_token"] / bandwidth
-        found |= {"bytes_per_second": bandwidth, "of_bandwidth": ratio}
-        if not options.no_peer:
-            peer = _json([HERE / "decode_transformers.py", source, options.prompt, 32])
-            found["transformers_eager_tokens_per_second"] = peer["tokens_per_second"]
+    if not bandwidth:
+        _tell("  not run: its device is not here")
+        return found
+    sizes = [options.prompt, options.tokens]
+    found |= _json([HERE / "serve_ingot.py", path, *sizes])
+    share = found["tokens_per_second"] * found["bytes_per_token"] / bandwidth
+    found |= {"bytes_per_second": bandwidth, "of_bandwidth": share}
+    _tell(
+        f"  loaded in {found['load_seconds']:.2f} s; processes started: "
+        f"{found['processes_started'] or 'none'}, compilers imported: "
+        f"{found['compiler_modules'] or 'none'}"
+    )
+    _tell(
+        f"  prefill {found['prefill_ms']:.1f} ms, then {found['tokens_per_second']:.1f} tokens/s: "
+        f"{share:.1%} of the read bandwidth for {found['bytes_per_token'] / 1e9:.2f} GB a token; "
+        f"a replay of {found['launches']} launches takes {found['replay_ms']:.3f} ms"
+    )
     if options.keep is None:
         shutil.rmtree(source)
+    if not options.no_peer:
+        source.mkdir(exist_ok=True)
+        config.save_pretrained(source)
+        peer = _json([HERE / "decode_transformers.py", source, options.prompt, 32])
+        found["transformers_eager_tokens_per_second"] = peer["tokens_per_second"]
+        _tell(f"  transformers, eager, bf16: {peer['tokens_per_second']:.1f} tokens/s")
     return found
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 def _compile(source: Path, path: Path, target: str, quantize: str) -> dict[str, Any]:
@@ -168,32 +192,6 @@ def _json(command: list[Any]) -> dict[str, Any]:
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, check=True, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _lines(found: dict[str, Any]) -> list[str]:
-    size = {name: found[name] / GIB for name in found if name.endswith("_bytes")}
-    lines = [
-        f"{found['model']} ({found['layers']} layers, {found['target']})",
-        f"  checkpoint {size['checkpoint_bytes']:.1f} GiB, ingot {size['ingot_bytes']:.2f} GiB",
-        f"  compiled in {found['compile_seconds']:.1f} s, {found['kernels']} kernels",
-        f"  peak {size['peak_bytes']:.2f} GiB, unbacked {size['peak_anonymous_bytes']:.2f} GiB",
-    ]
-    if "tokens_per_second" not in found:
-        return [*lines, "  not run: its device is not here"]
-    started = found["processes_started"] or "none"
-    modules = found["compiler_modules"] or "none"
-    share = f"{found['of_bandwidth']:.1%} of the read bandwidth"
-    lines += [
-        f"  loaded in {found['load_seconds']:.2f} s",
-        f"  processes started: {started}; compilers imported: {modules}",
-        f"  prefill {found['prefill_ms']:.1f} ms, then {found['tokens_per_second']:.1f} tokens/s",
-        f"  a replay of {found['launches']} launches takes {found['replay_ms']:.3f} ms",
-        f"  {found['bytes_per_token'] / 1e9:.2f} GB a token: {share}",
-    ]
-    peer = found.get("transformers_eager_tokens_per_second")
-    if peer:
-        lines.append(f"  transformers, eager, bf16: {peer:.1f} tokens/s")
-    return lines
 
 
 if __name__ == "__main__":
