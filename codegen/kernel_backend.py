@@ -284,7 +284,7 @@ class KernelBackend:
             call.constants,
             call.num_warps,
             call.num_stages,
-            self.target.name.startswith("cuda"),
+            call.overlaps and self.target.name.startswith("cuda"),
         )
 
 

@@ -113,7 +113,8 @@ class Call:
     `args` are its run-time parameters by name: memory by reference, numbers (int is i32, float is
     f32) as they are. `constants` are its tl.constexpr parameters by name (None for an operand that
     is not there), all but PROGRAMMATIC (see templates.launching). `writes` are the references that
-    it writes; it reads the others.
+    it writes; it reads the others. `overlaps` says whether the launches around it may overlap it
+    where the target has that: tiles for many tokens keep the device to themselves.
     """
 
     function: Any
@@ -123,6 +124,7 @@ class Call:
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
     num_warps: int = 4
     num_stages: int = 2
+    overlaps: bool = True
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def plan(job: Attention, request: Request) -> Chosen:
         },
         tile.warps,
         tile.stages,
+        overlaps=tile.m <= _FEW_ROWS,
     )
     seconds = _seconds(job, request)
     reason = f"blocks of {tile.m} rows and {tile.n} positions"

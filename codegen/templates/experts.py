@@ -235,6 +235,7 @@ def many(request: Request) -> Chosen | Declined:
         (have.count, 1, 1),
         (Temp("counts"),),
         {"CHUNK": _CHUNK},
+        overlaps=False,
     )
     sorted_ = (Temp("experts"), Temp("places"))
     where: dict[str, Ref] = {"experts": sorted_[0], "places": sorted_[1]}
@@ -249,6 +250,7 @@ def many(request: Request) -> Chosen | Declined:
             "TOKENS": tokens,
             "CHUNK": _CHUNK,
         },
+        overlaps=False,
     )
     # Fewer than 64 rows where they are f32: for sm_100 Triton 3.7 makes tf32 of some products of 64
     # rows, ieee or not.
@@ -275,6 +277,7 @@ def many(request: Request) -> Chosen | Declined:
         },
         warps,
         stages,
+        overlaps=False,
     )
     weight, form = _memory(request, 4)
     bias, no_bias = _bias(have, 6)
@@ -286,6 +289,7 @@ def many(request: Request) -> Chosen | Declined:
         {**form, **no_bias, **shape, "BLOCK": _tile_block(request, down, shape), **sizes},
         warps,
         stages,
+        overlaps=False,
     )
     return Chosen(
         (count, place, hidden, parts, _combined(have)),
@@ -320,7 +324,8 @@ def _tile_block(request: Request, weight: Operand, shape: Mapping[str, int]) -> 
 def _seconds_of_tiles(request: Request, have: _Experts, tokens: int) -> float:
     gate_up, down = request.args[3:5]
     touched = _touched(have)
-    tiles = have.choices / tokens + touched / 2
+    # Of each expert's tiles the last is half full, if there are several.
+    tiles = max(touched, have.choices / tokens + touched / 2)
     read = touched * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
     unpacked = tiles * sum(_unpacking(w, request.target) for w in (gate_up, down))
     elements = (gate_up.type.numel + down.type.numel) / have.count

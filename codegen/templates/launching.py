@@ -16,6 +16,9 @@ What is computed is what launches one after the other compute:
 - Only constants, which no launch writes, may be read before (fragment_linear does).
 - launch_dependents orders nothing, so it may come first. Later programs start when all of this
   kernel's have started, so those that wait never hold the room of one that they wait for.
+- Tiles for many tokens do without (Call.overlaps): they fill the device, and there is nothing to
+  hide. On an H200 a step of DeepSeek-V2-Lite whose experts were in tiles took 5.0 ms with it, 2.7
+  without.
 - A replay as a whole begins and ends in the full order of its stream.
 """
 

@@ -269,7 +269,7 @@ def product_call(
         args["residual"] = Arg(residual)
         constants["RESIDUAL_STEP"] = step
     grid = (triton.cdiv(n, block_n), triton.cdiv(tokens, block_t), heads)
-    return Call(product_kernel, args, grid, (y,), constants, warps, stages)
+    return Call(product_kernel, args, grid, (y,), constants, warps, stages, overlaps=few)
 
 
 def _tiles(
