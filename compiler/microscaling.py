@@ -7,8 +7,9 @@ nibble, and `scales` u8 [..., K/group], E8M0 bytes: byte b stands for 2^(b - 127
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -20,10 +21,12 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUPS = (16, 32)
 # The exponent of the largest E2M1 number, 6 = 1.5 · 2^2.
 _LARGEST_EXPONENT = 2
-# Elements that a thread works on at once: small enough for the cache of a core.
+# Elements that a thread works on at once: few enough for the caches, and so many that operations
+# take far longer than Python takes to start them, which one thread at a time can do.
 _CHUNK = 1 << 18
 _SCALES = torch.tensor((*(2.0 ** (b - 127) for b in range(255)), math.nan), dtype=torch.float64)
 _EXPONENT_BITS = 0x7F800000  # of an f32
+_NOT_FINITE = "expected finite weights, found NaN or infinity"
 
 # How the scale 2^u of a block follows from its largest magnitude m · 2^e, 1 <= m < 2: u = e - 2,
 # and one more where the rule says so.
@@ -49,17 +52,26 @@ def encode(w: torch.Tensor, group: int = 32, scale: str = "mse") -> tuple[torch.
         raise ValueError(f"scale: expected one of {', '.join(SCALE_RULES)}; found {scale!r}")
     if group < 2 or w.shape[-1] % group:
         raise ValueError(f"expected a last dim that groups of {group} divide, found {[*w.shape]}")
-    blocks = w.reshape(-1, group)
+    blocks = w.detach().reshape(-1, group)
     codes = blocks.new_empty(len(blocks), group // 2, dtype=torch.uint8)
     scales = blocks.new_empty(len(blocks), dtype=torch.uint8)
+    unsure = blocks.new_empty(len(blocks), dtype=torch.bool)
+    rest: torch.Tensor | None = None  # of all blocks
 
-    def encode_part(part: slice) -> None:
-        some = blocks[part].float()
-        exponents = block_exponents(some, scale)
-        codes[part] = pack(round_elements(scaled(some, -exponents[:, None])))
-        scales[part] = (exponents + 127).to(torch.uint8)
+    def by_tables(parts: Iterator[slice]) -> None:
+        encoder = _TableEncoder(group, scale)
+        for part in parts:
+            unsure[part] = encoder.encode(blocks[part], codes[part], scales[part])
 
-    _each_part(len(blocks), group, encode_part)
+    def by_arithmetic(parts: Iterator[slice]) -> None:
+        for part in parts:
+            some = part if rest is None else rest[part]
+            codes[some], scales[some] = _encode_blocks(blocks[some].float(), scale)
+
+    if w.dtype == torch.bfloat16 and group in GROUPS:
+        _on_threads(len(blocks), group, by_tables)
+        rest = unsure.nonzero().view(-1)
+    _on_threads(len(blocks) if rest is None else len(rest), group, by_arithmetic)
     lead = w.shape[:-1]
     return codes.view(*lead, w.shape[-1] // 2), scales.view(*lead, w.shape[-1] // group)
 
@@ -75,45 +87,177 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
     out = codes.new_empty(len(pairs), group, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def decode_part(part: slice) -> None:
-        elements = element_values(unpack(pairs[part])).to(wide)
-        out[part] = (elements * scale_values(flat[part]).to(wide)[:, None]).to(dtype)
+    def decode_parts(parts: Iterator[slice]) -> None:
+        for part in parts:
+            elements = _pairs(wide).index_select(0, pairs[part].flatten().int())
+            numbers = torch.view_as_real(elements).view(-1, group)
+            out[part] = numbers.mul_(scale_values(flat[part]).to(wide)[:, None])
 
-    _each_part(len(pairs), group, decode_part)
+    _on_threads(len(pairs), group, decode_parts)
     return out.view(shape)
 
 
 def relative_error(w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> float:
     """|w - decoded| / |w|, Frobenius norms in f64; 0 for a weight of zeros."""
     group = w.shape[-1] // scales.shape[-1]
-    blocks, pairs, flat = w.reshape(-1, group), codes.reshape(-1, group // 2), scales.reshape(-1)
+    blocks, pairs = w.detach().reshape(-1, group), codes.reshape(-1, group // 2)
+    flat = scales.reshape(-1)
 
-    def squares(part: slice) -> tuple[float, float]:
-        some = blocks[part].double()
-        error = some - decode(pairs[part], flat[part, None], torch.float64)
-        return float(error.square().sum()), float(some.square().sum())
+    def squares(parts: Iterator[slice]) -> list[tuple[float, float]]:
+        found: list[tuple[float, float]] = []
+        numbers = torch.empty(_step(group), group, dtype=torch.float64)
+        elements = torch.empty(numbers.numel() // 2, dtype=torch.complex128)
+        bytes_ = torch.empty(_step(group), group // 2, dtype=torch.int32)
+        for part in parts:
+            count = len(flat[part])
+            some, taken = numbers[:count].copy_(blocks[part]), elements[: count * group // 2]
+            index = bytes_[:count].copy_(pairs[part]).view(-1)
+            total = torch.dot(some.view(-1), some.view(-1))
+            torch.index_select(_pairs(torch.float64), 0, index, out=taken)
+            decoded = torch.view_as_real(taken).view(-1, group)
+            some.addcmul_(decoded, scale_values(flat[part])[:, None], value=-1)
+            found.append((float(torch.dot(some.view(-1), some.view(-1))), float(total)))
+        return found
 
-    found = _each_part(len(blocks), group, squares)
+    found = [pair for some in _on_threads(len(blocks), group, squares) for pair in some]
     lost, total = (math.fsum(side) for side in zip(*found, strict=True)) if found else (0.0, 0.0)
     return math.sqrt(lost / total) if total else 0.0
 
 
-def _each_part(blocks: int, group: int, work: Callable[[slice], R]) -> list[R]:
-    """What `work` gives for every part of so many blocks, in order; a thread a core.
+def _step(group: int) -> int:
+    """How many blocks are a part of those that `_on_threads` gives, at most."""
+    return max(1, _CHUNK // group)
 
-    Each thread takes all steps of its part by itself: many short operations, each split over all
-    cores, would mostly wait for each other.
+
+def _on_threads(blocks: int, group: int, work: Callable[[Iterator[slice]], R]) -> list[R]:
+    """What `work` gives on each thread, of which there is one a core, over parts of so many blocks.
+
+    All threads draw from one iterator of parts. Each takes all steps of a part by itself, because
+    many short operations, each split over all cores, would mostly wait for each other; and what it
+    needs room for it allocates once, because the system gives new pages to one thread at a time.
     """
-    step = max(1, _CHUNK // group)
+    step = _step(group)
     parts = [slice(start, start + step) for start in range(0, blocks, step)]
-    if len(parts) <= 1:
-        return [work(part) for part in parts]
     threads = torch.get_num_threads()
+    workers = min(threads, len(parts))
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, parts))
+        if workers <= 1:
+            torch.set_num_threads(1)
+            return [work(iter(parts))]
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, [iter(parts)] * workers))
     finally:
         torch.set_num_threads(threads)  # threads that begin later would take over the last setting
+
+
+def _encode_blocks(blocks: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """f32 [n, group] -> codes u8 [n, group/2], scales u8 [n]."""
+    codes, scales = encode_at(blocks, block_exponents(blocks, scale)[:, None])
+    return codes, scales[:, 0]
+
+
+# bf16 by tables. The bits of a number without its sign, less u << 7, are those of its magnitude in
+# units of the scale 2^u. (But where it is subnormal: with u as here it then is below 2^-75 scales,
+# rounds to zero, and its square is zero in f32.)
+_LOWEST, _HIGHEST = -47, 126
+# Added to the bits of a number, as an i16, less u << 7: its place in a table of 2^16 entries, first
+# those of negative numbers. The largest of a block is below 8 scales, whose place is 2^16.
+_START = (1 << 15) + (127 + _HIGHEST << 7)
+_INFINITY = 0x7F80  # and NaNs above it
+# What the table counts costs in. An element's are within 4, so that i32 has room for a block's.
+_COST = 2.0**-23
+
+
+@cache
+def _element_table() -> torch.Tensor:
+    """Of numbers in units of a scale, i32 [2^16]: what to take twice the scale costs, and codes.
+
+    The upper 24 bits are the difference of the squared errors, in units of _COST once the other
+    bits are zero; the low four are the code, the next the code at twice the scale.
+    """
+    bits = torch.arange(1 << 15) - (_HIGHEST << 7)
+    magnitudes = bits.clamp_(min=0).to(torch.int16).view(torch.bfloat16).float()
+    numbers = torch.cat((-magnitudes, magnitudes))
+    once, twice = (
+        _squared_error(numbers[:, None], torch.full((len(numbers),), u, dtype=torch.int32))
+        for u in (0, 1)
+    )
+    costs = (4 * twice - once).div_(256 * _COST).round_().int() << 8
+    return costs | round_elements(numbers / 2).int() << 4 | round_elements(numbers).int()
+
+
+@cache
+def _block_tables(group: int, scale: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the bits of the largest magnitude of a block, [2^15] each.
+
+    The place i32 of zero at its scale, by "mse" at the lower one; that scale's byte u8; and by how
+    much, i32, a block's sum of the other table must differ from zero for its sign to be sure.
+    """
+    bits = torch.arange(1 << 15).clamp_(max=_INFINITY - 1)
+    largest = bits.to(torch.int16).view(torch.bfloat16).float()
+    exponents = block_exponents(largest[:, None], "floor" if scale == "mse" else scale)
+    places = _START - (exponents.clamp(_LOWEST, _HIGHEST) + 127 << 7)
+    # An entry is off by 128 because it is rounded and by 255 because of its codes. What it is
+    # compared with, sums of `group` errors in f32 that are 5 together at most, is off by 5 · group
+    # · 2^-24 for each, which is 80 in these units.
+    margins = torch.full_like(places, 512 * group if scale == "mse" else -1)
+    margins[largest < 2.0 ** (_LOWEST + _LARGEST_EXPONENT)] = torch.iinfo(torch.int32).max
+    margins[largest == 0] = -1
+    return places, (exponents + 127).to(torch.uint8), margins
+
+
+class _TableEncoder:
+    """Encodes bf16 as `_encode_blocks` does, bit for bit, with fewer and cheaper operations.
+
+    Holds the room that these need for up to `_step(group)` blocks; `group` is one of GROUPS.
+    """
+
+    def __init__(self, group: int, scale: str) -> None:
+        shape = (_step(group), group)
+        self._mse = scale == "mse"
+        self._entries = _element_table()
+        self._places, self._scales, self._margins = _block_tables(group, scale)
+        self._bits, self._index = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
+        self._elements = torch.empty(shape, dtype=torch.uint8)
+
+    def encode(
+        self, blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """bf16 [n, group] into codes u8 [n, group/2] and scales u8 [n]; gives which are not sure.
+
+        Those, bool [n], are to be encoded in the general way: blocks, but of zeros, that are too
+        small for the table, and those to which both scales do almost equally well.
+        """
+        count = len(blocks)
+        bits = self._bits[:count].copy_(blocks.view(torch.int16))
+        index = self._index[:count]
+        largest = torch.bitwise_and(bits, 0x7FFF, out=index).amax(-1)
+        if int(largest.amax()) >= _INFINITY:
+            raise ValueError(_NOT_FINITE)
+        places = self._places.index_select(0, largest)[:, None]
+        margins = self._margins.index_select(0, largest)
+        torch.index_select(self._scales, 0, largest, out=scales)
+        torch.add(bits, places, out=index)
+        entries = bits  # their room
+        torch.index_select(self._entries, 0, index.view(-1), out=entries.view(-1))
+        if self._mse:
+            cost = entries.sum(-1, dtype=torch.int32)
+            raised = cost < 0
+            scales.add_(raised)
+            entries.bitwise_right_shift_(raised.int().mul_(4)[:, None])
+            unsure = cost.abs_() <= margins
+        else:
+            unsure = margins > 0
+        pairs = self._elements[:count].copy_(entries).view(torch.int16).bitwise_and_(0x0F0F)
+        codes.copy_(pairs.bitwise_or_(pairs >> 4))  # the low bytes, where the even k are
+        return unsure
+
+
+@cache
+def _pairs(dtype: torch.dtype) -> torch.Tensor:
+    """The two numbers of each byte of codes, f32 or f64, as a complex number: [256]."""
+    every = torch.arange(256).to(torch.uint8)[:, None]
+    return torch.view_as_complex(element_values(unpack(every)).to(dtype))
 
 
 def scale_values(scales: torch.Tensor) -> torch.Tensor:
@@ -132,7 +276,7 @@ def block_exponents(blocks: torch.Tensor, scale: str) -> torch.Tensor:
     """f32 [..., group] -> i32 [...]: the exponents u of the scales, by the rule called `scale`."""
     largest = blocks.abs().amax(-1)
     if not bool(largest.isfinite().all()):
-        raise ValueError("expected finite weights, found NaN or infinity")
+        raise ValueError(_NOT_FINITE)
     mantissa, exponent = torch.frexp(largest)  # mantissa in [0.5, 1)
     floor = exponent - 1 - _LARGEST_EXPONENT
     if scale == "mse":  # errors are in units of the scales, one of which is twice the other

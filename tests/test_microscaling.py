@@ -19,7 +19,9 @@ from ingot.compiler.microscaling import (
     SCALE_RULES,
     decode,
     encode,
+    encode_at,
     pack,
+    relative_error,
     round_elements,
     scale_values,
     unpack,
@@ -118,6 +120,77 @@ def _without_minus_zero(elements: torch.Tensor) -> torch.Tensor:
     return torch.where(elements == 8, 0, elements)
 
 
+def bf16_blocks(group: int) -> dict[str, torch.Tensor]:
+    """What a table of bf16 may get wrong: any range of exponents, ties, the ends of the range."""
+    count = (1 << 20) // group
+    normal = torch.randn(count, group)
+    bits = torch.randint(0, 0x7F80, (count, 1)) - torch.randint(0, 1500, (count, group))
+    near = bits.clamp(min=0).to(torch.int16).view(torch.bfloat16).copysign(normal)
+    # Largest magnitudes around the least that the table holds, over elements down to subnormals.
+    low = torch.randint(-60, -40, (count, 1)).float().exp2()
+    sparse = normal.clamp(-1, 1) * (torch.rand(count, group) < 0.1)
+    blocks = {
+        "alike": normal * 0.02,
+        "spread": normal.double() * torch.randint(-140, 120, (count, 1)).double().exp2(),
+        "each": normal * torch.randint(-60, 60, (count, group)).float().exp2(),
+        "near": near,
+        "exact": torch.randint(-48, 49, (count, group)) / 8,
+        "low": sparse * low + normal * 2.0**-130,
+        "zeros": (normal * 0.0).where(torch.rand(count, 1) < 0.9, normal),
+        "edges": edge_blocks().view(-1, group),
+        "top": (normal * 1e38).clamp(-3.38e38, 3.38e38),
+    }
+    rounded = {name: w.to(torch.bfloat16) for name, w in blocks.items()}
+    return {name: w.where(w.isfinite(), 0) for name, w in rounded.items()}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_bf16_is_encoded_as_the_same_numbers_in_f32(group: int) -> None:
+    """The first goes by a table, the second by arithmetic."""
+    for name, w in bf16_blocks(group).items():
+        for rule in SCALE_RULES:
+            codes, scales = encode(w, group, rule)
+            by_arithmetic = encode(w.float(), group, rule)
+            assert torch.equal(scales, by_arithmetic[1]), (name, rule)
+            assert torch.equal(codes, by_arithmetic[0]), (name, rule)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_little_of_bf16_needs_arithmetic(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = (torch.randn(1 << 12, 4 * group) * 0.02).bfloat16()
+    w[::2] = 0
+    expected = encode(w, group)
+    counts: list[int] = []
+
+    def counted(x: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(len(x))
+        return encode_at(x, exponents)
+
+    monkeypatch.setattr("ingot.compiler.microscaling.encode_at", counted)
+    assert all(map(torch.equal, encode(w, group), expected))
+    assert sum(counts) < 0.02 * w.numel() / group
+    encode(w.float(), group)
+    assert sum(counts) >= w.numel() / group
+
+
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [
+        (torch.float16, 0),
+        *((d, p) for d in (torch.bfloat16, torch.float32) for p in (-110, 0, 125)),
+    ],
+)
+def test_relative_error_is_that_of_f64(dtype: torch.dtype, power: int) -> None:
+    w = (torch.randn(40, 1 << 14).clamp(-3.9, 3.9) * 2.0**power).to(dtype).requires_grad_()
+    codes, scales = encode(w)
+    lost = w.detach().double() - decode(codes, scales, torch.float64)
+    expected = float(lost.norm() / w.detach().double().norm())
+    assert 0.1 < expected < 0.13
+    assert relative_error(w, codes, scales) == pytest.approx(expected, rel=1e-12)
+    zeros = torch.zeros(3, 64, dtype=dtype)
+    assert relative_error(zeros, *encode(zeros)) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_decoding_is_exact(dtype: torch.dtype) -> None:
     scales = torch.arange(1, 253, dtype=torch.uint8)[:, None]
@@ -184,11 +257,13 @@ def test_chunks_do_not_show() -> None:
 
 
 def test_what_cannot_be_encoded_is_refused() -> None:
-    for bad in (torch.nan, torch.inf):
-        w = torch.zeros(4, 32)
-        w[2, 3] = bad
-        with pytest.raises(ValueError, match="expected finite weights"):
-            encode(w)
+    for bad in (torch.nan, torch.inf, -torch.nan, -torch.inf):
+        for dtype in (torch.float32, torch.bfloat16):
+            w = torch.zeros(4, 32, dtype=dtype)
+            w[2, 3] = bad
+            for rule in SCALE_RULES:
+                with pytest.raises(ValueError, match="expected finite weights"):
+                    encode(w, 32, rule)
     with pytest.raises(ValueError, match="groups of 32 divide"):
         encode(torch.zeros(4, 48))
     with pytest.raises(ValueError, match="expected one of floor, even"):
