@@ -138,12 +138,11 @@ def _on_threads(blocks: int, group: int, work: Callable[[Iterator[slice]], R]) -
     """
     step = _step(group)
     parts = [slice(start, start + step) for start in range(0, blocks, step)]
+    if len(parts) <= 1:
+        return [work(iter(parts))]
     threads = torch.get_num_threads()
     workers = min(threads, len(parts))
     try:
-        if workers <= 1:
-            torch.set_num_threads(1)
-            return [work(iter(parts))]
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, [iter(parts)] * workers))
     finally:
