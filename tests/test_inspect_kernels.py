@@ -34,10 +34,13 @@ from ingot.passes.sample_on_device import output_names
 from ingot.runtime.check_program import ProgramError, check_program
 from ingot.runtime.program import Program
 from interpreted import InterpretedBackend
+from kernel_checks import ON_DEVICE
 from tiny_ingot import GFX950, program, write
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig
 from typer.testing import CliRunner
+
+pytestmark = pytest.mark.skipif(ON_DEVICE, reason="nothing runs")
 
 FIXTURES = Path(__file__).parent / "fixtures" / "quantized"
 MODELS = ("llama", "qwen3_moe", "deepseek_v3", "gpt_oss")
