@@ -249,9 +249,10 @@ def _read(folder: Path, key: str, target: Target) -> Built | None:
 def _turn(folder: Path, key: str, patience: float) -> Generator[bool]:
     """Whether `key` is ours to build: False where another holds its lock and `patience` is 0.
 
-    Locks are the operating system's and end with the process that holds them, however it ends. A
-    few files serve all kernels. Where the file system has no locks, or one is held for longer than
-    any build takes, a kernel may be built twice: writing is safe without.
+    Locks are the operating system's, where it has them, and end with the process that holds them,
+    however it ends. A few files serve all kernels: one may wait for another's. Where the file
+    system has no locks, or one is held for longer than any build takes, a kernel may be built
+    twice: writing is safe without.
     """
     mine = True
     with ExitStack() as held:

@@ -197,7 +197,7 @@ class KernelBackend:
             source = group.places[cache]
             if source != at[target]:
                 assert isinstance(source, Slice)
-                self.copy(source, at[target], builder)
+                self._copy(source, at[target], builder, f"copy {append.source}")
         first = len(node.args)
         caches = {row.index: own + i for i, row in enumerate(append.args[count : 2 * count])}
         index = (Arg(first), Arg(first + 1), Arg(first + 2))

@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier, Lock
 from typing import TypeVar
 
 import torch
 
 R = TypeVar("R")
+_STARTING = Lock()
 
 # E2M1: sign, two bits of exponent, one of mantissa. Codes 8 to 15 are these, negative.
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -24,6 +26,8 @@ _LARGEST_EXPONENT = 2
 # Elements that a thread works on at once: few enough for the caches, and so many that operations
 # take far longer than Python takes to start them, which one thread at a time can do.
 _CHUNK = 1 << 18
+# All is computed here, whatever device a tensor comes from or torch makes new ones on.
+_CPU = torch.device("cpu")
 _SCALES = torch.tensor((*(2.0 ** (b - 127) for b in range(255)), math.nan), dtype=torch.float64)
 _EXPONENT_BITS = 0x7F800000  # of an f32
 _NOT_FINITE = "expected finite weights, found NaN or infinity"
@@ -52,7 +56,7 @@ def encode(w: torch.Tensor, group: int = 32, scale: str = "mse") -> tuple[torch.
         raise ValueError(f"scale: expected one of {', '.join(SCALE_RULES)}; found {scale!r}")
     if group < 2 or w.shape[-1] % group:
         raise ValueError(f"expected a last dim that groups of {group} divide, found {[*w.shape]}")
-    blocks = w.detach().reshape(-1, group)
+    blocks = w.detach().cpu().reshape(-1, group)
     codes = blocks.new_empty(len(blocks), group // 2, dtype=torch.uint8)
     scales = blocks.new_empty(len(blocks), dtype=torch.uint8)
     unsure = blocks.new_empty(len(blocks), dtype=torch.bool)
@@ -73,7 +77,8 @@ def encode(w: torch.Tensor, group: int = 32, scale: str = "mse") -> tuple[torch.
         rest = unsure.nonzero().view(-1)
     _on_threads(len(blocks) if rest is None else len(rest), group, by_arithmetic)
     lead = w.shape[:-1]
-    return codes.view(*lead, w.shape[-1] // 2), scales.view(*lead, w.shape[-1] // group)
+    codes = codes.view(*lead, w.shape[-1] // 2).to(w.device)
+    return codes, scales.view(*lead, w.shape[-1] // group).to(w.device)
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -83,8 +88,8 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
     """
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     group = shape[-1] // max(1, scales.shape[-1])
-    pairs, flat = codes.reshape(-1, group // 2), scales.reshape(-1)
-    out = codes.new_empty(len(pairs), group, dtype=dtype)
+    pairs, flat = codes.cpu().reshape(-1, group // 2), scales.cpu().reshape(-1)
+    out = pairs.new_empty(len(pairs), group, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def decode_parts(parts: Iterator[slice]) -> None:
@@ -94,20 +99,20 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
             out[part] = numbers.mul_(scale_values(flat[part]).to(wide)[:, None])
 
     _on_threads(len(pairs), group, decode_parts)
-    return out.view(shape)
+    return out.view(shape).to(codes.device)
 
 
 def relative_error(w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> float:
     """|w - decoded| / |w|, Frobenius norms in f64; 0 for a weight of zeros."""
     group = w.shape[-1] // scales.shape[-1]
-    blocks, pairs = w.detach().reshape(-1, group), codes.reshape(-1, group // 2)
-    flat = scales.reshape(-1)
+    blocks, pairs = w.detach().cpu().reshape(-1, group), codes.cpu().reshape(-1, group // 2)
+    flat = scales.cpu().reshape(-1)
 
     def squares(parts: Iterator[slice]) -> list[tuple[float, float]]:
         found: list[tuple[float, float]] = []
-        numbers = torch.empty(_step(group), group, dtype=torch.float64)
-        elements = torch.empty(numbers.numel() // 2, dtype=torch.complex128)
-        bytes_ = torch.empty(_step(group), group // 2, dtype=torch.int32)
+        numbers = torch.empty(_step(group), group, dtype=torch.float64, device=_CPU)
+        elements = torch.empty(numbers.numel() // 2, dtype=torch.complex128, device=_CPU)
+        bytes_ = torch.empty(_step(group), group // 2, dtype=torch.int32, device=_CPU)
         for part in parts:
             count = len(flat[part])
             some, taken = numbers[:count].copy_(blocks[part]), elements[: count * group // 2]
@@ -140,13 +145,23 @@ def _on_threads(blocks: int, group: int, work: Callable[[Iterator[slice]], R]) -
     parts = [slice(start, start + step) for start in range(0, blocks, step)]
     if len(parts) <= 1:
         return [work(iter(parts))]
-    threads = torch.get_num_threads()
-    workers = min(threads, len(parts))
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, [iter(parts)] * workers))
-    finally:
-        torch.set_num_threads(threads)  # threads that begin later would take over the last setting
+    every = iter(parts)
+    with _STARTING:
+        threads = torch.get_num_threads()
+        workers = min(threads, len(parts))
+        begun = Barrier(workers + 1)
+
+        def begin() -> None:
+            torch.set_num_threads(1)
+            begun.wait()
+
+        pool = ThreadPoolExecutor(workers, initializer=begin)
+        jobs = [pool.submit(work, every) for _ in range(workers)]
+        begun.wait()
+        # Threads that begin later take over the last setting of any.
+        torch.set_num_threads(threads)
+    with pool:
+        return [job.result() for job in jobs]
 
 
 def _encode_blocks(blocks: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,11 +189,11 @@ def _element_table() -> torch.Tensor:
     The upper 24 bits are the difference of the squared errors, in units of _COST once the other
     bits are zero; the low four are the code, the next the code at twice the scale.
     """
-    bits = torch.arange(1 << 15) - (_HIGHEST << 7)
+    bits = torch.arange(1 << 15, device=_CPU) - (_HIGHEST << 7)
     magnitudes = bits.clamp_(min=0).to(torch.int16).view(torch.bfloat16).float()
     numbers = torch.cat((-magnitudes, magnitudes))
     once, twice = (
-        _squared_error(numbers[:, None], torch.full((len(numbers),), u, dtype=torch.int32))
+        _squared_error(numbers[:, None], torch.full_like(numbers, u, dtype=torch.int32))
         for u in (0, 1)
     )
     costs = (4 * twice - once).div_(256 * _COST).round_().int() << 8
@@ -192,7 +207,7 @@ def _block_tables(group: int, scale: str) -> tuple[torch.Tensor, torch.Tensor, t
     The place i32 of zero at its scale, by "mse" at the lower one; that scale's byte u8; and by how
     much, i32, a block's sum of the other table must differ from zero for its sign to be sure.
     """
-    bits = torch.arange(1 << 15).clamp_(max=_INFINITY - 1)
+    bits = torch.arange(1 << 15, device=_CPU).clamp_(max=_INFINITY - 1)
     largest = bits.to(torch.int16).view(torch.bfloat16).float()
     exponents = block_exponents(largest[:, None], "floor" if scale == "mse" else scale)
     places = _START - (exponents.clamp(_LOWEST, _HIGHEST) + 127 << 7)
@@ -216,8 +231,9 @@ class _TableEncoder:
         self._mse = scale == "mse"
         self._entries = _element_table()
         self._places, self._scales, self._margins = _block_tables(group, scale)
-        self._bits, self._index = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
-        self._elements = torch.empty(shape, dtype=torch.uint8)
+        self._bits = torch.empty(shape, dtype=torch.int32, device=_CPU)
+        self._index = torch.empty_like(self._bits)
+        self._elements = torch.empty(shape, dtype=torch.uint8, device=_CPU)
 
     def encode(
         self, blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
@@ -255,7 +271,7 @@ class _TableEncoder:
 @cache
 def _pairs(dtype: torch.dtype) -> torch.Tensor:
     """The two numbers of each byte of codes, f32 or f64, as a complex number: [256]."""
-    every = torch.arange(256).to(torch.uint8)[:, None]
+    every = torch.arange(256, device=_CPU).to(torch.uint8)[:, None]
     return torch.view_as_complex(element_values(unpack(every)).to(dtype))
 
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ingot.compiler import microscaling
 from ingot.compiler.microscaling import (
     GROUPS,
     MAGNITUDES,
@@ -268,3 +271,25 @@ def test_what_cannot_be_encoded_is_refused() -> None:
         encode(torch.zeros(4, 48))
     with pytest.raises(ValueError, match="expected one of floor, even"):
         encode(torch.zeros(4, 32), scale="best")
+
+
+def test_what_torch_does_meanwhile_changes_nothing() -> None:
+    """Tables are the cpu's whatever the default device is, and so is how many threads torch has."""
+    w = torch.randn(2**12, 256).bfloat16()
+    found: dict[str, Any] = {}
+
+    def later() -> None:
+        found["threads"] = torch.get_num_threads()
+
+    for table in (microscaling._element_table, microscaling._block_tables, microscaling._pairs):
+        table.cache_clear()
+    with torch.device("meta"):
+        first = encode(w), relative_error(w, *encode(w)), decode(*encode(w), torch.bfloat16)
+    thread = Thread(target=later)
+    thread.start()
+    thread.join()
+    second = encode(w), relative_error(w, *encode(w)), decode(*encode(w), torch.bfloat16)
+    assert found["threads"] == torch.get_num_threads()
+    assert first[1] == second[1]
+    for a, b in zip((*first[0], first[2]), (*second[0], second[2]), strict=True):
+        assert torch.equal(a, b)

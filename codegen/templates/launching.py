@@ -13,7 +13,9 @@ What is computed is what launches one after the other compute:
   transitive reduction: it holds for reading what an earlier launch wrote and for overwriting what
   it reads. If all programs of a kernel returned without waiting, it would be complete too soon and
   let the next one in: `take_turn` is therefore the first statement, under no condition.
-- Only constants, which no launch writes, may be read before (fragment_linear does).
+- Only constants, which no launch writes, may be read before: fragment_linear reads its first
+  weights, and then waits by assembly of its own.
+- A kernel that does not wait has full edges alone, on both sides.
 - launch_dependents orders nothing, so it may come first. Later programs start when all of this
   kernel's have started, so those that wait never hold the room of one that they wait for.
 - Tiles for many tokens do without (Call.overlaps): they fill the device, and there is nothing to

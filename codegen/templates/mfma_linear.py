@@ -18,12 +18,11 @@ from triton.experimental.gluon.language.amd.cdna3 import mfma
 
 from ..request import Arg, Call, Codes, Declined, Ref, Request, Scales
 from .activations import gated
+from .fragment_linear import FEW
 from .launching import take_turn
 from .mxfp4_decode import e8m0, narrowed, scaled_numbers
 from .norms import row_step
 
-# The most tokens of one launch.
-FEW = 16
 # Programs that fill a GPU several times over: fewer share each tile among more warps.
 _MANY_PROGRAMS = 608
 _TO_ONE = gl.constexpr(8.507059173023462e37)  # 2^126

@@ -1,4 +1,4 @@
-"""The peer: the same config in transformers, eager, bf16, random weights, on the GPU; prints JSON.
+"""The peer: the same config in transformers, bf16, random weights, not compiled; prints JSON.
 
 python decode_transformers.py CONFIG_DIRECTORY PROMPT_TOKENS NEW_TOKENS
 """
