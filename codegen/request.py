@@ -106,6 +106,12 @@ class Temp:
 Ref = Arg | Codes | Scales | Result | Temp
 
 
+def present(refs: Mapping[str, Ref | None]) -> tuple[dict[str, Ref], dict[str, None]]:
+    """Memory that is there, and names of what is not, which are constants."""
+    given = {name: ref for name, ref in refs.items() if ref is not None}
+    return given, {name: None for name, ref in refs.items() if ref is None}
+
+
 @dataclass(frozen=True)
 class Call:
     """One launch of a Triton kernel.

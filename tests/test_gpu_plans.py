@@ -80,8 +80,9 @@ def made(
 def assert_as_good(found: Any, plain: Any, exact: Any, dtype: torch.dtype) -> None:
     """Logits of prompts as the cpu's in f32; in narrow dtypes as near to f32's as the cpu's are.
 
-    Of the median token: one that stood between two experts may go to the other. Prompts are long
-    and short, so that the kernels for many tokens and those for few are held to this.
+    Of the median token: one that stood between two experts may go to the other. Logits are computed
+    a few rows at a time, by kernels for few tokens; those for many prefill what is generated here
+    and in test_gpu_models.
     """
     for mine, same, best in zip(found, plain, exact, strict=True):
         if dtype == torch.float32:

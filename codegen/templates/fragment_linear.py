@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..request import Arg, Call, Codes, Declined, Ref, Request, Scales
+from ..request import Arg, Call, Codes, Declined, Ref, Request, Scales, present
 from .activations import gated
 from .norms import row_step
 
@@ -405,8 +405,8 @@ def fragment_call(
         if step is None:
             return Declined("the rows of the residual do not lie in one step")
         constants["RESIDUAL_STEP"] = step
-    for name, position in (("bias", bias), ("residual", residual), ("norm", norm)):
-        (constants if position is None else args)[name] = (
-            None if position is None else Arg(position)
-        )
+    positions = {"bias": bias, "residual": residual, "norm": norm}
+    given, missing = present({n: None if p is None else Arg(p) for n, p in positions.items()})
+    args |= given
+    constants |= missing
     return Call(fragment_kernel, args, (down, 1, 1), (y,), constants, num_warps=warps)

@@ -19,6 +19,7 @@ from ..request import (
     Request,
     Result,
     Temp,
+    present,
 )
 from .gating_kernels import (
     choose_kernel,
@@ -74,12 +75,6 @@ def _choice(attrs: dict[str, Any], experts: int) -> dict[str, Any] | Declined:
     }
 
 
-def _present(refs: dict[str, Ref | None]) -> tuple[dict[str, Ref], dict[str, None]]:
-    """Memory that is there, and names of what is not, which are constants."""
-    given = {name: ref for name, ref in refs.items() if ref is not None}
-    return given, {name: None for name, ref in refs.items() if ref is None}
-
-
 def _choosing(
     logits: Ref,
     step: int,
@@ -89,7 +84,7 @@ def _choosing(
     constants: dict[str, Any],
 ) -> Call:
     """The launch that chooses by logits in `parts` parts, whose rows are `step` apart."""
-    given, missing = _present(refs)
+    given, missing = present(refs)
     return Call(
         choose_kernel,
         {
@@ -207,7 +202,7 @@ def one_launch(request: Request) -> Chosen | Declined:
     if lanes > most:
         return Declined(f"{lanes} lanes for one program, expected at most {most}")
     refs = {**gate.row_refs(), "bias": gate.ref("bias"), "correction": gate.ref("correction")}
-    given, missing = _present(refs)
+    given, missing = present(refs)
     call = Call(
         gate_kernel,
         {"x": Arg(0), "weight": Arg(1), **given, "weights": Result(0), "indices": Result(1)},
@@ -245,7 +240,7 @@ def few_tokens(request: Request) -> Chosen | Declined:
     if gate.tokens > _FEW:
         return Declined(f"{gate.tokens} tokens, expected at most {_FEW}")
     chunks = triton.cdiv(gate.width, _CHUNK)
-    given, missing = _present(gate.row_refs())
+    given, missing = present(gate.row_refs())
     grid = (gate.tokens, triton.cdiv(gate.count, 16), chunks)
     product = Call(
         token_partials_kernel,
@@ -290,7 +285,7 @@ def many_tokens(request: Request) -> Chosen | Declined:
     n: Ref = Arg(0)
     step = gate.x.strides[0]
     if gate.normed or gate.added:
-        given, missing = _present(gate.row_refs())
+        given, missing = present(gate.row_refs())
         calls.append(
             Call(
                 norm_rows_kernel,

@@ -26,6 +26,7 @@ from ..request import (
     Request,
     Result,
     Scales,
+    present,
 )
 from .activations import gated
 from .fragment_linear import FEW, fragment_call
@@ -256,18 +257,15 @@ def product_call(
     }
     args["w"] = Codes(weight) if w.packed else Arg(weight)
     (args if w.packed else constants)["scales"] = Scales(weight) if w.packed else None
-    for name, position in (("bias", bias), ("norm", norm)):
-        (constants if position is None else args)[name] = (
-            None if position is None else Arg(position)
-        )
-    if residual is None:
-        constants["residual"] = None
-    else:
+    if residual is not None:
         step = row_step(request.args[residual])
         if step is None:
             return Declined("the rows of the residual do not lie in one step")
-        args["residual"] = Arg(residual)
         constants["RESIDUAL_STEP"] = step
+    positions = {"bias": bias, "residual": residual, "norm": norm}
+    given, missing = present({n: None if p is None else Arg(p) for n, p in positions.items()})
+    args |= given
+    constants |= missing
     grid = (triton.cdiv(n, block_n), triton.cdiv(tokens, block_t), heads)
     return Call(product_kernel, args, grid, (y,), constants, warps, stages, overlaps=few)
 

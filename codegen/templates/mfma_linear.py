@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd import AMDMFMALayout
 from triton.experimental.gluon.language.amd.cdna3 import mfma
 
-from ..request import Arg, Call, Codes, Declined, Ref, Request, Scales
+from ..request import Arg, Call, Codes, Declined, Ref, Request, Scales, present
 from .activations import gated
 from .fragment_linear import FEW
 from .launching import take_turn
@@ -328,8 +328,8 @@ def mfma_call(
         if step is None:
             return Declined("the rows of the residual do not lie in one step")
         constants["RESIDUAL_STEP"] = step
-    for name, position in (("bias", bias), ("residual", residual)):
-        (constants if position is None else args)[name] = (
-            None if position is None else Arg(position)
-        )
+    positions = {"bias": bias, "residual": residual}
+    given, missing = present({n: None if p is None else Arg(p) for n, p in positions.items()})
+    args |= given
+    constants |= missing
     return Call(mfma_kernel, args, (programs, 1, 1), (y,), constants, num_warps=warps)

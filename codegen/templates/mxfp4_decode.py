@@ -118,36 +118,11 @@ def scaled_numbers(words, scale, dtype: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    elif dtype == tl.float16:
-        a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3 = tl.inline_asm_elementwise(
-            _TO_F16,
-            _CONSTRAINTS,
-            [w0, w1, w2, w3, s0, s1, s2, s3],
-            dtype=(
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-            ),
-            is_pure=True,
-            pack=1,
-        )
     else:
-        tl.static_assert(dtype == tl.bfloat16)
+        tl.static_assert(dtype == tl.bfloat16 or dtype == tl.float16)
+        to_narrow: tl.constexpr = _TO_BF16 if dtype == tl.bfloat16 else _TO_F16
         a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3 = tl.inline_asm_elementwise(
-            _TO_BF16,
+            to_narrow,
             _CONSTRAINTS,
             [w0, w1, w2, w3, s0, s1, s2, s3],
             dtype=(
