@@ -31,10 +31,10 @@ slow: $(INSTALLED) ## the long sweeps: every architecture, peak memory, the demo
 	$(BIN)/pytest -n 2 -m 'slow and not gpu'
 
 gpu: $(INSTALLED) ## the tests that need a GPU, and the kernel tests on it
-	$(BIN)/pytest -m gpu tests/test_gpu_runtime.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(MANY) -m gpu --ignore tests/test_gpu_runtime.py
+	$(BIN)/pytest -m gpu tests/runtime/test_gpu_runtime.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(MANY) -m gpu --ignore tests/runtime/test_gpu_runtime.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(MANY) --device -m 'not gpu and not slow' \
-		tests/test_*_kernels.py tests/test_kernel_coverage.py
+		tests/codegen/test_*_kernels.py tests/codegen/test_kernel_coverage.py
 
 bench: $(INSTALLED) ## full-size models on the GPU of this machine: compile, load and decode (60 GB of disk)
 	$(BIN)/python examples/bench/full_size.py

@@ -1,6 +1,6 @@
 """`python -m ingot` is the command line tool `ingot`."""
 
-from .frontends.cli import main
+from .frontends.cli.main import main
 
 if __name__ == "__main__":
     main()

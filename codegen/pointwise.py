@@ -23,8 +23,8 @@ from ..compiler.types import DTYPE_BITS
 from .entries import BoundGroup
 from .expressions import EXPRESSIONS, HELD, Typed, number, rounded, stored
 from .request import LAUNCH_SECONDS, Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
-from .templates.copy import merged, unit_of
 from .templates.generated import from_text
+from .templates.rowwise.copy import merged, unit_of
 
 # Ops that a step may be.
 OPS = frozenset(op.name for op in (*POINTWISE, glu, full, arange))

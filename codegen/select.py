@@ -6,20 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from . import pointwise
 from .request import Chosen, Declined, Request, Template
-from .templates import (
-    attention,
-    copy,
-    experts,
-    gating,
-    heads,
-    linear,
-    mla,
-    norms,
-    reductions,
-    rope,
-    rows,
-    sampling,
-)
+from .templates.attention import grouped_query as attention
+from .templates.attention import heads, mla, rope
+from .templates.gemm import linear
+from .templates.moe import experts, gating
+from .templates.rowwise import copy, norms, reductions, rows
+from .templates.sampling import sample as sampling
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     pointwise.TEMPLATES,

@@ -20,7 +20,7 @@ from time import perf_counter
 import ingot
 import numpy as np
 from ingot import MXFP4
-from ingot.frontends.tokenizer import Tokenizer
+from ingot.frontends.text.tokenizer import Tokenizer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table

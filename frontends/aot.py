@@ -19,7 +19,9 @@ from ..codegen.lower import Lowered
 from ..compiler.ir import Graph
 from ..compiler.torch_types import type_of
 from ..compiler.types import TensorType
-from ..runtime.artifact import (
+from ..runtime.artifact.manifest import EntryFact, Manifest, is_file_name
+from ..runtime.artifact.plan_json import binary_name, entry_data, program_data
+from ..runtime.artifact.reader import (
     CPU,
     FINAL_GRAPH,
     FOLDED_GRAPH,
@@ -29,13 +31,11 @@ from ..runtime.artifact import (
     code_name,
     plan_name,
 )
-from ..runtime.check_program import check_program
+from ..runtime.artifact.strict_json import write_json
+from ..runtime.artifact.writer import IngotWriter
+from ..runtime.devices.check_program import check_program
 from ..runtime.dtypes import DTYPES
-from ..runtime.ingot_writer import IngotWriter
-from ..runtime.manifest import EntryFact, Manifest, is_file_name
-from ..runtime.plan_json import binary_name, entry_data, program_data
 from ..runtime.program import Buffer, Program
-from ..runtime.strict_json import write_json
 
 # A loader proves shards beside each other: several, so that a large model does not wait for one.
 SHARD_BYTES = 1 << 29

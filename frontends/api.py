@@ -21,31 +21,31 @@ from ..compiler.target import Target, target_of
 from ..compiler.torch_types import TORCH_DTYPES, dtype_name
 from ..compiler.validate import check_rewrite
 from ..compiler.weights import Weights
-from ..passes.insert_kv_cache import InsertKvCache
 from ..passes.pipelines import causal_lm, module
-from ..passes.quantize_mxfp4 import MXFP4, QuantizeMxfp4
-from ..passes.sample_on_device import output_names
-from ..passes.shard_tensor_parallel import ShardTensorParallel
-from ..runtime.collectives import ProcessGroup
+from ..passes.serving.insert_kv_cache import InsertKvCache
+from ..passes.serving.sample_on_device import output_names
+from ..passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ..passes.transforms.shard_tensor_parallel import ShardTensorParallel
+from ..runtime.artifact.writer import check_free
+from ..runtime.devices.collectives import ProcessGroup
 from ..runtime.driver import Driver
-from ..runtime.ingot_writer import check_free
-from ..runtime.session import Session
+from ..runtime.serving.session import Session
 from .aot import Exportable, export
-from .calibration import calibrated, token_sequences
-from .completion import Completion, TextEvent
+from .cli.launches import chosen_entry
 from .drivers import driver_here, present_target
-from .launches import chosen_entry
+from .importers.torch_export import import_program
 from .loading import IngotError, LoadedModel, load
 from .model import Model, NotYetError, Plan, Report, WrittenIngot, entry_sizes
 from .module import CompiledModule, ModuleReport
 from .progress import Progress
-from .tokenizer import Tokenizer
-from .torch_export import import_program
+from .text.calibration import calibrated, token_sequences
+from .text.completion import Completion, TextEvent
+from .text.tokenizer import Tokenizer
 from .weight_report import PackingErrors, weight_reports
 
 if TYPE_CHECKING:
     from ..codegen.kernel_backend import KernelBackend
-    from .huggingface import HuggingFaceModel
+    from .importers.huggingface import HuggingFaceModel
 
 
 def compile(
@@ -419,7 +419,7 @@ def _lower_language_model(
 ) -> _LoweredModel:
     """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels,
     and whose weights need not be there."""
-    from .huggingface import import_hugging_face  # needs transformers, which is an extra
+    from .importers.huggingface import import_hugging_face  # needs transformers, which is an extra
 
     with stages("trace and import"):
         model = import_hugging_face(

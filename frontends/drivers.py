@@ -20,15 +20,15 @@ def driver_for(target: str) -> Driver:
     """
     kind = target.partition(":")[0]
     if kind == "cpu":
-        from ..runtime.cpu import CpuDriver
+        from ..runtime.devices.cpu import CpuDriver
 
         return CpuDriver()
     if kind == "cuda":
-        from ..runtime.cuda import CudaDriver
+        from ..runtime.devices.cuda import CudaDriver
 
         return CudaDriver()
     if kind == "hip":
-        from ..runtime.hip import HipDriver
+        from ..runtime.devices.hip import HipDriver
 
         return HipDriver()
     raise NoDriverError(f"this version has no driver that runs programs for {target}")
@@ -45,8 +45,8 @@ def driver_here(target: str) -> Driver:
 def present_target() -> str:
     """The target of the first GPU of this machine that code can be generated for, or cpu."""
     from ..compiler.target import TARGETS
-    from ..runtime.cuda import CudaDriver
-    from ..runtime.hip import HipDriver
+    from ..runtime.devices.cuda import CudaDriver
+    from ..runtime.devices.hip import HipDriver
 
     found = CudaDriver.find() or HipDriver.find()
     return found if found and found in TARGETS else CPU

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.artifact import FINAL_GRAPH, Artifact, open_ingot
+from ..runtime.artifact.manifest import Manifest
+from ..runtime.artifact.reader import FINAL_GRAPH, Artifact, open_ingot
+from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import Driver
-from ..runtime.manifest import Manifest
-from ..runtime.session import Session
-from ..runtime.strict_json import IngotError
+from ..runtime.serving.session import Session
 from .drivers import driver_for
-from .source_error import SourceError
-from .text_model import TextModel
-from .tokenizer import Tokenizer
+from .importers.source_error import SourceError
+from .text.text_model import TextModel
+from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ..compiler.ir import Graph

@@ -10,12 +10,12 @@ from pathlib import Path
 from ..codegen.entries import Choice
 from ..compiler.ir import Graph
 from ..compiler.pipeline import PassResult
-from ..runtime.manifest import Manifest
+from ..runtime.artifact.manifest import Manifest
 from ..runtime.program import Program
-from ..runtime.session import Session
+from ..runtime.serving.session import Session
 from .aot import Exportable, export
-from .text_model import TextModel
-from .tokenizer import Tokenizer
+from .text.text_model import TextModel
+from .text.tokenizer import Tokenizer
 from .weight_report import WeightReport
 
 

@@ -16,11 +16,11 @@ from ..compiler.torch_types import torch_dtype
 from ..compiler.types import VerifyError
 from ..compiler.verify import verify
 from ..compiler.weights import Weights
-from ..runtime.artifact import FOLDED_GRAPH, Artifact, check_manifest
-from ..runtime.buckets import Buckets
+from ..runtime.artifact.reader import FOLDED_GRAPH, Artifact, check_manifest
+from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import WeightLoader
 from ..runtime.program import Buffer, Program
-from ..runtime.strict_json import IngotError
+from ..runtime.serving.buckets import Buckets
 
 # Operators that reach outside the program: a model has none, and text may come from anywhere.
 _OUTSIDE = re.compile(r"\baten\.(from_file|_?save|_?load)\w*")

@@ -11,7 +11,7 @@ from ..compiler.microscaling import relative_error
 from ..compiler.ops.mxfp4 import mxfp4_encode
 from ..compiler.pipeline import Pass
 from ..compiler.types import STORED_BITS
-from ..passes.quantize_mxfp4 import QuantizeMxfp4, Site, find_sites
+from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4, Site, find_sites
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from ..compiler.pipeline import Pass
-from .absorb_mla import AbsorbMla
-from .canonicalize import Canonicalize
-from .fuse_collective_norm import FuseCollectiveNorm
-from .fuse_linear_residual import FuseLinearResidual
-from .fuse_mla_projections import FuseMlaProjections
-from .fuse_moe_gating import FuseMoeGating
-from .fuse_norm_linear import FuseNormLinear
-from .fuse_qkv_rope import FuseQkvRope
-from .fuse_shared_experts import FuseSharedExperts
-from .fuse_swiglu import FuseSwiglu
-from .gather_logits import GatherLogits
-from .insert_kv_cache import InsertKvCache
-from .quantize_mxfp4 import MXFP4, QuantizeMxfp4
-from .raise_ops import RaiseOps
-from .sample_on_device import SampleOnDevice
-from .shard_tensor_parallel import ShardTensorParallel
+from .fusion.fuse_collective_norm import FuseCollectiveNorm
+from .fusion.fuse_linear_residual import FuseLinearResidual
+from .fusion.fuse_mla_projections import FuseMlaProjections
+from .fusion.fuse_moe_gating import FuseMoeGating
+from .fusion.fuse_norm_linear import FuseNormLinear
+from .fusion.fuse_qkv_rope import FuseQkvRope
+from .fusion.fuse_shared_experts import FuseSharedExperts
+from .fusion.fuse_swiglu import FuseSwiglu
+from .raising.canonicalize import Canonicalize
+from .raising.raise_ops import RaiseOps
+from .serving.gather_logits import GatherLogits
+from .serving.insert_kv_cache import InsertKvCache
+from .serving.sample_on_device import SampleOnDevice
+from .transforms.absorb_mla import AbsorbMla
+from .transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from .transforms.shard_tensor_parallel import ShardTensorParallel
 
 # What the model says, in the IR's own ops.
 RAISING: tuple[Pass, ...] = (Canonicalize(), RaiseOps())

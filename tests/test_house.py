@@ -38,12 +38,12 @@ TOP_FOLDERS = {*ROOMS, "tests", "examples"}
 DOORS = {
     "__init__.py",
     "frontends/api.py",
-    "frontends/cli.py",
+    "frontends/cli/main.py",
     "frontends/drivers.py",
     "frontends/loading.py",
 }
 # The cpu driver computes with torch; the ranks of a tensor-parallel run on it exchange its tensors.
-RUNTIME_WITH_TORCH = {"runtime/cpu.py", "runtime/collectives.py"}
+RUNTIME_WITH_TORCH = {"runtime/devices/cpu.py", "runtime/devices/collectives.py"}
 STANDARD_LIBRARY_ONLY = {"runtime/program.py"}
 IMPORT_SECONDS = 0.2
 
@@ -420,17 +420,27 @@ BROKEN: dict[str, tuple[Callable[[Path], list[str]], dict[str, str | None], str]
         {"passes/a.py": "class A:\n    def f(self):\n        from ..compiler import ir"},
         "a.py:3",
     ),
-    "torch in runtime": (runtime_breaches, {"runtime/session.py": "import torch.nn"}, "torch"),
-    "triton in cpu": (runtime_breaches, {"runtime/cpu.py": "import triton"}, "triton"),
+    "torch in runtime": (
+        runtime_breaches,
+        {"runtime/serving/session.py": "import torch.nn"},
+        "torch",
+    ),
+    "triton in cpu": (runtime_breaches, {"runtime/devices/cpu.py": "import triton"}, "triton"),
     "cpu driver in session": (
         runtime_breaches,
-        {"runtime/session.py": "from .cpu import Cpu", "runtime/cpu.py": ""},
-        "runtime/cpu.py",
+        {
+            "runtime/serving/session.py": "from ..devices.cpu import Cpu",
+            "runtime/devices/cpu.py": "",
+        },
+        "runtime/devices/cpu.py",
     ),
     "process group in session": (
         runtime_breaches,
-        {"runtime/session.py": "from . import collectives", "runtime/collectives.py": ""},
-        "runtime/collectives.py",
+        {
+            "runtime/serving/session.py": "from ..devices import collectives",
+            "runtime/devices/collectives.py": "",
+        },
+        "runtime/devices/collectives.py",
     ),
     "program beyond the standard library": (
         runtime_breaches,

@@ -9,8 +9,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .arithmetic import float_power, integer_power, tanh
 from .launching import take_turn
+from .rowwise.arithmetic import float_power, integer_power, tanh
 
 # What a text may call beside tl.
 _HELPERS = (float_power, integer_power, take_turn, tanh)

@@ -24,7 +24,7 @@ from time import perf_counter
 from typing import Any
 
 from ingot.frontends.drivers import present_target
-from ingot.runtime.artifact import open_ingot
+from ingot.runtime.artifact.reader import open_ingot
 from ingot.runtime.program import Program, Slice
 from random_checkpoint import MODELS, config_of, write_checkpoint
 from transformers import PreTrainedConfig

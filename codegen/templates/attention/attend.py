@@ -1,0 +1,300 @@
+"""Attention of blocks of query rows over a context, whole or in splits, and what joins the splits.
+
+The rows of a key/value head are its (token, query head) pairs, token by token, GROUP heads each:
+they share every load of keys and values. Contexts are walked in tiles that begin at multiples of
+BLOCK_N, and splits begin at fixed positions, so that the order of a row's sums depends on its own
+position alone and not on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..launching import take_turn
+
+_FAR = tl.constexpr(2**31 - 1)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def split_start(index, SPLIT: tl.constexpr, STEADY: tl.constexpr):
+    """The first position of split `index` (i32): splits are SPLIT positions long, and after every
+    STEADY of them their length doubles. So there are enough for every multiprocessor at short
+    contexts, and not too many at long ones."""
+    length = (index * 0 + SPLIT) << (index // STEADY)
+    return length * (index % STEADY + STEADY) - SPLIT * STEADY
+
+
+def splits_of(context: int, split: int, steady: int) -> int:
+    """How many splits a context of `context` positions has."""
+    count, start = 0, 0
+    while start < context:
+        start += split << (count // steady)
+        count += 1
+    return count
+
+
+@triton.jit
+def _ranks(slots, M: tl.constexpr):
+    """[M] how many different slots of `slots` [M] lie below each; -1 for slot -1."""
+    row = tl.arange(0, M)
+    earlier = (slots[:, None] == slots[None, :]) & (row[:, None] < row[None, :])
+    first = (tl.sum(earlier.to(tl.int32), 0) == 0) & (slots >= 0)
+    below = first[None, :] & (slots[None, :] < slots[:, None])
+    return tl.where(slots < 0, -1, tl.sum(below.to(tl.int32), 1))
+
+
+@triton.jit
+def _columns(base, at, seen, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """[N, BLOCK] the first SIZE elements from each of `at` [N] on; 0 beyond and where not `seen`.
+    The addresses of tiles are a scalar and small offsets, which cost few registers."""
+    dim = tl.arange(0, BLOCK)
+    mask = seen[:, None]
+    if BLOCK != SIZE:
+        mask = mask & (dim < SIZE)[None, :]
+    return tl.load(base + at[:, None] + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _softcapped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Scores in units of log2, scaled and bounded."""
+    if SOFTCAP > 0:
+        x = scores * (SCALE / SOFTCAP)
+        scores = (1 - 2 / (tl.exp(2 * x) + 1)) * (SOFTCAP * _LOG2E)
+    else:
+        scores = scores * (SCALE * _LOG2E)
+    return scores
+
+
+@triton.jit
+def attend_kernel(
+    q,
+    q_rest,
+    k,
+    v,
+    slots,
+    positions,
+    page_table,
+    sinks,
+    out,
+    tops,
+    totals,
+    tokens,
+    context,
+    lanes,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    Q_TOKEN: tl.constexpr,
+    Q_HEAD: tl.constexpr,
+    Q_REST_TOKEN: tl.constexpr,
+    Q_REST_HEAD: tl.constexpr,
+    Q_REST_SKIP: tl.constexpr,
+    K_ROW: tl.constexpr,
+    K_HEAD: tl.constexpr,
+    V_ROW: tl.constexpr,
+    V_HEAD: tl.constexpr,
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGES_PER_SLOT: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEADY: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """BLOCK_M rows of a key/value head over the contexts of their slots.
+
+    Keys are D ‖ D_REST dims of a row of `k` (D_REST may be 0), queries D of `q` and D_REST of
+    `q_rest`; values are the first V dims of a row of `v`, or of the keys where `v` is None
+    (V = D). With a page table rows lie in pages of PAGE_SIZE, a multiple of BLOCK_N; without one
+    there is one sequence of `context` rows, of which the tokens are the last.
+
+    Program (block, head · lanes + lane, part): the lane takes every lanes-th slot that the block's
+    rows are of (SLOTS at most), the part every parts-th split. With SPLITS = 1 the context is not
+    split and `out` [T, H, V] is the result; otherwise `out` f32 [T, H, SPLITS, V], `tops` and
+    `totals` f32 [T, H, SPLITS] are the splits' sums of weighted values, greatest scores (log2) and
+    sums of weights, for combine_kernel.
+    """
+    take_turn(PROGRAMMATIC)
+    # The last rows have the longest contexts: they begin first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1) // lanes
+    lane = tl.program_id(1) % lanes
+    part = tl.program_id(2)
+    parts = tl.num_programs(2)
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    real = token < tokens
+    if page_table is not None:
+        slot_of = tl.load(slots + token, mask=real, other=-1)
+        at = tl.load(positions + token, mask=real, other=0)
+    else:
+        slot_of = tl.where(real, 0, -1)
+        at = token + (context - tokens)
+    limit = at
+    if not CAUSAL:
+        limit = at * 0 + (context - 1)
+    place = (token.to(tl.int64) * HEADS + head) * SPLITS
+    dim_v = tl.arange(0, BLOCK_V)
+    inside_v = (dim_v < V)[None, :]
+
+    if SPLITS == 1:
+        zeros = tl.zeros([BLOCK_M, BLOCK_V], out.dtype.element_ty)
+        padding = (real & (slot_of < 0) & (lane == 0))[:, None] & inside_v
+        tl.store(out + place[:, None] * V + dim_v[None, :], zeros, mask=padding)
+
+    rank = tl.where(slot_of < 0, -1, 0)
+    if SLOTS > 1:
+        rank = _ranks(slot_of, BLOCK_M)
+    for this in range(lane, tl.max(rank, 0) + 1, lanes):
+        mine = rank == this
+        slot = tl.max(tl.where(mine, slot_of, -1), 0)
+        last = tl.max(tl.where(mine, limit, -1), 0)
+        first = last * 0
+        if WINDOW:
+            oldest = tl.min(tl.where(mine, at, _FAR), 0)
+            first = tl.maximum(first, oldest - WINDOW + 1)
+        token_at = token.to(tl.int64)
+        query = _columns(q, token_at * Q_TOKEN + head * Q_HEAD, mine, D, BLOCK_D)
+        if D_REST:
+            rest_at = token_at * Q_REST_TOKEN + head * Q_REST_HEAD + Q_REST_SKIP
+            query_rest = _columns(q_rest, rest_at, mine, D_REST, BLOCK_REST)
+
+        # The splits [low, high) hold what the rows see; this part takes part, part + parts, ...
+        low = first * 0
+        high = first * 0 + 1
+        if SPLITS > 1:
+            index = tl.arange(0, BLOCK_SPLITS)
+            low = tl.sum((split_start(index + 1, SPLIT, STEADY) <= first).to(tl.int32), 0)
+            high = tl.sum((split_start(index, SPLIT, STEADY) <= last).to(tl.int32), 0)
+            low += (part - low % parts + parts) % parts
+        for split in range(low, high, parts):
+            begin = first // BLOCK_N * BLOCK_N
+            end = last + 1
+            if SPLITS > 1:
+                begin = tl.maximum(begin, split_start(part * 0 + split, SPLIT, STEADY))
+                end = tl.minimum(end, split_start(part * 0 + split + 1, SPLIT, STEADY))
+            top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            for start in range(begin, end, BLOCK_N):
+                n = begin * 0 + start
+                tile = tl.arange(0, BLOCK_N)
+                where = n + tile
+                # What lies outside was perhaps never written: it may be NaN, and 0 · NaN is NaN.
+                written = (where >= first) & (where <= last)
+                row_n = n.to(tl.int64)
+                if page_table is not None:
+                    page = tl.load(page_table + slot * PAGES_PER_SLOT + n // PAGE_SIZE)
+                    row_n = page.to(tl.int64) * PAGE_SIZE + n % PAGE_SIZE
+                key = k + (row_n * K_ROW + kv_head * K_HEAD)
+                keys = _columns(key, tile * K_ROW, written, D, BLOCK_D)
+                scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+                if D_REST:
+                    keys_rest = _columns(key + D, tile * K_ROW, written, D_REST, BLOCK_REST)
+                    scores = tl.dot(query_rest, tl.trans(keys_rest), scores, input_precision="ieee")
+                scores = _softcapped(scores, SCALE, SOFTCAP)
+                # What rows of other slots see here is stored nowhere.
+                seen = where[None, :] <= limit[:, None]
+                if WINDOW:
+                    seen = seen & (where[None, :] > at[:, None] - WINDOW)
+                scores = tl.where(seen, scores, float("-inf"))
+
+                higher = tl.maximum(top, tl.max(scores, 1))
+                # A row that has seen nothing yet has no top: its weights are 0, not NaN.
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp2(scores - base[:, None])
+                fade = tl.exp2(top - base)
+                top = higher
+                total = total * fade + tl.sum(weights, 1)
+                if v is None:
+                    values = keys
+                else:
+                    value = v + (row_n * V_ROW + kv_head * V_HEAD)
+                    values = _columns(value, tile * V_ROW, written, V, BLOCK_V)
+                acc = acc * fade[:, None]
+                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+
+            stored = mine[:, None] & inside_v
+            if SPLITS == 1:
+                if sinks is not None:
+                    sink = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32) * _LOG2E
+                    base = tl.maximum(top, sink)
+                    fade = tl.exp2(top - base)
+                    total = total * fade + tl.exp2(sink - base)
+                    acc = acc * fade[:, None]
+                acc = acc / total[:, None]
+                result = acc.to(out.dtype.element_ty)
+                tl.store(out + place[:, None] * V + dim_v[None, :], result, mask=stored)
+            else:
+                to = place + split
+                tl.store(tops + to, top, mask=mine)
+                tl.store(totals + to, total, mask=mine)
+                tl.store(out + to[:, None] * V + dim_v[None, :], acc, mask=stored)
+
+
+@triton.jit
+def combine_kernel(
+    sums,
+    tops,
+    totals,
+    slots,
+    positions,
+    sinks,
+    out,
+    HEADS: tl.constexpr,
+    V: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEADY: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """Program (token, head, block of V): out [T, H, V] of the splits that the token sees; 0 for a
+    token of slot -1. The splits are summed in an order that SPLITS alone fixes."""
+    take_turn(PROGRAMMATIC)
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    dim = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    slot = tl.load(slots + token)
+    at = tl.load(positions + token)
+    place = token.to(tl.int64) * HEADS + head
+    if slot < 0:
+        tl.store(out + place * V + dim, tl.zeros([BLOCK_V], out.dtype.element_ty), mask=dim < V)
+    else:
+        split = tl.arange(0, BLOCK_SPLITS)
+        seen = split_start(split, SPLIT, STEADY) <= at
+        if WINDOW:
+            seen = seen & (split_start(split + 1, SPLIT, STEADY) > at - WINDOW + 1)
+        where = place * SPLITS + split
+        top = tl.load(tops + where, mask=seen, other=float("-inf"))
+        total = tl.load(totals + where, mask=seen, other=0.0)
+        mask = seen[:, None] & (dim < V)[None, :]
+        parts = tl.load(sums + where[:, None] * V + dim[None, :], mask=mask, other=0.0)
+        base = tl.max(top, 0)
+        if sinks is not None:
+            sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+            base = tl.maximum(base, sink)
+        weight = tl.exp2(top - base)
+        whole = tl.sum(total * weight, 0)
+        if sinks is not None:
+            whole += tl.exp2(sink - base)
+        result = tl.sum(parts * weight[:, None], 0) / whole
+        tl.store(out + place * V + dim, result.to(out.dtype.element_ty), mask=dim < V)

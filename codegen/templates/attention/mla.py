@@ -1,0 +1,152 @@
+"""Latent attention: keys are rows of c_kv ‖ k_pe, values their c_kv; and the rows themselves."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...request import Arg, Call, Chosen, Declined, Request
+from ..launching import take_turn
+from ..rowwise.rows import append_operands, append_refs, cache_row
+from .attend_plan import Attention, Pages, Query, Rows, plan
+from .grouped_query import paged_index
+
+# ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe)
+
+
+@triton.jit
+def latent_kernel(
+    kv,
+    weight,
+    cos,
+    sin,
+    out,
+    cache,
+    slots,
+    positions,
+    page_table,
+    STEP: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    EPS: tl.constexpr,
+    FORM: tl.constexpr,
+    PAGES_PER_SLOT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """Program t: row t of `kv`, rows STEP elements apart, RANK + 2 · HALF columns.
+
+    It goes to `out`, to the token's row of `cache`, or to both.
+    """
+    take_turn(PROGRAMMATIC)
+    token = tl.program_id(0).to(tl.int64)
+    row = kv + token * STEP
+    WIDTH: tl.constexpr = RANK + 2 * HALF
+    dim = tl.arange(0, BLOCK_RANK)
+    inside = dim < RANK
+    c_kv = tl.load(row + dim, mask=inside, other=0.0).to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(c_kv * c_kv, 0) / RANK + EPS)
+    c_kv = c_kv * scale * tl.load(weight + dim, mask=inside, other=0.0).to(tl.float32)
+
+    pair = tl.arange(0, BLOCK_HALF)
+    paired = pair < HALF
+    a_at = pair if FORM == "half" else 2 * pair
+    b_at = pair + HALF if FORM == "half" else 2 * pair + 1
+    a_to = 2 * pair if FORM == "interleaved" else pair
+    b_to = 2 * pair + 1 if FORM == "interleaved" else pair + HALF
+    a = tl.load(row + RANK + a_at, mask=paired, other=0.0).to(tl.float32)
+    b = tl.load(row + RANK + b_at, mask=paired, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * HALF + pair, mask=paired, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * HALF + pair, mask=paired, other=0.0).to(tl.float32)
+    turned_a = a * c - b * s
+    turned_b = b * c + a * s
+    if out is not None:
+        to = out + token * WIDTH
+        tl.store(to + dim, c_kv.to(out.dtype.element_ty), mask=inside)
+        tl.store(to + RANK + a_to, turned_a.to(out.dtype.element_ty), mask=paired)
+        tl.store(to + RANK + b_to, turned_b.to(out.dtype.element_ty), mask=paired)
+    if cache is not None:
+        place = cache_row(slots, positions, page_table, token, PAGES_PER_SLOT, PAGE_SIZE)
+        to = cache + place * WIDTH
+        inside &= place >= 0
+        paired &= place >= 0
+        tl.store(to + dim, c_kv.to(cache.dtype.element_ty), mask=inside)
+        tl.store(to + RANK + a_to, turned_a.to(cache.dtype.element_ty), mask=paired)
+        tl.store(to + RANK + b_to, turned_b.to(cache.dtype.element_ty), mask=paired)
+
+
+def mla_latent(request: Request) -> Chosen | Declined:
+    """mla_latent(kv, norm_weight, cos, sin)."""
+    kv, weight, cos, sin = request.args[:4]
+    if kv.strides[1] != 1 or not (weight.dense and cos.dense and sin.dense):
+        return Declined("expected rows whose columns follow one another, dense weight and tables")
+    rank, half = weight.shape[0], cos.shape[1]
+    index, pages = append_operands(request)
+    to = dict(zip(("out", "cache"), append_refs(request, 0), strict=True))
+    stored = {name: ref for name, ref in to.items() if ref is not None}
+    call = Call(
+        latent_kernel,
+        {"kv": Arg(0), "weight": Arg(1), "cos": Arg(2), "sin": Arg(3), **stored, **index},
+        (kv.shape[0], 1, 1),
+        tuple(stored.values()),
+        {
+            **{name: None for name, ref in to.items() if ref is None},
+            **pages,
+            "STEP": kv.strides[0],
+            "RANK": rank,
+            "HALF": half,
+            "EPS": request.attrs["eps"],
+            "FORM": request.attrs["form"],
+            "BLOCK_RANK": triton.next_power_of_2(rank),
+            "BLOCK_HALF": triton.next_power_of_2(half),
+        },
+    )
+    into = ", written into the cache" if request.append else ""
+    return Chosen((call,), request.seconds(1), f"a program a token{into}")
+
+
+# ---- mla_attention, cached_mla_attention: all heads share the one row that a token has
+
+
+def _attention(request: Request, pages: Pages | None) -> Chosen | Declined:
+    q, q_pe, rows = request.args[:3]
+    if any(x.strides[-1] != 1 for x in (q, q_pe, rows)):
+        return Declined("expected rows whose dims follow one another")
+    tokens, heads, rank = q.shape
+    job = Attention(
+        tokens,
+        heads,
+        1,
+        rank,
+        q_pe.shape[2],
+        rank,
+        q.type.dtype,
+        Query(Arg(0), q.strides[0], q.strides[1]),
+        Query(Arg(1), q_pe.strides[0], q_pe.strides[1]),
+        Rows(Arg(2), rows.strides[-2], 0),
+        None,
+        pages.per_slot * pages.size if pages else rows.shape[0],
+        request.attrs["scale"],
+        pages,
+    )
+    return plan(job, request)
+
+
+def mla_attention(request: Request) -> Chosen | Declined:
+    """mla_attention(q_latent, q_pe, latent)."""
+    return _attention(request, None)
+
+
+def cached_mla_attention(request: Request) -> Chosen | Declined:
+    """cached_mla_attention(q_latent, q_pe, cache, slots, positions, page_table)."""
+    pages = paged_index(request, 2, 3)
+    return pages if isinstance(pages, Declined) else _attention(request, pages)
+
+
+TEMPLATES = {
+    "mla_latent": (mla_latent,),
+    "mla_attention": (mla_attention,),
+    "cached_mla_attention": (cached_mla_attention,),
+}

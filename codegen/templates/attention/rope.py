@@ -1,0 +1,180 @@
+"""Rotary embedding, and its tables of cosines and sines."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+
+import triton
+import triton.language as tl
+
+from ...request import Arg, Call, Chosen, Declined, Operand, Request, Result
+from ..launching import take_turn
+from ..rowwise.arithmetic import cos_and_sin
+
+_FLOATS = ("f16", "bf16", "f32")
+# Elements of a tile that a program rotates.
+_TILE = 2048
+
+
+# ---- rope_tables: cos and sin of positions · inv_freq
+
+
+@triton.jit
+def tables_kernel(
+    positions,
+    inv_freq,
+    cos,
+    sin,
+    HALF: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """A program a token: a row of HALF angles, each rounded to the float that frequencies have."""
+    take_turn(PROGRAMMATIC)
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < HALF
+    frequency = tl.load(inv_freq + at, mask=inside, other=0.0)
+    if inv_freq.dtype.element_ty != tl.float64:
+        frequency = frequency.to(tl.float32)
+    angle = tl.load(positions + row).to(frequency.dtype) * frequency
+    c, s = cos_and_sin(angle)
+    to = row.to(tl.int64) * HALF + at
+    tl.store(cos + to, (c * SCALE).to(cos.dtype.element_ty), mask=inside)
+    tl.store(sin + to, (s * SCALE).to(sin.dtype.element_ty), mask=inside)
+
+
+def rope_tables(request: Request) -> Chosen | Declined:
+    """rope_tables(positions, inv_freq)."""
+    positions, inv_freq = request.args
+    if not positions.dense or not inv_freq.dense or request.attrs["dtype"] not in _FLOATS:
+        return Declined(
+            f"expected dense operands and tables of {', '.join(_FLOATS)}; found {positions.type}, "
+            f"{inv_freq.type} and {request.attrs['dtype']}"
+        )
+    if not positions.shape[0]:
+        return Chosen((), 0.0, "no tokens")
+    half = inv_freq.shape[0]
+    call = Call(
+        tables_kernel,
+        {"positions": Arg(0), "inv_freq": Arg(1), "cos": Result(0), "sin": Result(1)},
+        (positions.shape[0], 1, 1),
+        (Result(0), Result(1)),
+        {
+            "HALF": half,
+            "SCALE": float(request.attrs["scale"]),
+            "BLOCK": triton.next_power_of_2(half),
+        },
+        num_warps=1,
+    )
+    return Chosen((call,), request.seconds(1), "a program a token")
+
+
+# ---- rope
+
+
+@triton.jit
+def rope_kernel(
+    x,
+    cos,
+    sin,
+    out,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    START: tl.constexpr,
+    X_STEP: tl.constexpr,
+    HEAD_STEP: tl.constexpr,
+    TABLE_STEP: tl.constexpr,
+    READ_APART: tl.constexpr,
+    WRITTEN_APART: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """A program rotates BLOCK_H of the HEADS heads of a token, SIZE elements each.
+
+    Pair i of HALF is read at (i, i + HALF), or with READ_APART == 1 at (2i, 2i + 1); so with
+    WRITTEN_APART it is written. What is not rotated, REST or fewer elements, is copied.
+    """
+    take_turn(PROGRAMMATIC)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    inside = (head < HEADS) & (i < HALF)
+    x += token * X_STEP + head * HEAD_STEP
+    out += (token * HEADS + head) * SIZE
+    first = i if READ_APART != 1 else 2 * i
+    a = tl.load(x + START + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + START + first + READ_APART, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * TABLE_STEP + i, mask=i < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * TABLE_STEP + i, mask=i < HALF, other=0.0).to(tl.float32)
+    first = i if WRITTEN_APART != 1 else 2 * i
+    kind: tl.constexpr = out.dtype.element_ty
+    tl.store(out + START + first, (a * c - b * s).to(kind), mask=inside)
+    tl.store(out + START + first + WRITTEN_APART, (b * c + a * s).to(kind), mask=inside)
+    if REST > 0:
+        j = tl.arange(0, REST)[None, :]
+        j = tl.where(j < START, j, j + 2 * HALF)
+        kept = (head < HEADS) & (j < SIZE)
+        tl.store(out + j, tl.load(x + j, mask=kept), mask=kept)
+
+
+def _heads(x: Operand) -> tuple[int, int, int] | None:
+    """Heads a token, and the steps from token to token and head to head, of x [T, ..., D]; None
+    where the dims between do not lie in one step, or a head is not dense."""
+    if x.packed or x.value is not None or (x.shape[-1] > 1 and x.strides[-1] != 1):
+        return None
+    between = list(zip(x.shape[1:-1], x.strides[1:-1], strict=True))
+    steps = [(n, s) for n, s in between if n != 1]
+    if any(a != n * b for (_, a), (n, b) in pairwise(steps)):
+        return None
+    return prod(n for n, _ in between), x.strides[0], steps[-1][1] if steps else x.shape[-1]
+
+
+def rope(request: Request) -> Chosen | Declined:
+    """rope(x, cos, sin)."""
+    x, cos, sin = request.args
+    lies = _heads(x)
+    tables = cos.strides[1:] == (1,) and cos.strides == sin.strides
+    if lies is None or not tables:
+        return Declined(f"heads of x {x.type} or rows of tables {cos.type} do not lie in one step")
+    if odd := [o.type for o in request.args if o.type.dtype not in _FLOATS]:
+        return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
+    heads, step, head_step = lies
+    if not x.shape[0] * heads:
+        return Chosen((), 0.0, "no heads")
+    size, half = x.shape[-1], cos.shape[1]
+    form = request.attrs["form"]
+    block = triton.next_power_of_2(half)
+    rest = size - 2 * half
+    tile = max(1, _TILE // (2 * block + rest))
+    block_h = min(triton.next_power_of_2(heads), 1 << (tile.bit_length() - 1))
+    call = Call(
+        rope_kernel,
+        {"x": Arg(0), "cos": Arg(1), "sin": Arg(2), "out": Result(0)},
+        (x.shape[0], -(-heads // block_h), 1),
+        (Result(0),),
+        {
+            "HEADS": heads,
+            "SIZE": size,
+            "HALF": half,
+            "START": request.attrs.get("start", 0),
+            "X_STEP": step,
+            "HEAD_STEP": head_step,
+            "TABLE_STEP": cos.strides[0],
+            "READ_APART": half if form == "half" else 1,
+            "WRITTEN_APART": 1 if form == "interleaved" else half,
+            "BLOCK_H": block_h,
+            "BLOCK": block,
+            "REST": triton.next_power_of_2(rest) if rest else 0,
+        },
+        num_warps=4 if block_h * block >= 512 else 2,
+    )
+    return Chosen((call,), request.seconds(1), "a program a token's heads")
+
+
+TEMPLATES = {"rope": (rope,), "rope_tables": (rope_tables,)}

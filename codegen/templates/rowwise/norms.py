@@ -1,0 +1,277 @@
+"""Rows normalised: rms_norm, layer_norm, and what products do to their input first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from math import prod
+
+import triton
+import triton.language as tl
+
+from ...request import Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
+from ..launching import take_turn
+
+# Rows up to this many elements stay in registers; longer ones are read again for each pass.
+_IN_REGISTERS = 8192
+# f32 elements of a row that a thread holds.
+_PER_THREAD = 8
+_FLOATS = ("f16", "bf16", "f32")
+
+
+# ---- prologue: s = x (+ delta, or + rms_norm(delta, post_norm)); n = rms_norm(s, norm)
+
+
+@triton.jit
+def _row_sum(x, delta, post_norm, at, inside, scale, HAS_DELTA: tl.constexpr, POST: tl.constexpr):
+    """s at places `at` of a row, rounded as it is stored, in f32. `scale` is that of post_norm."""
+    s = tl.load(x + at, mask=inside, other=0.0)
+    if HAS_DELTA:
+        d = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        if POST:
+            d = d * scale * tl.load(post_norm + at, mask=inside, other=0.0).to(tl.float32)
+        s = (s.to(tl.float32) + d).to(x.dtype.element_ty)
+    return s.to(tl.float32)
+
+
+@triton.jit
+def prologue_kernel(
+    x,
+    delta,
+    post_norm,
+    norm,
+    n,
+    s,
+    K: tl.constexpr,
+    X_STEP: tl.constexpr,
+    DELTA_STEP: tl.constexpr,
+    EPS: tl.constexpr,
+    POST_EPS: tl.constexpr,
+    NORMED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """A program a row of K elements; the rows of x and delta lie X_STEP and DELTA_STEP apart.
+
+    Operands that are not there are None. `n` and `s` are dense; s is rounded before it is normed.
+    A row longer than BLOCK is read in blocks, once for each sum of squares and once to write.
+    """
+    take_turn(PROGRAMMATIC)
+    row = tl.program_id(0).to(tl.int64)
+    HAS_DELTA: tl.constexpr = delta is not None
+    POST: tl.constexpr = post_norm is not None
+    WHOLE: tl.constexpr = K <= BLOCK
+    x += row * X_STEP
+    if HAS_DELTA:
+        delta += row * DELTA_STEP
+    post_scale = 1.0
+    if POST:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in tl.range(0, K, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            d = tl.load(delta + at, mask=at < K, other=0.0).to(tl.float32)
+            squares += d * d
+        post_scale = tl.rsqrt(tl.sum(squares, 0) / K + POST_EPS)
+    if WHOLE:
+        at = tl.arange(0, BLOCK)
+        inside = at < K
+        y = _row_sum(x, delta, post_norm, at, inside, post_scale, HAS_DELTA, POST)
+        if s is not None:
+            tl.store(s + row * K + at, y.to(x.dtype.element_ty), mask=inside)
+        if NORMED:
+            y = y * tl.rsqrt(tl.sum(y * y, 0) / K + EPS)
+            if norm is not None:
+                y = y * tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
+        if n is not None:
+            tl.store(n + row * K + at, y.to(x.dtype.element_ty), mask=inside)
+    else:
+        scale = 1.0
+        if NORMED:
+            squares = tl.zeros((BLOCK,), tl.float32)
+            for start in tl.range(0, K, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                y = _row_sum(x, delta, post_norm, at, at < K, post_scale, HAS_DELTA, POST)
+                squares += y * y
+            scale = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+        for start in tl.range(0, K, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < K
+            y = _row_sum(x, delta, post_norm, at, inside, post_scale, HAS_DELTA, POST)
+            if s is not None:
+                tl.store(s + row * K + at, y.to(x.dtype.element_ty), mask=inside)
+            y = y * scale
+            if norm is not None:
+                y = y * tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
+            if n is not None:
+                tl.store(n + row * K + at, y.to(x.dtype.element_ty), mask=inside)
+
+
+def row_step(x: Operand) -> int | None:
+    """How far apart the rows of x [..., K] lie, in elements; None where that is not one number, or
+    where a row's own elements do not lie one after the other."""
+    if x.packed or x.value is not None or not x.shape:
+        return None
+    *lead, width = x.shape
+    steps = [(n, s) for n, s in zip(lead, x.strides[:-1], strict=True) if n != 1]
+    if width > 1 and x.strides[-1] != 1:
+        return None
+    for (_, outer), (n, inner) in pairwise(steps):
+        if outer != n * inner:
+            return None
+    return steps[-1][1] if steps else width
+
+
+def row_launch(width: int, warp: int) -> tuple[int, int]:
+    """The block of a row of `width` elements that a program holds, and its warps (`warp` lanes)."""
+    block = min(triton.next_power_of_2(width), _IN_REGISTERS)
+    return block, max(1, min(512 // warp, block // (warp * _PER_THREAD)))
+
+
+def prologue_call(
+    request: Request,
+    refs: Mapping[str, int],
+    n: Ref | None,
+    s: Ref | None,
+    eps: float | None,
+    post_eps: float | None,
+) -> Call | Declined:
+    """The launch of a prologue (compiler/ops/prologue.py) for all rows of argument 0, x [..., K].
+
+    `refs` says which arguments of the node `delta`, `post_norm` and `norm` are, where it has them:
+    `request.named(2)` is of this form. `n` and `s` are where its results go, dense, in x's dtype
+    (None: not wanted); `eps` and `post_eps` belong to the norms, and an `eps` without `norm` is a
+    norm without a weight. Declined where rows cannot be read as they lie.
+    """
+    x = request.args[0]
+    delta = request.args[refs["delta"]] if "delta" in refs else None
+    step, delta_step = row_step(x), row_step(delta) if delta else 0
+    given = {name: refs[name] for name in ("delta", "post_norm", "norm") if name in refs}
+    weights = [request.args[i] for name, i in given.items() if name != "delta"]
+    if step is None or delta_step is None or not all(w.dense for w in weights):
+        return Declined(f"rows of x {x.type}, its delta or weights do not lie in one step")
+    if odd := [o.type for o in (x, *weights) if o.type.dtype not in _FLOATS]:
+        return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
+    width = x.shape[-1]
+    block, warps = row_launch(width, request.target.warp)
+    places: dict[str, Ref | None] = {name: Arg(i) for name, i in given.items()}
+    places |= {"x": Arg(0), "n": n, "s": s}
+    all_of = ("x", "delta", "post_norm", "norm", "n", "s")
+    return Call(
+        prologue_kernel,
+        {name: ref for name in all_of if (ref := places.get(name)) is not None},
+        (prod(x.shape[:-1]), 1, 1),
+        tuple(ref for ref in (n, s) if ref is not None),
+        {
+            **{name: None for name in all_of if places.get(name) is None},
+            "K": width,
+            "X_STEP": step,
+            "DELTA_STEP": delta_step,
+            "EPS": eps or 0.0,
+            "POST_EPS": post_eps or 0.0,
+            "NORMED": eps is not None,
+            "BLOCK": block,
+        },
+        num_warps=warps,
+    )
+
+
+def _of_rows(request: Request, call: Call | Declined) -> Chosen | Declined:
+    if isinstance(call, Declined):
+        return call
+    if not call.grid[0]:
+        return Chosen((), 0.0, "no rows")
+    return Chosen((call,), request.seconds(1), "a program a row")
+
+
+def rms_norm(request: Request) -> Chosen | Declined:
+    """rms_norm(x, weight?)."""
+    refs = {"norm": 1} if len(request.args) > 1 else {}
+    eps = request.attrs["eps"]
+    return _of_rows(request, prologue_call(request, refs, Result(0), None, eps, None))
+
+
+def add_rms_norm(request: Request) -> Chosen | Declined:
+    """add_rms_norm(x, delta, weight): the sum, and its norm."""
+    if (ranks := request.attrs.get("ranks", 1)) != 1:
+        return Declined(f"the sum is one over {ranks} ranks")
+    refs = {"delta": 1, "norm": 2}
+    eps = request.attrs["eps"]
+    return _of_rows(request, prologue_call(request, refs, Result(1), Result(0), eps, None))
+
+
+# ---- layer_norm
+
+
+@triton.jit
+def layer_norm_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    K: tl.constexpr,
+    STEP: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """A program a row of K elements, STEP apart; weight and bias may be None.
+
+    The variance is that of the differences from the mean: two passes.
+    """
+    take_turn(PROGRAMMATIC)
+    row = tl.program_id(0).to(tl.int64)
+    x += row * STEP
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, K, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 0) / K
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, K, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        away = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32) - mean
+        squares += tl.where(at < K, away * away, 0.0)
+    scale = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+    for start in tl.range(0, K, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < K
+        y = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean) * scale
+        if weight is not None:
+            y = y * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            y = y + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * K + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+def layer_norm(request: Request) -> Chosen | Declined:
+    """layer_norm(x, weight?, bias?)."""
+    x, *affine = request.args
+    step = row_step(x)
+    if step is None or not all(a.dense for a in affine):
+        return Declined(f"rows of x {x.type} or its weights do not lie in one step")
+    if odd := [o.type for o in request.args if o.type.dtype not in _FLOATS]:
+        return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
+    block, warps = row_launch(x.shape[-1], request.target.warp)
+    names = ("x", "weight", "bias")
+    call = Call(
+        layer_norm_kernel,
+        {**{names[i]: Arg(i) for i in range(len(request.args))}, "out": Result(0)},
+        (prod(x.shape[:-1]), 1, 1),
+        (Result(0),),
+        {
+            **dict.fromkeys(names[len(request.args) :]),
+            "K": x.shape[-1],
+            "STEP": step,
+            "EPS": request.attrs["eps"],
+            "BLOCK": block,
+        },
+        num_warps=warps,
+    )
+    return _of_rows(request, call)
+
+
+TEMPLATES = {
+    "rms_norm": (rms_norm,),
+    "add_rms_norm": (add_rms_norm,),
+    "layer_norm": (layer_norm,),
+}

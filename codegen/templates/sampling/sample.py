@@ -1,0 +1,418 @@
+"""The next token of every row of logits, in four launches whatever the rows ask for.
+
+1. Parts of a row: penalties, the largest score, what the log-softmax needs, the most likely tokens.
+2. Strips of a row that is drawn from: their weight, and how many scores lie how far below the
+   largest, in bins.
+3. The scores that can matter are the upper bins, by those counts: they are listed, in the order of
+   ids, and the weight below them is summed. Seldom they are too many, then the row itself is used.
+4. One program a row: the filters and the draw over that list. Another finds the most likely tokens.
+
+Greedy rows leave 2 and 3 at once. Sums are in orders that only the vocabulary fixes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ....compiler.ops.sampling import SETTINGS, WORD
+from ....compiler.types import TensorType
+from ...request import Arg, Call, Chosen, Declined, Ref, Request, Result, Temp
+from ..launching import take_turn
+from .drawing import drawn_token, key_of, value_of
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Scores in a part, in a strip, in the list of those that matter, and that the last launch
+    takes at a time."""
+
+    part: int = 1024
+    strip: int = 4096
+    listed: int = 16384
+    block: int = 2048
+
+
+SIZES = Sizes()
+# Threads of the last launch.
+_THREADS = 512
+# Bins are half a unit of (score - max) / temperature wide; the last has no end.
+_BINS = 64
+# Most likely tokens that are sought, one after the other.
+_MOST_CANDIDATES = 32
+# The key of -inf.
+_LOWEST = -2139095041
+
+
+@triton.jit
+def part_kernel(
+    logits,
+    temperature,
+    penalty,
+    seen,
+    top,
+    scores,
+    raw_max,
+    raw_sum,
+    best,
+    best_at,
+    top_keys,
+    top_ids,
+    V: tl.constexpr,
+    STEP: tl.constexpr,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    WORD: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """Part program_id(0) of row program_id(1). A part that holds NaN has a raw_max of NaN."""
+    take_turn(PROGRAMMATIC)
+    part = tl.program_id(0)
+    row = tl.program_id(1)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    inside = at < V
+    x = tl.load(logits + row * STEP + at, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.where(x == 0.0, 0.0, x)
+    here = row * PARTS + part
+
+    largest = tl.max(x, 0)
+    broken = tl.max((x != x).to(tl.int32), 0) > 0
+    exponentials = tl.where(x > float("-inf"), tl.exp(x - largest), 0.0)
+    tl.store(raw_max + here, tl.where(broken, float("nan"), largest))
+    tl.store(raw_sum + here, tl.sum(exponentials, 0))
+
+    divisor = tl.load(penalty + row).to(tl.float32)
+    score = x
+    if divisor != 1.0:
+        word = tl.load(seen + row * WORDS + at // WORD, mask=inside, other=0)
+        changed = tl.where(x < 0, x * divisor, tl.div_rn(x, divisor))
+        changed = tl.minimum(tl.maximum(changed, -3.4028234e38), 3.4028234e38)
+        marked = (((word >> (at % WORD)) & 1) == 1) & (x > float("-inf"))
+        score = tl.where(marked, changed, x)
+    highest = tl.max(score, 0)
+    tl.store(best + here, highest)
+    tl.store(best_at + here, tl.min(tl.where((score == highest) & inside, at, V), 0))
+    if tl.load(temperature + row).to(tl.float32) > 0:
+        tl.store(scores + row * ROOM + at, score, mask=inside)
+
+    if C > 0:
+        # Below the key of every number.
+        gone: tl.constexpr = -2147483648
+        keys = tl.where(inside, key_of(x), gone)
+        for i in range(tl.minimum(tl.load(top + row), C)):
+            most = tl.max(keys, 0)
+            id_ = tl.min(tl.where((keys == most) & (most > gone), at, V), 0)
+            tl.store(top_keys + here * C + i, most)
+            tl.store(top_ids + here * C + i, id_)
+            keys = tl.where(at == id_, gone, keys)
+
+
+@triton.jit
+def _largest(best, row, PARTS: tl.constexpr, PARTS_UP: tl.constexpr):
+    part = tl.arange(0, PARTS_UP)
+    return tl.max(tl.load(best + row * PARTS + part, mask=part < PARTS, other=float("-inf")), 0)
+
+
+@triton.jit
+def _bins_of(scaled, BINS: tl.constexpr):
+    """How many half units below 0 `scaled` lies, at most BINS - 1 (NaN, too)."""
+    bins = tl.minimum(-2.0 * scaled, BINS - 1.0).to(tl.int32)
+    return tl.where((bins >= 0) & (bins < BINS), bins, BINS - 1)
+
+
+@triton.jit
+def strip_kernel(
+    temperature,
+    scores,
+    best,
+    counts,
+    mass,
+    V: tl.constexpr,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_UP: tl.constexpr,
+    STRIPS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """Strip program_id(0) of row program_id(1)."""
+    take_turn(PROGRAMMATIC)
+    strip = tl.program_id(0)
+    row = tl.program_id(1)
+    heat = tl.load(temperature + row).to(tl.float32)
+    if heat > 0:
+        at = strip * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(scores + row * ROOM + at, mask=at < V, other=float("-inf"))
+        scaled = (x - _largest(best, row, PARTS, PARTS_UP)) * (1.0 / heat)
+        tl.store(mass + row * STRIPS + strip, tl.sum(tl.exp(scaled), 0))
+        bin_ = tl.arange(0, BINS)
+        found = tl.histogram(_bins_of(scaled, BINS), BINS)
+        # What lies past the row was counted in the last bin.
+        past = tl.maximum((strip + 1) * BLOCK - V, 0)
+        found = tl.where(bin_ == BINS - 1, found - past, found)
+        tl.store(counts + (row * STRIPS + strip) * BINS + bin_, found)
+
+
+@triton.jit
+def list_kernel(
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    scores,
+    best,
+    counts,
+    tail,
+    ids,
+    length,
+    V: tl.constexpr,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_UP: tl.constexpr,
+    STRIPS: tl.constexpr,
+    STRIPS_UP: tl.constexpr,
+    BINS: tl.constexpr,
+    LIST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """Strip program_id(0) of row program_id(1): what of it is in the upper bins goes to its place
+    behind the row, the weight of the rest to `tail`. `length` is how many are listed in all; more
+    than LIST are not."""
+    take_turn(PROGRAMMATIC)
+    strip = tl.program_id(0)
+    row = tl.program_id(1)
+    heat = tl.load(temperature + row).to(tl.float32)
+    if heat > 0:
+        k = tl.load(top_k + row)
+        p = tl.load(top_p + row).to(tl.float32)
+        least = tl.load(min_p + row).to(tl.float32)
+        bin_ = tl.arange(0, BINS)
+        other = tl.arange(0, STRIPS_UP)
+        places = (row * STRIPS + other)[:, None] * BINS + bin_[None, :]
+        each = tl.load(counts + places, mask=(other < STRIPS)[:, None], other=0)
+        total = tl.sum(each, 0)
+
+        cut = BINS - 1
+        if (k > 0) & (k < V):
+            cut = tl.sum((tl.cumsum(total, 0) < k).to(tl.int32), 0)
+        elif p < 1:
+            # What lies below a bin weighs at most this; what may be left out, at least that.
+            upper = total.to(tl.float32) * tl.exp(-0.5 * bin_)
+            below = tl.sum(tl.where(bin_[:, None] > bin_[None, :], upper[:, None], 0.0), 0)
+            lower = tl.where(bin_ < BINS - 1, upper * 0.6065306, 0.0)
+            allowed = (1.0 - p) * tl.maximum(tl.sum(lower, 0), 1.0) * 0.9999
+            cut = tl.minimum(tl.sum((below > allowed).to(tl.int32), 0), BINS - 1)
+        elif least > 0:
+            cut = _bins_of(tl.log(least), BINS) + 1
+
+        listed = bin_ <= cut
+        count = tl.sum(tl.where(listed, total, 0), 0)
+        if strip == 0:
+            tl.store(length + row, count)
+        if count <= LIST:
+            earlier = (other < strip)[:, None] & listed[None, :]
+            first = tl.sum(tl.sum(tl.where(earlier, each, 0), 1), 0)
+            at = strip * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(scores + row * ROOM + at, mask=at < V, other=float("-inf"))
+            scaled = (x - _largest(best, row, PARTS, PARTS_UP)) * (1.0 / heat)
+            goes = (_bins_of(scaled, BINS) <= cut) & (at < V)
+            to = first + tl.cumsum(goes.to(tl.int32), 0) - 1
+            tl.store(scores + row * ROOM + V + to, x, mask=goes)
+            tl.store(ids + row * LIST + to, at, mask=goes)
+            rest = tl.where(goes, 0.0, tl.exp(scaled))
+            tl.store(tail + row * STRIPS + strip, tl.sum(rest, 0))
+
+
+@triton.jit
+def choose_kernel(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    draw,
+    top,
+    scores,
+    raw_max,
+    raw_sum,
+    best,
+    best_at,
+    top_keys,
+    top_ids,
+    mass,
+    tail,
+    ids,
+    length,
+    token,
+    logprob,
+    top_tokens,
+    top_logprobs,
+    V: tl.constexpr,
+    STEP: tl.constexpr,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_UP: tl.constexpr,
+    STRIPS: tl.constexpr,
+    STRIPS_UP: tl.constexpr,
+    STRIP: tl.constexpr,
+    LIST: tl.constexpr,
+    LOWEST: tl.constexpr,
+    C: tl.constexpr,
+    C_UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """Row program_id(0): its token where program_id(1) is 0, else its most likely tokens."""
+    take_turn(PROGRAMMATIC)
+    row = tl.program_id(0)
+    part = tl.arange(0, PARTS_UP)
+    held = row * PARTS + part
+    there = part < PARTS
+    raws = tl.load(raw_max + held, mask=there, other=float("-inf"))
+    sums = tl.load(raw_sum + held, mask=there, other=0.0)
+    broken = tl.max((raws != raws).to(tl.int32), 0) > 0
+    most = tl.max(tl.where(raws == raws, raws, float("-inf")), 0)
+    fine = (not broken) & (most > float("-inf")) & (most < float("inf"))
+    log_sum = tl.log(tl.sum(tl.where(raws > float("-inf"), sums * tl.exp(raws - most), 0.0), 0))
+    if tl.program_id(1) == 0:
+        chosen = -1
+        likely = tl.where(broken, float("nan"), most)
+        if fine:
+            bests = tl.load(best + held, mask=there, other=float("-inf"))
+            largest = tl.max(bests, 0)
+            if tl.load(temperature + row).to(tl.float32) > 0:
+                chosen = drawn_token(
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    draw,
+                    scores,
+                    largest,
+                    mass,
+                    tail,
+                    ids,
+                    length,
+                    row,
+                    V,
+                    ROOM,
+                    STRIPS,
+                    STRIPS_UP,
+                    STRIP,
+                    LIST,
+                    LOWEST,
+                    BLOCK,
+                )
+            else:
+                places = tl.load(best_at + held, mask=there, other=V)
+                chosen = tl.min(tl.where(bests == largest, places, V), 0)
+            likely = tl.load(logits + row * STEP + chosen).to(tl.float32) - most - log_sum
+        tl.store(token + row, chosen)
+        tl.store(logprob + row, likely)
+    if C > 0 and tl.program_id(1) == 1:
+        gone: tl.constexpr = -2147483648
+        wanted = tl.where(fine, tl.minimum(tl.maximum(tl.load(top + row), 0), C), 0)
+        column = tl.arange(0, C_UP)
+        unasked = (column >= wanted) & (column < C)
+        tl.store(top_tokens + row * C + column, -1, mask=unasked)
+        tl.store(top_logprobs + row * C + column, 0.0, mask=unasked)
+        at = held[:, None] * C + column[None, :]
+        given = there[:, None] & (column < wanted)[None, :]
+        keys = tl.load(top_keys + at, mask=given, other=gone)
+        places = tl.load(top_ids + at, mask=given, other=V)
+        for i in range(wanted):
+            key = tl.max(tl.max(keys, 1), 0)
+            id_ = tl.min(tl.min(tl.where(keys == key, places, V), 1), 0)
+            tl.store(top_tokens + row * C + i, id_)
+            tl.store(top_logprobs + row * C + i, value_of(key) - most - log_sum)
+            keys = tl.where(places == id_, gone, keys)
+
+
+def sample(request: Request) -> Chosen | Declined:
+    """sample(logits, settings..., seen, top)."""
+    logits, *rest = request.args
+    rows, vocab = logits.shape
+    count = int(request.attrs.get("candidates", 0))
+    if logits.strides[1] != 1 or not all(x.dense for x in rest):
+        return Declined(f"logits {logits.type} or their settings do not lie dense")
+    if count > _MOST_CANDIDATES:
+        return Declined(f"expected at most {_MOST_CANDIDATES} candidates, found {count}")
+    if rows * max(vocab + SIZES.listed, logits.strides[0]) >= 2**31:
+        return Declined(f"expected fewer than 2^31 scores, found {logits.type}")
+    parts, strips = triton.cdiv(vocab, SIZES.part), triton.cdiv(vocab, SIZES.strip)
+    shapes = {
+        "scores": ("f32", (rows, vocab + SIZES.listed)),
+        "raw_max": ("f32", (rows, parts)),
+        "raw_sum": ("f32", (rows, parts)),
+        "best": ("f32", (rows, parts)),
+        "best_at": ("i32", (rows, parts)),
+        "counts": ("i32", (rows, strips, _BINS)),
+        "mass": ("f32", (rows, strips)),
+        "tail": ("f32", (rows, strips)),
+        "ids": ("i32", (rows, SIZES.listed)),
+        "length": ("i32", (rows,)),
+    }
+    if count:
+        shapes["top_keys"] = shapes["top_ids"] = ("i32", (rows, parts, count))
+    names = ("logits", *(name for name, _ in SETTINGS), "seen", "top")
+    results = ("token", "logprob", "top_tokens", "top_logprobs")
+    places: dict[str, Ref] = {
+        **{name: Temp(name) for name in shapes},
+        **{name: Arg(i) for i, name in enumerate(names)},
+        **{name: Result(i) for i, name in enumerate(results[: len(request.results)])},
+    }
+    sizes = {
+        "V": vocab,
+        "STEP": logits.strides[0],
+        "ROOM": vocab + SIZES.listed,
+        "PARTS": parts,
+        "PARTS_UP": triton.next_power_of_2(parts),
+        "STRIPS": strips,
+        "STRIPS_UP": triton.next_power_of_2(strips),
+        "STRIP": SIZES.strip,
+        "WORDS": triton.cdiv(vocab, WORD),
+        "WORD": WORD,
+        "BINS": _BINS,
+        "LIST": SIZES.listed,
+        "LOWEST": _LOWEST,
+        "C": count,
+        "C_UP": triton.next_power_of_2(max(count, 1)),
+    }
+
+    def call(kernel: Any, block: int, grid: tuple[int, int], writes: str, warps: int) -> Call:
+        """A launch with what its parameters are called; None for operands that are not there."""
+        given = [*kernel.arg_names]
+        constants = {n: sizes[n] for n in given if n in sizes} | {"BLOCK": block}
+        operands = [n for n in given if n not in constants]
+        absent = {n: None for n in operands if n not in places}
+        return Call(
+            kernel,
+            {n: places[n] for n in operands if n in places},
+            (*grid, 1),
+            tuple(places[n] for n in writes.split() if n in places),
+            {**constants, **absent},
+            num_warps=warps,
+        )
+
+    warps = _THREADS // request.target.warp
+    made = "scores raw_max raw_sum best best_at top_keys top_ids"
+    calls = (
+        call(part_kernel, SIZES.part, (parts, rows), made, 4),
+        call(strip_kernel, SIZES.strip, (strips, rows), "counts mass", 8),
+        call(list_kernel, SIZES.strip, (strips, rows), "scores tail ids length", 8),
+        call(choose_kernel, SIZES.block, (rows, 2 if count else 1), " ".join(results), warps),
+    )
+    temps = {name: TensorType(dtype, shape) for name, (dtype, shape) in shapes.items()}
+    reason = f"{parts} parts and {strips} strips a row, then a program a row"
+    return Chosen(calls, request.seconds(len(calls)), reason, temps)
+
+
+TEMPLATES = {"sample": (sample,)}

@@ -1,0 +1,304 @@
+"""A directory of safetensors files as a lazy `Weights` store under a model's own names.
+
+Opening reads headers only. A tensor that is stored as the model wants it is a view into a mapping
+of its file; one that must be cast, transposed, dequantized or stacked from several (per-expert
+tensors) is built when it is asked for, in its own memory plus that of one part. A weight in MXFP4
+is two entries, its codes and its scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ...compiler.torch_types import torch_dtype, type_of
+from ...compiler.types import FLOATS, TensorType
+from ...compiler.weights import Bounds, Entry, Weights, within
+from ..importers.meta_model import MetaModel, named_tensors, read_config, refuse_quantized
+from ..importers.source_error import SourceError
+from .conversions import Conversion, dense, places_of
+from .dequantize import Dequantized
+from .quantization_config import quantization_of
+from .quantized import Packed, Source, sources_of
+from .safetensors_files import File, Stored, listed, safetensors_files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    `weights` has an entry for every parameter and buffer name of the model: stored ones, tied ones
+    (the same entry under each name) and the non-persistent buffers. A name in `packed` has none of
+    its own but `<name>.codes` and `<name>.scales`: mxfp4 of both, its dims permuted as `packed`
+    says, is the parameter. `unused` are the stored names that the model has no place for, `files`
+    the safetensors files, `total_bytes` their tensor data.
+    """
+
+    weights: Weights
+    packed: Mapping[str, tuple[int, ...]]
+    unused: tuple[str, ...]
+    files: tuple[Path, ...]
+    total_bytes: int
+
+
+def open_checkpoint(directory: str | Path, meta: MetaModel) -> Checkpoint:
+    """The weights of `meta` from model.safetensors or its shards; no tensor is read.
+
+    Names and layouts are converted as transformers does when it loads; a tensor stored in another
+    float dtype than the model's is cast when it is loaded. SourceError names what is missing, of
+    another shape, truncated, quantized otherwise than config.json promises, stored as a pickle or
+    outside the directory.
+    """
+    directory = Path(directory)
+    stored, files = stored_tensors(directory)
+    promise = quantization_of(read_config(directory), directory)
+    entries, packed, unused = _entries(sources_of(stored, promise), meta)
+    _resolve_ties(entries, packed, meta)
+    held = entries.keys() | packed.keys()
+    if missing := [name for name in meta.stored_names() if name not in held]:
+        raise SourceError(f"{directory}: no tensor for {listed(missing)}")
+    return Checkpoint(
+        weights=Weights(entries).merged(
+            Weights.of(meta.buffers, origin="computed from the config")
+        ),
+        packed=packed,
+        unused=tuple(unused),
+        files=tuple(file.path for file in files),
+        total_bytes=sum(tensor.nbytes for tensor in stored.values()),
+    )
+
+
+def stored_tensors(directory: Path) -> tuple[dict[str, Stored], list[File]]:
+    """Every tensor of a checkpoint by its stored name, and the files; headers are read."""
+    files = [File(path) for path in safetensors_files(directory)]
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in file.tensors.items():
+            if name in stored:
+                raise SourceError(
+                    f"tensor {name!r} is stored twice: in {stored[name].file.path.name} "
+                    f"and in {file.path.name}"
+                )
+            stored[name] = tensor
+    return stored, files
+
+
+def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
+    """The weights of `model`, which is in memory, under the names and types of `meta`.
+
+    Tensors on the CPU in the wanted dtype are not copied; others are when they are loaded. Buffers
+    are the model's own. SourceError for a quantized model, meta tensors, missing names and shapes.
+    """
+    refuse_quantized(model)
+    tensors = dict(named_tensors(model))
+    types = meta.types()
+    if missing := [name for name in types if name not in tensors]:
+        raise SourceError(f"{type(model).__name__}: no tensor for {listed(missing)}")
+    if unloaded := [name for name in types if tensors[name].is_meta]:
+        raise SourceError(f"{type(model).__name__}: on the meta device: {listed(unloaded)}")
+    entries: dict[str, Entry] = {}
+    for name, type_ in types.items():
+        tensor = tensors[name].detach()
+        _check(name, type_, type_of(tensor), f"{type(model).__name__} holds")
+        dtype = torch_dtype(type_.dtype)
+        load, part = partial(tensor.to, "cpu", dtype), partial(_cast_part, tensor, dtype)
+        entries[name] = Entry(type_, load, f"{type(model).__name__} in memory", part)
+    return Weights(entries)
+
+
+def _cast_part(tensor: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> torch.Tensor:
+    return within(tensor, bounds).to("cpu", dtype)
+
+
+def _entries(
+    stored: Mapping[str, Source], meta: MetaModel
+) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]], list[str]]:
+    """Entries by the model's names, which of them are packed, and the names without a place."""
+    types = meta.types()
+    entries: dict[str, Entry] = {}
+    packed: dict[str, tuple[int, ...]] = {}
+    conversions: dict[str, Conversion] = {}
+    unused: list[str] = []
+    for source, place in places_of(stored, meta):
+        if place is None:
+            unused.append(source)
+            continue
+        name, tensor = place.name, stored[source]
+        if place.converter is not None:
+            new = Conversion(place.converter, meta.model, name, {})
+            conversion = conversions.setdefault(name, new)
+            conversion.sources.setdefault(place.pattern, []).append((source, tensor))
+        elif name in entries or name in packed:
+            raise SourceError(f"two stored tensors for {name}: {source!r} and another")
+        elif isinstance(tensor, Packed):
+            packed[name] = _order(tensor)
+            entries |= _packed(name, types[name], source, tensor)
+        else:
+            entries[name] = _direct(name, types[name], source, tensor)
+    for conversion in conversions.values():
+        for name, made in _converted(conversion, types):
+            if name in entries or name in packed:
+                raise SourceError(f"two stored tensors for {name}: {conversion.origin} and another")
+            if name not in made:
+                packed[name] = tuple(range(len(types[name].shape)))
+            entries |= made
+    return entries, packed, unused
+
+
+def _direct(name: str, type_: TensorType, source: str, stored: Stored | Dequantized) -> Entry:
+    _check(name, type_, stored.type, f"{stored.file.path.name} stores as {source!r}")
+    dtype = torch_dtype(type_.dtype)
+
+    def load_part(bounds: Bounds) -> torch.Tensor:
+        whole = stored.read() if isinstance(stored, Stored) else stored.read_as(dtype)
+        return within(whole, bounds).to(dtype)
+
+    return Entry(type_, partial(stored.read_as, dtype), f"{stored.file.path}: {source}", load_part)
+
+
+def _order(packed: Packed) -> tuple[int, ...]:
+    """The permutation that gives the model's layout."""
+    *lead, row, column = range(len(packed.shape))
+    return (*lead, column, row) if packed.transposed else (*lead, row, column)
+
+
+def _packed(name: str, type_: TensorType, source: str, packed: Packed) -> dict[str, Entry]:
+    """The entries of the codes and the scales of a weight in MXFP4."""
+    shape = tuple(packed.shape[i] for i in _order(packed))
+    found = TensorType(type_.dtype, shape)
+    _check(name, type_, found, f"{packed.file.path.name} stores as {source!r}, in MXFP4,")
+    origin = f"{packed.file.path}: {source}"
+    codes, scales = packed.codes, packed.scales
+    return {
+        f"{name}.codes": Entry(codes.type, codes.read, origin, _part_of(codes)),
+        f"{name}.scales": Entry(scales.type, _without_nan(name, scales.read), origin),
+    }
+
+
+def _part_of(stored: Stored) -> Callable[[Bounds], torch.Tensor]:
+    return lambda bounds: within(stored.read(), bounds).clone()
+
+
+def _without_nan(name: str, load: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`load` of E8M0 bytes; SourceError where one stands for NaN."""
+
+    def checked() -> torch.Tensor:
+        scales = load()
+        if count := int((scales == 255).sum()):
+            raise SourceError(f"{name}: {count} of {scales.numel()} scales are NaN (byte 255)")
+        return scales
+
+    return checked
+
+
+def _converted(
+    conversion: Conversion, types: Mapping[str, TensorType]
+) -> Iterable[tuple[str, dict[str, Entry]]]:
+    """For each target that the model has: its entry, or those of its codes and scales."""
+    for parts in conversion.sources.values():
+        _check_indices(conversion.name, [name for name, _ in parts])
+    if conversion.packed is None:
+        raise SourceError(
+            f"{conversion.name}: {conversion.origin} are partly stored in MXFP4 and partly not"
+        )
+    if conversion.packed:
+        yield from _converted_packed(conversion, types)
+        return
+    dtypes = {dense(s).dtype for parts in conversion.sources.values() for _, s in parts}
+    for name, shape in conversion.shapes().items():
+        if name not in types:
+            continue
+        for dtype in dtypes:
+            _check(name, types[name], TensorType(dtype, shape), f"{conversion.origin} give")
+        load: Callable[[], torch.Tensor] = partial(conversion.load, name, types[name])
+        part = conversion.part_loader(types[name])
+        yield name, {name: Entry(types[name], load, conversion.origin, part)}
+
+
+def _converted_packed(
+    conversion: Conversion, types: Mapping[str, TensorType]
+) -> Iterable[tuple[str, dict[str, Entry]]]:
+    """Codes are converted like the rows that they stand for, and scales likewise."""
+    if not conversion.keeps_rows:
+        raise SourceError(
+            f"{conversion.name}: {conversion.origin} are stored in MXFP4, and transformers loads "
+            f"them by {conversion.converter.operations}, which splits the groups of a scale"
+        )
+    codes, scales = conversion.of(lambda p: p.codes), conversion.of(lambda p: p.scales)
+    of_scales = scales.shapes()
+    for name, shape in codes.shapes().items():
+        if name not in types:
+            continue
+        dense = TensorType(types[name].dtype, (*shape[:-1], 2 * shape[-1]))
+        _check(name, types[name], dense, f"{conversion.origin}, in MXFP4, give")
+        of_codes, of_blocks = TensorType("u8", shape), TensorType("u8", of_scales[name])
+        load = _without_nan(name, partial(scales.load, name, of_blocks))
+        yield (
+            name,
+            {
+                f"{name}.codes": Entry(
+                    of_codes,
+                    partial(codes.load, name, of_codes),
+                    conversion.origin,
+                    codes.part_loader(of_codes),
+                ),
+                f"{name}.scales": Entry(of_blocks, load, conversion.origin),
+            },
+        )
+
+
+def _check(name: str, expected: TensorType, found: TensorType, verb: str) -> None:
+    """SourceError unless `found` has the expected shape and a dtype that a cast can bring over."""
+    if found.shape != expected.shape:
+        raise SourceError(f"{name}: the model expects {expected}, {verb} {found}")
+    castable = found.dtype in FLOATS and expected.dtype in FLOATS
+    if found.dtype != expected.dtype and not castable:
+        raise SourceError(
+            f"{name}: the model expects {expected}, {verb} {found}, which is neither a plain float "
+            "tensor nor known as a quantized one"
+        )
+
+
+def _check_indices(name: str, sources: list[str]) -> None:
+    """SourceError when stacked tensors (experts.0, experts.1, ...) leave an index out."""
+    if len(sources) < 2:
+        return
+    columns = zip(*(source.split(".") for source in sources), strict=True)
+    varying = [column for column in columns if len(set(column)) > 1]
+    if len(varying) != 1 or not all(part.isdigit() for part in varying[0]):
+        return
+    present = {int(part) for part in varying[0]}
+    if absent := [str(i) for i in range(max(present) + 1) if i not in present]:
+        raise SourceError(
+            f"{name}: no stored tensor for index {listed(absent)} beside {sources[0]!r}"
+        )
+
+
+def _resolve_ties(
+    entries: dict[str, Entry], packed: Mapping[str, tuple[int, ...]], meta: MetaModel
+) -> None:
+    """Give every tied name the one entry that is stored, under whichever of the names it is.
+
+    SourceError when both are stored and differ: the model would be traced as if they were one.
+    """
+    for alias, original in meta.tied.items():
+        if alias in packed or original in packed:
+            raise SourceError(
+                f"{alias} and {original} are tied in the config but stored in MXFP4; set "
+                "tie_word_embeddings to false in config.json"
+            )
+        if alias in entries and original in entries:
+            if not torch.equal(entries[alias].load(), entries[original].load()):
+                raise SourceError(
+                    f"{alias} and {original} are tied in the config but stored with different "
+                    "values; set tie_word_embeddings to false in config.json"
+                )
+        elif alias in entries:
+            entries[original] = entries[alias]
+        if original in entries:
+            entries[alias] = entries[original]

@@ -1,0 +1,298 @@
+"""A Hugging Face directory to one in MXFP4 that transformers and others read.
+
+Which weights are quantized is decided where the compiler decides it, on the model's graph
+(passes/transforms/quantize_mxfp4.py). They are encoded and written one stored tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from ...compiler.ir import Value, walk
+from ...compiler.microscaling import encode
+from ...compiler.ops.leaf import constant
+from ...compiler.ops.shape import permute
+from ...compiler.pipeline import run_pipeline
+from ...compiler.torch_types import torch_dtype
+from ...compiler.types import FLOATS, TensorType
+from ...passes.pipelines import RAISING
+from ...passes.transforms.quantize_mxfp4 import MXFP4, find_sites
+from ..importers.huggingface import import_hugging_face
+from ..importers.meta_model import MetaModel, build_meta_model, read_config
+from ..importers.source_error import SourceError
+from .checkpoint import stored_tensors
+from .conversions import Place, places_of
+from .dequantize import Dequantized
+from .quantization_config import quantization_of
+from .quantized import Packed, Source, sources_of
+from .safetensors_files import Stored
+from .safetensors_writer import Item, write_checkpoint
+
+COMPRESSED_TENSORS, GPT_OSS = "compressed-tensors", "gpt-oss"
+FORMATS = (COMPRESSED_TENSORS, GPT_OSS)
+# gpt-oss's format holds these parameters, [E, K, N], and no others.
+_GPT_OSS_WEIGHTS = ("experts.gate_up_proj", "experts.down_proj")
+_SHARD_BYTES = 5 << 30
+# Files that the new directory has its own of, and files that are never copied.
+_OWN = ("config.json", "model.safetensors.index.json", "hf_quant_config.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: stored tensors that were quantized, those kept with the reason, bytes."""
+
+    directory: Path
+    format: str
+    quantized: tuple[str, ...]
+    kept: Mapping[str, str]
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_directory(
+    source: str | Path,
+    target: str | Path,
+    options: MXFP4,
+    *,
+    format: str | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write the model in `source` to `target`, its weights in MXFP4 as `options` say.
+
+    `format` None is gpt-oss's own for a gpt-oss, compressed-tensors for others. `progress` is told
+    the bytes written and those to write. Nothing is left behind when it fails: what is written
+    takes its name at the end. ValueError for a target that exists and options that a format has
+    not; SourceError for a model that cannot be read, is in MXFP4 already, or holds NaN.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target}: exists already; it is not overwritten")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent}: no such directory")
+    config = read_config(source)
+    # This one is not traced: it says which modules and names there are.
+    meta = build_meta_model(config, attn_implementation="eager", experts_implementation="eager")
+    chosen = _format(format, config.model_type, options)
+    stored, _ = stored_tensors(source)
+    sources = sources_of(stored, quantization_of(config, source))
+    if packed := next((n for n, s in sources.items() if isinstance(s, Packed)), None):
+        raise SourceError(f"{source}: {packed} is in MXFP4 already")
+    plan = _Plan(sources, meta, _decisions(source, options), options, chosen)
+    items = [plan.item(name, place) for name, place in places_of(sources, meta)]
+    total, done = sum(item.nbytes for item in items), 0
+
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    partial = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        partial.chmod(0o755)
+        write_checkpoint(partial, items, shard_bytes, written)
+        _write_config(source, partial, plan.quantization_config())
+        _copy_others(source, partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    before = sum(tensor.nbytes for tensor in stored.values())
+    return Exported(target, chosen, tuple(plan.quantized), plan.kept, before, total)
+
+
+def _format(format: str | None, model_type: str, options: MXFP4) -> str:
+    own = GPT_OSS if model_type == "gpt_oss" else COMPRESSED_TENSORS
+    if format not in (None, *FORMATS):
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}; found {format!r}")
+    if format not in (None, own):
+        raise ValueError(
+            f"format: a {model_type} is written as {own}, not as {format}: transformers reads the "
+            "experts of gpt-oss in its own format alone, and no others"
+        )
+    if options.group != 32:
+        raise ValueError(f"group: {own} has groups of 32, found {options.group}")
+    return own
+
+
+def _decisions(source: Path, options: MXFP4) -> dict[str, str]:
+    """By the model's names: "" for a weight to be quantized, else why it is kept."""
+    imported = import_hugging_face(source, dtype=None, max_tokens=2)
+    graph = run_pipeline(imported.graph, RAISING)[-1].graph
+    found: dict[str, str] = {}
+    for site in find_sites(graph, options):
+        reason = "" if site.action == "quantize" else site.reason
+        if not reason and _turned(site.weight):
+            reason = "its rows are not what is summed over"
+        for node in walk((site.weight,)):
+            if node.op is constant:
+                name = node.attrs["name"]
+                found[name] = found.get(name) or reason
+    return found
+
+
+def _turned(weight: Value) -> bool:
+    """Whether a 2-D weight is transposed before its product."""
+    moved = [n.attrs["dims"] for n in walk((weight,)) if n.op is permute]
+    return any(dims[-1] != len(dims) - 1 for dims in moved) and weight.type.rank == 2
+
+
+@dataclass
+class _Plan:
+    """What becomes of each stored tensor, and what was decided so far."""
+
+    sources: Mapping[str, Source]
+    meta: MetaModel
+    decisions: Mapping[str, str]
+    options: MXFP4
+    format: str
+    quantized: list[str] = field(default_factory=list[str])
+    kept: dict[str, str] = field(default_factory=dict[str, str])
+    places: set[str] = field(default_factory=set[str])  # the model's names of what is quantized
+
+    def item(self, name: str, place: Place | None) -> Item:
+        source = self.sources[name]
+        assert not isinstance(source, Packed)
+        reason = self._reason(source.type, place)
+        if not reason and place is not None:
+            self.quantized.append(name)
+            self.places.add(place.name)
+            if self.format == GPT_OSS:
+                return _gpt_oss(name, source, self.options)
+            return _compressed_tensors(name, source, self.options)
+        if place is not None and (place.name in self.decisions or self._is_linear(place)):
+            self.kept[name] = reason
+        if not isinstance(source, Dequantized):
+            return Item({name: source.type}, lambda: [source.read()])
+        # Nobody would read it as it was stored, beside a config that speaks of MXFP4.
+        type_ = self.meta.types()[place.name] if place else source.type.with_dtype("bf16")
+        type_ = source.type.with_dtype(type_.dtype)
+        return Item({name: type_}, lambda: [source.read_as(torch_dtype(type_.dtype))])
+
+    def _reason(self, type_: TensorType, place: Place | None) -> str:
+        """Why a stored tensor is not quantized, "" if it is."""
+        if place is None:
+            return "the model has no place for it"
+        if place.name not in self.decisions:
+            return "no product reads it"
+        if reason := self.decisions[place.name]:
+            return reason
+        *_, width = type_.shape
+        if self.format == GPT_OSS:
+            if not place.name.endswith(_GPT_OSS_WEIGHTS) or type_.rank != 3:
+                return f"{GPT_OSS}'s format is for experts alone"
+            width = type_.shape[1]
+        elif type_.rank != 2 or not self._is_linear(place):
+            return f"{COMPRESSED_TENSORS} has a format for linear layers and stacks of them alone"
+        if type_.dtype not in FLOATS:
+            return f"it is stored as {type_.dtype}"
+        if not isinstance(width, int) or width % self.options.group:
+            return f"groups of {self.options.group} do not divide K = {width}"
+        return ""
+
+    def _is_linear(self, place: Place) -> bool:
+        """Whether readers take it for the weight of a linear layer, or of one expert's."""
+        if place.converter is not None:
+            return ".experts." in place.name and place.pattern.endswith(".weight")
+        return place.name in self._linears()
+
+    def _linears(self) -> set[str]:
+        modules = self.meta.model.named_modules()
+        return {f"{n}.weight" for n, m in modules if isinstance(m, torch.nn.Linear)}
+
+    def quantization_config(self) -> dict[str, Any]:
+        if self.format == GPT_OSS:
+            kept = {n.removesuffix(".weight") for n in self.kept if n.endswith(".weight")}
+            return {"quant_method": "mxfp4", "modules_to_not_convert": sorted(kept)}
+        ignore = sorted(n.removesuffix(".weight") for n in self._linears() - self.places)
+        weights = {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "group",
+            "group_size": self.options.group,
+            "symmetric": True,
+            "dynamic": False,
+            "scale_dtype": "torch.uint8",
+        }
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "mxfp4-pack-quantized",
+        }
+        return {
+            "quant_method": COMPRESSED_TENSORS,
+            "format": "mxfp4-pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ignore,
+        }
+
+
+def _compressed_tensors(name: str, source: Stored | Dequantized, options: MXFP4) -> Item:
+    """X.weight [N, K] as X.weight_packed [N, K/2] and X.weight_scale [N, K/32]."""
+    rows, width = source.shape
+    types = {
+        f"{name}_packed": TensorType("u8", (rows, width // 2)),
+        f"{name}_scale": TensorType("u8", (rows, width // options.group)),
+    }
+    return Item(types, lambda: _encoded(name, _dense(source), options))
+
+
+def _gpt_oss(name: str, source: Stored | Dequantized, options: MXFP4) -> Item:
+    """P [E, K, N] as P_blocks [E, N, K/32, 16] and P_scales [E, N, K/32]."""
+    experts, width, rows = source.shape
+    groups = (experts, rows, width // 32)
+    types = {
+        f"{name}_blocks": TensorType("u8", (*groups, 16)),
+        f"{name}_scales": TensorType("u8", groups),
+    }
+
+    def load() -> Sequence[torch.Tensor]:
+        dense = _dense(source)
+        codes, scales = torch.empty(experts, rows, width // 2, dtype=torch.uint8), []
+        for i, expert in enumerate(dense):
+            codes[i], of_one = _encoded(name, expert.transpose(0, 1), options)
+            scales.append(of_one)
+        return codes.view(*groups, 16), torch.stack(scales)
+
+    return Item(types, load)
+
+
+def _dense(source: Stored | Dequantized) -> torch.Tensor:
+    """A weight as it is stored, or in f32 what it stands for."""
+    return source.read() if isinstance(source, Stored) else source.read_as(torch.float32)
+
+
+def _encoded(name: str, dense: torch.Tensor, options: MXFP4) -> Sequence[torch.Tensor]:
+    try:
+        return encode(dense, options.group, options.scale)
+    except ValueError as error:
+        raise SourceError(f"{name}: {error}") from error
+
+
+def _write_config(source: Path, target: Path, quantization: Mapping[str, Any]) -> None:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for section in [config, *(v for v in config.values() if isinstance(v, dict))]:
+        section.pop("quantization_config", None)
+    config["quantization_config"] = quantization
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """The tokenizer and whatever else lies beside the weights; no folders."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in _OWN and path.suffix not in _WEIGHTS:
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,227 @@
+"""Safetensors files: which of a directory's to read, their headers, and their data as mappings."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import weakref
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ...compiler.torch_types import torch_dtype, type_of
+from ...compiler.types import DTYPE_BITS, TensorType
+from ...compiler.weights import Bounds, within
+from ..importers.source_error import SourceError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", *_PICKLES)
+_MAX_NAMES = 5  # names that an error lists before it only counts
+
+# The format's dtype names (safetensors, `Dtype`) that the IR has a name for.
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "u8",
+    "I8": "i8",
+    "I16": "i16",
+    "I32": "i32",
+    "I64": "i64",
+    "F16": "f16",
+    "BF16": "bf16",
+    "F32": "f32",
+    "F64": "f64",
+    "C64": "c64",
+    "F8_E4M3": "f8e4m3",
+    "F8_E5M2": "f8e5m2",
+    "F8_E8M0": "e8m0",
+    "F4": "f4e2m1",
+}
+
+
+FORMAT_NAMES = {ours: theirs for theirs, ours in _DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One tensor of a file; `dtype` is the IR's name. A 4-bit dtype is read as bytes alone."""
+
+    file: File
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+    @property
+    def type(self) -> TensorType:
+        return TensorType(self.dtype, self.shape)
+
+    def read(self) -> torch.Tensor:
+        """A view into the mapped file. Its pages leave this process's memory when it is dropped."""
+        dtype = torch_dtype(self.dtype)
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=dtype)
+        mapped = self.file.mapping
+        data = torch.frombuffer(mapped, dtype=torch.uint8, count=self.nbytes, offset=self.offset)
+        if self.offset % dtype.itemsize:  # allowed by the format, not by vector loads
+            return data.clone().view(dtype).reshape(self.shape)
+        tensor = data.view(dtype).reshape(self.shape)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            # Views that outlive `tensor` only fault the pages in again.
+            start = self.offset - self.offset % mmap.PAGESIZE
+            length = self.offset + self.nbytes - start
+            release = weakref.finalize(tensor, mapped.madvise, mmap.MADV_DONTNEED, start, length)
+            release.atexit = False
+        return tensor
+
+    def read_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """`read`, cast to `dtype` where it differs."""
+        return self.read().to(dtype)
+
+    def as_bytes(self) -> Stored:
+        """The same data as u8; of a packed 4-bit dtype the last dim counts pairs."""
+        if DTYPE_BITS[self.dtype] == 8:
+            return replace(self, dtype="u8")
+        return replace(self, dtype="u8", shape=(*self.shape[:-1], self.shape[-1] // 2))
+
+    def reshaped(self, *shape: int) -> Stored:
+        """The same data under another shape of as many elements."""
+        return replace(self, shape=shape)
+
+    def read_into(self, out: torch.Tensor, bounds: Bounds) -> None:
+        """Read what is within `bounds` into `out`, casting where its dtype differs.
+
+        Whole rows without a cast go straight into `out`, about three times as fast as through the
+        mapping, whose pages would be faulted in one by one to be used once.
+        """
+        (_, stop), *inner = bounds
+        whole_rows = all(b == (0, size) for b, size in zip(inner, self.shape[1:], strict=True))
+        if type_of(out).dtype != self.dtype or not out.is_contiguous() or not whole_rows:
+            out.copy_(within(self.read(), bounds))
+            return
+        rest = out.view(-1).view(torch.uint8).numpy().data
+        end = self.offset + self.nbytes * stop // self.shape[0]
+        while rest:
+            at = end - len(rest)
+            count = os.preadv(self.file.descriptor, [rest], at)
+            if count == 0:
+                raise SourceError(f"{self.file.path}: cut short since it was opened")
+            rest = rest[count:]
+
+
+class File:
+    """One safetensors file: its header now, its data as a mapping that is made on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, Stored] = {}
+        try:
+            with safe_open(path, framework="pt") as file, path.open("rb") as raw:
+                # The library has proved the header: tensors lie end to end and fill the file.
+                offset = 8 + int.from_bytes(raw.read(8), "little")
+                for name in file.offset_keys():
+                    header = file.get_slice(name)
+                    shape = tuple(header.get_shape())
+                    stored_as = str(header.get_dtype())
+                    dtype = _DTYPES.get(stored_as, stored_as)
+                    nbytes = prod(shape) * DTYPE_BITS.get(dtype, 0) // 8
+                    if dtype not in DTYPE_BITS:
+                        raise SourceError(f"{path.name}: {name!r} has unsupported dtype {dtype}")
+                    self.tensors[name] = Stored(self, dtype, shape, offset, nbytes)
+                    offset += nbytes
+                if offset != path.stat().st_size:
+                    raise SourceError(
+                        f"{path}: {offset} bytes described, {path.stat().st_size} held"
+                    )
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size if path.exists() else 0
+            raise SourceError(
+                f"{path}: not a complete safetensors file ({size} bytes): {error}"
+            ) from error
+
+    @cached_property
+    def descriptor(self) -> int:
+        """The open file, for as long as this object lives."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    @cached_property
+    def mapping(self) -> mmap.mmap:
+        """The whole file, private to this process: writing into a tensor never reaches the disk."""
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        return mmap.mmap(self.descriptor, 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether any file of weights, or an index of some, lies in `directory`."""
+    return any(p.name == INDEX or p.suffix in _WEIGHTS for p in directory.iterdir())
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The files that hold the model in `directory`: one, or the shards that its index names.
+
+    SourceError when there are none, when there are only pickles (never loaded), and for a file that
+    is missing or not in the directory.
+    """
+    if not directory.is_dir():
+        raise SourceError(f"{directory}: no such directory")
+    if (directory / SINGLE).exists():
+        return [_inside(directory, SINGLE)]
+    if (directory / INDEX).exists():
+        return [_inside(directory, name) for name in _shards(directory)]
+    names = sorted(path.name for path in directory.iterdir())
+    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+        raise SourceError(
+            f"{directory}: found {listed(pickles)}, which are pickles and are never loaded; save "
+            "the model as safetensors (save_pretrained does)"
+        )
+    raise SourceError(
+        f"{directory}: expected {SINGLE} or {INDEX}, found {listed(names) if names else 'none'}"
+        + ("" if holds_weights(directory) else "; a model without weights can only be inspected")
+    )
+
+
+def _shards(directory: Path) -> list[str]:
+    """The file names in the index, each once, in order."""
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SourceError(f"{directory / INDEX}: not readable as JSON: {error}") from error
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        raise SourceError(f"{directory / INDEX}: expected a weight_map of names to file names")
+    return sorted(set(files.values()))
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The file `name` of `directory`; SourceError when it is missing or lies anywhere else.
+
+    A Hugging Face cache (snapshots/<revision>/<name> linking to blobs/<hash>) counts as inside.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise SourceError(f"{directory / INDEX}: expected plain file names, found {name!r}")
+    if not name.endswith(".safetensors"):
+        raise SourceError(f"{directory / INDEX}: expected .safetensors files, found {name!r}")
+    path = directory / name
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file")
+    home, real = directory.resolve(), path.resolve()
+    allowed = {home}
+    if home.parent.name == "snapshots":
+        allowed.add(home.parent.parent / "blobs")
+    if real.parent not in allowed:
+        raise SourceError(f"{path}: links to {real}, outside the checkpoint directory")
+    return path
+
+
+def listed(names: list[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

@@ -1,0 +1,86 @@
+"""`ingot inspect` of an ingot: what it holds, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from ...runtime.artifact.reader import Artifact
+from ...runtime.program import Program
+from .inspect_view import show_bytes
+from .kernels import static_data, static_table
+from .launches import static_report
+from .report import table
+
+
+def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
+    """What there is to say of an ingot, as JSON has it; `weights` reads and proves those too."""
+    manifest, program = artifact.manifest, artifact.program
+    groups: Counter[str] = Counter()
+    for name, fact in manifest.files.items():
+        groups[name.partition("/")[0]] += fact.size
+    data = {
+        "target": manifest.target,
+        "model_type": manifest.model_type,
+        "dtype": manifest.dtype,
+        "made_with": manifest.made_with,
+        "symbols": {name: list(ends) for name, ends in manifest.symbols.items()},
+        "meta": dict(manifest.meta),
+        "stop_tokens": list(manifest.stop_tokens),
+        "generation": dict(manifest.generation),
+        "entries": [asdict(entry) for entry in manifest.entries],
+        "static": None,
+        "files": len(manifest.files),
+        "bytes": dict(groups),
+    }
+    if program is not None:
+        data["static"] = static_data(static_report(program, program.entries))
+    if weights:
+        data["weights"] = [
+            {"name": name, "dtype": t.dtype, "shape": list(t.shape), "bytes": len(t.data)}
+            for name, t in artifact.tensors().items()
+        ]
+    return data
+
+
+def ingot_lines(data: Mapping[str, Any]) -> list[str]:
+    """The ingot in a few lines."""
+    sizes = [f"{name} {show_bytes(size)}" for name, size in sorted(data["bytes"].items())]
+    meta = data["meta"]
+    lines = [
+        f"{data['model_type']} for {data['target']} in {data['dtype']}, with {data['made_with']}",
+        f"{data['files']} files, {show_bytes(sum(data['bytes'].values()))}: {', '.join(sizes)}",
+        (
+            f"serves {meta['max_sequences']} sequences of {meta['max_tokens_per_sequence']} tokens "
+            f"on {meta['pages']} pages of {meta['page_size']}, vocabulary {meta['vocab_size']}"
+        ),
+    ]
+    if (static := data["static"]) is not None:
+        lines += [f"{static['target']}: {static['verdict']}"]
+        lines += [static["note"]] if static["note"] else []
+    if data["generation"]:
+        made = ", ".join(f"{name} {value}" for name, value in data["generation"].items())
+        lines.append(f"its makers sample with {made}")
+    return lines
+
+
+def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[Table]:
+    """Entries; the kernels of `program` and the weights, where there are any to show."""
+    entries = [[e["name"], str(e["launches"])] for e in data["entries"]]
+    yield table("Entries", ["entry", "launches"], entries, right=(1,))
+    if program is not None:
+        report = static_report(program, program.entries)
+        yield static_table(report, f"Kernels of all entries, as built for {report.target}")
+    if "weights" in data:
+        rows = [
+            [w["name"], w["dtype"], "×".join(map(str, w["shape"])), show_bytes(w["bytes"])]
+            for w in data["weights"]
+        ]
+        yield table("Weights, as proved", ["weight", "dtype", "shape", "size"], rows, right=(3,))
+
+
+__all__ = ["ingot_data", "ingot_lines", "ingot_tables"]

@@ -1,0 +1,146 @@
+"""What `ingot verify` compares with: transformers; of packed weights, the cpu target."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from ...compiler.interpret import interpret
+from ...compiler.ir import Graph, Value
+from ...compiler.ops.leaf import constant
+from ...compiler.torch_types import torch_dtype
+from ...compiler.weights import Weights
+from ..checkpoints.checkpoint import open_checkpoint
+from ..importers.huggingface import import_hugging_face
+from ..importers.meta_model import build_meta_model, read_config
+from ..model import Model
+from .inspect_view import layout
+from .model_check import Answer, relative_error
+
+
+class TransformersReference:
+    """transformers on the CPU, eager, in the dtype of `model`, which is compiled from `directory`.
+
+    Layers are those of the graph after raise-ops, interpreted: an error in them is one of the way
+    in, and none of the passes or of the target.
+    """
+
+    name = "transformers"
+
+    def __init__(self, directory: Path, model: Model) -> None:
+        dtype = torch_dtype(model.report.dtype)
+        self._graph = model.graph("raise-ops")
+        self._theirs = _transformers_model(directory, dtype)
+        self._weights = _weights(directory, self._graph, dtype)
+        self._ends = _layer_ends(self._graph, self._theirs)
+
+    def answer(self, ids: Sequence[int]) -> Answer:
+        with _outputs_of(self._theirs, self._ends) as hidden, torch.inference_mode():
+            found = self._theirs(input_ids=torch.tensor([ids]), use_cache=False)
+        ours = _interpreted(self._graph, self._ends, ids, self._weights)
+        layers = {path: relative_error(value, hidden[path]) for path, value in ours.items()}
+        return Answer(found.logits[0].float(), layers)
+
+
+class CpuReference:
+    """The same model compiled for the cpu target, which computes with what packed weights stand
+    for: the same codes and scales, dequantized."""
+
+    name = "the cpu target"
+
+    def __init__(self, model: Model) -> None:
+        """ValueError for a model of another target."""
+        if model.report.target != "cpu":
+            raise ValueError(f"expected a model for cpu, found one for {model.report.target}")
+        self._model = model
+
+    def answer(self, ids: Sequence[int]) -> Answer:
+        return Answer(torch.from_numpy(self._model.logits(ids)))
+
+
+def _weights(directory: Path, graph: Graph, dtype: torch.dtype) -> Weights:
+    """The weights of `graph`; the model is traced once more only if tracing itself made some."""
+    stored = open_checkpoint(directory, build_meta_model(read_config(directory), dtype)).weights
+    if all(n.attrs["name"] in stored for n in graph.nodes() if n.op is constant):
+        return stored
+    return import_hugging_face(directory, dtype=dtype, max_tokens=2).weights
+
+
+def _transformers_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without transformers' bars and its report of tensors (an MTP layer) that it leaves out."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _layer_ends(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
+    """By module path, the value that leaves each layer: the last of hidden size that it gives."""
+    width = theirs.config.get_text_config().hidden_size
+    tokens = graph.param("tokens").type.shape
+    ends: dict[str, Value] = {}
+    for layer in layout(graph).layers:
+        fitting = [v for v in layer.leaving if v.type.shape == (*tokens, width)]
+        if fitting:
+            ends[layer.path] = fitting[-1]
+    return ends
+
+
+@contextmanager
+def _outputs_of(model: PreTrainedModel, paths: Iterable[str]) -> Generator[dict[str, torch.Tensor]]:
+    """What the modules at `paths` give during a forward pass."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def hook_for(path: str) -> Any:
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            outputs[path] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    hooks = [model.get_submodule(p).register_forward_hook(hook_for(p)) for p in paths]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _interpreted(
+    graph: Graph, ends: Mapping[str, Value], ids: Sequence[int], weights: Weights
+) -> dict[str, torch.Tensor]:
+    part = Graph(graph.name, graph.params, tuple(ends.values()), graph.symbols)
+    inputs = {
+        "tokens": torch.tensor(ids, dtype=torch.int32),
+        "positions": torch.arange(len(ids), dtype=torch.int32),
+    }
+    with torch.inference_mode():
+        outputs = interpret(part, inputs, weights).outputs
+    return dict(zip(ends, outputs, strict=True))
+
+
+__all__ = ["CpuReference", "TransformersReference"]

@@ -1,0 +1,201 @@
+"""What the command line prints beside text: tables for people, plain data for `--json`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.highlighter import RegexHighlighter
+from rich.markup import escape
+from rich.table import Table
+from rich.theme import Theme
+
+from ...compiler.ir import Graph
+from .inspect_view import one_token, show_bytes
+
+if TYPE_CHECKING:
+    from ..model import Model, Plan, Report, WrittenIngot
+    from .doctor import Diagnosis
+
+
+class IrHighlighter(RegexHighlighter):
+    """Colours for the textual IR and the page."""
+
+    base_style = "ir."
+    highlights = [  # noqa: RUF012 (rich declares it so)
+        r"(?P<type>\b(?:[bfiu]\d+|bf16|bool|c64|c128|f8e\dm\d|e8m0|f4e2m1)\[[^\]]*\])",
+        r"(?P<value>%[\w.]+)",
+        r"(?P<weight>@[\w.]+)",
+        r"(?:= )(?P<op>[a-z_][\w.]*)(?=\()",
+        r"(?P<word>^ *(?:graph|return|update)\b)",
+        r"(?P<note>^ *#.*$)",
+    ]
+
+
+THEME = Theme(
+    {
+        "ir.type": "magenta",
+        "ir.value": "cyan",
+        "ir.weight": "green",
+        "ir.op": "bold",
+        "ir.word": "bold yellow",
+        "ir.note": "bright_black",
+    }
+)
+
+
+def costs(traced: Graph, report: Report) -> list[dict[str, int]]:
+    """Flops and bytes of one token, over full caches: as traced, then after each pass."""
+    graphs = [traced, *(p.graph for p in report.passes)]
+    found = [graph.cost(one_token(graph)) for graph in graphs]
+    return [{"flops": int(c.flops), "bytes": int(c.bytes)} for c in found]
+
+
+def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
+    """The report as JSON has it."""
+    report = model.report
+    moved = costs(model.graph("traced"), report)
+    estimates: dict[tuple[str, str, tuple[str, ...], str], float] = defaultdict(float)
+    for c in report.choices:
+        estimates[c.entry, c.op, c.kernels, c.reason] += c.seconds
+    return {
+        "model_type": report.model_type,
+        "target": report.target,
+        "dtype": report.dtype,
+        "passes": [
+            {
+                "name": p.name,
+                "matches": dict(p.matches),
+                "declined": list(p.declined),
+                "notes": list(p.notes),
+                "expected": p.expected,
+                "found": p.found,
+                "nodes": {"before": p.nodes_before, "after": p.nodes_after},
+                "one_token": {"before": before, "after": after},
+                "seconds": p.seconds,
+            }
+            for p, before, after in zip(report.passes, moved[:-1], moved[1:], strict=True)
+        ],
+        "entries": [
+            {"name": name, "launches": launches, "scratch_bytes": scratch}
+            for name, launches, scratch in report.entries
+        ],
+        "kernels": [
+            {
+                "entry": entry,
+                "op": op,
+                "kernels": list(kernels),
+                "why": why,
+                "nodes": nodes,
+                "seconds": estimates[entry, op, kernels, why],
+            }
+            for entry, uses in report.kernels.items()
+            for (op, kernels, why), nodes in uses.items()
+        ],
+        "kernel_count": {"built": report.kernels_built, "from_cache": report.kernels_cached},
+        "weights": [asdict(weight) for weight in report.weights],
+        "weight_bytes": report.weight_bytes,
+        "state_bytes": report.state_bytes,
+        "arena_bytes": report.arena_bytes,
+        "one_token": moved[-1],
+        "unused": list(report.unused),
+        "seconds": dict(report.seconds),
+    }
+
+
+def pass_table(data: Mapping[str, Any]) -> Table:
+    """The passes of `report_data`: what each did, and what one token costs before and after."""
+    rows: list[list[str]] = []
+    for p in data["passes"]:
+        matches = [f"{name} {count}" for name, count in sorted(p["matches"].items())]
+        before, after = p["one_token"]["before"], p["one_token"]["after"]
+        moved = f"{show_bytes(before['bytes'])} → {show_bytes(after['bytes'])}"
+        nodes = f"{p['nodes']['before']} → {p['nodes']['after']}"
+        declined = str(len(p["declined"])) if p["declined"] else ""
+        found = "" if p["expected"] is None else f"{p['found']} of {p['expected']}"
+        time = f"{p['seconds']:.2f}"
+        rows.append([p["name"], "\n".join(matches), found, declined, nodes, moved, time])
+    heads = ["pass", "rewritten", "found", "declined", "nodes", "bytes a token", "seconds"]
+    return table("Passes; bytes are with full caches", heads, rows, right=(2, 3, 4, 5, 6))
+
+
+def declined_lines(data: Mapping[str, Any], most: int = 5) -> list[str]:
+    """What passes decided, and why matches were left alone, the first of each pass."""
+    lines: list[str] = []
+    for p in data["passes"]:
+        lines += [f"{p['name']}: {note}" for note in p["notes"]]
+        lines += [f"{p['name']} declined {reason}" for reason in p["declined"][:most]]
+        if len(p["declined"]) > most:
+            lines.append(f"{p['name']} declined {len(p['declined']) - most} more (see --json)")
+    return lines
+
+
+def entry_table(data: Mapping[str, Any]) -> Table:
+    """Launches and scratch of each bucket."""
+    rows = [
+        [e["name"], str(e["launches"]), show_bytes(e["scratch_bytes"])] for e in data["entries"]
+    ]
+    return table("Entries", ["entry", "launches", "scratch"], rows, right=(1, 2))
+
+
+def weight_table(data: Mapping[str, Any]) -> Table:
+    """How each weight of a product or an embedding is held, what that cost, and why."""
+    rows: list[list[str]] = []
+    for w in data["weights"]:
+        error = "" if w["error"] is None else f"{w['error']:.2%}"
+        rows.append([w["name"], w["format"], f"{w['bits']:g}", error, w["reason"]])
+    heads = ["weight", "format", "bits", "relative error", "why"]
+    return table("Weights", heads, rows, right=(2, 3))
+
+
+def summary_lines(data: Mapping[str, Any]) -> list[str]:
+    """Sizes, the cost of one token, and times, in a few lines."""
+    token = data["one_token"]
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in data["seconds"].items())
+    sizes = [show_bytes(data[f"{kind}_bytes"]) for kind in ("weight", "state", "arena")]
+    lines = [
+        f"{data['model_type']} for {data['target']} in {data['dtype']}",
+        "weights {}, cache {}, scratch {}".format(*sizes),
+        f"one token, caches full: {token['flops'] / 1e6:.1f} Mflop, {show_bytes(token['bytes'])}",
+        f"compiled in {sum(data['seconds'].values()):.1f} s: {stages}",
+    ]
+    if data["kernels"]:
+        count = data["kernel_count"]
+        lines.append(f"{count['built']} kernels built, {count['from_cache']} from the cache")
+    if data["unused"]:
+        names = ", ".join(data["unused"][:3]) + (" …" if len(data["unused"]) > 3 else "")
+        lines.append(f"{len(data['unused'])} tensors of the checkpoint are not used: {names}")
+    return lines
+
+
+def doctor_tables(found: Diagnosis) -> list[Table]:
+    packages = [["python", found.python, ""], ["ingot", found.ingot, ""]]
+    for name, version in found.versions.items():
+        extra = found.extras.get(name)
+        missing = "for " + extra if extra else "required: pip install ingot"
+        packages.append([name, version or "not installed", "" if version else missing])
+    packages.append(["graphviz", "found" if found.graphviz else "not found", "for inspect --svg"])
+    devices = [[d.name, d.seen_by, d.target] for d in found.devices]
+    targets = [[t.name, t.title, _yes(t.builds), _yes(t.runs), t.note] for t in found.targets]
+    return [
+        table(f"Software on {found.platform}", ["package", "version", ""], packages),
+        table("Devices", ["device", "seen by", "target"], devices),
+        table("Targets of this version", ["target", "devices", "builds", "runs", ""], targets),
+    ]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def table(
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

@@ -1,0 +1,197 @@
+"""From a Hugging Face directory or model to a graph in token-major form and its lazy weights.
+
+The model is built on the meta device and traced without a cache, at batch 1 with a dynamic number
+of tokens, with Ingot's own attention and experts functions in place: the graph holds one clean node
+for each, and every other operator is token-wise.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.export import Dim, ExportedProgram, export
+
+from ...compiler.ir import Graph, Value
+from ...compiler.ops.attention import attention
+from ...compiler.ops.leaf import constant, param
+from ...compiler.ops.moe import experts
+from ...compiler.ops.mxfp4 import mxfp4
+from ...compiler.ops.pointwise import cast
+from ...compiler.ops.shape import permute, view
+from ...compiler.rewrite import rebuild
+from ...compiler.types import TensorType, symbol
+from ...compiler.weights import Weights
+from ..checkpoints.checkpoint import open_checkpoint, weights_of
+from ..checkpoints.safetensors_files import holds_weights
+from .meta_model import MetaModel, PreTrainedConfig, PreTrainedModel, build_meta_model, read_config
+from .torch_export import Imported, ImportFailure, import_program
+from .traced_ops import UnsupportedModel, register
+from .weightless import without_weights
+
+# Tokens in the traced sample; any number but 0 and 1, which torch.export treats as special.
+_SAMPLE_TOKENS = 20
+_T = symbol("T")
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A causal language model: logits [T, vocab] from `tokens` and `positions`, both i32[T].
+
+    T is at most `max_tokens`. `unused` names tensors of the checkpoint that the graph does not read
+    (an MTP layer, say).
+    """
+
+    graph: Graph
+    weights: Weights
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    max_tokens: int
+    unused: tuple[str, ...]
+
+
+class _Logits(torch.nn.Module):
+    """The call that is traced: no cache, positions given."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return output.logits
+
+
+def trace(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
+    """The functional program of a meta model: ids and positions [1, T] -> logits [1, T, V]."""
+    ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device="meta")
+    tokens = Dim("T", min=1, max=max(max_tokens, _SAMPLE_TOKENS))
+    try:
+        with torch.no_grad():
+            program = export(
+                _Logits(model), (ids, ids.clone()), dynamic_shapes=({1: tokens}, {1: tokens})
+            )
+            return program.run_decompositions({})
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # the model's own code runs here, and may fail in any way
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ImportFailure(
+            f"{model.config.model_type}: torch.export cannot trace it without a cache and with a "
+            f"dynamic number of tokens: {type(error).__name__} at {Path(last.filename).name}:"
+            f"{last.lineno}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _token_input(name: str, traced: TensorType) -> tuple[Value, Value]:
+    """The i32[T] parameter `name`, and the i64[1, T] value that the program expects."""
+    declared = param(name=name, type=TensorType("i32", (_T,)))
+    return declared, view(cast(declared, dtype=traced.dtype), shape=traced.shape)
+
+
+def _import_traced(meta: MetaModel, name: str, max_tokens: int) -> Imported:
+    imported = import_program(
+        trace(meta.model, max_tokens),
+        name,
+        symbols={"T": range(1, max_tokens + 1)},
+        inputs={
+            "input_ids": lambda t: _token_input("tokens", t),
+            "position_ids": lambda t: _token_input("positions", t),
+        },
+        strip="model.",
+    )
+    graph = imported.graph
+    (logits,) = graph.outputs
+    rows = view(logits, shape=logits.type.shape[1:])
+    graph = Graph(graph.name, graph.params, (rows,), graph.symbols)
+    return Imported(graph, imported.constants, imported.referenced)
+
+
+def _with_packed(graph: Graph, packed: Mapping[str, tuple[int, ...]], weights: Weights) -> Graph:
+    """`graph` with the weights that are stored in MXFP4 in that form.
+
+    `packed` gives for each the order of mxfp4's dims in which they are the model's own.
+    """
+    swap: dict[Value, Value] = {}
+    for node in graph.nodes():
+        if node.op is not constant or node.attrs["name"] not in packed:
+            continue
+        name = node.attrs["name"]
+        parts = [f"{name}.codes", f"{name}.scales"]
+        codes, scales = (constant(name=part, type=weights[part].type) for part in parts)
+        value = mxfp4(codes, scales, dtype=node.types[0].dtype)
+        order = packed[name]
+        turned = order != tuple(range(len(order)))
+        swap[Value(node)] = permute(value, dims=order) if turned else value
+    return rebuild(graph, swap)
+
+
+def _count_expert_modules(model: torch.nn.Module) -> int:
+    """Modules that hold their experts' weights as one 3-D stack."""
+    stacks = (getattr(m, "down_proj", None) for m in model.modules())
+    return sum(isinstance(s, torch.nn.Parameter) and s.ndim == 3 for s in stacks)
+
+
+def _check(meta: MetaModel, imported: Imported) -> None:
+    """The trace holds what the model is made of; ImportFailure says what is missing."""
+    model, kind = meta.model, meta.model.config.model_type
+    found = [n.op for n in imported.graph.nodes()]
+    layers = model.config.get_text_config().num_hidden_layers
+    if (seen := found.count(attention)) != layers:
+        raise ImportFailure(
+            f"{kind}: expected one attention node for each of {layers} layers, found {seen}; the "
+            "model does not call attention through transformers' attention interface"
+        )
+    stacks = _count_expert_modules(model)
+    if (seen := found.count(experts)) != stacks:
+        raise ImportFailure(
+            f"{kind}: expected one experts node for each of {stacks} MoE layers, found {seen}; the "
+            "model does not call its experts through transformers' experts interface"
+        )
+    parameters = [n for n, _ in model.named_parameters()]
+    used = {meta.tied.get(n, n) for n in imported.referenced}
+    if unused := [n for n in parameters if meta.tied.get(n, n) not in used]:
+        raise ImportFailure(
+            f"{kind}: {len(unused)} parameters take no part in the traced program: "
+            f"{', '.join(unused[:5])}"
+        )
+
+
+def import_hugging_face(
+    source: str | Path | PreTrainedModel,
+    *,
+    dtype: torch.dtype | None,
+    max_tokens: int,
+    weightless: bool = False,
+) -> HuggingFaceModel:
+    """Trace and import a causal language model; no weight is read.
+
+    `source` is a directory with config.json and safetensors, or a model in memory (it is not
+    changed, and its tensors are not copied where `dtype` is their own). `dtype` None keeps the
+    checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. With
+    `weightless` a directory may hold no weights: then they have types alone. SourceError (see
+    meta_model) or ImportFailure tells what is not supported.
+    """
+    register()
+    in_memory = isinstance(source, PreTrainedModel)
+    config = source.config if in_memory else read_config(source)
+    if in_memory and dtype is None:
+        dtype = source.dtype
+    made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
+    max_tokens = min(max_tokens, made_for or max_tokens)
+    meta = build_meta_model(config, dtype, max_positions=max_tokens)
+    if in_memory:
+        frozen = Weights.of({n: meta.buffers[n] for n in meta.frozen}, "computed from the config")
+        weights, packed, unused = Weights({**weights_of(source, meta), **frozen}), {}, ()
+    else:
+        absent = weightless and not holds_weights(Path(source))
+        checkpoint = (without_weights if absent else open_checkpoint)(source, meta)
+        weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
+    imported = _import_traced(meta, config.model_type, max_tokens)
+    _check(meta, imported)
+    weights = weights.merged(imported.constants)
+    graph = _with_packed(imported.graph, packed, weights)
+    return HuggingFaceModel(graph, weights, config, meta.model.dtype, max_tokens, unused)

@@ -1,0 +1,258 @@
+"""A Hugging Face config as a model on the meta device: everything but the weights.
+
+Nothing here allocates a parameter. What tracing and loading need beside the meta tensors is kept
+with the model: the values of the buffers that no checkpoint stores, and which names share a tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...compiler.torch_types import type_of
+from ...compiler.types import TensorType
+from .source_error import SourceError
+
+try:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+except ImportError as error:
+    raise ImportError(
+        "Hugging Face models need transformers; install it with: pip install 'ingot[hf]'"
+    ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class MetaModel:
+    """A model that is ready to be traced, without its weights.
+
+    `model` is in eval mode with every parameter and buffer on the meta device, in the dtype that
+    `from_pretrained(dtype=...)` would give it. `buffers` holds the non-persistent buffers (rotary
+    frequencies, embedding scales) by name as CPU tensors with their true values. `tied` maps each
+    name that shares its parameter with an earlier one to that one: lm_head.weight to
+    model.embed_tokens.weight. `frozen` names the buffers that hold a choice made for one length of
+    sequence, where the model itself chooses anew at every call.
+    """
+
+    model: PreTrainedModel
+    buffers: Mapping[str, torch.Tensor]
+    tied: Mapping[str, str]
+    frozen: frozenset[str] = frozenset()
+
+    def types(self) -> dict[str, TensorType]:
+        """The type of every parameter and buffer by name, tied names included."""
+        return {name: type_of(tensor) for name, tensor in named_tensors(self.model)}
+
+    def stored_names(self) -> list[str]:
+        """The names that a checkpoint must supply: parameters and persistent buffers, none tied."""
+        return [n for n in self.types() if n not in self.buffers and n not in self.tied]
+
+
+def read_config(directory: str | Path) -> PreTrainedConfig:
+    """The config.json of a local directory; SourceError when it is missing or not a known model.
+
+    Code that lies beside the config is never run.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        found = "no such directory"
+        if directory.is_dir():
+            found = "found " + (
+                ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "none"
+            )
+        raise SourceError(f"{directory}: expected a directory with config.json, {found}")
+    try:
+        return AutoConfig.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True
+        )
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise SourceError(
+            f"{directory / 'config.json'} is no config that the installed transformers knows "
+            f"(model code from the directory is never run): {error}"
+        ) from error
+
+
+def build_meta_model(
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    max_positions: int | None = None,
+    attn_implementation: str = "ingot",
+    experts_implementation: str | None = "ingot",
+) -> MetaModel:
+    """The causal language model of `config` on the meta device; `config` itself is not changed.
+
+    What the config says of quantized weights is left aside: the layers are the plain ones.
+
+    dtype: of the parameters, None for the config's own (float32 where it names none). Modules that
+    the model keeps in float32 stay so. The implementations are names registered with transformers;
+    a model without experts ignores `experts_implementation`.
+
+    max_positions: how long sequences may become. Rotary embeddings of type "longrope" have one set
+    of frequencies for short and one for long sequences, and transformers chooses anew at every
+    length; with `max_positions` the choice is made once, for sequences of that length.
+
+    SourceError for rotary embeddings whose frequencies depend on the length of the sequence
+    ("dynamic"), and where a buffer's value cannot be rebuilt.
+    """
+    wanted: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                without_quantization(config),
+                dtype=wanted,
+                trust_remote_code=False,
+                attn_implementation=attn_implementation,
+                experts_implementation=experts_implementation,
+            )
+    except KeyError as error:
+        if error.args != (attn_implementation,):
+            raise
+        raise SourceError(
+            f"{config.model_type}: the model knows only attention of its own; it does not call "
+            "attention through transformers' attention interface"
+        ) from error
+    model.eval().requires_grad_(False)
+    _refuse_dynamic_rope(model)
+    _keep_in_float32(model, wanted)
+    buffers = _non_persistent_buffers(model)
+    frozen = {} if max_positions is None else _frozen_long_rope(model, max_positions)
+    return MetaModel(model, {**buffers, **frozen}, _tied_names(model), frozenset(frozen))
+
+
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of `config` that says nothing of quantized weights: the model's own layers."""
+    plain = deepcopy(config)
+    for holder in (plain, plain.get_text_config()):
+        vars(holder).pop("quantization_config", None)
+    return plain
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """SourceError when transformers holds quantized weights in `model`."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        return
+    method = str(getattr(quantizer.quantization_config, "quant_method", "unknown"))
+    raise SourceError(
+        f"{type(model).__name__} holds quantized weights in memory ({method!r}), in a layout of "
+        "transformers' own; give the directory that it was loaded from instead"
+    )
+
+
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer under each of its names: persistent or not, shared or not."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds the tensor called `name`, and the tensor's name in it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _refuse_dynamic_rope(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind is not None and "dynamic" in kind:
+                raise SourceError(
+                    f"{name} has rope_type {kind!r}: its frequencies change with the length of the "
+                    "sequence, which a static graph cannot express; set rope_parameters in "
+                    "config.json to 'default', 'linear', 'yarn' or 'llama3'"
+                )
+
+
+def _frozen_long_rope(model: torch.nn.Module, max_positions: int) -> dict[str, torch.Tensor]:
+    """Make every "longrope" embedding static; its frequencies for sequences of `max_positions`."""
+    frozen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        by_layer_type = kinds if isinstance(kinds, dict) else {None: kinds}
+        if "longrope" not in by_layer_type.values():
+            continue
+        for layer_type in (key for key, kind in by_layer_type.items() if kind == "longrope"):
+            leaf = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+            extra = {} if layer_type is None else {"layer_type": layer_type}
+            frozen[f"{name}.{leaf}"], _ = ROPE_INIT_FUNCTIONS["longrope"](
+                module.config, "cpu", seq_len=max_positions, **extra
+            )
+        static = {key: "default" if k == "longrope" else k for key, k in by_layer_type.items()}
+        frozen_kind: Any = static if isinstance(kinds, dict) else static[None]
+        module.rope_type = frozen_kind
+    return frozen
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the modules that `model` keeps in float32 that dtype, as from_pretrained does."""
+    patterns = [glob.replace("*", ".*") for glob in model._get_dtype_plan(dtype)]
+    if not patterns:
+        return
+    kept = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    widened: dict[int, torch.nn.Parameter] = {}  # by identity, so that tied names stay tied
+    for name, tensor in named_tensors(model):
+        module, leaf = _owner(model, name)
+        if leaf in module._non_persistent_buffers_set or not kept.search(name):
+            continue
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor.float()
+            continue
+        wide = torch.nn.Parameter(tensor.float(), requires_grad=False)
+        module._parameters[leaf] = widened.setdefault(id(tensor), wide)
+
+
+def _non_persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The true values of the buffers that no checkpoint stores, on the CPU; `model` is unchanged.
+
+    transformers' own initialisation fills them, as in from_pretrained: only these buffers are made
+    real, the parameters stay on meta and their initialisation does nothing. It runs twice over
+    different old contents: a buffer that differs was not filled.
+    """
+    meta = {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if _owner(model, name)[1] in _owner(model, name)[0]._non_persistent_buffers_set
+    }
+    zeros, ones = (_initialised(model, meta, fill) for fill in (0, 1))
+    if unfilled := [name for name in meta if not torch.equal(zeros[name], ones[name])]:
+        raise SourceError(
+            f"{type(model).__name__}: no initialisation rebuilds the value of "
+            f"{', '.join(unfilled[:5])} ({len(unfilled)} of {len(meta)} non-persistent buffers)"
+        )
+    return zeros
+
+
+def _initialised(
+    model: PreTrainedModel, meta: Mapping[str, torch.Tensor], fill: int
+) -> dict[str, torch.Tensor]:
+    """The buffers named in `meta` after initialisation over `fill`; `meta` is put back."""
+    real = {name: torch.full_like(buffer, fill, device="cpu") for name, buffer in meta.items()}
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    try:
+        for name, buffer in real.items():
+            module, leaf = _owner(model, name)
+            module._buffers[leaf] = buffer
+        model.initialize_weights()
+        return {name: model.get_buffer(name) for name in meta}
+    finally:
+        for name, buffer in meta.items():
+            module, leaf = _owner(model, name)
+            module._buffers[leaf] = buffer
+
+
+def _tied_names(model: torch.nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (original := first.setdefault(id(parameter), name)) != name:
+            tied[name] = original
+    return tied

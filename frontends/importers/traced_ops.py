@@ -1,0 +1,208 @@
+"""ingot::attention and ingot::experts: what a Hugging Face model calls while it is traced.
+
+Registered at transformers' own interfaces under the name "ingot", so that a traced graph holds one
+clean node for each. No mask function is registered under that name: no mask is built, and attention
+is told all that it must know by its arguments. Run eagerly, they compute the references.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...compiler.ops.attention import attention as attention_op
+from ...compiler.ops.glu import ACTIVATIONS, CLAMPED
+from ...compiler.ops.moe import experts as experts_op
+
+NAME = "ingot"
+# Hugging Face's names of activations, in ours.
+_ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
+
+
+class UnsupportedModel(Exception):
+    """The model does something that this frontend cannot express; says what."""
+
+
+@torch.library.custom_op("ingot::attention", mutates_args=())
+def traced_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """q [1, H, T, D], k [1, G, T, D], v [1, G, T, V] -> [1, T, H, V]."""
+    if q.shape[0] != 1:
+        raise UnsupportedModel(
+            f"attention {NAME!r} runs one sequence at a time, found {q.shape[0]}"
+        )
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    extra = () if sinks is None else (sinks,)
+    (out,) = attention_op.reference(
+        *rows, *extra, scale=scale, causal=causal, window=window, softcap=softcap
+    )
+    return out[None].clone()
+
+
+@traced_attention.register_fake
+def _(
+    q: Any, k: Any, v: Any, sinks: Any, scale: Any, causal: Any, window: Any, softcap: Any
+) -> Any:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op("ingot::experts", mutates_args=())
+def traced_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    transposed: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+) -> torch.Tensor:
+    """Hugging Face's layouts: `transposed` weights are [E, in, out], `interleaved` gate and up
+    alternate. The importer turns both into the IR's layout by ops on the weights.
+    """
+    if transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    if interleaved:
+        gate_up = torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), 1)
+        if gate_up_bias is not None:
+            gate_up_bias = torch.cat((gate_up_bias[:, ::2], gate_up_bias[:, 1::2]), 1)
+    biases = () if gate_up_bias is None else (gate_up_bias, down_bias)
+    (out,) = experts_op.reference(
+        x,
+        weights,
+        indices,
+        gate_up,
+        down,
+        *biases,
+        activation=activation,
+        gated=gated,
+        alpha=alpha,
+        limit=limit,
+    )
+    return out
+
+
+@traced_experts.register_fake
+def _(x: Any, *rest: Any) -> Any:
+    return torch.empty_like(x)
+
+
+def _layer_type(module: torch.nn.Module) -> str | None:
+    """The entry of config.layer_types for an attention module, wherever the model keeps it."""
+    if hasattr(module, "layer_type"):
+        return module.layer_type  # pyright: ignore[reportReturnType]
+    types: Any = getattr(getattr(module, "config", None), "layer_types", None)
+    layer: Any = getattr(module, "layer_idx", None)
+    return None if types is None or layer is None else types[layer]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: q, k, v [B, heads, T, dim] -> ([B, T, H, V], None)."""
+    where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+    if attention_mask is not None:
+        raise UnsupportedModel(f"{where} builds an attention mask of its own")
+    for name in ("indices", "position_bias", "block_mask"):
+        if extra.get(name) is not None:
+            raise UnsupportedModel(f"{where} passes {name!r} to attention: not supported")
+    if _layer_type(module) == "chunked_attention":
+        raise UnsupportedModel(f"{where} uses chunked attention: not supported")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = traced_attention(
+        query,
+        key,
+        value,
+        s_aux,
+        float(scale),
+        bool(causal),
+        int(sliding_window or 0),
+        float(softcap or 0.0),
+    )
+    return out, None
+
+
+def _activation_of(module: Any, default_gate: Any) -> tuple[str, float, float]:
+    """(activation, alpha, limit) of an experts module.
+
+    A module that overrides the gate is known when it has gpt-oss's `alpha` and `limit`.
+    """
+    if getattr(type(module), "_apply_gate", default_gate) is not default_gate:
+        if hasattr(module, "alpha") and hasattr(module, "limit"):
+            return CLAMPED, float(module.alpha), float(module.limit)
+        raise UnsupportedModel(f"{type(module).__name__} has a gate of its own: not supported")
+    config = module.config
+    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
+    if _ACTIVATION_NAMES.get(name) not in ACTIVATIONS:
+        raise UnsupportedModel(f"{type(module).__name__}: unknown activation {name!r}")
+    return _ACTIVATION_NAMES[name], 0.0, 0.0
+
+
+def register() -> None:
+    """Make "ingot" known to transformers as an attention and an experts implementation."""
+    from transformers import AttentionInterface
+    from transformers.integrations import moe
+
+    default_gate = getattr(moe, "_default_apply_gate", None)
+
+    def experts(
+        self: Any, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        activation, alpha, limit = _activation_of(self, default_gate)
+        if getattr(self, "has_post_expert_norm", False):
+            raise UnsupportedModel(f"{type(self).__name__} norms each expert: not supported")
+        gated, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
+        up_name = "gate_up_proj" if gated else "up_proj"
+        return traced_experts(
+            x,
+            weights,
+            indices,
+            getattr(self, up_name),
+            self.down_proj,
+            getattr(self, f"{up_name}_bias") if biased else None,
+            self.down_proj_bias if biased else None,
+            activation,
+            gated,
+            getattr(self, "is_transposed", False),
+            not getattr(self, "is_concatenated", True),
+            alpha,
+            limit,
+        )
+
+    AttentionInterface.register(NAME, _attention)
+    moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts)

@@ -1,0 +1,78 @@
+"""A config without weights as a checkpoint: every weight has its type, and none can be loaded.
+
+Kernels, buffers and launches follow from types alone, so that a model can be looked at long before
+its weights are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from ...compiler.types import TensorType
+from ...compiler.weights import Entry, Weights
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.quantization_config import MXFP4, quantization_of
+from .meta_model import MetaModel, read_config
+from .source_error import SourceError
+
+_GROUP = 32  # of gpt-oss
+
+
+def without_weights(directory: str | Path, meta: MetaModel) -> Checkpoint:
+    """What `open_checkpoint` would give if the weights of `meta` lay in `directory`.
+
+    Weights that config.json says are stored in another format than MXFP4 become dense, as they do
+    when they are read. Loading one is a SourceError, and so is a config whose MXFP4 weights cannot
+    be told from the others without the files.
+    """
+    directory = Path(directory)
+    missing = _missing(directory)
+    types = meta.types()
+    packed = _packed(directory, types)
+    entries: dict[str, Entry] = {}
+    for name, type_ in types.items():
+        if name in meta.buffers:
+            continue
+        held = _halves(type_, packed[name]) if name in packed else {"": type_}
+        for end, part in held.items():
+            entries[f"{name}{end}"] = Entry(part, missing, f"{directory}: config.json alone")
+    buffers = Weights.of(meta.buffers, origin="computed from the config")
+    return Checkpoint(Weights(entries).merged(buffers), packed, (), (), 0)
+
+
+def _missing(directory: Path) -> Callable[[], NoReturn]:
+    def load() -> NoReturn:
+        raise SourceError(f"{directory}: holds no weights: such a model can only be inspected")
+
+    return load
+
+
+def _packed(directory: Path, types: Mapping[str, TensorType]) -> dict[str, tuple[int, ...]]:
+    """The weights that stay in MXFP4, each with the order of its dims: see Checkpoint.packed."""
+    promise = quantization_of(read_config(directory), directory)
+    if promise.group(MXFP4) is None:
+        return {}
+    if promise.method != "mxfp4":
+        raise SourceError(
+            f"{directory}: {promise.described}, and which weights those are is known from the "
+            "safetensors files alone: expected them, found none"
+        )
+    # Experts [E, K, N] are stored as codes of [E, N, K], and nothing else is packed.
+    leaves = ("gate_up_proj", "down_proj")
+    names = [n for n, t in types.items() if n.rpartition(".")[2] in leaves and t.rank == 3]
+    return dict.fromkeys(names, (0, 2, 1))
+
+
+def _halves(type_: TensorType, order: tuple[int, ...]) -> dict[str, TensorType]:
+    """The types of the codes and scales of a weight that is `type_` once its dims are in order."""
+    shape: list[int] = [int(type_.shape[i]) for i in order]
+    *rows, width = shape
+    if width % _GROUP:
+        raise SourceError(f"expected rows of a multiple of {_GROUP} for MXFP4, found {type_}")
+    codes = TensorType("u8", (*rows, width // 2))
+    return {".codes": codes, ".scales": TensorType("u8", (*rows, width // _GROUP))}
+
+
+__all__ = ["without_weights"]

@@ -1,0 +1,182 @@
+"""A language model that serves text in this process, over a session; needs no torch by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...runtime.serving.sampling import Sampling
+from ...runtime.serving.session import Session
+from .completion import Completion, TextEvent, TextFollower
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class TextModel:
+    """A causal language model, serving in this process; for one thread at a time."""
+
+    def __init__(
+        self, session: Session, tokenizer: Tokenizer | None, stop_tokens: Iterable[int]
+    ) -> None:
+        self._session = session
+        self.tokenizer = tokenizer
+        self.stop_tokens = frozenset(stop_tokens)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def session(self) -> Session:
+        """The session below: submit, step, cancel, statistics."""
+        return self._session
+
+    def close(self) -> None:
+        """Free the program's memory; the model is unusable afterwards."""
+        self._session.close()
+
+    def logits(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
+        """The logits float32 [T, vocab] after each of T tokens of one sequence."""
+        return self._session.logits(token_ids)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | int | Sequence[str | int] = (),
+        stream: bool = False,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logprobs: int = 0,
+    ) -> Any:
+        """Continue one prompt or several together.
+
+        A prompt is text or token ids. `temperature` 0 takes the most likely token. `stop` holds
+        strings and token ids that end a completion, beside the model's own end-of-text tokens;
+        neither is part of the text (the tokens that spelled a stop string stay in `tokens`).
+        `logprobs` most likely tokens are reported beside each token.
+
+        One Completion for one prompt, a list for a list, with `stream` an iterator of TextEvent.
+        ValueError for a prompt that cannot be served (empty, unknown ids, too long): none is then.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        given: Any = prompts if isinstance(prompts, str) else list(prompts)
+        single = _is_prompt(given)
+        rows = [self._ids(p) for p in ([given] if single else given)]
+        strings, ids = _split_stops(stop)
+        if strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+        run = _Run(self, rows, max_new_tokens, sampling, strings, ids, logprobs)
+        if stream:
+            return run.events()
+        for _ in run.events():
+            pass
+        completions = run.completions()
+        return completions[0] if single else completions
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer, and this model has none: give ids")
+        return self.tokenizer.encode(prompt)
+
+
+def _is_prompt(prompts: Any) -> bool:
+    """Whether this is one prompt: text, or a list of numbers. An empty list is no prompts."""
+    if isinstance(prompts, str):
+        return True
+    return bool(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
+
+
+def _split_stops(stop: Any) -> tuple[list[str], list[int]]:
+    items = [stop] if isinstance(stop, str | int) else list(stop)
+    strings = [s for s in items if isinstance(s, str)]
+    if "" in strings:
+        raise ValueError("an empty stop string would stop everything")
+    return strings, [int(s) for s in items if not isinstance(s, str)]
+
+
+class _Run:
+    """One call of generate: the sequences, their text, and their ends."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_strings: Sequence[str],
+        stop_ids: Iterable[int],
+        top_logprobs: int,
+    ) -> None:
+        self._session = model.session
+        self._sequences = self._session.requests(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_tokens={*model.stop_tokens, *stop_ids},
+            top_logprobs=top_logprobs,
+        )
+        tokenizer = model.tokenizer
+        self._followers = [
+            TextFollower(tokenizer.decoder() if tokenizer else None, stop_strings) for _ in prompts
+        ]
+        self._index = {sequence.id: i for i, sequence in enumerate(self._sequences)}
+
+    def events(self) -> Iterator[TextEvent]:
+        """The events of every prompt as they come; closing the iterator cancels what is left."""
+        # Closed by name: some versions of Python drop what a closed generator iterates over late.
+        with closing(self._session.events(self._sequences)) as events:
+            for event in events:
+                i = self._index[event.sequence.id]
+                follower = self._followers[i]
+                if follower.stopped:
+                    continue  # the cancellation that a stop string brought
+                text = follower.push(event.token) if event.token is not None else ""
+                reason = event.finish_reason
+                if follower.stopped:
+                    reason = "stop"
+                    self._session.cancel(event.sequence)
+                elif reason is not None:
+                    text += follower.finish()
+                    reason = "stop" if follower.stopped else reason
+                yield TextEvent(i, text, event.token, event.logprob, reason, event.message)
+
+    def completions(self) -> list[Completion]:
+        """One completion a prompt, after all events."""
+        return [self._completion(i, follower) for i, follower in enumerate(self._followers)]
+
+    def _completion(self, i: int, follower: TextFollower) -> Completion:
+        sequence = self._sequences[i]
+        assert sequence.finish_reason is not None
+        return Completion(
+            text=follower.text,
+            tokens=sequence.tokens,
+            finish_reason="stop" if follower.stopped else sequence.finish_reason,
+            logprobs=tuple(sequence.logprobs),
+            stats=sequence.stats,
+            top_logprobs=tuple(sequence.top_logprobs),
+            message=sequence.message,
+        )
+
+
+__all__ = ["TextModel"]

@@ -1,0 +1,456 @@
+"""canonicalize: one way to say each thing. Dead code and repetitions go, views become few.
+
+Unit dims are dropped, equal nodes merged, views and permutes composed, slices of concatenations
+resolved, casts that change nothing removed. What is left is what later passes match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...compiler.ir import Graph, Node, Value
+from ...compiler.ops import pointwise, reduce, shape
+from ...compiler.ops.leaf import is_literal, literal
+from ...compiler.ops.linear import embedding
+from ...compiler.pipeline import count_nodes
+from ...compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rebuild, rewrite_all
+from ...compiler.torch_types import torch_dtype
+from ...compiler.types import DTYPE_BITS, FLOATS, Shape, dim
+from .mxfp4_views import RULES as MXFP4_RULES
+from .unit_dims import drop_unit_dims
+
+_INTEGERS = ("bool", "u8", "i8", "i16", "i32", "i64")
+X, Y = Pat(), Pat()
+
+
+def _over(op: Any) -> Pat:
+    """Any result of `op`. A wildcard, it may have other users: nothing that is built repeats it."""
+    return Pat(where=lambda v: v.op is op)
+
+
+# ---- views
+
+VIEW = pat(shape.view, _over(shape.view))
+SAME_VIEW = pat(shape.view, X)
+PERMUTE = pat(shape.permute, _over(shape.permute))
+ONE_PERMUTE = pat(shape.permute, X)
+SAME_EXPAND = pat(shape.expand, X)
+
+
+def _arg(value: Value, i: int = 0) -> Value:
+    return value.node.args[i]
+
+
+def _same_type(root: Pat) -> Any:
+    def build(m: Match) -> Value:
+        if m[X].type != m[root].type:
+            raise Decline("the type changes")
+        return m[X]
+
+    return build
+
+
+# view(view(x)) == view(x)
+def _view_of_view(m: Match) -> Value:
+    return shape.view(_arg(_arg(m[VIEW])), shape=m[VIEW].type.shape)
+
+
+# a view of a filled tensor is a filled tensor, and so is an expansion of it
+FULL_VIEW = pat(shape.view, _over(shape.full))
+FULL_EXPAND = pat(shape.expand, _over(shape.full))
+
+
+def _filled(root: Pat) -> Any:
+    def build(m: Match) -> Value:
+        type_ = m[root].type
+        return shape.full(value=_arg(m[root]).attrs["value"], shape=type_.shape, dtype=type_.dtype)
+
+    return build
+
+
+# f of a filled tensor is a filled tensor
+def _function_of_full(op: Any) -> Rule:
+    root = pat(op, _over(shape.full))
+
+    def build(m: Match) -> Value:
+        source, type_ = _arg(m[root]), m[root].type
+        filled = torch.full((), source.attrs["value"], dtype=torch_dtype(source.type.dtype))
+        (result,) = op.reference(filled, **m[root].attrs)
+        return shape.full(value=result.item(), shape=type_.shape, dtype=type_.dtype)
+
+    return Rule(f"{op.name}-of-full", (root,), build)
+
+
+# where everywhere, or nowhere
+CHOOSE = pat(pointwise.where, _over(shape.full), X, Y)
+
+
+def _chosen(m: Match) -> Value:
+    value = m[X] if _arg(m[CHOOSE]).attrs["value"] else m[Y]
+    if value.type != m[CHOOSE].type:
+        raise Decline(f"{value.type} would have to be broadcast")
+    return value
+
+
+# the largest of one is that one
+def _of_one(value: Value) -> bool:
+    return _arg(value).type.shape[value.attrs["dim"]] == 1
+
+
+ONE_OF_ONE = Pat(reduce.topk, (X,), where=_of_one)
+
+
+def _only_one(m: Match) -> tuple[Value, Value]:
+    return m[X], shape.full(value=0, shape=m[X].type.shape, dtype="i64")
+
+
+# a number scattered to every place of a unit dim is everywhere
+SCATTER_VALUE = pat("aten.scatter.value", X, Pat(where=lambda v: v.op is shape.full))
+
+
+def _scattered_everywhere(m: Match) -> Value:
+    attrs, type_, index = m[SCATTER_VALUE].attrs, m[X].type, m[SCATTER_VALUE].node.args[1]
+    if type_.shape[attrs["dim"]] != 1 or index.type.shape != type_.shape:
+        raise Decline("some places are not written")
+    return shape.full(value=attrs["value"], shape=type_.shape, dtype=type_.dtype)
+
+
+# permute(permute(x, a), b) == permute(x, [a[i] for i in b])
+def _permute_of_permute(m: Match) -> Value:
+    inner, outer = _arg(m[PERMUTE]), m[PERMUTE]
+    dims = tuple(inner.attrs["dims"][i] for i in outer.attrs["dims"])
+    return shape.permute(_arg(inner), dims=dims)
+
+
+def _trivial_permute(m: Match) -> Value:
+    """A permute that keeps the order of all dims but unit ones is a view."""
+    x, dims = m[X], m[ONE_PERMUTE].attrs["dims"]
+    kept = [d for d in dims if x.type.shape[d] != 1]
+    if kept != sorted(kept):
+        raise Decline("the order of elements changes")
+    return shape.view(x, shape=m[ONE_PERMUTE].type.shape)
+
+
+# ---- permutes towards what they can cancel with: permute(f(x, y)) == f(permute(x), permute(y))
+
+_SEARCH_DEPTH = 12
+_ELEMENTWISE = frozenset((*pointwise.POINTWISE, shape.slice_, shape.cat, shape.view))
+# Ops on trailing dims only: how many dims of the operand and of the result they own.
+_TAILS = {
+    "mean": (1, 0),
+    "sum": (1, 0),
+    "amax": (1, 0),
+    "softmax": (1, 1),
+    "aten.view_as_complex.default": (1, 0),
+    "aten.view_as_real.default": (0, 1),
+}
+
+
+def _carries_permute(value: Value, depth: int = _SEARCH_DEPTH) -> bool:
+    if value.op is shape.permute:
+        return True
+    through = value.op in _ELEMENTWISE or value.op.name in _TAILS
+    return through and depth > 0 and any(_carries_permute(a, depth - 1) for a in value.node.args)
+
+
+def _is_outer_product(value: Value) -> bool:
+    """Whether each operand of an element-wise op is a row or a column: permuting them is free."""
+    rows = all(sum(d != 1 for d in a.type.shape) <= 1 for a in value.node.args)
+    return rows and value.op in pointwise.POINTWISE and 1 not in value.type.shape
+
+
+def _permuted(value: Value, dims: tuple[int, ...]) -> Value:
+    """An operand that broadcasts as `value` did before the dims of the result were permuted."""
+    before = len(dims) - value.type.rank
+    if value.op is literal or dims[before:] == tuple(range(before, len(dims))):
+        return value
+    full: Shape = (1,) * before + value.type.shape
+    padded = value if value.type.shape == full else shape.view(value, shape=full)
+    return shape.permute(padded, dims=dims)
+
+
+def _turned_row(value: Value, dims: tuple[int, ...]) -> Value:
+    """`_permuted` of a row or column: a view, without unit dims in front."""
+    full: Shape = (1,) * (len(dims) - value.type.rank) + value.type.shape
+    target = [full[i] for i in dims]
+    while target and target[0] == 1:
+        target.pop(0)
+    same = value.op is literal or value.type.shape == tuple(target)
+    return value if same else shape.view(value, shape=tuple(target))
+
+
+def _is_worth_moving(value: Value) -> bool:
+    return _is_outer_product(value) or _carries_permute(value)
+
+
+def _hoist(op: Any) -> Rule:
+    inner = Pat(op, where=_is_worth_moving)
+    root = pat(shape.permute, inner)
+
+    def build(m: Match) -> Value:
+        node, dims = m[inner].node, m[root].attrs["dims"]
+        attrs = dict(node.attrs)
+        if "dim" in attrs:
+            attrs["dim"] = dims.index(attrs["dim"] % len(dims))
+        move = _turned_row if _is_outer_product(m[inner]) else _permuted
+        return op(*(move(a, dims) for a in node.args), **attrs)
+
+    return Rule(f"permute-of-{op.name}", (root,), build)
+
+
+# permute(f(x)) == f(permute(x)) where f works on trailing dims that stay in place
+def _hoist_over_tail(name: str) -> Rule:
+    inner = Pat(name, (X,), where=_carries_permute)
+    root = pat(shape.permute, inner)
+    own, left = _TAILS[name]
+
+    def build(m: Match) -> Value:
+        x, node, dims = m[X], m[inner].node, m[root].attrs["dims"]
+        moved = len(dims) - left
+        attrs = dict(node.attrs)
+        along_last = attrs.get("dim", -1) % x.type.rank == x.type.rank - 1
+        if dims[moved:] != tuple(range(moved, len(dims))) or attrs.get("keepdim") or not along_last:
+            raise Decline("a dim that moves is the op's own")
+        turned = shape.permute(x, dims=(*dims[:moved], *range(moved, moved + own)))
+        return node.op(turned, **attrs)
+
+    return Rule(f"permute-of-{name}", (root,), build)
+
+
+# permute(view(x)) == view(permute(x)) where the view leaves the permuted leading dims as they are
+RESHAPED = Pat(shape.view, (X,), where=_carries_permute)
+TURNED_VIEW = pat(shape.permute, RESHAPED)
+
+
+def _view_permute(m: Match) -> Value:
+    x, dims = m[X], m[TURNED_VIEW].attrs["dims"]
+    moved = max((i + 1 for i, d in enumerate(dims) if i != d), default=0)
+    if x.type.shape[:moved] != m[RESHAPED].type.shape[:moved]:
+        raise Decline("the view touches the dims that move")
+    turned = shape.permute(x, dims=(*dims[:moved], *range(moved, x.type.rank)))
+    return shape.view(turned, shape=m[TURNED_VIEW].type.shape)
+
+
+def _expand_permute(m: Match) -> Value:
+    x, (dims, target) = m[X], (m[TURNED_EXPAND].attrs["dims"], m[TURNED_EXPAND].type.shape)
+    return shape.expand(_permuted(x, dims), shape=target)
+
+
+# permute(expand(x)) == expand(permute(x)): less is moved
+TURNED_EXPAND = pat(shape.permute, pat(shape.expand, X))
+
+# ---- slices and concatenations
+
+SLICE = pat(shape.slice_, X)
+NESTED_SLICE = pat(shape.slice_, _over(shape.slice_))
+CUT = pat(shape.slice_, _over(shape.cat))
+SCATTER = pat(shape.slice_scatter, X, Y)
+CAT = pat(shape.cat)
+
+
+def _slice(x: Value, axis: int, start: Any, stop: Any, step: int = 1) -> Value:
+    extra = {"step": step} if step != 1 else {}
+    return shape.slice_(x, dim=axis, start=start, stop=stop, **extra)
+
+
+# slice(slice(x, a, b, s), c, d, t) == slice(x, a + c·s, a + d·s, s·t), within b
+def _slice_of_slice(m: Match) -> Value:
+    outer, inner = m[NESTED_SLICE], _arg(m[NESTED_SLICE])
+    rank = inner.type.rank
+    if outer.attrs["dim"] % rank != inner.attrs["dim"] % rank:
+        raise Decline("the slices are along two dims")
+    step, first = inner.attrs.get("step", 1), inner.attrs["start"]
+    if step != 1:
+        raise Decline("the inner slice has a step")
+    start, stop = (dim(first + outer.attrs[k]) for k in ("start", "stop"))
+    return _slice(_arg(inner), outer.attrs["dim"], start, stop, outer.attrs.get("step", 1))
+
+
+def _overlaps(whole: Value, axis: int, start: int, stop: int) -> list[tuple[Value, int, int]]:
+    """The operands of a cat that [start, stop) touches, each with its own bounds."""
+    found: list[tuple[Value, int, int]] = []
+    at = 0
+    for part in whole.node.args:
+        size: Any = part.type.shape[axis]
+        low, high = max(start, at), min(stop, at + size)
+        if low < high:
+            found.append((part, low - at, high - at))
+        at += size
+    return found
+
+
+# slice(cat(a, b, ...)) is cat of slices of the parts that it touches
+def _slice_of_cat(m: Match) -> Value:
+    cut, whole = m[CUT], _arg(m[CUT])
+    axis = cut.attrs["dim"] % whole.type.rank
+    start, stop, step = (cut.attrs.get(k, 1) for k in ("start", "stop", "step"))
+    if axis != whole.attrs["dim"] % whole.type.rank or step != 1:
+        raise Decline("the slice is along another dim or has a step")
+    sizes = [p.type.shape[axis] for p in whole.node.args]
+    if not all(isinstance(d, int) for d in (*sizes, start, stop)) or start == stop:
+        raise Decline("bounds are symbolic")
+    touched = _overlaps(whole, axis, start, stop)
+    parts = [_slice(p, axis, low, high) for p, low, high in touched]
+    return parts[0] if len(parts) == 1 else shape.cat(*parts, dim=axis)
+
+
+# slice_scatter(x, y, a, b) == cat(x[:a], y, x[b:])
+def _scatter_as_cat(m: Match) -> Value:
+    attrs, x = m[SCATTER].attrs, m[X]
+    axis, start, stop = attrs["dim"] % x.type.rank, attrs["start"], attrs["stop"]
+    size = x.type.shape[axis]
+    if attrs.get("step", 1) != 1:
+        raise Decline("a step leaves gaps")
+    before = [] if start == 0 else [_slice(x, axis, 0, start)]
+    after = [] if stop == size else [_slice(x, axis, stop, size)]
+    parts = (*before, m[Y], *after)
+    return m[Y] if len(parts) == 1 else shape.cat(*parts, dim=axis)
+
+
+def _simpler_cat(m: Match) -> Value:
+    """Adjacent slices of one value joined."""
+    node = m[CAT].node
+    axis = node.attrs["dim"] % node.types[0].rank
+    joined: list[Value] = []
+    for part in node.args:
+        if joined and (both := _joined(joined[-1], part, axis)):
+            joined[-1] = both
+        else:
+            joined.append(part)
+    if len(joined) == len(node.args):
+        raise Decline("nothing to join")
+    return joined[0] if len(joined) == 1 else shape.cat(*joined, dim=axis)
+
+
+def _joined(a: Value, b: Value, axis: int) -> Value | None:
+    """cat(x[a:b], x[b:c]) == x[a:c]"""
+    if a.op is not shape.slice_ or b.op is not shape.slice_ or _arg(a) != _arg(b):
+        return None
+    (p, q), rank = (a.attrs, b.attrs), a.type.rank
+    same = p["dim"] % rank == q["dim"] % rank == axis and p["stop"] == q["start"]
+    if not same or "step" in p or "step" in q:
+        return None
+    return _slice(_arg(a), axis, p["start"], q["stop"])
+
+
+# ---- arithmetic that changes nothing
+
+
+def _neutral(op: Any, number: float) -> Rule:
+    one = Pat(literal, where=lambda v: is_literal(v, number))
+    root = pat(op, X, one)
+    return Rule(f"{op.name}-{number}", (root,), _same_type(root))
+
+
+CAST = pat(pointwise.cast, X)
+TWO_CASTS = pat(pointwise.cast, _over(pointwise.cast))
+LOOKUP = pat(embedding, _over(pointwise.cast), X)
+
+
+def _exact(inner: str, outer: str) -> bool:
+    """Whether every value of dtype `inner` is a value of dtype `outer`."""
+    if inner in _INTEGERS and outer in _INTEGERS:
+        return _INTEGERS.index(outer) >= _INTEGERS.index(inner) and "u8" not in (inner, outer)
+    pairs = {("f16", "f32"), ("bf16", "f32")}
+    to_f64 = outer == "f64" and inner in FLOATS and DTYPE_BITS[inner] <= 64
+    return inner == outer or (inner, outer) in pairs or to_f64
+
+
+# cast(cast(x, wider), dtype) == cast(x, dtype)
+def _cast_of_cast(m: Match) -> Value:
+    outer, inner = m[TWO_CASTS], _arg(m[TWO_CASTS])
+    x = _arg(inner)
+    if not _exact(x.type.dtype, inner.type.dtype):
+        raise Decline("the first cast rounds")
+    return x if x.type == outer.type else pointwise.cast(x, dtype=outer.type.dtype)
+
+
+# a lookup by i32 finds what a lookup by i64 finds
+def _lookup_without_cast(m: Match) -> Value:
+    ids = _arg(_arg(m[LOOKUP]))
+    if ids.type.dtype not in ("i32", "i64"):
+        raise Decline("ids of that dtype cannot be looked up")
+    return embedding(ids, m[X])
+
+
+RULES = (
+    Rule("same-view", (SAME_VIEW,), _same_type(SAME_VIEW)),
+    Rule("view-of-view", (VIEW,), _view_of_view),
+    Rule("view-of-full", (FULL_VIEW,), _filled(FULL_VIEW)),
+    Rule("expand-of-full", (FULL_EXPAND,), _filled(FULL_EXPAND)),
+    _function_of_full(pointwise.cast),
+    _function_of_full(pointwise.logical_not),
+    Rule("where-of-full", (CHOOSE,), _chosen),
+    Rule("topk-of-one", (ONE_OF_ONE, Other(ONE_OF_ONE, 1)), _only_one),
+    Rule("scatter-everywhere", (SCATTER_VALUE,), _scattered_everywhere),
+    Rule("permute-of-permute", (PERMUTE,), _permute_of_permute),
+    Rule("trivial-permute", (ONE_PERMUTE,), _trivial_permute),
+    Rule("same-expand", (SAME_EXPAND,), _same_type(SAME_EXPAND)),
+    *map(_hoist_over_tail, _TAILS),
+    Rule("permute-of-view", (TURNED_VIEW,), _view_permute),
+    Rule("permute-of-expand", (TURNED_EXPAND,), _expand_permute),
+    *(_hoist(op) for op in sorted(pointwise.POINTWISE, key=lambda op: op.name)),
+    _hoist(shape.slice_),
+    _hoist(shape.cat),
+    Rule("same-slice", (SLICE,), _same_type(SLICE)),
+    Rule("slice-of-slice", (NESTED_SLICE,), _slice_of_slice),
+    Rule("slice-of-cat", (CUT,), _slice_of_cat),
+    Rule("scatter-as-cat", (SCATTER,), _scatter_as_cat),
+    Rule("simpler-cat", (CAT,), _simpler_cat),
+    Rule("same-cast", (CAST,), _same_type(CAST)),
+    Rule("cast-of-cast", (TWO_CASTS,), _cast_of_cast),
+    Rule("lookup-without-cast", (LOOKUP,), _lookup_without_cast),
+    _neutral(pointwise.mul, 1),
+    _neutral(pointwise.div, 1),
+    _neutral(pointwise.add, 0),
+    _neutral(pointwise.sub, 0),
+    *MXFP4_RULES,
+)
+
+
+def merge_equal(graph: Graph) -> tuple[Graph, int]:
+    """The graph with nodes of equal op, arguments and attributes merged, and how many went."""
+    swap: dict[Value, Value] = {}
+    seen: dict[Any, Node] = {}
+    for node in graph.nodes():
+        if node.op.name == "param":
+            continue
+        args = tuple(swap.get(a, a) for a in node.args)
+        if node.op.commutative:
+            args = tuple(sorted(args, key=lambda v: (id(v.node), v.index)))
+        key = (node.op, args, tuple((k, type(v), v) for k, v in sorted(node.attrs.items())))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            swap.update(zip(node.results, first.results, strict=True))
+    return (rebuild(graph, swap) if swap else graph), len(swap)
+
+
+def simplified(graph: Graph, log: Log, rules: Sequence[Rule] = RULES) -> Graph:
+    """`rules` and the merging of equal nodes, until neither finds anything.
+
+    Declines are not kept: most views do change something, which is no near miss.
+    """
+    earlier = len(log.declined)
+    while True:
+        before = graph
+        graph, merged = merge_equal(rewrite_all(graph, rules, log))
+        log.counts["merge-equal"] += merged
+        if graph is before:
+            del log.declined[earlier:]
+            return graph
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Dead code, repetitions, unit dims, views that change nothing."""
+
+    name: ClassVar[str] = "canonicalize"
+
+    def __call__(self, graph: Graph, log: Log) -> Graph:
+        nodes = count_nodes(graph)
+        dropped = simplified(drop_unit_dims(graph), log)
+        return dropped if count_nodes(dropped) <= nodes else simplified(graph, log)

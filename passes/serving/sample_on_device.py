@@ -1,0 +1,73 @@
+"""sample-on-device: the graph chooses the next tokens itself, and its logits need not leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...compiler.ir import Graph, Node, Value
+from ...compiler.ops.leaf import param
+from ...compiler.ops.sampling import SETTINGS, WORD, sample
+from ...compiler.rewrite import Log
+from ...compiler.types import FLOATS, Dim, TensorType
+
+# What the outputs of a serving graph are called; the first alone where the host samples, and no
+# top ones where the op has no candidates.
+OUTPUTS = ("logits", "token", "logprob", "top_tokens", "top_logprobs")
+
+
+def output_names(graph: Graph) -> Sequence[str]:
+    """The names of a serving graph's outputs, in order; ValueError where it has too many."""
+    if not 1 <= len(graph.outputs) <= len(OUTPUTS):
+        raise ValueError(f"expected 1 to {len(OUTPUTS)} outputs, found {len(graph.outputs)}")
+    return OUTPUTS[: len(graph.outputs)]
+
+
+@dataclass(frozen=True)
+class SampleOnDevice:
+    """Beside its logits [L, V] a graph gives what `sample` chooses from them.
+
+    New parameters: those of the op, under its names for them (temperature, top_k, top_p, min_p,
+    penalty, draw, seen and top). `candidates` is how many most likely tokens a row can be asked
+    for, as far as there are tokens.
+    """
+
+    name: ClassVar[str] = "sample-on-device"
+    candidates: int = 20
+
+    def expected(self, graph: Graph) -> int:
+        """1 while the graph does not sample."""
+        return 0 if _sampling(graph) else 1
+
+    def __call__(self, graph: Graph, log: Log) -> Graph:
+        if node := _sampling(graph):
+            log.decline(self.name, node, "the graph samples already")
+            return graph
+        logits = graph.outputs[0]
+        vocab = logits.type.shape[-1] if logits.type.rank == 2 else None
+        if len(graph.outputs) != 1 or not isinstance(vocab, int) or logits.type.dtype not in FLOATS:
+            outputs = ", ".join(str(o.type) for o in graph.outputs)
+            log.decline(self.name, logits.node, f"expected logits [L, V], found {outputs}")
+            return graph
+        rows = logits.type.shape[0]
+        given = [_param(name, "f32" if kind == "float" else kind, rows) for name, kind in SETTINGS]
+        given.append(_param("seen", "i32", rows, -(-vocab // WORD)))
+        given.append(_param("top", "i32", rows))
+        chosen = sample.all(logits, *given, candidates=min(self.candidates, vocab))
+        log.counts[self.name] += 1
+        return Graph(
+            graph.name,
+            (*graph.params, *given),
+            (logits, *chosen),
+            graph.symbols,
+            graph.updates,
+        )
+
+
+def _param(name: str, dtype: str, *shape: Dim) -> Value:
+    return param(name=name, type=TensorType(dtype, shape))
+
+
+def _sampling(graph: Graph) -> Node | None:
+    return next((n for n in graph.nodes() if n.op is sample), None)

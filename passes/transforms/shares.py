@@ -1,0 +1,90 @@
+"""One rank's share of an op whose results are summed over ranks: embeddings and experts.
+
+Used by shard-tensor-parallel, which adds the all_reduce.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compiler.ir import Node, Op, Value
+from ...compiler.ops import linear, moe, pointwise, shape
+from ...compiler.ops.leaf import literal
+from .cuts import Cut, cut_weight, joined_cuts
+
+
+def share(size: int, ranks: int, rank: int, axis: int) -> Cut:
+    """The rank's share of `size` indices; shares are equal, so the last ones may end past them."""
+    each = -(-size // ranks)
+    return Cut(axis, rank * each, (rank + 1) * each)
+
+
+# embedding(ids, W) == Σ over ranks of (the row of W, on the rank that holds it; 0 on the others)
+def looked_up(node: Node, ids: Value, ranks: int, rank: int) -> Value:
+    """The rows of the tokens that the rank's part of the table has, zero rows for the others."""
+    table = node.args[1]
+    size = table.type.shape[0]
+    assert isinstance(size, int)
+    mine = share(size, ranks, rank, 0)
+    held, row = _held(node, ids, mine)
+    found = _emit(node, linear.embedding, row, cut_weight(table, mine))
+    column = _emit(node, shape.view, held, shape=(*ids.type.shape, 1))
+    zero = literal(value=0.0, dtype=found.type.dtype)
+    return _emit(node, pointwise.where, column, found, zero)
+
+
+# Σ over the hidden units of an expert == Σ over ranks of the units that the rank holds
+def experts_by_intermediate(node: Node, args: tuple[Value, ...], ranks: int, rank: int) -> Value:
+    """Every expert with the rank's share of its hidden units. `args`: x, weights, indices."""
+    gate_up, down, *biases = node.args[3:]
+    hidden = down.type.shape[2]
+    assert isinstance(hidden, int)
+    mine = share(hidden, ranks, rank, 2)
+    halves = 2 if node.attrs.get("gated", True) else 1
+
+    def rows(value: Value) -> Value:
+        """Of gate rows and then up rows, those of the rank's units."""
+        starts = [mine.start + half * hidden for half in range(halves)]
+        return joined_cuts(value, [Cut(1, start, start + mine.size) for start in starts])
+
+    weights = [rows(gate_up), cut_weight(down, mine)]
+    if biases:
+        weights += [rows(biases[0]), _added_once(biases[1], rank)]
+    return _emit(node, moe.experts, *args, *weights, **node.attrs)
+
+
+# Σ over the chosen experts == Σ over ranks of those chosen experts that the rank holds
+def experts_by_expert(node: Node, args: tuple[Value, ...], ranks: int, rank: int) -> Value:
+    """The rank's share of the experts; choices of others weigh 0. `args`: x, weights, indices."""
+    x, weights, indices = args
+    count = node.args[3].type.shape[0]
+    assert isinstance(count, int)
+    mine = share(count, ranks, rank, 0)
+    held, index = _held(node, indices, mine)
+    zero = literal(value=0.0, dtype=weights.type.dtype)
+    weights = _emit(node, pointwise.where, held, weights, zero)
+    parameters = (cut_weight(p, mine) for p in node.args[3:])
+    return _emit(node, moe.experts, x, weights, index, *parameters, **node.attrs)
+
+
+def _held(node: Node, ids: Value, mine: Cut) -> tuple[Value, Value]:
+    """Whether each id is in the rank's share, and its index there (0 where it is not)."""
+
+    def number(value: int) -> Value:
+        return literal(value=value, dtype=ids.type.dtype)
+
+    from_first = _emit(node, pointwise.ge, ids, number(mine.start))
+    held = _emit(
+        node, pointwise.logical_and, from_first, _emit(node, pointwise.lt, ids, number(mine.stop))
+    )
+    index = _emit(node, pointwise.sub, ids, number(mine.start))
+    return held, _emit(node, pointwise.where, held, index, number(0))
+
+
+def _added_once(bias: Value, rank: int) -> Value:
+    """The bias of a sum over ranks: on the first, zeros on the others."""
+    return shape.full(value=0, shape=bias.type.shape, dtype=bias.type.dtype) if rank else bias
+
+
+def _emit(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
+    return op.node(args, attrs, node.source).results[0]

@@ -1,0 +1,281 @@
+"""Reading an ingot: what cannot be proved about it is refused, before anything of it is used.
+
+Device code cannot be proved: that of an ingot from a stranger is a stranger's program. The hashes
+in the manifest tell damage; they do not tell who made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..devices.check_program import check_program
+from ..driver import WeightLoader
+from ..program import Buffer, Program
+from ..serving.buckets import Buckets
+from .files import Files, open_files
+from .manifest import MANIFEST, FileFact, Manifest, read_manifest
+from .plan_json import read_program
+from .safetensors_data import Tensor, read_tensors
+from .strict_json import IngotError, read_json, shown
+
+CPU = "cpu"
+SHARED_PLAN = "plan/program.json"
+FINAL_GRAPH = "graphs/final.ir"
+FOLDED_GRAPH = "graphs/folded.ir"
+CODE = {"cuda": "cubin", "hip": "hsaco"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TEMPLATES = "additional_chat_templates/"
+_MAX_PLAN = 1 << 28  # bytes of one JSON file of the plan
+_MAX_SMALL = 1 << 30  # bytes of any file but weights
+_HASH_THREADS = 16
+
+
+def plan_name(entry: int) -> str:
+    """The file of entry number `entry`."""
+    return f"plan/entry-{entry}.json"
+
+
+def code_name(target: str, sha256: str) -> str:
+    """The file of a kernel's code."""
+    return f"kernels/{sha256}.{CODE[target.partition(':')[0]]}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An ingot that was read and, but for the content of its weights, proved.
+
+    `program` is None for the cpu target, whose program is made again from `graphs`: the texts of
+    the IR by file name. `model_files` are those of the tokenizer by the names that they have in a
+    model's directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    program: Program | None
+    graphs: Mapping[str, str]
+    model_files: Mapping[str, bytes]
+
+    @property
+    def weight_files(self) -> Mapping[str, FileFact]:
+        """The shards."""
+        files = self.manifest.files
+        return {name: fact for name, fact in files.items() if name.startswith("weights/")}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Map and prove every shard; what they hold, by name."""
+        with _naming(self.path), open_files(self.path) as files:
+            mapped = {name: files.map(name) for name in self.weight_files}
+            with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
+                proofs = [
+                    pool.submit(_prove, name, mapped[name], fact)
+                    for name, fact in self.weight_files.items()
+                ]
+                for proof in proofs:
+                    proof.result()
+            tensors: dict[str, Tensor] = {}
+            for name, data in mapped.items():
+                found = read_tensors(data, name)
+                if twice := tensors.keys() & found.keys():
+                    raise IngotError(
+                        f"{name}: expected each weight once, found {shown(min(twice))}"
+                    )
+                tensors.update(found)
+        return tensors
+
+    def weights(self, buffers: Mapping[str, Buffer]) -> WeightLoader:
+        """Map and prove every shard; gives the arrays of the weights among `buffers` by name.
+
+        IngotError unless the shards hold just those, of their dtypes and shapes. Dtypes that numpy
+        lacks are held as the integers of their bits. Arrays keep their mapping open.
+        """
+        tensors = self.tensors()
+        with _naming(self.path):
+            _check_weights(tensors, buffers)
+        return lambda name: tensors[name].array()
+
+
+def open_ingot(path: str | Path) -> Artifact:
+    """Read the ingot at `path`, a directory or a zip, and prove all but its weights' content.
+
+    IngotError, in one line, names the file, what was expected and what was found.
+    """
+    path = Path(path)
+    with _naming(path), open_files(path) as files:
+        manifest = _manifest(files)
+        _check_names(files, manifest)
+        content = {
+            name: _proved(files, name, fact)
+            for name, fact in manifest.files.items()
+            if not name.startswith("weights/")
+        }
+        rest = dict(content)
+        graphs = {name: _text(name, rest.pop(name)) for name in content if _is_graph(name)}
+        models = {
+            name.removeprefix("tokenizer/"): rest.pop(name)
+            for name in content
+            if _is_model_file(name)
+        }
+        program = None if manifest.target == CPU else _program(manifest, content, rest)
+        expected = {FINAL_GRAPH, FOLDED_GRAPH} if program is None else {FINAL_GRAPH}
+        if graphs.keys() != expected:
+            raise IngotError(f"expected {sorted(expected)}, found {sorted(graphs)}")
+        if rest:
+            raise IngotError(f"expected files of target {manifest.target}, found {min(rest)} too")
+    return Artifact(path, manifest, program, graphs, models)
+
+
+def read_ingot_manifest(path: str | Path) -> Manifest:
+    """The manifest of the ingot at `path`, whose other files are not looked at."""
+    path = Path(path)
+    with _naming(path), open_files(path) as files:
+        return _manifest(files)
+
+
+@contextmanager
+def _naming(path: Path) -> Generator[None]:
+    try:
+        yield
+    except IngotError as error:
+        raise IngotError(f"{path}: {error}") from error
+
+
+def _manifest(files: Files) -> Manifest:
+    if MANIFEST not in files.sizes:
+        raise IngotError(f"expected {MANIFEST}, found none: no ingot, or an unfinished one")
+    if files.sizes[MANIFEST] > _MAX_PLAN:
+        raise IngotError(f"{MANIFEST}: expected a small file, found {files.sizes[MANIFEST]} bytes")
+    return read_manifest(files.read(MANIFEST))
+
+
+def _check_names(files: Files, manifest: Manifest) -> None:
+    """The files there are those of the manifest, and of its sizes."""
+    there = files.sizes.keys() - {MANIFEST}
+    if extra := there - manifest.files.keys():
+        raise IngotError(f"{min(extra)}: expected only what {MANIFEST} lists, found it too")
+    for name, fact in manifest.files.items():
+        if name not in there:
+            raise IngotError(f"{name}: expected this file by {MANIFEST}, found none")
+        if files.sizes[name] != fact.size:
+            raise IngotError(f"{name}: expected {fact.size} bytes, found {files.sizes[name]}")
+        if name.startswith("weights/") != name.endswith(".safetensors"):
+            raise IngotError(f"{name}: expected safetensors files in weights/ alone")
+
+
+def _proved(files: Files, name: str, fact: FileFact) -> bytes:
+    if fact.size > _MAX_SMALL:
+        raise IngotError(f"{name}: expected at most {_MAX_SMALL} bytes, found {fact.size}")
+    data = files.read(name)
+    _prove(name, data, fact)
+    return data
+
+
+def _prove(name: str, data: bytes | memoryview, fact: FileFact) -> None:
+    if len(data) != fact.size:
+        raise IngotError(f"{name}: expected {fact.size} bytes, found {len(data)}")
+    found = hashlib.sha256(data).hexdigest()
+    if found != fact.sha256:
+        raise IngotError(f"{name}: expected sha256 {fact.sha256}, found {found}")
+
+
+def _is_graph(name: str) -> bool:
+    return name.startswith("graphs/")
+
+
+def _is_model_file(name: str) -> bool:
+    if name.startswith(TEMPLATES):
+        return name.endswith(".jinja")
+    return name.removeprefix("tokenizer/") in TOKENIZER_FILES and name.startswith("tokenizer/")
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IngotError(f"{name}: expected UTF-8 text, found other bytes") from error
+
+
+def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, bytes]) -> Program:
+    """The program that the plan and the kernels describe; takes what it uses out of `rest`."""
+    target = manifest.target
+    if target.partition(":")[0] not in CODE:
+        raise IngotError(f"{MANIFEST}: target: expected cpu, cuda:… or hip:…, found {target}")
+
+    def plan(name: str) -> Any:
+        if name not in content:
+            raise IngotError(f"{name}: expected this file of a {target} ingot, found none")
+        rest.pop(name, None)
+        return read_json(content[name], name, _MAX_PLAN)
+
+    def binary(sha256: str) -> bytes:
+        name = code_name(target, sha256)
+        if name not in content or manifest.files[name].sha256 != sha256:
+            raise IngotError(f"{name}: expected the code of that sha256, found none")
+        rest.pop(name, None)
+        return content[name]
+
+    names = [plan_name(i) for i in range(len(manifest.entries))]
+    entries = {name: plan(name) for name in names}
+    program = read_program(target, plan(SHARED_PLAN), entries, binary, SHARED_PLAN)
+    try:
+        check_program(program)
+        Buckets(program)
+    except ValueError as error:  # a ProgramError, or a program that serves no text
+        raise IngotError(f"plan: {error}") from error
+    check_manifest(manifest, program)
+    return program
+
+
+def check_manifest(manifest: Manifest, program: Program) -> None:
+    """IngotError where the manifest says something else of the program than it is."""
+    if dict(program.meta) != dict(manifest.meta):
+        raise IngotError(f"plan: expected the meta of {MANIFEST}, found another")
+    stated = [(e.name, dict(e.symbols), e.launches) for e in manifest.entries]
+    found = [(e.name, dict(e.symbols), len(e.launches)) for e in program.entries]
+    for said, is_ in zip(stated, found, strict=True):
+        if said != is_:
+            raise IngotError(f"{MANIFEST}: entries: expected {is_}, as the plan, found {said}")
+
+
+def _check_weights(tensors: Mapping[str, Tensor], buffers: Mapping[str, Buffer]) -> None:
+    expected = {name: b for name, b in buffers.items() if b.kind == "weight"}
+    if missing := expected.keys() - tensors.keys():
+        raise IngotError(f"weights: expected {shown(min(missing))}, found no such tensor")
+    if extra := tensors.keys() - expected.keys():
+        raise IngotError(f"weights: expected only what the plan names, found {shown(min(extra))}")
+    for name, buffer in expected.items():
+        tensor = tensors[name]
+        if (tensor.dtype, tensor.shape) != (buffer.dtype, buffer.shape):
+            raise IngotError(
+                f"weights: {shown(name)}: expected {buffer.dtype}{list(buffer.shape)}, "
+                f"found {tensor.dtype}{list(tensor.shape)}"
+            )
+
+
+__all__ = [
+    "CODE",
+    "CPU",
+    "FINAL_GRAPH",
+    "FOLDED_GRAPH",
+    "SHARED_PLAN",
+    "TEMPLATES",
+    "TOKENIZER_FILES",
+    "Artifact",
+    "IngotError",
+    "check_manifest",
+    "code_name",
+    "open_ingot",
+    "plan_name",
+    "read_ingot_manifest",
+]

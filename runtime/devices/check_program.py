@@ -1,0 +1,293 @@
+"""What a GPU program must hold to before any of it is given to a device.
+
+Every buffer inside its memory, every slice inside its buffer, every argument what its kernel takes,
+every promise kept, every launch within the limits of the target, an order without cycles, and code
+for the target. Nothing here knows a device: who has one says what its limits are, and checks the
+addresses that it gave. Whether the device code itself keeps within its arguments, nobody can see
+from outside.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..dtypes import DTYPES, READABLE, dense_bytes
+from ..program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from .elf import code_target
+
+# Memory that a driver allocates starts on a multiple of this many bytes, and so does the arena.
+BASE_ALIGNMENT = 256
+# No size, offset or count goes beyond this: sums of a few of them stay far below 2^64.
+_LARGEST = 2**48
+_MAX_RANK = 16
+_NUMBERS = {"i32": 32, "i64": 64}
+_SYMBOL = re.compile(r"[A-Za-z_.$][\w.$]{0,4095}", re.ASCII)
+
+
+class ProgramError(ValueError):
+    """A program that must not run: which part, what was expected, what came."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one launch may use on `name`, a target or a device.
+
+    `shared` is bytes of shared memory (LDS) a block, `warp` threads a warp, `threads` threads a
+    block, `grid` blocks along x, y and z.
+    """
+
+    name: str
+    shared: int
+    warp: int
+    threads: int = 1024
+    grid: tuple[int, int, int] = (2**31 - 1, 65535, 65535)
+
+
+LIMITS = {
+    limits.name: limits
+    for limits in (
+        Limits("cuda:sm_90", 232_448, 32),
+        Limits("cuda:sm_100", 232_448, 32),
+        Limits("hip:gfx942", 65_536, 64),
+        Limits("hip:gfx950", 163_840, 64),
+    )
+}
+
+
+def check_program(program: Program, limits: Limits | None = None) -> None:
+    """ProgramError, in one line, for the first thing that is wrong with a GPU program.
+
+    `limits` are those of the device that is to run it; without, they are those of its target.
+    """
+    if program.target not in LIMITS:
+        raise ProgramError(f"target: expected one of {', '.join(LIMITS)}; found {program.target}")
+    limits = limits or LIMITS[program.target]
+    _within("arena_bytes", program.arena_bytes, 0, _LARGEST)
+    for id_, kernel in program.kernels.items():
+        if id_ != kernel.id:
+            raise ProgramError(f"kernel {id_}: expected its own id, found {kernel.id}")
+        _check_kernel(kernel, program.target, limits)
+    for name, buffer in program.buffers.items():
+        if name != buffer.name:
+            raise ProgramError(f"buffer {name}: expected its own name, found {buffer.name}")
+        _check_buffer(buffer)
+        if buffer.kind not in ("weight", "state") or buffer.offset is not None:
+            raise ProgramError(
+                f"buffer {name}: expected a weight or state without an offset, "
+                f"found {buffer.kind} at {buffer.offset}"
+            )
+    if not program.entries:
+        raise ProgramError("entries: expected at least one, found none")
+    if len(names := {entry.name for entry in program.entries}) != len(program.entries):
+        raise ProgramError(f"entries: expected names that differ, found {sorted(names)}")
+    for entry in program.entries:
+        _check_entry(entry, program, limits)
+
+
+def launch_place(program: Program, entry: Entry, index: int) -> str:
+    """How messages name a launch: its place, its label and its kernel's function."""
+    launch = entry.launches[index]
+    label = f" ({launch.label[:80]})" if launch.label else ""
+    kernel = program.kernels.get(launch.kernel)
+    name = kernel.symbol if kernel else launch.kernel
+    return f"entry {entry.name}, launch {index}{label} of kernel {name[:80]}"
+
+
+def check_address(where: str, address: int, taken: Argument) -> None:
+    """ProgramError where a pointer is not the multiple of bytes that its kernel relies on.
+
+    That is what it was promised, and the size of an element at least.
+    """
+    multiple = math.lcm(taken.multiple, max(DTYPES[taken.kind[1:]].bits // 8, 1))
+    if address % multiple:
+        raise ProgramError(f"{where}: expected an address that {multiple} divides, found {address}")
+
+
+def byte_range(part: Slice) -> tuple[int, int]:
+    """First byte and end of what `part` touches of its buffer; equal when it is empty."""
+    if 0 in part.shape:
+        return part.offset, part.offset
+    if part.strides is None:
+        return part.offset, part.offset + dense_bytes(part.dtype, part.shape)
+    bits = DTYPES[part.dtype].bits
+    steps = [(n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True)]
+    first, last = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
+    return part.offset + first * bits // 8, part.offset - (-(last + 1) * bits // 8)
+
+
+def _within(where: str, value: int, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ProgramError(f"{where}: expected an integer from {least} to {most}, found {value!r}")
+
+
+def _check_kernel(kernel: Kernel, target: str, limits: Limits) -> None:
+    where = f"kernel {kernel.symbol[:80]}"
+    if not _SYMBOL.fullmatch(kernel.symbol):
+        raise ProgramError(
+            f"{where}: expected the name of a function, found {kernel.symbol[:80]!r}"
+        )
+    if not isinstance(kernel.binary, bytes):
+        raise ProgramError(f"{where}: expected device code, found a {type(kernel.binary).__name__}")
+    if (found := code_target(kernel.binary)) != target:
+        raise ProgramError(f"{where}: expected code for {target}, found {found}")
+    _within(f"{where}: warps on {limits.name}", kernel.num_warps, 1, limits.threads // limits.warp)
+    _within(f"{where}: bytes shared on {limits.name}", kernel.shared, 0, limits.shared)
+    for i, argument in enumerate(kernel.args):
+        _check_argument(f"{where}: argument {i}", argument)
+
+
+def _check_argument(where: str, argument: Argument) -> None:
+    kind = argument.kind
+    known = kind[1:] in DTYPES if kind.startswith("*") else kind in (*_NUMBERS, "f32")
+    if not known:
+        raise ProgramError(f"{where}: expected *dtype, i32, i64 or f32, found {kind[:40]!r}")
+    _within(f"{where}: multiple", argument.multiple, 1, BASE_ALIGNMENT)
+    if kind == "f32" and argument.multiple != 1:
+        raise ProgramError(f"{where}: expected no multiple of an f32, found {argument.multiple}")
+
+
+def _check_buffer(buffer: Buffer) -> None:
+    where = f"buffer {buffer.name}"
+    _check_shape(where, buffer.dtype, buffer.shape)
+    if buffer.nbytes != (expected := dense_bytes(buffer.dtype, buffer.shape)):
+        raise ProgramError(
+            f"{where}: expected {expected} bytes for {buffer.dtype}{list(buffer.shape)}, "
+            f"found {buffer.nbytes}"
+        )
+
+
+def _check_shape(where: str, dtype: str, shape: tuple[int, ...]) -> None:
+    if dtype not in DTYPES:
+        raise ProgramError(f"{where}: expected one of {', '.join(DTYPES)}; found {dtype[:40]!r}")
+    if len(shape) > _MAX_RANK:
+        raise ProgramError(f"{where}: expected at most {_MAX_RANK} dims, found {len(shape)}")
+    for size in shape:
+        _within(f"{where}: dim", size, 0, _LARGEST)
+    _within(f"{where}: elements", math.prod(shape), 0, _LARGEST)
+
+
+def _check_entry(entry: Entry, program: Program, limits: Limits) -> None:
+    where = f"entry {entry.name}"
+    local: dict[str, Buffer] = {}
+    for buffer in entry.buffers:
+        place = f"{where}, buffer {buffer.name}"
+        if buffer.name in local or buffer.name in program.buffers:
+            raise ProgramError(f"{place}: expected a name of its own, found it twice")
+        _check_buffer(buffer)
+        if buffer.kind not in ("input", "output", "scratch"):
+            raise ProgramError(f"{place}: expected input, output or scratch, found {buffer.kind}")
+        if buffer.kind == "output" and buffer.dtype not in READABLE:
+            raise ProgramError(
+                f"{place}: expected an output of {', '.join(sorted(READABLE))}, "
+                f"found {buffer.dtype}"
+            )
+        if buffer.offset is None:
+            raise ProgramError(f"{place}: expected an offset in the arena, found none")
+        _within(f"{place}: offset", buffer.offset, 0, _LARGEST)
+        if (end := buffer.offset + buffer.nbytes) > program.arena_bytes:
+            raise ProgramError(
+                f"{place}: expected an end within the arena of {program.arena_bytes} bytes, "
+                f"found {end}"
+            )
+        local[buffer.name] = buffer
+    for name, size in entry.symbols.items():
+        _within(f"{where}: symbol {name}", size, 0, _LARGEST)
+    memory = {**program.buffers, **local}
+    for i, launch in enumerate(entry.launches):
+        _check_launch(launch_place(program, entry, i), launch, program, memory, limits)
+    _check_order(where, entry)
+
+
+def _check_order(where: str, entry: Entry) -> None:
+    """Every pair goes forward, so there can be no cycle."""
+    count, seen = len(entry.launches), set[tuple[int, int]]()
+    for pair in entry.dependencies:
+        earlier, later = pair
+        if not 0 <= earlier < later < count:
+            raise ProgramError(
+                f"{where}: expected dependencies (earlier, later) of {count} launches, "
+                f"found {list(pair)}"
+            )
+        if pair in seen:
+            raise ProgramError(f"{where}: expected each dependency once, found {list(pair)} twice")
+        seen.add(pair)
+
+
+def _check_launch(
+    where: str, launch: Launch, program: Program, memory: Mapping[str, Buffer], limits: Limits
+) -> None:
+    kernel = program.kernels.get(launch.kernel)
+    if kernel is None:
+        raise ProgramError(f"{where}: expected a kernel of the program, found no such")
+    if len(launch.grid) != 3:
+        raise ProgramError(f"{where}: expected a grid of 3, found {len(launch.grid)}")
+    for axis, size, most in zip("xyz", launch.grid, limits.grid, strict=True):
+        _within(f"{where}: grid {axis} on {limits.name}", size, 1, most)
+    threads = launch.grid[0] * kernel.num_warps * limits.warp
+    if program.target.startswith("hip") and threads >= 2**32:
+        raise ProgramError(f"{where}: expected fewer than 2^32 threads along x, found {threads}")
+    if len(launch.args) != len(kernel.args):
+        raise ProgramError(
+            f"{where}: expected {len(kernel.args)} arguments, found {len(launch.args)}"
+        )
+    for i, (given, taken) in enumerate(zip(launch.args, kernel.args, strict=True)):
+        place = f"{where}, argument {i}"
+        if isinstance(given, Slice):
+            _check_slice(place, given, taken, memory)
+        else:
+            _check_number(place, given, taken)
+
+
+def _check_number(where: str, given: float, taken: Argument) -> None:
+    if taken.kind.startswith("*"):
+        raise ProgramError(f"{where}: expected {taken.kind}, found the number {given!r}")
+    if taken.kind == "f32":
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise ProgramError(f"{where}: expected a number for f32, found {given!r}")
+        if isinstance(given, int):
+            _within(where, given, -(2**63), 2**63 - 1)
+        return
+    bits = _NUMBERS[taken.kind]
+    if not isinstance(given, int):
+        raise ProgramError(f"{where}: expected an integer for {taken.kind}, found {given!r}")
+    _within(where, given, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if given % taken.multiple:
+        raise ProgramError(f"{where}: expected a multiple of {taken.multiple}, found {given}")
+
+
+def _check_slice(where: str, given: Slice, taken: Argument, memory: Mapping[str, Buffer]) -> None:
+    if taken.kind != f"*{given.dtype}":
+        raise ProgramError(f"{where}: expected {taken.kind}, found a slice of {given.dtype[:40]}")
+    buffer = memory.get(given.buffer)
+    if buffer is None:
+        raise ProgramError(f"{where}: expected a buffer of this entry, found {given.buffer[:80]!r}")
+    _check_shape(where, given.dtype, given.shape)
+    _within(f"{where}: offset", given.offset, 0, _LARGEST)
+    for stride in given.strides or ():
+        _within(f"{where}: stride", stride, -_LARGEST, _LARGEST)
+    if given.strides is not None and len(given.strides) != len(given.shape):
+        raise ProgramError(
+            f"{where}: expected {len(given.shape)} strides, found {len(given.strides)}"
+        )
+    low, high = byte_range(given)
+    if low < 0 or high > buffer.nbytes:
+        raise ProgramError(
+            f"{where}: expected bytes within the {buffer.nbytes} bytes of {buffer.name}, "
+            f"found {low} to {high}"
+        )
+    check_address(where, (buffer.offset or 0) + given.offset, taken)
+
+
+__all__ = [
+    "BASE_ALIGNMENT",
+    "LIMITS",
+    "Limits",
+    "ProgramError",
+    "byte_range",
+    "check_address",
+    "check_program",
+    "launch_place",
+]

@@ -1,0 +1,352 @@
+"""A GPU program in device memory: one explicit graph an entry, built once and replayed."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ..driver import Array, WeightLoader
+from ..program import Buffer, Entry, Program, Slice
+from .check_program import Limits, ProgramError, check_address, check_program, launch_place
+from .device_api import DeviceApi, DeviceError, DeviceInfo, Edge, KernelNode
+from .gpu_memory import (
+    GpuMemory,
+    SelfTestError,
+    allocate_memory,
+    borrowed,
+    check_copies,
+    upload_weights,
+)
+from .host_arrays import Bytes, host_array, memory_view, to_array
+from .staging import Layout, lay_out
+
+_NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One entry on the device: its executable graph, and how its inputs and outputs travel."""
+
+    graph: int
+    inputs: Layout
+    outputs: Layout
+    parts: dict[frozenset[str], Layout] = field(default_factory=dict[frozenset[str], Layout])
+
+    def some(self, names: frozenset[str]) -> Layout:
+        """How the outputs called `names` travel; ValueError for one that is not there."""
+        if names not in self.parts:
+            buffers = {f.buffer.name: f.buffer for f in self.outputs.fields}
+            if unknown := names - buffers.keys():
+                raise ValueError(f"expected outputs of {sorted(buffers)}, found {sorted(unknown)}")
+            self.parts[names] = lay_out(buffers[name] for name in names)
+        return self.parts[names]
+
+
+class GpuExecutable:
+    """A program whose entries are graphs; see driver.Executable. For one thread at a time.
+
+    After load nothing is allocated on the device. Once the device failed, or after `close`, every
+    call but `close` raises RuntimeError.
+    """
+
+    def __init__(self, program: Program, api: DeviceApi, weights: WeightLoader) -> None:
+        """Check `program`, bring it to the device and test that it replays alike.
+
+        ProgramError for what does not fit the device or breaks a promise to a kernel; ValueError
+        for a weight that is not what the program says; DeviceError; SelfTestError when the device
+        does not give back what was written or computed.
+        """
+        _check(program, api.info)
+        self._api = api
+        self._program = program
+        self._plans: dict[str, _Plan] = {}
+        self._failure: DeviceError | None = None
+        self._busy = False
+        self._open = False
+        self._owned = ExitStack()
+        self._memory = GpuMemory()
+        self._stream = 0
+        api.open()
+        self._open = True
+        try:
+            with self._device():
+                self._load(program, weights)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, entry: str, inputs: Mapping[str, Array], outputs: Collection[str] | None = None
+    ) -> dict[str, Array]:
+        """See Executable.run. ValueError for an unknown entry, output, or inputs that do not fit.
+
+        Inputs and outputs go through the host; an input may also be a torch tensor on the CPU.
+        """
+        plan = self._plan(entry)
+        names = {place.buffer.name for place in plan.inputs.fields}
+        if set(inputs) != names:
+            raise ValueError(f"expected inputs {sorted(names)}, found {sorted(inputs)}")
+        wanted = plan.outputs if outputs is None else plan.some(frozenset(outputs))
+        with self._device():
+            self._settle_interrupted()
+            for place in plan.inputs.fields:
+                buffer = place.buffer
+                source = host_array(
+                    f"input {buffer.name}", inputs[buffer.name], buffer.dtype, buffer.shape
+                )
+                self._staging[place.at : place.at + buffer.nbytes] = source
+            self._replay(plan, wanted)
+        found: dict[str, Array] = {}
+        for place in wanted.fields:
+            buffer = place.buffer
+            data = self._staging[place.at : place.at + buffer.nbytes]
+            found[buffer.name] = to_array(data, buffer.dtype, buffer.shape)
+        return found
+
+    def measure(self, entry: str, replays: int) -> list[float]:
+        """Milliseconds on the device of each of `replays` replays, over the inputs of the last run.
+
+        Copies are not part of it. State goes on from replay to replay, as in so many runs.
+        """
+        plan = self._plan(entry)
+        start, end = self._events
+        times: list[float] = []
+        with self._device():
+            self._settle_interrupted()
+            for _ in range(replays):
+                self._busy = True
+                self._api.record_event(start, self._stream)
+                self._api.launch(plan.graph, self._stream)
+                self._api.record_event(end, self._stream)
+                self._settle()
+                times.append(self._api.elapsed_ms(start, end))
+        return times
+
+    def close(self) -> None:
+        """Free the device memory; nothing happens the second time.
+
+        DeviceError when that fails, except after a failure of the device: what it holds goes with
+        the process then, and the first error has been told.
+        """
+        if not self._open:
+            return
+        self._open = False
+        self._plans = {}
+        try:
+            with ExitStack() as last:
+                last.callback(self._api.close)
+                last.enter_context(self._api.current())
+                last.enter_context(self._owned)
+                if self._stream:
+                    # First of all: nothing may be freed under work that is still queued.
+                    self._owned.callback(self._settle)
+        except DeviceError:
+            if self._failure is None:
+                raise
+        finally:
+            self._memory = GpuMemory()
+
+    def __del__(self) -> None:
+        """Memory comes back too when nobody closed: a device's is not this process's alone."""
+        if getattr(self, "_open", False):
+            with suppress(DeviceError):  # nobody is there to be told
+                self.close()
+
+    # ---- loading
+
+    def _load(self, program: Program, weights: WeightLoader) -> None:
+        api, owned = self._api, self._owned
+        self._stream = api.create_stream()
+        owned.callback(api.destroy_stream, self._stream)
+        self._events = (api.create_event(), api.create_event())
+        for event in self._events:
+            owned.callback(api.destroy_event, event)
+        check_copies(api, self._stream)
+        self._memory = allocate_memory(api, program, self._stream, owned)
+        upload_weights(api, program, weights, self._memory, self._stream, owned)
+        functions = self._load_kernels()
+        layouts = {entry.name: _layouts(entry) for entry in program.entries}
+        nbytes = max((side.nbytes for pair in layouts.values() for side in pair), default=0)
+        self._host = api.allocate_pinned(max(nbytes, 1))
+        owned.callback(api.free_pinned, self._host)
+        self._staging: Bytes = memory_view(self._host, max(nbytes, 1))
+        for entry in program.entries:
+            graph = self._build_graph(entry, functions)
+            owned.callback(api.destroy_executable, graph)
+            self._plans[entry.name] = _Plan(graph, *layouts[entry.name])
+        self._settle()
+        self._check_replay()
+
+    def _load_kernels(self) -> dict[str, int]:
+        """Functions by kernel id; kernels of one binary share its module."""
+        modules: dict[bytes, int] = {}
+        functions: dict[str, int] = {}
+        for kernel in self._program.kernels.values():
+            image = kernel.binary
+            assert isinstance(image, bytes)
+            if image not in modules:
+                modules[image] = self._api.load_module(image)
+                self._owned.callback(self._api.unload_module, modules[image])
+            function = self._api.get_function(modules[image], kernel.symbol)
+            self._api.allow_shared(function, kernel.shared)
+            functions[kernel.id] = function
+        return functions
+
+    def _build_graph(self, entry: Entry, functions: Mapping[str, int]) -> int:
+        """An executable graph with one node a launch and one edge a dependency.
+
+        Programmatic edges order as full ones do, across nodes in between as well, because every
+        programmatic kernel waits before it touches memory that launches write: see
+        codegen/templates/launching.py.
+        """
+        api = self._api
+        known = {**self._program.buffers, **{buffer.name: buffer for buffer in entry.buffers}}
+        before: list[list[int]] = [[] for _ in entry.launches]
+        for earlier, later in entry.dependencies:
+            before[later].append(earlier)
+        with borrowed(api, self._stream) as scratch:
+            graph = api.create_graph()
+            scratch.callback(api.destroy_graph, graph)
+            nodes: list[KernelNode] = []
+            made: list[int] = []
+            for index in range(len(entry.launches)):
+                node = self._node(entry, index, functions, known)
+                edges = [
+                    Edge(made[i], nodes[i].programmatic and node.programmatic)
+                    for i in before[index]
+                ]
+                made.append(api.add_kernel_node(graph, node, edges))
+                nodes.append(node)
+            return api.instantiate(graph, self._stream)
+
+    def _node(
+        self,
+        entry: Entry,
+        index: int,
+        functions: Mapping[str, int],
+        known: Mapping[str, Buffer],
+    ) -> KernelNode:
+        launch = entry.launches[index]
+        kernel = self._program.kernels[launch.kernel]
+        where = launch_place(self._program, entry, index)
+        params: list[Any] = []
+        for number, (argument, value) in enumerate(zip(kernel.args, launch.args, strict=True)):
+            if not isinstance(value, Slice):
+                params.append(_NUMBERS[argument.kind](value))
+                continue
+            address = self._memory.address_of(known[value.buffer]) + value.offset
+            at = f"{where}, argument {number}, the address of {value.buffer}"
+            check_address(at, address, argument)
+            params.append(ctypes.c_void_p(address))
+        # Triton's kernels take two more pointers, to scratch that ours do not use.
+        params += [ctypes.c_void_p(), ctypes.c_void_p()]
+        return KernelNode(
+            function=functions[kernel.id],
+            grid=launch.grid,
+            threads=kernel.num_warps * self._api.info.warp,
+            shared=kernel.shared,
+            params=tuple(params),
+            programmatic=kernel.programmatic and self._api.has_programmatic_edges,
+        )
+
+    # ---- replaying
+
+    def _plan(self, entry: str) -> _Plan:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"this executable serves nothing more: the device failed before: {self._failure}"
+            )
+        if not self._open:
+            raise RuntimeError("this executable was closed")
+        if entry not in self._plans:
+            raise ValueError(f"no entry {entry!r}; there are {', '.join(self._plans)}")
+        return self._plans[entry]
+
+    @contextmanager
+    def _device(self) -> Generator[None]:
+        """The device current on this thread, and its first failure remembered."""
+        try:
+            with self._api.current():
+                yield
+        except DeviceError as error:
+            self._failure = error
+            raise
+
+    def _settle(self) -> None:
+        """Wait for the stream."""
+        self._api.wait_stream(self._stream)
+        self._busy = False
+
+    def _settle_interrupted(self) -> None:
+        """Wait for a replay that a KeyboardInterrupt left running: it uses the staging memory."""
+        if self._busy:
+            self._settle()
+
+    def _replay(self, plan: _Plan, outputs: Layout) -> None:
+        """Staging to inputs, one replay, `outputs` to staging; wait for it all."""
+        api, stream = self._api, self._stream
+        self._busy = True
+        for copy in plan.inputs.copies:
+            api.to_device(
+                self._memory.arena + copy.offset, self._host + copy.at, copy.nbytes, stream
+            )
+        api.launch(plan.graph, stream)
+        for copy in outputs.copies:
+            api.to_host(self._host + copy.at, self._memory.arena + copy.offset, copy.nbytes, stream)
+        self._settle()
+
+    def _check_replay(self) -> None:
+        """Replay the smallest entry twice on zeros, from zeroed state, and compare all bytes."""
+        if not self._program.entries:
+            return
+        smallest = min(
+            self._program.entries, key=lambda e: (prod(e.symbols.values()), len(e.launches))
+        )
+        plan = self._plans[smallest.name]
+        seen: list[Bytes] = []
+        for _ in range(2):
+            self._memory.clear_state(self._api, self._stream)
+            self._settle()
+            self._staging[:] = 0
+            self._replay(plan, plan.outputs)
+            seen.append(self._staging[: plan.outputs.nbytes].copy())
+        self._memory.clear_state(self._api, self._stream)
+        self._settle()
+        for place in plan.outputs.fields:
+            buffer = place.buffer
+            first, second = (s[place.at : place.at + buffer.nbytes] for s in seen)
+            wrong = int(np.count_nonzero(first != second))
+            if wrong:
+                raise SelfTestError(
+                    f"{self._api.info.name}: entry {smallest.name}, replayed twice on the same "
+                    f"inputs, gave output {buffer.name} with {wrong} of "
+                    f"{buffer.nbytes} bytes different"
+                )
+
+
+def _check(program: Program, device: DeviceInfo) -> None:
+    """ProgramError for the first thing of `program` that `device` cannot run."""
+    if program.target != device.target:
+        raise ProgramError(
+            f"the program was built for {program.target}, and the device is {device.target} "
+            f"({device.name})"
+        )
+    check_program(
+        program,
+        Limits(device.name, device.shared_bytes, device.warp, device.max_threads, device.max_grid),
+    )
+
+
+def _layouts(entry: Entry) -> tuple[Layout, Layout]:
+    """Inputs and outputs of an entry; both use the same staging memory, one after the other."""
+    inputs, outputs = (
+        lay_out(buffer for buffer in entry.buffers if buffer.kind == kind)
+        for kind in ("input", "output")
+    )
+    return inputs, outputs

@@ -1,0 +1,206 @@
+"""The serving contract: what a program's entries take and give, and what goes into a replay.
+
+Every entry is one bucket of T tokens and L = min(T, max_sequences) rows of logits:
+
+    tokens i32[T]  positions i32[T]  slots i32[T]  logit_rows i32[L]
+    page_table i32[max_sequences, pages_per_slot]               →  logits [L, vocab_size]
+
+Token t of slot slots[t] (-1 is padding) sits at positions[t] and sees the cache of its slot up to
+there, the tokens of this replay included. Row j of the logits is that of token logit_rows[j].
+
+A program may choose the next tokens of the rows too. Then every entry has besides
+
+    temperature f32[L]  top_k i32[L]  top_p f32[L]  min_p f32[L]  penalty f32[L]  draw f32[L]
+    seen i32[L, ceil(vocab_size / 32)]  top i32[L]
+        →  token i32[L]  logprob f32[L]  top_tokens i32[L, C]  top_logprobs f32[L, C]
+
+(without the last two where C is 0). Bit v % 32 of word v // 32 of `seen` says that token v is part
+of prompt or output, which only rows with a `penalty` other than 1 need; `draw` is the randomness in
+[0, 1). Temperature 0 is greedy, and `top` ≤ C is how many most likely tokens are asked for; the
+other meanings are those of `sampling.Sampling`, and `sampling.sample` gives the same. The token of
+a row whose logits are broken is -1, and its logprob their maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..program import Entry, Program
+
+# Tokens in a word of `seen`.
+SEEN_BITS = 32
+
+
+@dataclass(frozen=True)
+class ServingMeta:
+    """The facts in `Program.meta` that serving needs, each an int of at least 1."""
+
+    vocab_size: int
+    page_size: int
+    max_sequences: int
+    max_tokens_per_sequence: int
+    pages: int
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> ServingMeta:
+        """ValueError names the fact that is missing or wrong."""
+        facts = {field.name: meta.get(field.name) for field in fields(cls)}
+        for name, value in facts.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"program.meta[{name!r}]: expected an int ≥ 1, found {value!r}")
+        return cls(**{name: int(value) for name, value in facts.items() if value is not None})
+
+    @property
+    def pages_per_slot(self) -> int:
+        return -(-self.max_tokens_per_sequence // self.page_size)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of one slot, the first at position `start`."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class Buckets:
+    """The entries of a serving program, by size."""
+
+    def __init__(self, program: Program) -> None:
+        """ValueError says which part of the contract `program` does not keep."""
+        self.meta = ServingMeta.of(program.meta)
+        if not program.entries:
+            raise ValueError("program: expected at least one entry, found none")
+        for entry in program.entries:
+            _check_entry(entry, self.meta)
+        counts = {candidates_of(entry) for entry in program.entries}
+        if len(counts) != 1:
+            raise ValueError(f"program: expected entries that sample alike, found {counts}")
+        # How many most likely tokens the device can give; None where it does not sample.
+        (self.candidates,) = counts
+        self._entries = sorted(program.entries, key=lambda entry: entry.symbols["T"])
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that one replay takes."""
+        return self._entries[-1].symbols["T"]
+
+    @property
+    def rows(self) -> int:
+        """The most rows of logits that one replay gives."""
+        return self._entries[-1].symbols["L"]
+
+    def smallest(self, tokens: int) -> Entry:
+        """The smallest entry that takes `tokens` ≤ `self.tokens` tokens, of up to `rows` slots."""
+        return next(entry for entry in self._entries if entry.symbols["T"] >= tokens)
+
+
+def replay_inputs(
+    entry: Entry, chunks: Sequence[Chunk], rows: Sequence[int], page_table: NDArray[np.int32]
+) -> dict[str, NDArray[np.int32]]:
+    """The inputs of `entry` for `chunks` one after the other, with the logits of tokens `rows`."""
+    size = entry.symbols["T"]
+    tokens = np.zeros(size, np.int32)
+    positions = np.zeros(size, np.int32)
+    slots = np.full(size, -1, np.int32)
+    logit_rows = np.zeros(entry.symbols["L"], np.int32)
+    at = 0
+    for chunk in chunks:
+        here = slice(at, at + len(chunk.tokens))
+        tokens[here] = chunk.tokens
+        positions[here] = np.arange(chunk.start, chunk.end)
+        slots[here] = chunk.slot
+        at = here.stop
+    logit_rows[: len(rows)] = rows
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "slots": slots,
+        "page_table": page_table,
+        "logit_rows": logit_rows,
+    }
+
+
+def sampling_inputs(rows: int, vocab: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes of the inputs by which a device samples, by name."""
+    settings = {
+        "temperature": "f32",
+        "top_k": "i32",
+        "top_p": "f32",
+        "min_p": "f32",
+        "penalty": "f32",
+        "draw": "f32",
+        "top": "i32",
+    }
+    words = -(-vocab // SEEN_BITS)
+    return {**{n: (d, (rows,)) for n, d in settings.items()}, "seen": ("i32", (rows, words))}
+
+
+def candidates_of(entry: Entry) -> int | None:
+    """How many most likely tokens `entry` can give; None where it does not sample."""
+    outputs = {b.name: b for b in entry.buffers if b.kind == "output"}
+    if "token" not in outputs:
+        return None
+    return outputs["top_tokens"].shape[1] if "top_tokens" in outputs else 0
+
+
+def serving_outputs(entry: Entry, meta: ServingMeta) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype in which every output of `entry` reaches the host, and its shape, by name."""
+    rows = entry.symbols["L"]
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "logits": ("float32", (rows, meta.vocab_size))
+    }
+    candidates = candidates_of(entry)
+    if candidates is not None:
+        expected |= {"token": ("int32", (rows,)), "logprob": ("float32", (rows,))}
+    if candidates:
+        shape = (rows, candidates)
+        expected |= {"top_tokens": ("int32", shape), "top_logprobs": ("float32", shape)}
+    return expected
+
+
+def _check_entry(entry: Entry, meta: ServingMeta) -> None:
+    size = entry.symbols.get("T", 0)
+    rows = min(size, meta.max_sequences)
+    if size < 1 or entry.symbols.get("L") != rows:
+        raise ValueError(
+            f"entry {entry.name}: expected symbols T ≥ 1 and L = min(T, {meta.max_sequences}), "
+            f"found {dict(entry.symbols)}"
+        )
+    expected = {
+        "tokens": ("i32", (size,)),
+        "positions": ("i32", (size,)),
+        "slots": ("i32", (size,)),
+        "page_table": ("i32", (meta.max_sequences, meta.pages_per_slot)),
+        "logit_rows": ("i32", (rows,)),
+    }
+    if candidates_of(entry) is not None:
+        expected |= sampling_inputs(rows, meta.vocab_size)
+    found = {b.name: (b.dtype, tuple(b.shape)) for b in entry.buffers if b.kind == "input"}
+    if found != expected:
+        raise ValueError(f"entry {entry.name}: expected inputs {expected}, found {found}")
+    outputs = {b.name: tuple(b.shape) for b in entry.buffers if b.kind == "output"}
+    wanted = {name: shape for name, (_, shape) in serving_outputs(entry, meta).items()}
+    if outputs != wanted:
+        raise ValueError(f"entry {entry.name}: expected outputs {wanted}, found {outputs}")
+
+
+__all__ = [
+    "SEEN_BITS",
+    "Buckets",
+    "Chunk",
+    "ServingMeta",
+    "replay_inputs",
+    "sampling_inputs",
+    "serving_outputs",
+]

@@ -1,0 +1,262 @@
+"""Kernels built and cached: once each, whole or not at all, by many at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from ingot.codegen import build as build_module
+from ingot.codegen.build import BuildError, build, build_one
+from ingot.codegen.kernel_source import KernelSource
+from ingot.codegen.templates.generated import from_text
+from ingot.codegen.templates.rowwise.copy import copy_kernel
+from ingot.compiler.target import TARGETS, Target, target_of
+from ingot.runtime.devices.elf import code_target
+from ingot.runtime.program import Argument, Kernel
+
+GPUS = [target for target in TARGETS.values() if target.is_gpu]
+SM_90 = target_of("cuda:sm_90")
+TWICE = """@triton.jit
+def twice(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, tl.load(x + at) * 2)
+"""
+
+
+def source(size: int, text: str = TWICE) -> KernelSource:
+    kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
+    return KernelSource.of(from_text(text, "twice"), kinds, {"N": size}, 1, 2, False)
+
+
+def built(sources: list[KernelSource], folder: Path) -> tuple[list[Kernel], int]:
+    """The kernels, and how many Triton was asked for."""
+    with patch.object(build_module, "build_one", side_effect=build_one) as asked:
+        kernels = build(sources, SM_90, cache=folder)
+    return [kernels[s] for s in sources], asked.call_count
+
+
+@pytest.mark.parametrize("target", GPUS, ids=lambda t: t.name)
+def test_code_is_for_its_target(target: Target, tmp_path: Path) -> None:
+    (kernel,) = build([source(64)], target, cache=tmp_path).values()
+    assert isinstance(kernel.binary, bytes)
+    assert code_target(kernel.binary) == target.name
+    assert kernel.symbol == "twice" and kernel.facts["registers"] > 0
+    assert kernel.args == (Argument("*f32", 16),) * 2
+
+
+def test_equal_sources_are_built_once_and_then_read(tmp_path: Path) -> None:
+    first, asked = built([source(32), source(64), source(32)], tmp_path)
+    assert asked == 2 and first[0] is first[2]
+    again, asked = built([source(32), source(64)], tmp_path)
+    assert asked == 0 and again == first[:2]
+    assert not list(tmp_path.glob(".new-*"))
+
+
+def test_what_makes_other_code_has_another_name() -> None:
+    names = {source(n).hash(t.name) for n in (32, 64) for t in GPUS}
+    assert len(names) == 2 * len(GPUS)
+    assert source(32, TWICE.replace("* 2", "* 3")).hash("cuda:sm_90") not in names
+
+
+@pytest.mark.parametrize("damage", ["cut", "no facts", "no JSON", "other JSON"])
+def test_a_damaged_entry_is_built_anew(damage: str, tmp_path: Path) -> None:
+    before, _ = built([source(32)], tmp_path)
+    facts, code = next(tmp_path.glob("*.json")), next(tmp_path.glob("*.cubin"))
+    if damage == "cut":
+        code.write_bytes(code.read_bytes()[:-1])
+    elif damage == "no facts":
+        facts.unlink()
+    else:
+        facts.write_text("{" if damage == "no JSON" else json.dumps([1]))
+    after, asked = built([source(32)], tmp_path)
+    assert asked == 1 and after == before
+
+
+def test_many_may_build_at_once(tmp_path: Path) -> None:
+    wanted = [source(n) for n in (16, 32, 64, 128)]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(build, wanted, SM_90, None, tmp_path) for _ in range(4)]
+        found = [job.result() for job in jobs]
+    assert all(f == found[0] for f in found)
+    assert len(files(tmp_path)) == 2 * len(wanted)
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != "locks"]
+
+
+class Processes:
+    """Processes that build into one folder and tell what they build, in order; dead in the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._told, self._go = folder / "kernels", folder / "told", folder / "go"
+        self._living: list[int] = []
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in list(self._living):
+            os.kill(process, signal.SIGKILL)
+            self.ended(process)
+
+    def build(self, sizes: list[int], then: Callable[[], None] = lambda: None) -> int:
+        """One that builds sources of these sizes, and does `then` when it begins with one; its id.
+
+        It waits until `start` is called.
+        """
+        child = os.fork()
+        if child:
+            self._living.append(child)
+            return child
+
+        def telling(source: KernelSource, target: Target) -> build_module.Built:
+            with self._told.open("a") as file:
+                file.write(f"{source.hash(target.name)}\n")
+            then()
+            return build_one(source, target)
+
+        code = 1
+        try:
+            until(self._go.exists)
+            with patch.object(build_module, "build_one", telling):
+                build([source(n) for n in sizes], SM_90, cache=self.folder, workers=2)
+            code = 0
+        finally:
+            os._exit(code)
+
+    def start(self) -> None:
+        self._go.touch()
+
+    def ended(self, process: int) -> int:
+        self._living.remove(process)
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+    def names(self) -> list[str]:
+        return self._told.read_text().split() if self._told.exists() else []
+
+
+def until(condition: Callable[[], bool]) -> None:
+    latest = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < latest, "waited for a minute"
+        time.sleep(0.005)
+
+
+def test_processes_build_each_kernel_once_in_all(tmp_path: Path) -> None:
+    """Three at once, each in another order; all find all."""
+    sizes = [16, 32, 64, 128, 256]
+    with Processes(tmp_path) as processes:
+        started = [processes.build(sizes[i:] + sizes[:i]) for i in range(3)]
+        processes.start()
+        assert [processes.ended(process) for process in started] == [0, 0, 0]
+        assert sorted(processes.names()) == sorted(source(n).hash("cuda:sm_90") for n in sizes)
+        assert len(files(processes.folder)) == 2 * len(sizes)
+        _, asked = built([source(n) for n in sizes], processes.folder)
+        assert asked == 0
+
+
+def test_what_was_killed_while_building_is_in_nobodys_way(tmp_path: Path) -> None:
+    """It holds a lock; another builds what else there is, and waits; it is killed; that builds."""
+    names = [source(n).hash("cuda:sm_90") for n in (32, 64)]
+    with Processes(tmp_path) as processes:
+        processes.start()
+        holder = processes.build([32], then=signal.pause)
+        until(lambda: len(processes.names()) == 1)
+        waiter = processes.build([32, 64])
+        until(lambda: len(processes.names()) == 2)
+        time.sleep(0.3)
+        assert processes.names() == names
+        os.kill(holder, signal.SIGKILL)
+        assert (processes.ended(holder), processes.ended(waiter)) == (-signal.SIGKILL, 0)
+        assert processes.names() == [*names, names[0]]
+        assert len(files(processes.folder)) == 4
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError()])
+def test_without_locks_it_builds(tmp_path: Path, error: Exception) -> None:
+    with patch.object(build_module.FileLock, "acquire", side_effect=error):
+        _, asked = built([source(32)], tmp_path)
+    assert asked == 1 and len(files(tmp_path)) == 2
+
+
+def test_a_stuck_lock_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with patch.object(build_module, "_PATIENCE_SECONDS", 0.1):
+        (tmp_path / "locks").mkdir()
+        with build_module.FileLock(tmp_path / "locks" / source(32).hash("cuda:sm_90")[:2]):
+            _, asked = built([source(32)], tmp_path)
+    assert asked == 1 and len(files(tmp_path)) == 2
+
+
+def test_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
+    """What is there is read all the same."""
+    before, _ = built([source(32)], tmp_path)
+    denied = PermissionError(errno.EROFS, "Read-only file system")
+    with (
+        patch.object(build_module.FileLock, "acquire", side_effect=denied),
+        patch.object(build_module.tempfile, "mkstemp", side_effect=denied),
+    ):
+        after, asked = built([source(32)], tmp_path)
+        assert after == before and asked == 0
+        with pytest.raises(BuildError, match=r"kernel cache .*: expected .*, found Read-only"):
+            built([source(64)], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match=r"kernel cache .*/file: expected .*, found Not a dir"):
+        built([source(32)], tmp_path / "file")
+
+
+def test_a_full_disk_leaves_nothing_half(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        patch.object(build_module.os, "replace", side_effect=full),
+        pytest.raises(BuildError, match="found No space left on device"),
+    ):
+        built([source(32)], tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    build([source(n) for n in (16, 32)], SM_90, lambda *done: told.append(done), tmp_path)
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    build([source(n) for n in (16, 32)], SM_90, lambda *done: told.append(done), tmp_path)
+    assert told[3:] == [(2, 2)]
+
+
+def test_errors_name_the_kernel(tmp_path: Path) -> None:
+    broken = source(32, TWICE.replace("tl.load(x + at)", "tl.load(x + nothing)"))
+    with pytest.raises(BuildError, match="(?s)kernel twice for cuda:sm_90:.*nothing"):
+        build([broken], SM_90, cache=tmp_path)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_kernel_that_does_not_wait_once_is_refused(times: int, tmp_path: Path) -> None:
+    """No one else would tell: it would be launched before what it reads is written."""
+    lines = TWICE.replace("constexpr)", "constexpr, PROGRAMMATIC: tl.constexpr)").splitlines()
+    text = "\n".join([*lines[:2], *["    take_turn(PROGRAMMATIC)"] * times, *lines[2:]]) + "\n"
+    kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
+    late = KernelSource.of(from_text(text, "twice"), kinds, {"N": 32}, 1, 2, True)
+    with pytest.raises(BuildError, match=f"one griddepcontrol.launch_dependents .*found {times}"):
+        build([late], SM_90, cache=tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_a_function_that_takes_no_turn_is_not_programmatic(tmp_path: Path) -> None:
+    kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
+    plain = KernelSource.of(from_text(TWICE, "twice"), kinds, {"N": 32}, 1, 2, True)
+    assert not plain.programmatic
+    assert not build([plain], SM_90, cache=tmp_path)[plain].programmatic
+
+
+def test_parameters_must_be_those_of_the_function() -> None:
+    with pytest.raises(ValueError, match=r"kernel copy_kernel: expected parameters .*'count_'"):
+        KernelSource.of(copy_kernel, {"count_": Argument("i32")}, {}, 1, 2, False)

@@ -1,0 +1,219 @@
+"""Every op is accounted for: it has a template, or it is known why it needs none.
+
+And every kernel: it takes its turn among the launches as templates.launching says.
+"""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+from attention_builds import empty, index
+from ingot.codegen import select, templates
+from ingot.codegen.kernel_backend import KernelBackend, NoKernelError
+from ingot.codegen.kernel_source import PROGRAMMATIC, KernelSource
+from ingot.codegen.lower import lower
+from ingot.codegen.select import templates_of
+from ingot.codegen.templates.generated import from_text
+from ingot.codegen.templates.rowwise import arithmetic
+from ingot.compiler.interpret import random_tensor
+from ingot.compiler.ir import Op, Sample
+from ingot.compiler.ops.attention import cached_attention, kv_append
+from ingot.compiler.ops.collective import all_gather
+from ingot.compiler.ops.gating import moe_gating
+from ingot.compiler.ops.linear import linear
+from ingot.compiler.target import target_of
+from kernel_checks import Given, Packed, Weight, check_node, graph_of_node, run_node
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+# The result is other strides over the same bytes, or bytes copied as they are.
+VIEWS = {"view", "permute", "expand", "slice"}
+LEAVES = {"param", "constant", "literal"}
+# Ops on weights alone: computed when a program is loaded.
+FOLDED = {"mxfp4", "mxfp4_encode", "mxfp4_fragments"}
+COLLECTIVE = {"all_reduce", "all_gather"}
+OPS = {name: op for name, op in Op.registry.items() if not name.startswith("aten.")}
+COVERED = {n: op for n, op in OPS.items() if n in VIEWS or templates_of(n)}
+CASES = [(op, sample) for op in COVERED.values() for sample in op.samples]
+
+
+def test_every_op_is_accounted_for() -> None:
+    named = VIEWS | LEAVES | FOLDED | COLLECTIVE
+    assert named <= OPS.keys()
+    assert OPS.keys() - named == COVERED.keys() - VIEWS
+    assert not any(templates_of(n) for n in named)
+
+
+def arguments(op: Op, sample: Sample, dtype: str | None) -> list[torch.Tensor]:
+    """Drawn for a sample, floats in `dtype` if given, where the op is defined."""
+    generator = torch.Generator().manual_seed(0)
+    symbols = {"T": 3, "L": 2}
+    drawn: list[torch.Tensor] = []
+    for type_ in sample.args:
+        bound: Any = type_.bind(symbols)
+        if dtype and bound.dtype == "f32":
+            bound = bound.with_dtype(dtype)
+        x = random_tensor(bound, generator, sample.high)
+        positive = op.name in ("log", "sqrt", "rsqrt", "pow", "div")
+        drawn.append(x.abs() + 0.5 if positive and x.is_floating_point() else x)
+    return drawn
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize(
+    ("op", "sample"), CASES, ids=[f"{op.name}-{i}" for i, (op, _) in enumerate(CASES)]
+)
+def test_samples(op: Op, sample: Sample, dtype: str | None) -> None:
+    # A product that norms its own input rounds x · weight where the reference rounds the normed x,
+    # and rows of 8 show it. How near that is to float64 is tested in test_norm_in_product.
+    within = dtype is not None and "norm" in sample.attrs.get("optional", ())
+    tolerance = 2**-5 if within else None
+    check_node(op, arguments(op, sample, dtype), dict(sample.attrs), tolerance=tolerance)
+
+
+def test_what_ranks_exchange_is_refused() -> None:
+    with pytest.raises(NoKernelError, match=r"no kernel for all_gather\(f32\[4\]\) on cuda:sm_90"):
+        run_node(all_gather, (torch.ones(4),), {"dim": 0, "ranks": 1})
+
+
+# ---- every kernel lets later launches begin and waits for those before, whatever it then does
+
+# Waits by assembly of its own, after its first loads of weights.
+ITS_OWN_WAY = "fragment_linear.fragment_kernel"
+AMD_ONLY = "mfma_linear.mfma_kernel"
+
+
+def launched() -> dict[str, JITFunction[Any]]:
+    """Functions of the templates that no other one calls, by module and name: the kernels."""
+    functions: dict[str, JITFunction[Any]] = {}
+    called = {name for name, f in vars(arithmetic).items() if isinstance(f, JITFunction)}
+    for module in pkgutil.iter_modules(templates.__path__):
+        for name, f in vars(import_module(f"{templates.__name__}.{module.name}")).items():
+            if isinstance(f, JITFunction) and f.__module__.endswith(f".{module.name}"):
+                functions[f"{module.name}.{name}"] = f
+                called |= {node.id for node in ast.walk(tree_of(f)) if isinstance(node, ast.Name)}
+    return {key: f for key, f in functions.items() if key.partition(".")[2] not in called}
+
+
+def tree_of(function: JITFunction[Any]) -> ast.FunctionDef:
+    (tree,) = ast.parse(function.src).body
+    assert isinstance(tree, ast.FunctionDef)
+    return tree
+
+
+def takes_its_turn(function: JITFunction[Any]) -> bool:
+    """Whether the first statement after the docstring says so."""
+    body = tree_of(function).body
+    first = next(s for s in body if not isinstance(getattr(s, "value", None), ast.Constant))
+    return ast.unparse(first) == "take_turn(PROGRAMMATIC)" and "PROGRAMMATIC" in function.arg_names
+
+
+def test_the_first_statement_of_every_kernel_takes_its_turn() -> None:
+    kernels = launched()
+    assert len(kernels) > 30
+    assert [k for k, f in kernels.items() if not takes_its_turn(f)] == [ITS_OWN_WAY]
+    assert "PROGRAMMATIC" in kernels[ITS_OWN_WAY].arg_names
+
+
+@pytest.mark.parametrize("body", ["pass", "if x:\n        take_turn(PROGRAMMATIC)"])
+def test_a_kernel_that_may_not_take_its_turn_is_found(body: str) -> None:
+    text = f"@triton.jit\ndef late(x, PROGRAMMATIC: tl.constexpr):\n    {body}\n"
+    assert not takes_its_turn(from_text(text, "late"))
+
+
+def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:
+    """Nodes of which, with every template in turn, all kernels are made."""
+    yield from ((op, arguments(op, sample, None), dict(sample.attrs)) for op, sample in CASES)
+    bf16 = torch.bfloat16
+    yield linear, (torch.randn(2, 64).to(bf16), Packed(torch.randn(32, 64).to(bf16))), {}
+    paged = empty(bf16, 1024, 64, 8, 128)
+    yield cached_attention, (empty(bf16, 1, 32, 128), paged, paged, *index(1)), {"scale": 0.1}
+    routing = {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32", "logits": "f32"}
+    yield moe_gating, (torch.randn(1, 64), Weight(torch.randn(8, 64))), routing
+    yield kv_append, (paged, empty(bf16, 4, 8, 128), *index(4)), {}
+
+
+@cache
+def sources(target: str) -> dict[str, KernelSource]:
+    """One source of every kernel, by module and name; one of all generated ones."""
+    found: dict[str, KernelSource] = {}
+    for op, args, attrs in requests():
+        for template in templates_of(op.name):
+            backend = KernelBackend(target_of(target))
+            graph, weights, _, _ = graph_of_node(op, args, attrs)
+            names = [f"out{i}" for i in range(len(graph.outputs))]
+            with (
+                patch.object(select, "_TABLES", ({op.name: (template,)},)),
+                patch.object(KernelBackend, "kernels", return_value={}),
+            ):
+                try:
+                    lower(graph, weights, backend.target, [{}], names, backend=backend)
+                except NoKernelError:  # for other sizes than these
+                    continue
+            for source in backend.sources.values():
+                module = source.function.__module__.rpartition(".")[2]
+                generated = module == "generated"
+                name = "generated" if generated else f"{module}.{source.function.__name__}"
+                found.setdefault(name, overlapping(source, target))
+    return found
+
+
+def overlapping(source: KernelSource, target: str) -> KernelSource:
+    """The source as if its call overlapped others, where the target has that."""
+    constants = {n: v for n, v in source.constants if n != PROGRAMMATIC}
+    return KernelSource.of(
+        source.function,
+        dict(source.parameters),
+        constants,
+        source.num_warps,
+        source.num_stages,
+        target.startswith("cuda"),
+    )
+
+
+@pytest.mark.parametrize("kernel", sorted({*launched(), "generated"} - {AMD_ONLY}))
+def test_the_assembly_of_every_kernel_waits_once(kernel: str) -> None:
+    """Before any memory is touched and on the way of every program."""
+    source = sources("cuda:sm_90")[kernel]
+    assert source.programmatic and dict(source.constants)["PROGRAMMATIC"] is True
+    options = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+    gpu = GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(source.ast_source(), target=gpu, options=options).asm["ptx"]
+    # What does not see what earlier launches wrote.
+    assert ".nc" not in ptx
+    code = re.sub("//.*", "", ptx[ptx.index(".entry") :])
+    before, *after = re.split(r"\bgriddepcontrol\.wait\b", code)
+    assert len(after) == 1
+    assert len(re.findall(r"\bgriddepcontrol\.launch_dependents\b", before)) == 1
+    assert "launch_dependents" not in after[0]
+    assert not re.search(r"\b(st|atom|red|bra|ret|exit)\b", before)
+    if kernel != ITS_OWN_WAY:
+        assert not re.search(r"\b(ld\.(?!param)|cp\.)", before)
+
+
+@pytest.mark.parametrize(("tokens", "overlaps"), [(16, True), (17, False)])
+def test_tiles_for_many_tokens_keep_the_device_to_themselves(tokens: int, overlaps: bool) -> None:
+    args = (torch.randn(tokens, 64), Weight(torch.randn(32, 64)))
+    backend = KernelBackend(target_of("cuda:sm_90"))
+    graph, weights, _, _ = graph_of_node(linear, args, {})
+    with patch.object(KernelBackend, "kernels", return_value={}):
+        lower(graph, weights, backend.target, [{}], ["y"], backend=backend)
+    (source,) = backend.sources.values()
+    assert source.programmatic is overlaps
+
+
+def test_kernels_for_amd_are_told_that_launches_do_not_overlap() -> None:
+    found = sources("hip:gfx942")
+    assert launched().keys() - found.keys() == {ITS_OWN_WAY}
+    for source in found.values():
+        assert not source.programmatic and dict(source.constants)["PROGRAMMATIC"] is False

@@ -1,0 +1,180 @@
+"""Norms that a product of few tokens takes along, and those that stay a launch before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ingot.codegen.templates.gemm import prologue
+from ingot.compiler.ir import Op
+from ingot.compiler.ops.fused import fused_linear, gated_linear
+from ingot.compiler.ops.heads import project_heads
+from kernel_checks import Packed, Strided, Weight, build_everywhere, check_node, run_node
+
+BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
+NORM = {"optional": ("norm",), "eps": 1e-5}
+OPS: dict[str, tuple[Op, dict[str, Any]]] = {
+    "linear": (fused_linear, NORM),
+    "gated": (gated_linear, {**NORM, "activation": "silu"}),
+    "heads": (project_heads, {**NORM, "heads": (3, 2), "dims": (8, 8)}),
+}
+ops = pytest.mark.parametrize("name", OPS)
+N = 40
+# What is rounded is another number than the reference's: x · weight, not the normed x.
+ALLOWED = {BF16: 2**-6, F32: None}
+
+
+def held(dtype: torch.dtype, k: int, group: int) -> Weight | Packed:
+    tensor = (torch.randn(N, k) / k**0.5).to(dtype)
+    return Packed(tensor, group) if group else Weight(tensor)
+
+
+def residual_stream(tokens: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of unlike sizes with some columns far beyond the others, as norms see them."""
+    x = torch.randn(tokens, k) * torch.logspace(-3, 3, tokens)[:, None]
+    x[:, ::31] *= 10
+    return x.to(dtype)
+
+
+def gain(k: int, dtype: torch.dtype) -> Weight:
+    return Weight(torch.exp(torch.randn(k) / 2).to(dtype))
+
+
+def launches(lowered: Any) -> int:
+    (entry,) = lowered.program.entries
+    return len(entry.launches)
+
+
+@ops
+@pytest.mark.parametrize("target", ["cuda:sm_90", "hip:gfx942"])
+@pytest.mark.parametrize(
+    ("dtype", "of_norm", "group"),
+    [(BF16, BF16, 32), (BF16, F32, 16), (BF16, BF16, 0), (F32, F32, 0), (F32, BF16, 32)],
+)
+@pytest.mark.parametrize(("tokens", "k"), [(1, 96), (7, 416), (16, 1152)])
+def test_launches_of_a_normed_product(
+    name: str,
+    target: str,
+    dtype: torch.dtype,
+    of_norm: torch.dtype,
+    group: int,
+    tokens: int,
+    k: int,
+) -> None:
+    """One, and another where operands are made in registers for AMD's matrix cores."""
+    op, attrs = OPS[name]
+    args = (residual_stream(tokens, k, dtype), held(dtype, k, group), gain(k, of_norm))
+    lowered = check_node(op, args, attrs, target, ALLOWED[dtype])
+    first = target.startswith("hip") and dtype == BF16 and group != 16
+    assert launches(lowered) == (2 if name == "heads" else 1) + first
+    (choice,) = lowered.choices
+    assert (", after its norm: in registers" if first else ", its norm within") in choice.reason
+
+
+@ops
+@pytest.mark.parametrize("group", [0, 32])
+def test_rounding_is_as_good_as_of_a_norm_before(name: str, group: int) -> None:
+    """Nearer to float64 than 1.5 times the reference, which rounds the normed rows."""
+    op, attrs = OPS[name]
+    args = (residual_stream(16, 640, BF16), held(BF16, 640, group), gain(640, BF16))
+    found, plain, _ = run_node(op, args, attrs)
+    best = op.reference(*(p.double() for p in plain), **attrs)
+    for mine, rounded, exact in zip(found, op.reference(*plain, **attrs), best, strict=True):
+        errors = [(y.double() - exact).norm() / exact.norm() for y in (mine, rounded)]
+        assert errors[0] <= 1.5 * errors[1], errors
+
+
+@ops
+@pytest.mark.parametrize(("dtype", "group"), [(BF16, 32), (BF16, 0), (F32, 32)])
+def test_a_token_has_the_same_bits_in_every_batch(
+    name: str, dtype: torch.dtype, group: int
+) -> None:
+    op, attrs = OPS[name]
+    x, weight, of_norm = residual_stream(16, 288, dtype), held(dtype, 288, group), gain(288, dtype)
+    together, _, _ = run_node(op, (x, weight, of_norm), attrs)
+    for start, stop in ((0, 1), (3, 11), (15, 16)):
+        alone, _, _ = run_node(op, (x[start:stop], weight, of_norm), attrs)
+        for mine, all_of in zip(alone, together, strict=True):
+            assert torch.equal(mine, all_of[start:stop])
+
+
+def test_rows_that_lie_apart() -> None:
+    for group in (0, 32):
+        args = (Strided(residual_stream(9, 96, BF16)), held(BF16, 96, group), gain(96, BF16))
+        assert launches(check_node(fused_linear, args, NORM, tolerance=ALLOWED[BF16])) == 1
+
+
+def test_every_epilogue_comes_after_the_scale() -> None:
+    for group in (0, 32):
+        rest = (Weight(torch.randn(N).to(BF16)), torch.randn(5, N).to(BF16))
+        args = (residual_stream(5, 96, BF16), held(BF16, 96, group), gain(96, BF16), *rest)
+        attrs = {**NORM, "optional": ("norm", "bias", "residual")}
+        lowered = check_node(fused_linear, args, attrs, tolerance=ALLOWED[BF16])
+        assert launches(lowered) == 1
+        attrs = {**NORM, "optional": ("norm", "bias"), "activation": "gelu"}
+        lowered = check_node(gated_linear, args[:4], attrs, tolerance=ALLOWED[BF16])
+        assert launches(lowered) == 1
+
+
+def test_a_row_of_zeros() -> None:
+    """eps alone is under the root."""
+    for group in (0, 32):
+        x = residual_stream(3, 96, BF16)
+        x[1] = 0
+        found, _, _ = run_node(fused_linear, (x, held(BF16, 96, group), gain(96, BF16)), NORM)
+        assert found[0][1].eq(0).all()
+        assert found[0].isfinite().all()
+
+
+# What stays a launch before the product -> dtype, dtype of the norm, group, tokens, and why.
+FIRST: dict[str, tuple[torch.dtype, torch.dtype, int, int, str]] = {
+    "many tokens": (BF16, BF16, 0, 17, "tokens are many"),
+    "f16": (F16, F16, 0, 2, "a product of unnormed f16 may leave its range"),
+    "fragments by f32": (BF16, F32, 32, 2, "fragments are of bf16, its weight is f32"),
+}
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_norms_that_stay_before(case: str) -> None:
+    dtype, of_norm, group, tokens, why = FIRST[case]
+    args = (torch.randn(tokens, 96).to(dtype), held(dtype, 96, group), gain(96, of_norm))
+    lowered = check_node(fused_linear, args, NORM)
+    (choice,) = lowered.choices
+    assert choice.kernels[0] == "prologue_kernel"
+    assert choice.reason.endswith(f", after its norm: {why}")
+
+
+def test_a_sum_that_is_a_result_stays_before() -> None:
+    x, delta = torch.randn(2, 2, 96).to(BF16)
+    attrs = {**NORM, "optional": ("norm", "delta")}
+    lowered = check_node(fused_linear, (x, held(BF16, 96, 32), gain(96, BF16), delta), attrs)
+    (choice,) = lowered.choices
+    assert choice.kernels == ("prologue_kernel", "fragment_kernel")
+    assert choice.reason.endswith("the sum before it is a result")
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_a_large_product_stays_after(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its bytes as it is held."""
+    weight = held(BF16, 96, group)
+    size = N * 96 * 2 if not group else 48 * 64 + 48 // 16 * 64
+    for most, count in ((size, 1), (size - 1, 2)):
+        monkeypatch.setattr(prologue, "_LARGE", most)
+        args = (torch.randn(2, 96).to(BF16), weight, gain(96, BF16))
+        lowered = check_node(fused_linear, args, NORM, tolerance=ALLOWED[BF16])
+        assert launches(lowered) == count
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("group", [0, 32])
+def test_built_for_every_target(tokens: int, group: int) -> None:
+    w = torch.zeros(6144, 4096, dtype=BF16)
+    x, of_norm = torch.empty(tokens, 4096, dtype=BF16), Weight(torch.ones(4096, dtype=BF16))
+    attrs = {**NORM, "activation": "silu"}
+    facts = build_everywhere(gated_linear, (x, Packed(w) if group else Weight(w), of_norm), attrs)
+    if group:
+        counts = {target: len(found) for target, found in facts.items()}
+        assert counts == {target: 2 if target.startswith("hip") else 1 for target in facts}
+        # A program of eight warps leaves room for another on the multiprocessor.
+        assert tokens > 8 or facts["cuda:sm_90"][0]["registers"] <= 128

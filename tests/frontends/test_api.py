@@ -1,0 +1,130 @@
+"""The front door: what compile takes, refuses, and gives back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ingot
+import pytest
+import torch
+from ingot.codegen.entries import Choice
+from ingot.frontends.importers.torch_export import ImportFailure
+from ingot.frontends.model import NotYetError
+from ingot.runtime.devices.device_api import DriverMissingError
+from tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def model(source: Any) -> Any:
+    return ingot.compile(source, max_sequences=3, max_tokens_per_sequence=100, verify=True)
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_small_capacities(source: Any, capacity: int) -> None:
+    small = ingot.compile(source, max_sequences=2, max_tokens_per_sequence=capacity)
+    assert small.generate([5], max_new_tokens=9).finish_reason == "length"
+    with pytest.raises(ValueError, match="tokens"):
+        small.generate([5] * (capacity + 1))
+
+
+def test_batched_tokens_are_those_of_each_alone(model: Any) -> None:
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**31)
+    lengths = torch.randint(1, 80, (64,), generator=generator).tolist()
+    prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in lengths]
+    together = model.generate(prompts, max_new_tokens=8, temperature=0.9, top_p=0.9, seed=3)
+    for prompt, completion in zip(prompts, together, strict=True):
+        alone = model.generate(prompt, max_new_tokens=8, temperature=0.9, top_p=0.9, seed=3)
+        assert alone.tokens == completion.tokens
+
+
+def test_prompts_in_every_form(model: Any) -> None:
+    one = model.generate([5, 6], max_new_tokens=4)
+    assert model.generate(torch.tensor([5, 6]), max_new_tokens=4).tokens == one.tokens
+    many = model.generate(([5, 6] for _ in range(3)), max_new_tokens=4)
+    assert [c.tokens for c in many] == [one.tokens] * 3
+    assert model.generate([]) == []
+    events = list(model.generate([5, 6], max_new_tokens=4, stream=True))
+    assert tuple(e.token for e in events if e.token is not None) == one.tokens
+    for wrong in ("text", [[]], [[200]]):
+        with pytest.raises(ValueError, match=r"tokenizer|prompt|token"):
+            model.generate(wrong)
+
+
+def test_end_of_text_ids_come_from_the_generation_config(source: Any) -> None:
+    source.generation_config.eos_token_id = [2, 7]
+    try:
+        assert ingot.compile(source, max_tokens_per_sequence=64).stop_tokens == {2, 7}
+    finally:
+        source.generation_config.eos_token_id = 2
+
+
+def test_graphs_by_name(model: Any) -> None:
+    assert model.graph("traced") is not model.graph("final")
+    assert model.graph() is model.graph("fuse-norm-linear")
+    with pytest.raises(KeyError, match="insert-kv-cache"):
+        model.graph("nothing")
+
+
+def test_options_are_refused_not_ignored(source: Any) -> None:
+    with pytest.raises(NotYetError, match="speculate"):
+        ingot.compile(source, speculate="mtp")
+    with pytest.raises(DriverMissingError, match="libamdhip64"):
+        ingot.compile(source, target="hip:gfx950")
+    with pytest.raises(ValueError, match="unknown target"):
+        ingot.compile(source, target="tpu")
+    with pytest.raises(ValueError, match="one insert-kv-cache"):
+        ingot.compile(source, passes=[])
+    with pytest.raises(ValueError, match="nn.Module"):
+        ingot.compile(source, example_inputs=(torch.ones(1),))
+    with pytest.raises(ValueError, match="dtype"):
+        ingot.compile(torch.nn.Linear(2, 2), example_inputs=(torch.ones(1, 2),), dtype="bf16")
+
+
+class _Structured(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.norm = torch.nn.BatchNorm2d(4)
+
+    def forward(self, image: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+        return {"features": self.norm(self.conv(image)).relu(), "ids": [ids // 2, -ids]}
+
+
+def test_modules_keep_the_structure_of_what_they_return() -> None:
+    module = _Structured()
+    module.norm.running_var.uniform_(0.5, 2.0)
+    image, ids = torch.randn(2, 3, 8, 8), torch.arange(5)
+    compiled = ingot.compile(module, example_inputs=(image, ids), verify=True)
+    assert module.training
+    found, expected = compiled(image, ids), module.eval()(image, ids)
+    torch.testing.assert_close(found, expected)
+
+
+class _Counts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return x + self.calls
+
+
+def test_modules_that_write_are_refused() -> None:
+    with pytest.raises(ImportFailure, match="writes into"):
+        ingot.compile(_Counts(), example_inputs=(torch.ones(2),))
+
+
+def test_report_says_which_kernels_and_why(model: Any) -> None:
+    assert not model.report.kernels  # references have none
+    few = Choice("linear", "T=1,L=1", ("fragment_kernel",), "few tokens", 1e-6)
+    many = Choice("linear", "T=64,L=8", ("product_kernel",), "many tokens", 1e-6)
+    report = replace(model.report, choices=(few, few, many))
+    assert report.kernels["T=1,L=1"] == {("linear", ("fragment_kernel",), "few tokens"): 2}
+    assert "kernels of T=64,L=8\n  1 x linear: product_kernel (many tokens)" in str(report)

@@ -1,0 +1,248 @@
+"""Importing Hugging Face models: what is refused and how, what is read, long rotary embeddings."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from ingot.compiler.interpret import interpret
+from ingot.compiler.pipeline import run_pipeline
+from ingot.frontends.importers import huggingface
+from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
+from ingot.frontends.importers.source_error import SourceError
+from ingot.frontends.importers.torch_export import ImportFailure
+from ingot.frontends.importers.traced_ops import UnsupportedModel
+from ingot.passes.pipelines import RAISING, causal_lm
+from ingot.passes.serving.insert_kv_cache import CannotCache
+from pass_checks import ops
+from tiny_models import tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_SMALL = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+# Models that reach attention otherwise than through transformers' attention interface.
+BYPASSING = {
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "codegen": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, n_ctx=64),
+    "gptj": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+}
+
+
+def small_model(name: str, **options: object) -> PreTrainedModel:
+    config = AutoConfig.for_model(name, **{**_SMALL, **options})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@cache
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def logits_of(imported: HuggingFaceModel, tokens: torch.Tensor) -> torch.Tensor:
+    graph = run_pipeline(imported.graph, RAISING)[-1].graph
+    inputs = {"tokens": tokens.int(), "positions": torch.arange(len(tokens)).int()}
+    return interpret(graph, inputs, imported.weights).outputs[0]
+
+
+def eager(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens[None], use_cache=False).logits[0]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("name", BYPASSING)
+def test_attention_that_bypasses_the_interface_is_refused(name: str) -> None:
+    """Some know no name but their own, some take the name and do not use it."""
+    with pytest.raises((ImportFailure, SourceError), match=f"^{name}: .*attention interface"):
+        import_hugging_face(small_model(name, **BYPASSING[name]), dtype=None, max_tokens=64)
+
+
+def test_too_few_attention_nodes_say_how_many() -> None:
+    with pytest.raises(
+        ImportFailure, match="expected one attention node for each of 2 layers, found 0"
+    ):
+        import_hugging_face(small_model("bloom", **BYPASSING["bloom"]), dtype=None, max_tokens=64)
+
+
+def test_encoders_cannot_be_cached() -> None:
+    model = small_model(
+        "bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    imported = import_hugging_face(model, dtype=None, max_tokens=64)
+    with pytest.raises(CannotCache, match=r"bert\.\w+"):
+        run_pipeline(imported.graph, causal_lm(max_sequences=2, max_tokens_per_sequence=64))
+
+
+def test_chunked_attention_is_refused() -> None:
+    model = small_model(
+        "llama4_text",
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        moe_layers=[],
+        attention_chunk_size=8,
+        layer_types=["chunked_attention", "full_attention"],
+    )
+    with pytest.raises(UnsupportedModel, match=r"layer 0\) uses chunked attention"):
+        import_hugging_face(model, dtype=None, max_tokens=64)
+
+
+class Broken(nn.Module):
+    """A feed-forward layer whose code depends on the values that it sees."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class WithMore(nn.Module):
+    """A feed-forward layer with a parameter that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.fixture
+def altered(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """`altered.layer = M` puts an M in place of the first layer's MLP of the model to be traced."""
+    real = huggingface.build_meta_model
+
+    def build(*args: object, **options: object) -> object:
+        meta = real(*args, **options)  # pyright: ignore
+        with torch.device("meta"):
+            meta.model.model.layers[0].mlp = monkeypatch.layer()  # pyright: ignore
+        return meta
+
+    monkeypatch.setattr(huggingface, "build_meta_model", build)
+    monkeypatch.setattr(huggingface, "weights_of", lambda *_: {})
+    return monkeypatch
+
+
+def test_code_that_cannot_be_traced_is_named(altered: pytest.MonkeyPatch) -> None:
+    altered.layer = Broken  # pyright: ignore
+    with pytest.raises(
+        ImportFailure, match=r"llama: torch.export cannot trace it .* at \w+\.py:\d+"
+    ):
+        import_hugging_face(llama(), dtype=None, max_tokens=64)
+
+
+def test_unused_parameters_are_named(altered: pytest.MonkeyPatch) -> None:
+    altered.layer = WithMore  # pyright: ignore
+    with pytest.raises(ImportFailure, match=r"1 parameters take no part .*layers.0.mlp.spare"):
+        import_hugging_face(llama(), dtype=None, max_tokens=64)
+
+
+def test_experts_that_bypass_the_interface_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface, "_count_expert_modules", lambda model: 3)
+    with pytest.raises(ImportFailure, match="one experts node for each of 3 MoE layers, found 2"):
+        import_hugging_face(tiny_model("mixtral"), dtype=None, max_tokens=64)
+
+
+def test_a_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no such directory"):
+        import_hugging_face(tmp_path / "nothing", dtype=None, max_tokens=64)
+
+
+# ---- what is made
+
+
+def test_no_weight_is_read_before_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path)
+    imported = import_hugging_face(tmp_path, dtype=None, max_tokens=64)
+    loads: list[str] = []
+    real = type(imported.weights).load
+
+    def load(self: object, name: str) -> torch.Tensor:
+        loads.append(name)
+        return real(self, name)  # pyright: ignore
+
+    monkeypatch.setattr(type(imported.weights), "load", load)
+    again = import_hugging_face(tmp_path, dtype=None, max_tokens=64)
+    run_pipeline(again.graph, causal_lm(max_sequences=2, max_tokens_per_sequence=64))
+    assert loads == []
+    tokens = torch.tensor([3, 5, 7])
+    assert_close(logits_of(again, tokens), eager(llama(), tokens))
+    constants = {n.attrs["name"] for n in again.graph.nodes() if n.op.name == "constant"}
+    assert sorted(loads) == sorted(constants)
+
+
+def test_the_model_in_memory_is_left_alone() -> None:
+    before = {n: t.clone() for n, t in llama().state_dict().items()}
+    implementation = llama().config._attn_implementation
+    import_hugging_face(llama(), dtype=torch.bfloat16, max_tokens=64)
+    assert llama().config._attn_implementation == implementation
+    for name, tensor in llama().state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+
+
+def test_dtype_of_import() -> None:
+    imported = import_hugging_face(llama(), dtype=torch.bfloat16, max_tokens=64)
+    tokens = torch.arange(3, 30)
+    found = logits_of(imported, tokens)
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), eager(llama(), tokens), 3e-2)
+
+
+# Raised in bf16 as in f32: casts stand around norms and rotary embeddings there.
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "cohere2"])
+def test_bf16_models_are_raised(name: str) -> None:
+    imported = import_hugging_face(tiny_model(name), dtype=torch.bfloat16, max_tokens=64)
+    found = ops(run_pipeline(imported.graph, RAISING)[-1].graph)
+    left = {"rsqrt", "mean", "cos", "sin", "neg", "sigmoid", "silu", "gelu", "gather", "topk"}
+    assert not found.keys() & left
+    assert not [op for op in found if op.startswith("aten.")]
+
+
+# ---- rotary embeddings with frequencies for short and for long sequences
+
+LONG = dict(
+    original_max_position_embeddings=64,
+    rope_parameters=dict(
+        rope_type="longrope",
+        rope_theta=10000.0,
+        factor=4.0,
+        short_factor=[1.0 + 0.1 * i for i in range(8)],
+        long_factor=[3.0 + 0.5 * i for i in range(8)],
+        original_max_position_embeddings=64,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "tokens"), [(64, 60), (96, 80)], ids=["up to the original length", "beyond it"]
+)
+def test_long_rope_is_chosen_by_capacity(max_tokens: int, tokens: int) -> None:
+    model = tiny_model("phi3", **LONG)
+    eager(model, torch.arange(80))  # leaves the frequencies of a long sequence behind
+    imported = import_hugging_face(model, dtype=None, max_tokens=max_tokens)
+    ids = torch.randint(3, 128, (tokens,), generator=torch.Generator().manual_seed(0))
+    assert_close(logits_of(imported, ids), eager(model, ids))
+    found = ops(run_pipeline(imported.graph, RAISING)[-1].graph)
+    assert found["rope"] == 4 and found["rope_tables"] == 1
+
+
+def test_long_rope_serves_short_prompts_with_long_frequencies() -> None:
+    """One graph has one set of frequencies: what a long capacity asks for."""
+    model = tiny_model("phi3", **LONG)
+    imported = import_hugging_face(model, dtype=None, max_tokens=96)
+    ids = torch.randint(3, 128, (80,), generator=torch.Generator().manual_seed(0))
+    assert_close(logits_of(imported, ids[:20]), eager(model, ids)[:20])
+    assert (logits_of(imported, ids[:20]) - eager(model, ids[:20])).abs().max() > 1e-4

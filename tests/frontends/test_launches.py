@@ -1,0 +1,60 @@
+"""How many launches a decoder layer takes for one token, in MXFP4: graph nodes are not free."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from ingot.codegen.lower import lower
+from ingot.compiler.pipeline import run_pipeline
+from ingot.compiler.target import target_of
+from ingot.frontends.importers.huggingface import import_hugging_face
+from ingot.passes.pipelines import causal_lm
+from ingot.passes.transforms.quantize_mxfp4 import MXFP4
+from interpreted import InterpretedBackend
+from tiny_models import tiny_model
+
+ATTENTION = {"heads": 1, "attend": 1, "combine": 1}
+EXPERTS = {"gate": 1, "hidden": 1, "part": 1}
+# A layer's launches by kernel; products are "fragment", "mfma" or "product".
+LAYERS: dict[str, dict[str, int]] = {
+    "llama": {**ATTENTION, "products": 4},
+    "qwen3_moe": {**ATTENTION, **EXPERTS, "combine": 2, "products": 2},
+    "gpt_oss": {**ATTENTION, **EXPERTS, "combine": 2, "products": 2},
+    "deepseek_v3": {**ATTENTION, **EXPERTS, "combine": 2, "latent": 1, "products": 4},
+}
+# Of those products, the ones that AMD's matrix cores are given a normed input for.
+NORMED = {"llama": 2, "qwen3_moe": 1, "gpt_oss": 1, "deepseek_v3": 2}
+
+
+@cache
+def launches(name: str, layers: int, target: str) -> Counter[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of_layers: dict[str, Any] = {"num_hidden_layers": layers}
+        if name == "gpt_oss":
+            of_layers["layer_types"] = ["sliding_attention"] * layers
+        model = tiny_model(name, dtype=torch.bfloat16, **of_layers)
+        imported = import_hugging_face(model, dtype=torch.bfloat16, max_tokens=256)
+    passes = causal_lm(max_sequences=2, max_tokens_per_sequence=192, quantize=MXFP4())
+    graph = run_pipeline(imported.graph, passes)[-1].graph
+    backend = InterpretedBackend(target_of(target))
+    binding = [{"T": 1, "L": 1}]
+    lowered = lower(graph, imported.weights, backend.target, binding, ["logits"], backend=backend)
+    (entry,) = lowered.program.entries
+    names = (backend.sources[launch.kernel].function.__name__ for launch in entry.launches)
+    kinds = (name.removesuffix("_kernel") for name in names)
+    return Counter("products" if k in ("fragment", "mfma", "product") else k for k in kinds)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("target", ["cuda:sm_90", "hip:gfx942"])
+def test_a_layer_of_one_token(name: str, target: str) -> None:
+    """What one layer more adds: one like all but the first."""
+    added = launches(name, 3, target) - launches(name, 2, target)
+    first = {"prologue": NORMED[name]} if target.startswith("hip") else {}
+    assert added == {**LAYERS[name], **first}

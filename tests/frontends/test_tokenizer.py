@@ -1,0 +1,323 @@
+"""Text to ids and back: equal to transformers, streams that never show half a character."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from ingot.frontends.importers.source_error import SourceError
+from ingot.frontends.text.chat import ChatError, ChatTemplate, chat_template_of
+from ingot.frontends.text.tokenizer import TextStream, Tokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+TEXTS = [
+    "def read_lines(path):\n    return [line for line in open(path)]\n",
+    "The weather in Köln is schön, naïve façade; 東京の天気 🙂🙃 don't!",
+    "a  b   c  x_y == z != w",
+]
+SPECIALS = ["<unk>", "<s>", "</s>", "<|sep|>"]
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """As GPT-2, Llama 3 and Pico: BPE over bytes."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def byte_fallback() -> tokenizers.Tokenizer:
+    """As Llama 2 and Gemma: spaces as ▁, unknown characters as runs of <0xXX>."""
+    pieces = ["▁", "▁a", "▁the", "b", "é", "don", "'t", "�", "▁▁"]
+    words = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def metaspace() -> tokenizers.Tokenizer:
+    """As T5 and XLM-R: SentencePiece unigrams."""
+    pieces = [*SPECIALS, "▁", "▁a", "▁the", "b", "é", "▁don", "'t", "▁▁"]
+    tokenizer = tokenizers.Tokenizer(models.Unigram([(p, -1.0) for p in pieces], 0))
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def word_pieces() -> tokenizers.Tokenizer:
+    """As BERT: ## joins, and spaces before punctuation are cleaned up."""
+    words = [*SPECIALS, "a", "##b", "don", "'t", " n't", ".", "the", "##", "é", "!"]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def end_of_word() -> tokenizers.Tokenizer:
+    """As GPT-1: </w> ends a word."""
+    words = [*SPECIALS, "a", "b</w>", "c", "the</w>", "é</w>"]
+    tokenizer = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.decoder = decoders.BPEDecoder()
+    return tokenizer
+
+
+FAMILIES = {
+    make.__name__: make for make in (byte_level, byte_fallback, metaspace, word_pieces, end_of_word)
+}
+
+
+def save(directory: Path, tokenizer: tokenizers.Tokenizer, **files: Any) -> Path:
+    tokenizer.save(str(directory / "tokenizer.json"))
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return directory
+
+
+def opened(directory: Path) -> Tokenizer:
+    tokenizer = Tokenizer.open(directory)
+    assert tokenizer is not None
+    return tokenizer
+
+
+# ---- streams
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Tokenizer:
+    return opened(save(tmp_path_factory.mktemp(request.param), FAMILIES[request.param]()))
+
+
+@given(data=st.data())
+def test_stream_concatenates_to_decode(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    # Special tokens, ids beyond the vocabulary and, of bytes, mostly runs that are no UTF-8.
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=40))
+    stream = tokenizer.decoder()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    assert stream.flush() == ""
+
+
+def test_unknown_ids_do_not_end_a_run_of_bytes() -> None:
+    tokenizer = Tokenizer(byte_fallback(), (), None)
+    zero, byte = (tokenizer.backend.token_to_id(name) for name in ("<0x00>", "<0x80>"))
+    ids = [zero, tokenizer.vocab_size + 1, byte]
+    stream = tokenizer.decoder()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids) == "\ufffd\ufffd"
+
+
+@given(text=st.text(st.sampled_from("aé東🙂 \n\ufffd'.b"), max_size=30))
+def test_stream_of_text_shows_whole_characters(text: str, tmp_path_factory: Any) -> None:
+    for make in (byte_level, byte_fallback):
+        tokenizer = Tokenizer(make(), (), None)
+        ids = tokenizer.encode(text)
+        stream = tokenizer.decoder()
+        shown = ""
+        for i in ids:
+            shown += stream.push(i)
+            assert tokenizer.decode(ids).startswith(shown)
+        assert shown + stream.flush() == tokenizer.decode(ids)
+
+
+def test_stream_decodes_a_window_only() -> None:
+    tokenizer = Tokenizer(byte_level(), (), None)
+    longest = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return tokenizer.decode(ids)
+
+    stream = TextStream(decode)
+    for i in tokenizer.encode(TEXTS[0] * 20):
+        stream.push(i)
+    assert longest <= 3
+
+
+# ---- a directory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_transformers(family: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+        "pad_token": "<pad>",  # not in tokenizer.json
+        "add_bos_token": False,  # the post-processor of tokenizer.json decides
+        "added_tokens_decoder": {
+            "900": {"content": "<tool>", "special": False},
+            "901": {"content": "<think>", "special": True},
+        },
+        "additional_special_tokens": ["<|sep|>", "<|extra|>"],
+        "clean_up_tokenization_spaces": False,
+    }
+    ours = opened(save(tmp_path, FAMILIES[family](), tokenizer_config=config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, "", " ", "<s>a<tool>b<think></s><pad><|extra|><|sep|> c"]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        bare = ours.encode(text, special_tokens=False)
+        assert bare == theirs.encode(text, add_special_tokens=False)
+    assert ours.vocab_size == len(theirs)
+    assert theirs.eos_token_id in ours.stop_token_ids
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    ours = opened(save(tmp_path, tokenizer))
+    assert ours.encode("abcdefgh") == byte_level().encode("abcdefgh").ids
+
+
+def test_stop_tokens_of_all_places(tmp_path: Path) -> None:
+    files: dict[str, Any] = {
+        "generation_config": {"eos_token_id": [7, 9]},
+        "config": {"eos_token_id": 7, "text_config": {"eos_token_id": 11}},
+        "tokenizer_config": {"eos_token": "</s>"},
+    }
+    assert opened(save(tmp_path, byte_level(), **files)).stop_token_ids == (2, 7, 9, 11)
+    for name in files:
+        (tmp_path / f"{name}.json").unlink()
+    assert opened(tmp_path).stop_token_ids == ()
+
+
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
+    assert Tokenizer.open(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"tokenizer\.json is no tokenizer"):
+        Tokenizer.open(tmp_path)
+    save(tmp_path, byte_level())
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(SourceError, match="expected an object, found list"):
+        Tokenizer.open(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"tokenizer_config\.json is no JSON"):
+        Tokenizer.open(tmp_path)
+
+
+# ---- chat templates
+
+MESSAGES = [
+    {"role": "system", "content": "Be <brief> & é."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Bye", "tool": {"b": [1, None], "a": "ü"}},
+]
+TEMPLATE = """{{ bos_token }}{% set ns = namespace(n=0) %}
+{% for message in messages %}
+    {% if message.role == 'nobody' %}{{ raise_exception('no nobody') }}{% endif %}
+    {% if loop.index > 3 and skip is defined %}{% break %}{% endif %}
+    {% set ns.n = ns.n + 1 %}
+<|{{ message['role'] }}|>
+    {% if message.tool is defined %}{{ message.tool | tojson(indent=1) }}{% endif %}
+    {% generation %}
+{{ message.content.strip() }}{{ eos_token }}
+    {% endgeneration %}
+{% endfor %}
+{{ ns.n }} {{ dict(a=1) }} {{ strftime_now('%Y') }} {{ documents is none }}
+{% if add_generation_prompt %}<|assistant|>{% endif %}
+"""
+
+
+def chat_tokenizer(directory: Path, template: Any) -> Tokenizer:
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return opened(save(directory, byte_level(), tokenizer_config=config))
+
+
+@pytest.mark.parametrize("variables", [{}, {"skip": True}, {"add_generation_prompt": False}])
+def test_chat_equal_to_transformers(variables: dict[str, bool], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = chat_tokenizer(tmp_path, TEMPLATE)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.chat_template is not None
+    text = ours.chat_template.render(MESSAGES, **variables)
+    given = {"add_generation_prompt": True, **variables}
+    assert text == theirs.apply_chat_template(MESSAGES, tokenize=False, **given)
+    assert str(datetime.now().astimezone().year) in text
+    ids = theirs.apply_chat_template(MESSAGES, return_dict=False, **given)
+    assert ours.encode(text, special_tokens=False) == ids
+
+
+def test_where_templates_are_found(tmp_path: Path) -> None:
+    assert chat_tokenizer(tmp_path, None).chat_template is None
+    named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
+    template = chat_tokenizer(tmp_path, named).chat_template
+    assert template is not None
+    assert [template.render([]), template.render([], name="tool_use")] == ["one", "two"]
+    with pytest.raises(ChatError, match="no chat template 'rag'; there are default, tool_use"):
+        template.render([], name="rag")
+    (tmp_path / "chat_template.jinja").write_text("file", encoding="utf-8")
+    template = chat_tokenizer(tmp_path, named).chat_template
+    assert template is not None and template.render([]) == "file"
+    with pytest.raises(SourceError, match="expected chat_template to be a string or a list"):
+        chat_template_of({}, {"chat_template": [1]}, {})
+
+
+HOSTILE: dict[str, str] = {
+    "{{ ''.__class__.__mro__ }}": "unsafe",
+    "{{ messages.append(1) }}": "unsafe",
+    "{{ dict.__init__.__globals__ }}": "unsafe",
+    "{{ namespace.__init__.__globals__ }}": "unsafe",
+    "{% set n = namespace(__class__=1) %}": "unsafe",
+    "{% set n = namespace() %}{% set n._x = 1 %}": "unsafe",
+    "{{ cycler.__init__.__globals__.os.system('id') }}": "unsafe",
+    "{{ raise_exception.__globals__ }}": "unsafe",
+    "{{ '{0.__class__}'.format(1) }}": "unsafe",
+    "{% for i in range(10000000) %}x{% endfor %}": "Range too big",
+    "{{ raise_exception('roles must alternate') }}": "roles must alternate",
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{{ messages[0].content.nothing.more }}": "has no attribute 'nothing'",
+    "a\n{% if %}": "line 2",
+    "{% include '/etc/passwd' %}": "no loader",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "too much memory",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_hostile_and_broken_templates_are_refused(source: str) -> None:
+    with pytest.raises(ChatError, match=HOSTILE[source]):
+        print(ChatTemplate({"default": source}).render(MESSAGES))
+
+
+def test_templates_see_plain_data() -> None:
+    with pytest.raises(ChatError, match="found a PosixPath"):
+        ChatTemplate({"default": ""}).render([{"role": "user", "content": Path("x")}])

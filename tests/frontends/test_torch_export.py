@@ -1,0 +1,390 @@
+"""The importer: small modules, rule by rule, against the modules themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from ingot.compiler.interpret import interpret
+from ingot.compiler.ir import Graph
+from ingot.compiler.text import parse, same_structure
+from ingot.compiler.verify import verify
+from ingot.compiler.weights import Weights
+from ingot.frontends.importers.torch_export import ImportFailure, import_program
+from pass_checks import ops
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(*args)
+
+
+def imported(
+    module: nn.Module, inputs: Sequence[Tensor], dynamic: bool = True
+) -> tuple[Graph, Weights]:
+    """The graph of `module`, with the first dim of every input dynamic, and its weights."""
+    shapes = {0: Dim("T", min=4, max=64)} if dynamic else None
+    with torch.no_grad():
+        program = export(
+            module,
+            tuple(inputs),
+            dynamic_shapes={"args": tuple(shapes if x.ndim else None for x in inputs)}
+            if isinstance(module, Call)
+            else tuple(shapes for _ in inputs),
+        ).run_decompositions({})
+    symbols = {"T": range(4, 65)} if dynamic else {}
+    result = import_program(program, "module", symbols=symbols)
+    weights = Weights.of(module.state_dict()).merged(result.constants)
+    verify(result.graph)
+    return result.graph, weights
+
+
+def assert_imports(
+    function: Callable[..., Any] | nn.Module,
+    *inputs: Tensor,
+    dynamic: bool = True,
+    sizes: Sequence[int] = (4, 5, 17),
+) -> Graph:
+    """The graph computes what the function does, at several sizes, and survives its own text."""
+    module = function if isinstance(function, nn.Module) else Call(function)
+    module.eval()
+    graph, weights = imported(module, inputs, dynamic)
+    assert same_structure(parse(str(graph)), graph)
+    names = [p.attrs["name"] for p in graph.params]
+    for size in sizes if dynamic else (None,):
+        given = [_resized(x, size) if size else x for x in inputs]
+        with torch.no_grad():
+            expected = module(*(x.clone() for x in given))
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        found = interpret(graph, dict(zip(names, given, strict=True)), weights).outputs
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    return graph
+
+
+def _resized(x: Tensor, size: int) -> Tensor:
+    """Random content with `size` rows."""
+    generator = torch.Generator().manual_seed(size)
+    if x.dtype == torch.bool:
+        return torch.randint(0, 2, (size, *x.shape[1:]), generator=generator).bool()
+    if not x.is_floating_point():
+        return torch.randint(0, 4, (size, *x.shape[1:]), generator=generator).to(x.dtype)
+    return torch.randn(size, *x.shape[1:], generator=generator).to(x.dtype)
+
+
+X = torch.randn(5, 4, 6)
+IDS = torch.randint(0, 4, (5, 6))
+M = torch.randn(5, 6)
+
+VIEWS: dict[str, Callable[..., Any]] = {
+    "view": lambda x: x.view(x.shape[0], 24),
+    "view with a guessed dim": lambda x: x.view(-1, 6),
+    "reshape after transpose": lambda x: x.transpose(1, 2).reshape(x.shape[0], 24),
+    "flatten": lambda x: x.flatten(1),
+    "unflatten": lambda x: x.unflatten(-1, (2, 3)),
+    "unsqueeze and squeeze": lambda x: x.unsqueeze(-2).squeeze(2),
+    "squeeze of several": lambda x: x[:, None, :, None].squeeze((1, 3)),
+    "permute": lambda x: x.permute(-1, 0, 1),
+    "transpose from the end": lambda x: x.transpose(-1, -3),
+    "t": lambda x: x[0].t(),
+    "mT": lambda x: x.mT,
+    "expand": lambda x: x[:, :1].expand(-1, 4, -1),
+    "expand with a new dim": lambda x: x[0, 0].expand(x.shape[0], 3, 6),
+    "expand_as": lambda x: x[:, :, :1].expand_as(x),
+    "repeat_interleave": lambda x: x.repeat_interleave(3, dim=1),
+    "repeat_interleave of the last": lambda x: x.repeat_interleave(2, -1),
+    "repeat": lambda x: x.repeat(1, 2, 1),
+    "slice": lambda x: x[:, 1:3],
+    "slice from the end": lambda x: x[..., -2:],
+    "slice up to the end": lambda x: x[..., :-1],
+    "slice with a step": lambda x: x[:, :, 1::2],
+    "slice beyond the end": lambda x: x[:, 2:100],
+    "slice of everything": lambda x: x[:, 0 : 2**62],
+    "slice before the start": lambda x: x[:, -100:2],
+    "slice of nothing": lambda x: x[:, 3:3],
+    "slice of rows": lambda x: x[1:],
+    "slice but the last row": lambda x: x[:-1],
+    "slice of the last row": lambda x: x[-1:],
+    "slice up to a symbolic bound": lambda x: x[: x.shape[0] - 1],
+    "narrow": lambda x: x.narrow(2, 1, 3),
+    "select": lambda x: x[:, 1],
+    "select from the end": lambda x: x[..., -1],
+    "select the last row": lambda x: x[-1],
+    "split": lambda x: x.split(2, dim=-1),
+    "split unevenly": lambda x: x.split(4, 2),
+    "split with sizes": lambda x: x.split([1, 2, 3], -1),
+    "chunk": lambda x: x.chunk(3, -1),
+    "chunk unevenly": lambda x: x.chunk(4, -1),
+    "unbind": lambda x: x.unbind(1),
+    "stack": lambda x: torch.stack((x, -x), -1),
+    "stack in front": lambda x: torch.stack([x, x], 0),
+    "cat": lambda x: torch.cat((x, x[:, :1]), 1),
+    "cat from the end": lambda x: torch.cat([x, x], -2),
+    "cat of two dtypes": lambda x: torch.cat((x, x.double()), 1),
+    "cat of one": lambda x: torch.cat((x,), 1),
+    "cat of rows": lambda x: torch.cat((x, x), 0),
+    "rotate half": lambda x: torch.cat((-x[..., 3:], x[..., :3]), -1),
+    "clone": lambda x: x.clone().contiguous().detach(),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(name: str) -> None:
+    found = ops(assert_imports(VIEWS[name], X))
+    assert not [op for op in found if op.startswith("aten.") and name != "repeat"]
+
+
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": lambda m, i: m + i,
+    "add with alpha": lambda m, i: torch.add(m, i, alpha=2),
+    "add of a number": lambda m, i: i + 1.5,
+    "add of ints": lambda m, i: i + 1,
+    "sub with alpha": lambda m, i: torch.sub(m, m * m, alpha=3),
+    "rsub": lambda m, i: 2 - m,
+    "rsub with alpha": lambda m, i: torch.rsub(m, i, alpha=2),
+    "mul by a double": lambda m, i: m * m.double(),
+    "div of ints": lambda m, i: i / 2,
+    "reciprocal": lambda m, i: (m * m + 1).reciprocal(),
+    "one over": lambda m, i: 1 / (m * m + 1),
+    "square": lambda m, i: m.pow(2),
+    "square itself": lambda m, i: m.square() + i.square(),
+    "cube": lambda m, i: m**3,
+    "power of a number": lambda m, i: 2.0**m,
+    "power of a tensor": lambda m, i: (m * m + 1) ** i,
+    "root": lambda m, i: (m * m + 0.5).pow(-0.5),
+    "rsqrt": lambda m, i: torch.rsqrt(m * m + 0.5),
+    "unary": lambda m, i: m.exp().log().sin().cos().tanh().sigmoid().neg().abs().sqrt().relu(),
+    "unary of ints": lambda m, i: i.sqrt() + i.cos(),
+    "activations": lambda m, i: (
+        nn.functional.silu(m),
+        nn.functional.gelu(m),
+        nn.functional.gelu(m, approximate="tanh"),
+    ),
+    "maximum": lambda m, i: torch.maximum(m, -m) + torch.minimum(m, m * m),
+    "compare with a number": lambda m, i: (m > 0.5, m <= 0, i == 2, i != 1),
+    "compare ints with a fraction": lambda m, i: (i > 1.5, i < 0.5),
+    "compare two dtypes": lambda m, i: (m < i, m.double() >= m, i.int() == i),
+    "cast": lambda m, i: (m.double(), i.float(), m.to(torch.bfloat16), i.bool()),
+    "type_as": lambda m, i: i.type_as(m),
+    "clamp": lambda m, i: m.clamp(-0.5, 0.5),
+    "clamp from below": lambda m, i: m.clamp(min=0.1),
+    "clamp from above": lambda m, i: m.clamp(max=0.1),
+    "clamp_min": lambda m, i: m.clamp_min(0.2),
+    "clamp_max": lambda m, i: torch.clamp_max(m, 0.2),
+    "clamp by numbers in place": lambda m, i: torch.clip(m, -1, 1),
+    "clamp of ints": lambda m, i: i.clamp(1, 2),
+    "where": lambda m, i: torch.where(m > 0, m, -m),
+    "where with numbers": lambda m, i: torch.where(m > 0, m, 0.5) + torch.where(m > 0, 1, m),
+    "masked_fill": lambda m, i: m.masked_fill(i > 1, float("-inf")),
+    "masked_fill by a tensor": lambda m, i: m.masked_fill(i > 1, torch.tensor(2.0)),
+    "bools": lambda m, i: ((m > 0) & (i > 1), (m > 0) | (i > 1), ~(m > 0)),
+    "bits": lambda m, i: (i & 1, i | 2, ~i),
+    "logical_not of floats": lambda m, i: torch.logical_not(m),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic(name: str) -> None:
+    assert_imports(ARITHMETIC[name], M, IDS)
+
+
+ALONG: dict[str, Callable[..., Any]] = {
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "mean of two dims": lambda x: x.mean((1, 2)),
+    "mean of ints as floats": lambda x: (x > 0).long().float().mean(-1),
+    "mean with a dtype": lambda x: x.mean(-1, dtype=torch.float64),
+    "sum": lambda x: x.sum(1),
+    "sum of bools": lambda x: (x > 0).sum(-1),
+    "sum of all": lambda x: x.sum(),
+    "amax": lambda x: x.amax(-1),
+    "max.dim": lambda x: tuple(x.max(-1)),
+    "values of max.dim": lambda x: x.max(1, keepdim=True)[0],
+    "softmax": lambda x: x.softmax(-1),
+    "softmax to a dtype": lambda x: torch.softmax(x, 1, dtype=torch.float64),
+    "topk": lambda x: tuple(x.topk(3, dim=-1)),
+    "topk unsorted": lambda x: x.topk(2, dim=1, sorted=False)[0].sum(1),
+    "the smallest": lambda x: tuple(x.topk(2, dim=-1, largest=False)),
+    "cumsum": lambda x: x.cumsum(-1),
+    "argmax": lambda x: x.argmax(-1),
+    "gather": lambda x: x.gather(-1, x.topk(2, -1)[1]),
+    "group limit": lambda x: torch.zeros_like(x[:, 0]).scatter_(1, x[:, 0].topk(2, -1)[1], 1),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_along_a_dim(name: str) -> None:
+    assert_imports(ALONG[name], X)
+
+
+def test_the_smallest_is_an_aten_node() -> None:
+    found = ops(assert_imports(ALONG["the smallest"], X))
+    assert found == {"aten.topk.default": 1}
+
+
+def test_unknown_operators_are_aten_nodes() -> None:
+    found = ops(assert_imports(lambda x: x.cumsum(1).erf(), X))
+    assert found == {"aten.cumsum.default": 1, "aten.erf.default": 1}
+
+
+MADE: dict[str, Callable[..., Any]] = {
+    "arange": lambda x: torch.arange(x.shape[0]) + x[:, 0, 0].long(),
+    "arange from": lambda x: torch.arange(2, x.shape[0] + 2) * 2,
+    "arange with a step": lambda x: torch.arange(0, 8, 2) + x[:, :, 0],
+    "arange of floats": lambda x: torch.arange(0, 1, 0.25) + x[:, :, 0],
+    "zeros": lambda x: torch.zeros(x.shape[0], 3) + x[:, 0, :3],
+    "ones_like": lambda x: torch.ones_like(x) + x,
+    "full": lambda x: torch.full((x.shape[0], 2), 2.5) + x[:, 0, :2],
+    "full_like of another dtype": lambda x: torch.full_like(x, 3, dtype=torch.long),
+    "new_zeros": lambda x: x.new_zeros(x.shape[0], 2),
+    "new_full": lambda x: x.new_full((2, x.shape[0]), -1.0),
+    "a number": lambda x: x + torch.tensor(2.0),
+    "a table": lambda x: x * torch.tensor([1.0, 2, 3, 4, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_of_nothing(name: str) -> None:
+    assert_imports(MADE[name], X)
+
+
+def _filled(x: Tensor) -> Tensor:
+    y = torch.empty(x.shape[0], 8)
+    y[:, :6] = x[:, 0]
+    y[:, 6:] = 1
+    return y
+
+
+def _every_second(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[..., ::2] = x[..., 3:]
+    y[..., 1::2] = -x[..., :3]
+    return y
+
+
+def _in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y += 1
+    y.mul_(x).clamp_(min=0)
+    y[:, 1].fill_(3)
+    y[:, -1] -= x[:, 0]
+    return y
+
+
+def _copied(x: Tensor) -> Tensor:
+    y = torch.zeros(x.shape[0], 4, 6, dtype=torch.float64)
+    y.copy_(x[:, :1])
+    return y
+
+
+@pytest.mark.parametrize("function", [_filled, _every_second, _in_place, _copied])
+def test_in_place(function: Callable[[Tensor], Tensor]) -> None:
+    assert_imports(function, X)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 6)
+        self.norm = nn.LayerNorm(6)
+        self.plain = nn.LayerNorm(6, elementwise_affine=False)
+        self.unbiased = nn.LayerNorm(6, bias=False)
+        self.rms = nn.RMSNorm(6, eps=1e-5)
+        self.rms_of_default = nn.RMSNorm(6, elementwise_affine=False)
+        self.up = nn.Linear(6, 9)
+        self.down = nn.Linear(9, 6, bias=False)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = self.norm(x) + self.plain(x) * self.unbiased(x)
+        x = self.rms(x) - self.rms_of_default(x)
+        return self.dropout(x + self.down(self.up(x))) @ self.embed.weight.T
+
+
+def test_layers(golden: Callable[[str], None]) -> None:
+    module = Layers()
+    graph = assert_imports(module, IDS[:, 0])
+    found = ops(graph)
+    assert (found["layer_norm"], found["rms_norm"], found["linear"]) == (3, 2, 2)
+    golden(str(graph))
+
+
+def test_scaled_dot_product_attention_is_an_aten_node() -> None:
+    def attend(x: Tensor) -> Tensor:
+        q = x.permute(1, 0, 2)[None]
+        return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    found = ops(assert_imports(attend, X))
+    assert found["aten.scaled_dot_product_attention.default"] == 1
+
+
+def test_products() -> None:
+    assert_imports(lambda x: x @ x.mT, X)
+    assert_imports(lambda x: torch.matmul(x, torch.ones(6, 2)), X)
+    assert_imports(lambda x: torch.mm(x[:, 0], x[:, 1].T), X)
+    found = ops(
+        assert_imports(
+            lambda x: torch.addmm(x[0, 0, :2], x[:, 0], x[0, 1, :, None] * x[0, :2].T), X
+        )
+    )
+    assert found["linear"] == 1
+    assert_imports(lambda x: torch.addmm(x[0, 0], x[:, 0], x[0, :, :].T @ x[0], beta=2), X)
+    assert_imports(lambda x: torch.bmm(x, x.transpose(1, 2)), X)
+    assert_imports(lambda x: x[:, 0] @ torch.ones(6), X)
+    assert_imports(lambda x: torch.einsum("tij,tkj->tik", x, x), X)
+
+
+def test_static_shapes() -> None:
+    graph = assert_imports(lambda x: x[-2:].sum(0), X, dynamic=False)
+    assert graph.symbols == {}
+
+
+def test_unused_results_do_not_matter() -> None:
+    graph = assert_imports(lambda x: (x.topk(2, -1)[0], x.max(-1)[0]), X)
+    assert not [op for op in ops(graph) if op.startswith("aten.")]
+
+
+def test_sources_say_where() -> None:
+    graph = assert_imports(lambda x: x.cumsum(1), X)
+    (node,) = (n for n in graph.nodes() if n.op.name.startswith("aten."))
+    assert "test_torch_export.py:" in node.source
+
+
+@torch.library.custom_op("ingot_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@opaque.register_fake
+def _(x: Any) -> Any:
+    return torch.empty_like(x)
+
+
+def test_unknown_custom_operators_are_refused_with_their_place() -> None:
+    with pytest.raises(
+        ImportFailure, match=r"operator ingot_tests.opaque.default at .*:\d+ is unknown"
+    ):
+        imported(Call(opaque), [X])
+
+
+def test_more_dynamic_dims_than_declared() -> None:
+    with torch.no_grad():
+        program = export(
+            Call(lambda x: x + 1),
+            (X,),
+            dynamic_shapes={"args": ({0: Dim("T", min=2), 1: Dim("S", min=2)},)},
+        ).run_decompositions({})
+    with pytest.raises(ImportFailure, match=r"more dynamic dims than \['T'\]"):
+        import_program(program, "m", symbols={"T": range(2, 65)})

@@ -1,0 +1,310 @@
+"""Rules that are broken on purpose: checked rewriting tells of every one, by pass and by rule.
+
+Each mutation changes what one rule builds, in the graph and in the log alike, as a mistake in its
+code would; types stay right, so that only the comparison of both sides can see it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+from ingot.compiler import rewrite as rewriting
+from ingot.compiler.ir import Graph, Node, Value, walk
+from ingot.compiler.ops.leaf import literal
+from ingot.compiler.ops.pointwise import add
+from ingot.compiler.pipeline import PassError, run_pipeline
+from ingot.compiler.rewrite import Applied
+from ingot.compiler.validate import check_rewrite
+from ingot.frontends.importers.huggingface import import_hugging_face
+from ingot.passes.fusion import fuse_mla_projections
+from ingot.passes.pipelines import causal_lm
+from ingot.passes.serving import insert_kv_cache
+from ingot.passes.transforms import quantize_mxfp4
+from ingot.passes.transforms.quantize_mxfp4 import MXFP4
+from tiny_models import tiny_model
+
+# A changed node, from a node that a rule built and its operands.
+Change = Callable[[Node, tuple[Value, ...]], Node]
+
+
+def attributes(**attrs: Any) -> Change:
+    return lambda node, args: node.op.node(args, {**node.attrs, **attrs}, node.source)
+
+
+def without(attribute: str) -> Change:
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        kept = {k: v for k, v in node.attrs.items() if k != attribute}
+        return node.op.node(args, kept, node.source)
+
+    return change
+
+
+def swapped(i: int, j: int) -> Change:
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        order = list(args)
+        order[i], order[j] = order[j], order[i]
+        return node.op.node(tuple(order), node.attrs, node.source)
+
+    return change
+
+
+def shortened(node: Node, args: tuple[Value, ...]) -> Node:
+    """The last operand left out."""
+    return node.op.node(args[:-1], node.attrs, node.source)
+
+
+def dropped(name: str) -> Change:
+    """The optional operand `name` left out, with its eps."""
+
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        optional = node.attrs["optional"]
+        at = len(args) - len(optional) + optional.index(name)
+        attrs = {**node.attrs, "optional": tuple(n for n in optional if n != name)}
+        for eps, owner in (("eps", "norm"), ("post_eps", "post_norm")):
+            if owner == name:
+                del attrs[eps]
+        return node.op.node((*args[:at], *args[at + 1 :]), attrs, node.source)
+
+    return change
+
+
+def exchanged(name: str, other: str) -> Change:
+    """Two optional operands in each other's place."""
+
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        optional, first = node.attrs["optional"], len(args) - len(node.attrs["optional"])
+        return swapped(*(first + optional.index(n) for n in (name, other)))(node, args)
+
+    return change
+
+
+def one_more(attribute: str, by: float = 1) -> Change:
+    return lambda node, args: attributes(**{attribute: node.attrs[attribute] + by})(node, args)
+
+
+def first_more(i: int) -> Change:
+    """1 added to operand i."""
+
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        more = add(args[i], literal(value=1, dtype=args[i].type.dtype))
+        return node.op.node((*args[:i], more, *args[i + 1 :]), node.attrs, node.source)
+
+    return change
+
+
+def moved_slice(node: Node, args: tuple[Value, ...]) -> Node:
+    """A slice of the same length, from the other end."""
+    size: Any = args[0].type.shape[node.attrs["dim"]]
+    start, stop = node.attrs["start"], node.attrs["stop"]
+    return attributes(start=size - stop, stop=size - start)(node, args)
+
+
+def swapped_along(dim: int) -> Change:
+    """The first two operands of a concatenation along `dim` swapped; others stay."""
+
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        there = node.attrs["dim"] == dim
+        return swapped(0, 1)(node, args) if there else node.op.node(args, node.attrs, node.source)
+
+    return change
+
+
+def doubled_last(node: Node, args: tuple[Value, ...]) -> Node:
+    """Twice the last operand."""
+    return node.op.node((*args[:-1], add(args[-1], args[-1])), node.attrs, node.source)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In what rule `rule` builds for the tiny model `model`, every `op` is changed.
+
+    `checks` is how often the check draws inputs for it.
+    """
+
+    model: str
+    rule: str
+    op: str
+    change: Change
+    config: tuple[tuple[str, Any], ...] = ()
+    packed: bool = False
+    checks: int = 1
+
+    def of(self, after: tuple[Value, ...], before: tuple[Value, ...]) -> tuple[Value, ...]:
+        old = set(walk(before))
+        new: dict[Node, Node] = {}
+        for node in walk(after):
+            if node in old:
+                continue
+            args = tuple(Value(new.get(a.node, a.node), a.index) for a in node.args)
+            changed = node.op.name == self.op
+            new[node] = (
+                self.change(node, args)
+                if changed
+                else Node(node.op, args, node.attrs, node.types, node.source)
+            )
+        return tuple(Value(new.get(v.node, v.node), v.index) for v in after)
+
+
+MLA = "deepseek_v3"
+MUTATIONS: dict[str, Mutation] = {
+    # what models say
+    "eps of another norm": Mutation("llama", "rms-norm", "rms_norm", attributes(eps=0.1)),
+    "norm without its weight": Mutation("llama", "rms-norm", "rms_norm", shortened),
+    "halves of rope are pairs": Mutation(
+        "llama", "rope-half", "rope", attributes(form="interleaved")
+    ),
+    "pairs of rope are halves": Mutation(MLA, "rope-pairs", "rope", attributes(form="half")),
+    "cos for sin": Mutation("llama", "rope-half", "rope", swapped(1, 2)),
+    "rope of the first dims": Mutation(MLA, "rope-part", "rope", without("start")),
+    "gate for up": Mutation("llama", "glu-silu", "glu", swapped(0, 1)),
+    "another activation": Mutation("llama", "glu-silu", "glu", attributes(activation="gelu")),
+    "missing renormalise": Mutation(MLA, "router", "router", attributes(normalize=False)),
+    "wrong group limit": Mutation(MLA, "router", "router", attributes(topk_groups=1)),
+    # Another group is chosen for few tokens: one check in four draws none of them.
+    "groups by their largest": Mutation(
+        MLA, "router", "router", attributes(group_score="max"), checks=20
+    ),
+    "dropped correction": Mutation(MLA, "router", "router", shortened),
+    "dropped scaling factor": Mutation(MLA, "router", "router", without("scale")),
+    "softmax for sigmoid": Mutation(MLA, "router", "router", attributes(score="softmax")),
+    # what they compute with
+    "W_UK where W_UV belongs": Mutation(MLA, "absorb-mla", "slice", moved_slice),
+    "scale of the latent": Mutation(MLA, "absorb-mla", "mla_attention", one_more("scale", 0.1)),
+    "unnormed latent": Mutation(MLA, "absorb-mla", "mla_latent", attributes(eps=10.0)),
+    "scale exponent off by one": Mutation("llama", "mxfp4-projection", "mxfp4", first_more(1)),
+    "codes off by one": Mutation("llama", "mxfp4-projection", "mxfp4", first_more(0)),
+    "exponents of experts": Mutation("qwen3_moe", "mxfp4-experts", "mxfp4", first_more(1)),
+    # how they serve
+    "window off by one": Mutation(
+        "mistral", "cache", "cached_attention", one_more("window"), (("sliding_window", 3),)
+    ),
+    "dropped sinks": Mutation("gpt_oss", "cache", "cached_attention", shortened),
+    "dropped soft cap": Mutation("gemma2", "cache", "cached_attention", without("softcap")),
+    "written one position on": Mutation("llama", "cache", "kv_append", first_more(5)),
+    # what one kernel does
+    "wrong half of W_DQ, W_DKV": Mutation(MLA, "fuse-mla-projections", "slice", moved_slice),
+    "dropped bias of q, k, v": Mutation("qwen2", "qkv", "project_heads", dropped("bias")),
+    "norm of q for that of k": Mutation(
+        "qwen3", "qkv", "project_heads", exchanged("norm_0", "norm_1")
+    ),
+    "rotated values": Mutation(
+        "llama", "qkv", "project_heads", attributes(rotate=(True, True, True))
+    ),
+    "unrotated keys": Mutation(
+        "llama", "qkv", "project_heads", attributes(rotate=(True, False, False))
+    ),
+    "up before gate": Mutation("llama", "two-products", "cat", swapped(0, 1)),
+    "gating without its correction": Mutation(
+        MLA, "moe-gating", "moe_gating", dropped("correction")
+    ),
+    "gating without groups": Mutation(MLA, "moe-gating", "moe_gating", attributes(topk_groups=4)),
+    "up before gate in experts": Mutation("glm4_moe", "shared-experts", "cat", swapped_along(1)),
+    "residual twice": Mutation("llama", "product-residual", "fused_linear", doubled_last),
+    "dropped norm": Mutation("llama", "norm-gated_linear", "gated_linear", dropped("norm")),
+    "post-norm for norm": Mutation(
+        "gemma3_text", "sandwich-gated_linear", "gated_linear", exchanged("norm", "post_norm")
+    ),
+    "dropped post-norm": Mutation(
+        "gemma3_text", "sandwich-gated_linear", "gated_linear", dropped("post_norm")
+    ),
+    # the same on packed weights: codes and scales are drawn for what they stand for
+    "packed, up before gate": Mutation("llama", "two-products", "cat", swapped(0, 1), packed=True),
+    "packed, rotated values": Mutation(
+        "llama", "qkv", "project_heads", attributes(rotate=(True, True, True)), packed=True
+    ),
+    "packed, codes off by one": Mutation(
+        "llama", "two-products", "mxfp4", first_more(0), packed=True
+    ),
+    "packed, wrong half of W_DQ, W_DKV": Mutation(
+        MLA, "fuse-mla-projections", "slice", moved_slice, packed=True
+    ),
+    "packed, up before gate in experts": Mutation(
+        "glm4_moe", "shared-experts", "cat", swapped_along(1), packed=True
+    ),
+    "packed, dropped norm": Mutation(
+        "llama", "norm-gated_linear", "gated_linear", dropped("norm"), packed=True
+    ),
+}
+
+
+@cache
+def traced(model: str, config: tuple[tuple[str, Any], ...]) -> Graph:
+    return import_hugging_face(tiny_model(model, **dict(config)), dtype=None, max_tokens=64).graph
+
+
+def compiled(mutation: Mutation, check: Callable[[Graph, Applied], None] | None) -> None:
+    packing = MXFP4(group=16) if mutation.packed or mutation.rule.startswith("mxfp4") else None
+    passes = causal_lm(max_sequences=2, max_tokens_per_sequence=64, quantize=packing)
+    run_pipeline(traced(mutation.model, mutation.config), passes, check=check)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mutation], list[str]]:
+    """Breaks the rule of a mutation; the list grows whenever it is used."""
+
+    def set_up(mutation: Mutation) -> list[str]:
+        uses: list[str] = []
+
+        class Broken(Applied):
+            """What a pass logs by itself, of rules that are no Rule."""
+
+            def __new__(cls, rule: str, leaves: Any, before: Any, after: Any, given: Any = None):
+                logged = Applied(rule, leaves, before, after, given or {})
+                if rule != mutation.rule:
+                    return logged
+                uses.append(rule)
+                return replace(logged, after=mutation.of(after, before))
+
+        for module in (fuse_mla_projections, insert_kv_cache, quantize_mxfp4):
+            monkeypatch.setattr(module, "Applied", Broken)
+        whole = rewriting._Sweep.replace
+
+        def replaced(self: Any, rule: Any, before: Any, after: Any, *rest: Any) -> None:
+            if rule.name == mutation.rule:
+                uses.append(rule.name)
+                after = mutation.of(after, before)
+            whole(self, rule, before, after, *rest)
+
+        monkeypatch.setattr(rewriting._Sweep, "replace", replaced)
+        return uses
+
+    return set_up
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_rule_is_caught(name: str, broken: Callable[[Mutation], list[str]]) -> None:
+    mutation = MUTATIONS[name]
+    uses = broken(mutation)
+
+    def check(graph: Graph, applied: Applied) -> None:
+        for _ in range(mutation.checks if applied.rule == mutation.rule else 1):
+            check_rewrite(graph, applied)
+
+    with pytest.raises(PassError) as caught:
+        compiled(mutation, check)
+    assert uses
+    said = str(caught.value)
+    assert re.match(
+        rf"pass [a-z0-9-]+: rule {mutation.rule} changes a result by \S+ \(allowed", said
+    )
+    assert "before:\n" in said and "after:\n" in said
+
+
+def test_unbroken_rules_pass_the_same_check() -> None:
+    seen: set[str] = set()
+
+    def check(graph: Graph, applied: Applied) -> None:
+        seen.add(applied.rule)
+        check_rewrite(graph, applied)
+
+    chosen: Mapping[Any, Mutation] = {
+        (m.model, m.config, m.packed or m.rule.startswith("mxfp4")): m for m in MUTATIONS.values()
+    }
+    for mutation in chosen.values():
+        compiled(mutation, check)
+    assert seen >= {m.rule for m in MUTATIONS.values()}

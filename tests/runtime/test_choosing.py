@@ -1,0 +1,178 @@
+"""Tokens that the device chose: sessions give what they give when the host chooses."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_device import FakeDriver, FakeExecutable, expected_logits, serving_program
+from hypothesis import given
+from hypothesis import strategies as st
+from ingot.runtime.serving.buckets import Buckets
+from ingot.runtime.serving.choosing import DeviceSampling
+from ingot.runtime.serving.sampling import Sampling, uniform
+from ingot.runtime.serving.sequence import Sequence, SequenceStats
+from ingot.runtime.serving.session import Session
+
+HOT = Sampling(temperature=0.7, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.25)
+# Settings that f32 holds exactly: the two sides then choose from the same numbers.
+SETTINGS = (
+    Sampling(),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.75, top_k=9),
+    Sampling(temperature=1.5, top_p=0.875, min_p=0.125),
+    Sampling(repetition_penalty=1.5),
+    Sampling(temperature=1.0, repetition_penalty=1.25, top_k=20, top_p=0.5),
+)
+
+
+def open_session(candidates: int | None, **shape: Any) -> tuple[Session, FakeExecutable]:
+    driver = FakeDriver()
+    session = Session(serving_program(candidates=candidates, **shape), driver, lambda _: None)
+    assert driver.executable is not None
+    return session, driver.executable
+
+
+def served(candidates: int | None, tops: tuple[int, ...], **shape: Any) -> list[Sequence]:
+    """24 requests with all kinds of settings, submitted while others run."""
+    session, _ = open_session(candidates, **shape)
+    draw = random.Random(5)
+    sequences: list[Sequence] = []
+    for i in range(24):
+        sampling = replace(SETTINGS[i % len(SETTINGS)], seed=draw.randrange(2**64))
+        prompt = [draw.randrange(50) for _ in range(draw.randint(1, 20))]
+        top = tops[i % len(tops)]
+        sequences.append(
+            session.submit(
+                prompt,
+                max_new_tokens=draw.randint(1, 12),
+                sampling=sampling,
+                stop_tokens=[7],
+                top_logprobs=top,
+            )
+        )
+        if draw.random() < 0.5:
+            session.step()
+    while not session.idle:
+        session.step()
+    return sequences
+
+
+@pytest.mark.parametrize("tops", [(0,), (0, 3, 1, 3, 2), (4, 0, 9)], ids=["none", "few", "more"])
+@pytest.mark.parametrize("shape", [{}, {"pages": 20}, {"buckets": (5,), "max_sequences": 3}])
+def test_the_device_gives_what_the_host_gives(shape: dict[str, Any], tops: tuple[int, ...]) -> None:
+    expected, found = served(None, tops, **shape), served(3, tops, **shape)
+    for a, b in zip(expected, found, strict=True):
+        assert a.tokens == b.tokens
+        assert a.finish_reason == b.finish_reason
+        np.testing.assert_allclose(b.logprobs, a.logprobs, atol=1e-5)
+        for one, other in zip(a.top_logprobs, b.top_logprobs, strict=True):
+            assert [t for t, _ in one] == [t for t, _ in other]
+            np.testing.assert_allclose([p for _, p in other], [p for _, p in one], atol=1e-5)
+
+
+def test_only_what_is_needed_is_fetched() -> None:
+    session, device = open_session(3)
+    session.generate([[1], [2]], max_new_tokens=2)
+    session.generate([[1]], max_new_tokens=1, sampling=HOT, top_logprobs=3)
+    session.generate([[1]], max_new_tokens=1, top_logprobs=4)
+    tops = ["logprob", "token", "top_logprobs", "top_tokens"]
+    alone = ["logits", "logprob", "token"]
+    assert device.fetched == [["logprob", "token"]] * 2 + [tops, alone]
+    found = session.logits([1, 2, 3])
+    assert device.fetched[-1] == ["logits"]
+    np.testing.assert_array_equal(found, expected_logits([1, 2, 3], 50))
+
+
+def test_a_broken_row_ends_its_sequence_with_the_host_s_words() -> None:
+    messages: list[str] = []
+    for candidates in (None, 0):
+        session, device = open_session(candidates)
+        device.broken_row = 1
+        good, bad = session.generate([[1], [2]], max_new_tokens=3)
+        assert (good.finish_reason, bad.finish_reason) == ("length", "error")
+        messages.append(bad.message)
+    assert messages == ["logits: expected a finite maximum and no NaN, found nan"] * 2
+
+
+@pytest.mark.parametrize("missing", ["seen", "draw", "token", "top_logprobs"])
+def test_sampling_is_all_or_nothing(missing: str) -> None:
+    program = serving_program(candidates=3)
+    entries = tuple(
+        replace(e, buffers=tuple(b for b in e.buffers if b.name != missing))
+        for e in program.entries
+    )
+    with pytest.raises(ValueError, match="entry t1: expected"):
+        Buckets(replace(program, entries=entries))
+
+
+def test_entries_sample_alike() -> None:
+    some, all_ = serving_program(buckets=(1,)), serving_program(buckets=(2,), candidates=3)
+    with pytest.raises(ValueError, match="expected entries that sample alike"):
+        Buckets(replace(some, entries=(*some.entries, *all_.entries)))
+
+
+# ---- the inputs
+
+
+def sequence_of(sampling: Sampling, history: list[int], top: int = 0) -> Sequence:
+    return Sequence(
+        id=0,
+        prompt=tuple(history),
+        max_new_tokens=99,
+        sampling=sampling,
+        seed=sampling.seed or 0,
+        stop_tokens=frozenset(),
+        top_count=top,
+        stats=SequenceStats(prompt_tokens=len(history)),
+        history=list(history),
+    )
+
+
+def bits_of(words: Any) -> list[int]:
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+
+
+def test_what_does_not_change_is_the_same_object() -> None:
+    device = DeviceSampling(vocab=100, candidates=4)
+    cold, hot = sequence_of(Sampling(), [1]), sequence_of(HOT, [1, 99, 32])
+    idle = device.inputs(2, [None, None])
+    greedy = device.inputs(2, [cold])
+    assert all(greedy[name] is idle[name] for name in idle)
+    assert not any(array.flags.writeable for array in idle.values())
+    first = device.inputs(2, [cold, hot])
+    hot.history.append(64)
+    second = device.inputs(2, [cold, hot])
+    changing = {name for name in first if first[name] is not second[name]}
+    assert changing == {"draw", "seen"}
+    assert bits_of(first["seen"][1]) == [1, 32, 99]
+    assert bits_of(second["seen"][1]) == [1, 32, 64, 99]
+    assert not second["seen"][0].any()
+    assert device.inputs(2, [hot, cold])["temperature"].tolist() == [np.float32(0.7), 0]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 50))
+def test_draws_are_rounded_down(seed: int, step: int) -> None:
+    device = DeviceSampling(vocab=8, candidates=0)
+    sequence = sequence_of(Sampling(temperature=1.0, seed=seed), [1])
+    sequence.history += [0] * step
+    (draw,) = device.inputs(1, [sequence])["draw"]
+    exact = uniform(seed, step)
+    assert draw.dtype == np.float32
+    assert draw <= exact < np.nextafter(draw, np.float32(2))
+
+
+def test_numbers_beyond_f32_stay_what_they_mean() -> None:
+    device = DeviceSampling(vocab=8, candidates=2)
+    extreme = (
+        Sampling(temperature=5e-324, top_k=2**40),
+        Sampling(temperature=1e300, repetition_penalty=1e-300),
+    )
+    made = device.inputs(2, [sequence_of(s, [1], top=9) for s in extreme])
+    assert (made["temperature"] > 0).all() and np.isfinite(made["temperature"]).all()
+    assert made["top_k"].tolist() == [8, 0]
+    assert (made["penalty"] > 0).all() and np.isfinite(made["penalty"]).all()
+    assert made["top"].tolist() == [0, 0]  # the host's
