@@ -9,28 +9,9 @@ import torch
 from ingot.compiler.ops.fused import GATED_OPTIONS, LINEAR_OPTIONS, fused_linear, gated_linear
 from ingot.compiler.ops.heads import project_heads
 from ingot.compiler.ops.linear import head_linear, linear, matmul
-from kernel_checks import Packed, Strided, Weight, build_everywhere, check_node
+from kernel_checks import Packed, Strided, Weight, build_everywhere, check_node, operands
 
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
-
-
-def operands(
-    names: tuple[str, ...], tokens: int, k: int, n: int, rows: int, dtype: torch.dtype
-) -> tuple[list[Any], dict[str, Any]]:
-    """The optional operands of a product, some norms in f32, and the attributes with them."""
-    made = {
-        "norm": lambda: Weight(1 + 0.1 * torch.randn(k)),
-        "delta": lambda: torch.randn(tokens, k).to(dtype),
-        "post_norm": lambda: Weight((1 + 0.1 * torch.randn(k)).to(dtype)),
-        "bias": lambda: Weight(torch.randn(rows).to(dtype)),
-        "residual": lambda: torch.randn(tokens, n).to(dtype),
-    }
-    attrs: dict[str, Any] = {"optional": names}
-    if "norm" in names:
-        attrs["eps"] = 1e-5
-    if "post_norm" in names:
-        attrs["post_eps"] = 1e-6
-    return [made[name]() for name in names], attrs
 
 
 def weight(n: int, k: int, dtype: torch.dtype, group: int) -> Weight | Packed:

@@ -10,8 +10,7 @@ from ingot.codegen.templates.gemm import mfma_linear
 from ingot.compiler.ops.fused import LINEAR_OPTIONS, fused_linear, gated_linear
 from ingot.compiler.ops.heads import project_heads
 from ingot.compiler.ops.linear import linear
-from kernel_checks import Packed, Strided, Weight, check_node, run_node
-from test_linear_kernels import operands
+from kernel_checks import Packed, Strided, Weight, check_node, operands, run_node
 
 BF16 = torch.bfloat16
 

@@ -10,7 +10,7 @@ import torch
 from ingot.compiler.ops import attention, linear, mla, norm, rope
 from ingot.compiler.torch_types import dtype_name, type_of
 from ingot.compiler.types import TensorType, VerifyError, symbol
-from test_ops import SOME, TOKENS, assert_same_bits, both, error, parsed, seeded, tokens_of
+from op_checks import SOME, TOKENS, assert_same_bits, both, error, parsed, seeded, tokens_of
 
 T = symbol("T")
 HEADS, RANK, PE = 3, 10, 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,21 @@ from ingot.compiler.ir import Op, Sample, Value
 from ingot.compiler.ops import attention, glu, linear, moe, norm, pointwise, reduce, rope, shape
 from ingot.compiler.ops.leaf import is_literal, literal, param
 from ingot.compiler.torch_types import TORCH_DTYPES, dtype_name, torch_dtype, type_of
-from ingot.compiler.types import FLOATS, TensorType, VerifyError, symbol
+from ingot.compiler.types import FLOATS, TensorType, VerifyError
+from op_checks import (
+    COUNTS,
+    SOME,
+    TOKENS,
+    T,
+    assert_same_bits,
+    both,
+    error,
+    parsed,
+    seeded,
+    tokens_of,
+)
 from random_graphs import refuses, sampled_ops
 
-T = symbol("T")
 CASES = sampled_ops()
 every_sample = pytest.mark.parametrize(
     ("op", "sample"),
@@ -36,10 +47,6 @@ WITHOUT_SAMPLES = {
     *("param", "constant", "literal"),
     *("kv_append", "cached_attention", "cached_mla_attention"),
 }
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(sample: Sample, dtype: str | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -62,12 +69,6 @@ def domain(op: Op, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def in_f64(attrs: dict[str, Any]) -> dict[str, Any]:
     return {k: "f64" if k == "dtype" and v in FLOATS else v for k, v in attrs.items()}
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |found - expected| relative to max |expected|."""
-    a, b = found.double(), expected.double()
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
 def types_of(tensors: tuple[torch.Tensor, ...]) -> tuple[TensorType, ...]:
@@ -283,11 +284,6 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: _literal(1, "bool"), "expected a number of dtype bool, found 1"),
     (lambda: _literal("1", "f32"), "found '1'"),
 ]
-
-
-def parsed(text: str) -> TensorType:
-    dtype, dims = text[:-1].split("[")
-    return TensorType(dtype, tuple(T if d == "T" else int(d) for d in dims.split(", ") if d))
 
 
 def _call(name: str, *types: str, **attrs: Any) -> Any:
@@ -893,39 +889,6 @@ def test_costs_of_the_paged_cache() -> None:
 
 
 # ---- the law of batches: the same bits whatever stands beside a token
-
-TOKENS = 70
-COUNTS = range(1, TOKENS + 1)
-
-
-def batches(counts: Any = COUNTS) -> Iterator[slice]:
-    """Every count of tokens, cut from the front, the back and an odd place."""
-    for n in counts:
-        for start in {0, TOKENS - n, min(3, TOKENS - n)}:
-            yield slice(start, start + n)
-
-
-def assert_same_bits(
-    f: Callable[..., torch.Tensor], *rows: torch.Tensor, counts: Any = COUNTS
-) -> None:
-    """`f` of any tokens is the same as of all of them; `rows` have one row a token."""
-    together = f(*rows)
-    differing = [
-        (part.start, part.stop)
-        for part in batches(counts)
-        if not torch.equal(f(*(x[part].clone() for x in rows)), together[part])
-    ]
-    assert not differing, f"tokens {differing[:8]} differ from what they are in a batch of {TOKENS}"
-    turned = torch.arange(TOKENS).flip(0)
-    assert torch.equal(f(*(x[turned] for x in rows))[turned], together), "the order matters"
-
-
-def tokens_of(*size: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(TOKENS, *size, generator=seeded(seed)).to(dtype)
-
-
-SOME = (1, 2, 3, 5, 7, 8, 9, 12, 15, 16, 17, 23, 31, 33, 40, 48, 49, 63, 64, 65, 69)
-both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 @both

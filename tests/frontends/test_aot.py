@@ -36,10 +36,10 @@ from ingot.runtime.artifact.reader import FOLDED_GRAPH, IngotError, open_ingot
 from ingot.runtime.devices.check_program import ProgramError
 from ingot.runtime.program import Buffer
 from ingot.runtime.serving.sampling import GREEDY
-from test_artifact import edit, rewrite
-from test_tokenizer import byte_level
-from test_tokenizer import save as save_tokenizer
+from tiny_ingot import edit, rewrite
 from tiny_models import tiny_model
+from tiny_tokenizers import byte_level
+from tiny_tokenizers import save as save_tokenizer
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]

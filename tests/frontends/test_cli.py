@@ -20,9 +20,9 @@ from ingot.frontends.cli.main import app
 from ingot.frontends.cli.report import THEME, IrHighlighter
 from ingot.frontends.drivers import present_target
 from rich.console import Console
-from test_tokenizer import byte_level
-from test_tokenizer import save as save_tokenizer
 from tiny_models import tiny_model
+from tiny_tokenizers import byte_level
+from tiny_tokenizers import save as save_tokenizer
 from typer.testing import CliRunner
 
 PICO = Path(__file__).parents[2] / "examples" / "pico"

@@ -22,9 +22,9 @@ from ingot.frontends.cli.model_check import (
 )
 from ingot.frontends.cli.references import TransformersReference
 from safetensors.torch import load_file, save_file
-from test_tokenizer import byte_level
-from test_tokenizer import save as save_tokenizer
 from tiny_models import tiny_model
+from tiny_tokenizers import byte_level
+from tiny_tokenizers import save as save_tokenizer
 from typer.testing import CliRunner
 
 

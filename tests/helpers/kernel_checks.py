@@ -216,3 +216,22 @@ def chosen(op: Op, args: Sequence[Given], attrs: Mapping[str, Any]) -> list[str]
     lower(graph, weights, target, [{}], names, backend=backend)
     (choice,) = (c for c in backend.choices if c.op == op.name)
     return list(choice.kernels)
+
+
+def operands(
+    names: tuple[str, ...], tokens: int, k: int, n: int, rows: int, dtype: torch.dtype
+) -> tuple[list[Any], dict[str, Any]]:
+    """The optional operands of a product, some norms in f32, and the attributes with them."""
+    made = {
+        "norm": lambda: Weight(1 + 0.1 * torch.randn(k)),
+        "delta": lambda: torch.randn(tokens, k).to(dtype),
+        "post_norm": lambda: Weight((1 + 0.1 * torch.randn(k)).to(dtype)),
+        "bias": lambda: Weight(torch.randn(rows).to(dtype)),
+        "residual": lambda: torch.randn(tokens, n).to(dtype),
+    }
+    attrs: dict[str, Any] = {"optional": names}
+    if "norm" in names:
+        attrs["eps"] = 1e-5
+    if "post_norm" in names:
+        attrs["post_eps"] = 1e-6
+    return [made[name]() for name in names], attrs

@@ -84,3 +84,16 @@ def mla_text(
           @w_o1: f32[12, 5]
           @sinks: f32[3]
         }}"""
+
+
+MODELS: dict[str, dict[str, object]] = {
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "deepseek_v3 without a low rank of the query": {"q_lora_rank": None},
+    "deepseek_v3 with biases": {"attention_bias": True},
+    "deepseek_v3 with one group": {"n_group": 1, "topk_group": 1},  # Kimi K2
+    "deepseek_v2 without a low rank of the query": {"q_lora_rank": None},
+    "glm4_moe_lite": {},
+    "minicpm3": {},
+    "youtu": {},
+}

@@ -6,7 +6,9 @@ it, and everything about it can be checked and damaged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ingot.codegen.lower import Lowered
 from ingot.compiler.ir import Graph
 from ingot.compiler.text import parse
 from ingot.frontends.aot import Exportable, export
+from ingot.runtime.artifact.manifest import MANIFEST
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
 
 TARGET = "cuda:sm_90"
@@ -130,3 +133,19 @@ def write(path: Path, made: Program | None = None, **options: Any) -> Path:
     """An ingot at `path`."""
     export(exportable(made), path, **options)
     return path
+
+
+def rewrite(place: Path, name: str, data: bytes, listed: bool = True) -> None:
+    """Another content for a file, with its new hash in the manifest if `listed`."""
+    (place / name).parent.mkdir(exist_ok=True)
+    (place / name).write_bytes(data)
+    if listed:
+        fact = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        edit(place, MANIFEST, lambda m: m["files"].update({name: fact}))
+
+
+def edit(place: Path, name: str, change: Callable[[Any], Any]) -> None:
+    """Change the JSON in a file, and its hash."""
+    value = json.loads((place / name).read_bytes())
+    change(value)
+    rewrite(place, name, json.dumps(value).encode(), name != MANIFEST)

@@ -22,9 +22,9 @@ from ingot.frontends.cli.references import CpuReference, TransformersReference
 from ingot.runtime.driver import WeightLoader
 from ingot.runtime.program import Program
 from interpreted import InterpretedDriver, InterpretedExecutable
-from test_tokenizer import byte_level
-from test_tokenizer import save as save_tokenizer
 from tiny_models import COVERAGE, tiny_model
+from tiny_tokenizers import byte_level
+from tiny_tokenizers import save as save_tokenizer
 from typer.testing import CliRunner
 
 PICO = Path(__file__).parents[2] / "examples" / "pico"

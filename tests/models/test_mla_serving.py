@@ -10,9 +10,9 @@ from ingot.compiler.pipeline import Pass
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.transforms.absorb_mla import AbsorbMla
 from pass_checks import ops
-from test_coverage import MAX_TOKENS, PROMPTS, assert_same, served, serving_passes
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
+from transformers_oracle import MAX_TOKENS, PROMPTS, assert_same, served, serving_passes
 
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 REQUIRED = ("absorb-mla", "insert-kv-cache", "gather-logits")

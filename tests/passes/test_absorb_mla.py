@@ -16,7 +16,7 @@ from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.raising.canonicalize import Canonicalize
 from ingot.passes.raising.raise_ops import RaiseOps
 from ingot.passes.transforms.absorb_mla import AbsorbMla
-from mla_graphs import ATTENTION, KEYS, LATENT, OUTPUT, QUERY, UP, mla_text
+from mla_graphs import ATTENTION, KEYS, LATENT, MODELS, OUTPUT, QUERY, UP, mla_text
 from pass_checks import applied, assert_equal_results, ops
 from pass_checks import graph_of as parsed
 from tiny_models import tiny_model
@@ -405,18 +405,6 @@ def test_what_lies_between_stays(kind: str) -> None:
 
 
 # ---- models
-
-MODELS: dict[str, dict[str, object]] = {
-    "deepseek_v2": {},
-    "deepseek_v3": {},
-    "deepseek_v3 without a low rank of the query": {"q_lora_rank": None},
-    "deepseek_v3 with biases": {"attention_bias": True},
-    "deepseek_v3 with one group": {"n_group": 1, "topk_group": 1},  # Kimi K2
-    "deepseek_v2 without a low rank of the query": {"q_lora_rank": None},
-    "glm4_moe_lite": {},
-    "minicpm3": {},
-    "youtu": {},
-}
 
 
 def raised(name: str) -> tuple[Graph, str]:

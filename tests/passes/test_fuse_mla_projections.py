@@ -19,9 +19,8 @@ from ingot.passes.raising.raise_ops import RaiseOps
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
 from ingot.passes.transforms.absorb_mla import AbsorbMla
 from ingot.passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
-from mla_graphs import LATENT, OUTPUT, QUERY, mla_text
+from mla_graphs import LATENT, MODELS, OUTPUT, QUERY, mla_text
 from pass_checks import applied, assert_equal_results, graph_of, ops
-from test_absorb_mla import MODELS
 from tiny_models import tiny_model
 
 PASS = FuseMlaProjections()

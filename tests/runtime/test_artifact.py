@@ -25,6 +25,7 @@ from ingot.runtime.artifact.reader import IngotError, open_ingot
 from ingot.runtime.artifact.safetensors_data import read_tensors
 from ingot.runtime.artifact.writer import IngotWriter
 from safetensors.numpy import save
+from tiny_ingot import edit, rewrite
 
 SHARED, ENTRY, SHARD = "plan/program.json", "plan/entry-0.json", "weights/00001.safetensors"
 
@@ -93,22 +94,6 @@ def test_zip64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- damaged directories
-
-
-def rewrite(place: Path, name: str, data: bytes, listed: bool = True) -> None:
-    """Another content for a file, with its new hash in the manifest if `listed`."""
-    (place / name).parent.mkdir(exist_ok=True)
-    (place / name).write_bytes(data)
-    if listed:
-        fact = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        edit(place, MANIFEST, lambda m: m["files"].update({name: fact}))
-
-
-def edit(place: Path, name: str, change: Callable[[Any], Any]) -> None:
-    """Change the JSON in a file, and its hash."""
-    value = json.loads((place / name).read_bytes())
-    change(value)
-    rewrite(place, name, json.dumps(value).encode(), name != MANIFEST)
 
 
 def manifest(change: Callable[[Any], Any]) -> Callable[[Path], None]:
