@@ -4,18 +4,58 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
+
+import torch
 
 from .ir import Graph
 from .rewrite import Applied, Log
+from .target import Target
 from .types import VerifyError
 from .verify import verify
+from .weights import Entry, Weights
+
+
+class Calibration(Protocol):
+    """Texts over which a pass may run the model, and a place for what it computes from them."""
+
+    def sequences(
+        self, texts: Sequence[str | Sequence[int]], vocab_size: int
+    ) -> Sequence[Sequence[int]]:
+        """`texts` as token ids; ValueError for what the model cannot read."""
+        ...
+
+    def spool(self) -> Callable[[str, torch.Tensor], Entry]:
+        """Stores tensors under names, out of memory, for as long as their entries are held."""
+        ...
+
+    def expect(self, matrices: int) -> None:
+        """Told before the work: `advance` will be called so often."""
+        ...
+
+    def advance(self) -> None: ...
+
+
+@dataclass
+class PassContext:
+    """What a pass gets beside the graph, and where it reports.
+
+    `weights` are those that constants name (None where only the graph is known); a pass that makes
+    new ones replaces the store. `facts` holds, by the name of the pass, what a pass found out that
+    others need. `log` is of one pass.
+    """
+
+    target: Target | None = None
+    weights: Weights | None = None
+    calibration: Calibration | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    log: Log = field(default_factory=Log)
 
 
 class Pass(Protocol):
-    """A frozen dataclass whose fields are its options. Graph to Graph; reports into the log.
+    """A frozen dataclass whose fields are its options. Graph to Graph; reports into the context.
 
     A pass that is there for something that can be counted also has `expected(graph) -> int`: in how
     many places of `graph` it is still to be rewritten.
@@ -23,7 +63,7 @@ class Pass(Protocol):
 
     name: ClassVar[str]
 
-    def __call__(self, graph: Graph, log: Log) -> Graph: ...
+    def __call__(self, graph: Graph, context: PassContext) -> Graph: ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +112,7 @@ def _check(check: Callable[[Graph, Applied], None], name: str, graph: Graph, log
 def run_pipeline(
     graph: Graph,
     passes: Sequence[Pass],
+    context: PassContext | None = None,
     *,
     require_match: Sequence[str] = (),
     check: Callable[[Graph, Applied], None] | None = None,
@@ -86,14 +127,16 @@ def run_pipeline(
     """
     if absent := set(require_match) - {step.name for step in passes}:
         raise ValueError(f"required to match, but not in the pipeline: {', '.join(sorted(absent))}")
+    context = context or PassContext()
     results: list[PassResult] = []
     before = count_nodes(graph)
     for step in passes:
         if progress:
             progress(step.name)
-        start, log = perf_counter(), Log()
+        start = perf_counter()
+        log = context.log = Log()
         try:
-            after = step(graph, log)
+            after = step(graph, context)
             verify(after)
         except (VerifyError, ValueError, RuntimeError) as error:
             raise PassError(f"pass {step.name}: {error}") from error

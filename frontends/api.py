@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,7 @@ from torch.export import export as export_program
 from ..codegen.entries import entry_name
 from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
 from ..compiler.ir import Graph
-from ..compiler.ops.mxfp4 import mxfp4
-from ..compiler.pipeline import Pass, PassError, PassResult, run_pipeline
+from ..compiler.pipeline import Pass, PassContext, PassResult, run_pipeline
 from ..compiler.target import Target, target_of
 from ..compiler.torch_types import TORCH_DTYPES, dtype_name
 from ..compiler.validate import check_rewrite
@@ -24,7 +23,8 @@ from ..compiler.weights import Weights
 from ..passes.pipelines import causal_lm, module
 from ..passes.serving.insert_kv_cache import InsertKvCache
 from ..passes.serving.sample_on_device import output_names
-from ..passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ..passes.transforms.mxfp4_policy import MXFP4
+from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ..passes.transforms.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.artifact.writer import check_free
 from ..runtime.devices.collectives import ProcessGroup
@@ -38,14 +38,13 @@ from .loading import IngotError, LoadedModel, load
 from .model import Model, NotYetError, Plan, Report, WrittenIngot, entry_sizes
 from .module import CompiledModule, ModuleReport
 from .progress import Progress
-from .text.calibration import calibrated, token_sequences
+from .text.calibration import TextCalibration
 from .text.completion import Completion, TextEvent
 from .text.tokenizer import Tokenizer
 from .weight_report import PackingErrors, weight_reports
 
 if TYPE_CHECKING:
     from ..codegen.kernel_backend import KernelBackend
-    from .importers.huggingface import HuggingFaceModel
 
 
 def compile(
@@ -239,10 +238,14 @@ class _Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
     def run(
-        self, graph: Graph, steps: Sequence[Pass], check: Callable[..., None] | None
+        self,
+        graph: Graph,
+        steps: Sequence[Pass],
+        context: PassContext,
+        check: Callable[..., None] | None,
     ) -> list[PassResult]:
         with self("passes"):
-            return run_pipeline(graph, steps, check=check, progress=self.bar.stage)
+            return run_pipeline(graph, steps, context, check=check, progress=self.bar.stage)
 
 
 def _target(name: str) -> Target:
@@ -338,7 +341,8 @@ def _compile_module(
         imported = import_program(program, type(source).__name__, symbols=_bounds(program))
         held = {n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
         weights = Weights.of({**held, **program.state_dict}, "the module")
-    results = stages.run(imported.graph, module() if passes is None else passes, check)
+    context = PassContext(target, weights)
+    results = stages.run(imported.graph, module() if passes is None else passes, context, check)
     report = ModuleReport(imported.graph.name, target.name, tuple(results), stages.seconds)
     structure = program.call_spec.out_spec
     return CompiledModule(
@@ -437,12 +441,15 @@ def _lower_language_model(
         raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
     tokenizer = Tokenizer.open(directory) if directory else None
-    results, passes, weights = _run_passes(model, tokenizer, passes, check, stages)
-    if packing is not None:
-        _refuse_unpacked(results)
+    calibration = TextCalibration(tokenizer, model.max_tokens, stages.bar)
+    context = PassContext(target, model.weights, calibration)
+    results = stages.run(model.graph, passes, context, check)
     graphs = _graphs(model.graph, results)
     final = graphs["final"]
-    meta = _serving_meta(passes, final)
+    if (meta := context.facts.get(InsertKvCache.name)) is None:
+        raise ValueError(f"a serving pipeline has {InsertKvCache.name}, found none in passes=")
+    assert context.weights is not None
+    weights = context.weights
     errors = PackingErrors()
     with stages("lower"):
         bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
@@ -477,7 +484,7 @@ def _lower_language_model(
             arena_bytes=lowered.program.arena_bytes,
             unused=model.unused,
             seconds=stages.seconds,
-            weights=weight_reports([model.graph, *(r.graph for r in results)], passes, errors),
+            weights=weight_reports(context.facts.get(QuantizeMxfp4.name, ()), errors),
             choices=tuple(lowered.choices),
             kernels_built=len(lowered.program.kernels) - backend.from_cache if backend else 0,
             kernels_cached=backend.from_cache if backend else 0,
@@ -486,64 +493,12 @@ def _lower_language_model(
     return _LoweredModel(exportable, graphs, tokenizer, report)
 
 
-def _refuse_unpacked(results: Sequence[PassResult]) -> None:
-    """PassError where quantization was asked for and the graph holds no packed weight."""
-    (result,) = (r for r in results if r.name == QuantizeMxfp4.name)
-    if not any(node.op is mxfp4 for node in result.graph.nodes()):
-        reasons = "\n  ".join(result.declined[:5]) or "no product has a weight"
-        raise PassError(f"pass {result.name} was asked for but packed nothing:\n  {reasons}")
-
-
 def _exchanges(final: Graph, meta: Mapping[str, Any], stops: Iterable[int]) -> str:
     """What must be the same on every rank: the collectives in order, and what steps depend on."""
     lines = [
         f"{node.op.name} {node.attrs} {node.types}" for node in final.nodes() if node.op.collective
     ]
     return "\n".join([*lines, str(sorted(meta.items())), str(sorted(stops))])
-
-
-def _run_passes(
-    model: HuggingFaceModel,
-    tokenizer: Tokenizer | None,
-    passes: Sequence[Pass],
-    check: Callable[..., None] | None,
-    stages: _Stages,
-) -> tuple[list[PassResult], list[Pass], Weights]:
-    """Every pass in order, those that need a text calibrated on the graph that they are given.
-
-    The results, the passes as they ran, and the weights of the last graph.
-    """
-    graph, weights = model.graph, model.weights
-    results: list[PassResult] = []
-    steps: list[Pass] = []
-    for given in passes:
-        step, notes = given, ()
-        if isinstance(step, QuantizeMxfp4) and step.options.calibrated and not step.encoded:
-            vocab = graph.outputs[0].type.shape[-1]
-            texts = step.options.calibrate
-            with stages("calibrate"):
-                sequences = token_sequences(texts, tokenizer, model.max_tokens, int(vocab))
-                step, weights, note = calibrated(step, graph, weights, sequences, stages.bar)
-            notes = (note,)
-        (result,) = stages.run(graph, [step], check)
-        results.append(replace(result, notes=(*notes, *result.notes)))
-        steps.append(step)
-        graph = results[-1].graph
-    return results, steps, weights
-
-
-def _serving_meta(steps: Sequence[Pass], final: Graph) -> Mapping[str, Any]:
-    caching = [s for s in steps if isinstance(s, InsertKvCache)]
-    if len(caching) != 1:
-        raise ValueError(f"a serving pipeline has one insert-kv-cache, found {len(caching)}")
-    (cache,) = caching
-    return {
-        "vocab_size": final.outputs[0].type.shape[-1],
-        "page_size": cache.page_size,
-        "max_sequences": cache.max_sequences,
-        "max_tokens_per_sequence": cache.max_tokens_per_sequence,
-        "pages": cache.pages or cache.max_sequences * cache.pages_per_slot,
-    }
 
 
 def _eos(source: Any, config: Any) -> set[int]:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..compiler.ir import Graph, Node
+from ..compiler.ir import Node
 from ..compiler.microscaling import relative_error
 from ..compiler.ops.mxfp4 import mxfp4_encode
-from ..compiler.pipeline import Pass
 from ..compiler.types import STORED_BITS
-from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4, Site, find_sites
+from ..passes.transforms.mxfp4_policy import Packing
 
 
 @dataclass(frozen=True)
@@ -45,26 +44,20 @@ class PackingErrors:
 
 
 def weight_reports(
-    graphs: Sequence[Graph], passes: Sequence[Pass], measured: PackingErrors
+    packings: Sequence[Packing], measured: PackingErrors
 ) -> tuple[WeightReport, ...]:
-    """A line for each weight that the pass quantize-mxfp4 met; none where it did not run.
-
-    graphs[i] is what passes[i] was given.
-    """
-    reports: list[WeightReport] = []
-    for graph, step in zip(graphs, passes, strict=False):
-        if isinstance(step, QuantizeMxfp4):
-            reports += [_report(s, step, measured) for s in find_sites(graph, step.options)]
-    return tuple(reports)
+    """A line for each weight that quantize-mxfp4 met."""
+    return tuple(_report(packing, measured) for packing in packings)
 
 
-def _report(site: Site, step: QuantizeMxfp4, measured: PackingErrors) -> WeightReport:
-    if site.action != "quantize":
+def _report(packing: Packing, measured: PackingErrors) -> WeightReport:
+    site = packing.site
+    if packing.group is None:
         return WeightReport(site.name, site.weight.stored.dtype, site.bits, None, site.reason)
-    format_ = f"mxfp4g{step.options.group}"
+    format_ = f"mxfp4g{packing.group}"
     bits = float(STORED_BITS[format_])
-    if done := step.encoded.get(site.name):
+    if done := packing.encoded:
         reason = f"{site.reason}; {done}"
         return WeightReport(site.name, format_, bits, done.error, reason, done.product_error)
-    reason = f"{site.reason}; rotated" if step.rotates(site) else site.reason
+    reason = f"{site.reason}; rotated" if packing.rotated else site.reason
     return WeightReport(site.name, format_, bits, measured.errors.get(site.name), reason)

@@ -17,7 +17,8 @@ from .serving.gather_logits import GatherLogits
 from .serving.insert_kv_cache import InsertKvCache
 from .serving.sample_on_device import SampleOnDevice
 from .transforms.absorb_mla import AbsorbMla
-from .transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from .transforms.mxfp4_policy import MXFP4
+from .transforms.quantize_mxfp4 import QuantizeMxfp4
 from .transforms.shard_tensor_parallel import ShardTensorParallel
 
 # What the model says, in the IR's own ops.

@@ -24,7 +24,7 @@ from ...compiler.pipeline import run_pipeline
 from ...compiler.torch_types import torch_dtype
 from ...compiler.types import FLOATS, TensorType
 from ...passes.pipelines import RAISING
-from ...passes.transforms.quantize_mxfp4 import MXFP4, find_sites
+from ...passes.transforms.mxfp4_policy import MXFP4, find_sites
 from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import MetaModel, build_meta_model, read_config
 from ..importers.source_error import SourceError

@@ -467,7 +467,7 @@ def quantize(
 ) -> None:
     """Write a model with its weights in MXFP4, for transformers and Ingot to read."""
     with _errors_in_one_line(traceback):
-        from ...passes.transforms.quantize_mxfp4 import MXFP4
+        from ...passes.transforms.mxfp4_policy import MXFP4
         from ..checkpoints.export_quantized import quantize_directory
         from .quantize import bar, exported_data, kept_table, summary
 

@@ -1,12 +1,12 @@
-"""From calibration texts to encoded weights, which wait in a temporary directory to be loaded."""
+"""Texts over which weights are calibrated, and the temporary directory where those then wait."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,11 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...compiler.ir import Graph
 from ...compiler.torch_types import type_of
-from ...compiler.weights import Entry, Weights
-from ...passes.transforms.calibrate import Calibrated, calibrate, count_matrices
-from ...passes.transforms.quantize_mxfp4 import QuantizeMxfp4
+from ...compiler.weights import Entry
 from ..progress import Progress
 from .tokenizer import Tokenizer
 
@@ -68,34 +65,24 @@ def token_sequences(
     return sequences
 
 
-def calibrated(
-    step: QuantizeMxfp4,
-    graph: Graph,
-    weights: Weights,
-    sequences: Sequence[Sequence[int]],
-    bar: Progress,
-) -> tuple[QuantizeMxfp4, Weights, str]:
-    """`step` with the weights of `graph` encoded, the store that has them too, and what was found.
+@dataclass(frozen=True)
+class TextCalibration:
+    """See compiler.pipeline.Calibration: for a model of `longest` tokens and its tokenizer."""
 
-    With hadamard="auto" the whole model is encoded both ways, and the way of the smaller error of
-    the products is taken.
-    """
-    options = step.options
-    choices = (False, True) if options.hadamard == "auto" else (bool(options.hadamard),)
-    bar.expect(len(choices) * count_matrices(graph, options))
-    runs: dict[bool, Calibrated] = {}
-    for rotate in choices:
-        args = (graph, weights, sequences, options, rotate, _Spool(), bar.advance)
-        runs[rotate] = calibrate(*args)
-    best = min(runs, key=lambda rotate: runs[rotate].product_error)
-    found = runs[best]
-    tokens = sum(map(len, sequences))
-    note = (
-        f"{step.name}: {options.method} over {tokens} tokens: "
-        f"products are off by {found.product_error:.2%} on average"
-    )
-    if len(runs) > 1:
-        without, rotated = (runs[rotate].product_error for rotate in choices)
-        word = "rotated" if best else "not rotated"
-        note += f"; {word}, of {rotated:.2%} with Hadamard rotations and {without:.2%} without"
-    return replace(step, encoded=found.encoded), weights.merged(found.entries), note
+    tokenizer: Tokenizer | None
+    longest: int
+    bar: Progress
+
+    def sequences(
+        self, texts: Sequence[str | Sequence[int]], vocab_size: int
+    ) -> Sequence[Sequence[int]]:
+        return token_sequences(texts, self.tokenizer, self.longest, vocab_size)
+
+    def spool(self) -> Callable[[str, torch.Tensor], Entry]:
+        return _Spool()
+
+    def expect(self, matrices: int) -> None:
+        self.bar.expect(matrices)
+
+    def advance(self) -> None:
+        self.bar.advance()

@@ -11,7 +11,8 @@ from ...compiler.ops.collective import all_reduce
 from ...compiler.ops.fused import add_rms_norm
 from ...compiler.ops.norm import rms_norm
 from ...compiler.ops.pointwise import add
-from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, pat, rewrite
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite
 from .fuse_linear_residual import takes_sum
 from .fuse_norm_linear import takes_norm
 from .products import readers
@@ -69,5 +70,5 @@ class FuseCollectiveNorm:
         adds = (n for n in graph.nodes() if n.op is add)
         return sum(any(a.op is all_reduce for a in n.args) for n in adds)
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        return rewrite(graph, _rules(readers(graph)), log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        return rewrite(graph, _rules(readers(graph)), context.log)

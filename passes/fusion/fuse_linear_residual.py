@@ -11,7 +11,8 @@ from ...compiler.ops.leaf import literal
 from ...compiler.ops.linear import linear
 from ...compiler.ops.moe import experts
 from ...compiler.ops.pointwise import add, mul
-from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, either, pat, rewrite
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
 from .products import LINEAR, readers
 
 
@@ -93,5 +94,5 @@ class FuseLinearResidual:
         reading = readers(graph)
         return sum(n.op is add and takes_sum(Value(n), reading) for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        return rewrite(graph, RULES, log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        return rewrite(graph, RULES, context.log)

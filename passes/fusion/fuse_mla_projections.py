@@ -15,7 +15,8 @@ from ...compiler.ops.attention import kv_append
 from ...compiler.ops.linear import head_linear, linear
 from ...compiler.ops.mla import cached_mla_attention, mla_attention, mla_latent
 from ...compiler.ops.rope import rope
-from ...compiler.rewrite import Applied, Decline, Log, rebuild
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Applied, Decline, rebuild
 from .weights import concatenated, concatenated_biases, is_weight
 
 # What lies between a down-projection and what attention reads; all but cat have one operand that
@@ -113,7 +114,7 @@ class FuseMlaProjections:
         """Attentions of which several products of one value make the query and the latent."""
         return sum(_has_several(n) for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         swap: dict[Value, Value] = {}
         for node in graph.nodes():
             if node.op not in (mla_attention, cached_mla_attention):
@@ -124,10 +125,10 @@ class FuseMlaProjections:
                     raise Decline("another attention reads the same projections")
                 slices = _joined(products)
             except Decline as reason:
-                log.decline(self.name, node, str(reason))
+                context.log.decline(self.name, node, str(reason))
                 continue
             before = tuple(Value(p) for p in products)
             leaves = dict.fromkeys(a for p in products for a in p.args)
-            log.applied.append(Applied(self.name, tuple(leaves), before, slices))
+            context.log.applied.append(Applied(self.name, tuple(leaves), before, slices))
             swap.update(zip(before, slices, strict=True))
         return rebuild(graph, swap) if swap else graph

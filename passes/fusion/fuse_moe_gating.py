@@ -14,7 +14,8 @@ from ...compiler.ops import pointwise
 from ...compiler.ops.gating import GATING_OPERANDS, moe_gating
 from ...compiler.ops.linear import linear
 from ...compiler.ops.moe import router
-from ...compiler.rewrite import Log, Match, Other, Pat, Rule, either, maybe, pat, rewrite
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Match, Other, Pat, Rule, either, maybe, pat, rewrite
 from ...compiler.types import DTYPE_BITS
 from .weights import is_weight
 
@@ -58,10 +59,10 @@ class FuseMoeGating:
         """Routers."""
         return sum(n.op is router for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         rule = Rule("moe-gating", (ROUTED, Other(ROUTED, 1)), _gating)
-        graph = rewrite(graph, (rule,), log)
+        graph = rewrite(graph, (rule,), context.log)
         for node in graph.nodes():
             if node.op is router and node.args[0].op is not linear:
-                log.decline("moe-gating", node, f"{node.args[0].op.name} gives its logits")
+                context.log.decline("moe-gating", node, f"{node.args[0].op.name} gives its logits")
         return graph

@@ -9,7 +9,8 @@ from typing import ClassVar
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops.norm import layer_norm, rms_norm
 from ...compiler.ops.pointwise import add, cast
-from ...compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rewrite_all
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Other, Pat, Rule, pat, rewrite_all
 from .products import PRODUCTS, Product, product_of
 
 
@@ -131,5 +132,5 @@ class FuseNormLinear:
         """Norms with a weight."""
         return sum(n.op is rms_norm and len(n.args) == 2 for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        return rewrite_all(graph, RULES, log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        return rewrite_all(graph, RULES, context.log)

@@ -17,7 +17,8 @@ from ...compiler.ops.attention import attention, cached_attention, kv_append
 from ...compiler.ops.heads import head_operands, project_heads
 from ...compiler.ops.linear import linear
 from ...compiler.ops.mla import cached_mla_attention, mla_attention
-from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, either, pat, rewrite
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
 from .weights import by_rows, concatenated, is_weight, rows_of
 
 # Ops that may stand between a product and attention, and how many of them at most: columns, view,
@@ -270,11 +271,11 @@ class FuseQkvRope:
         """Attentions whose q, k or v, or whose query of MLA, is not made by project_heads."""
         return sum(bool(_reasons(n)) for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        graph = rewrite(graph, RULES, log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        graph = rewrite(graph, RULES, context.log)
         for node in graph.nodes():
             for reason in _reasons(node):
-                log.decline("qkv", node, reason)
+                context.log.decline("qkv", node, reason)
         return graph
 
 

@@ -15,7 +15,8 @@ from ...compiler.ops import pointwise, shape
 from ...compiler.ops.glu import glu
 from ...compiler.ops.linear import linear
 from ...compiler.ops.moe import experts, router
-from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, either, pat, rewrite
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
 from .weights import by_rows, concatenated, is_weight, rows_of
 
 
@@ -136,10 +137,10 @@ class FuseSharedExperts:
         """Experts to which something that is computed from their input is added."""
         return len({node for node, _ in _shared(graph)})
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        graph = rewrite(graph, (Rule("shared-experts", (ROOT,), _joined),), log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        graph = rewrite(graph, (Rule("shared-experts", (ROOT,), _joined),), context.log)
         for node, other in _shared(graph):
-            log.decline("shared-experts", node, f"{other.op.name} is added to it")
+            context.log.decline("shared-experts", node, f"{other.op.name} is added to it")
         return graph
 
 

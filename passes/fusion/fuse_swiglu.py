@@ -10,7 +10,8 @@ from ...compiler.ops.fused import gated_linear
 from ...compiler.ops.glu import glu
 from ...compiler.ops.linear import linear
 from ...compiler.ops.shape import slice_
-from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, pat, rewrite
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite
 from .weights import concatenated, concatenated_biases, is_weight, rows_of
 
 GATE, UP, BOTH = Pat(linear), Pat(linear), Pat(linear)
@@ -81,5 +82,5 @@ class FuseSwiglu:
         """Gated units."""
         return sum(n.op is glu for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        return rewrite(graph, RULES, log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        return rewrite(graph, RULES, context.log)

@@ -16,7 +16,7 @@ from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops import pointwise, reduce, shape
 from ...compiler.ops.leaf import is_literal, literal
 from ...compiler.ops.linear import embedding
-from ...compiler.pipeline import count_nodes
+from ...compiler.pipeline import PassContext, count_nodes
 from ...compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rebuild, rewrite_all
 from ...compiler.torch_types import torch_dtype
 from ...compiler.types import DTYPE_BITS, FLOATS, Shape, dim
@@ -450,7 +450,7 @@ class Canonicalize:
 
     name: ClassVar[str] = "canonicalize"
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         nodes = count_nodes(graph)
-        dropped = simplified(drop_unit_dims(graph), log)
-        return dropped if count_nodes(dropped) <= nodes else simplified(graph, log)
+        dropped = simplified(drop_unit_dims(graph), context.log)
+        return dropped if count_nodes(dropped) <= nodes else simplified(graph, context.log)

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from ...compiler.ir import Graph, Value
 from ...compiler.ops import pointwise
 from ...compiler.ops.glu import glu
-from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, pat, rewrite_all
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite_all
 from . import raise_norms, raise_rope, raise_routers
 from .canonicalize import simplified
 
@@ -51,10 +52,10 @@ class RaiseOps:
 
     name: ClassVar[str] = "raise-ops"
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        graph = rewrite_all(graph, raise_routers.RULES, log)
-        graph = rewrite_all(graph, raise_norms.RULES, log)
-        graph = rewrite_all(graph, raise_rope.FORM_RULES, log)
-        graph = rewrite_all(graph, raise_rope.PART_RULES, log)
-        graph = rewrite_all(graph, (Rule("silu", (SILU,), _silu), *GLU_RULES), log)
-        return simplified(graph, log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        graph = rewrite_all(graph, raise_routers.RULES, context.log)
+        graph = rewrite_all(graph, raise_norms.RULES, context.log)
+        graph = rewrite_all(graph, raise_rope.FORM_RULES, context.log)
+        graph = rewrite_all(graph, raise_rope.PART_RULES, context.log)
+        graph = rewrite_all(graph, (Rule("silu", (SILU,), _silu), *GLU_RULES), context.log)
+        return simplified(graph, context.log)

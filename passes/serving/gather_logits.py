@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from ...compiler.ir import Graph, Op, Value
 from ...compiler.ops import collective, glu, linear, moe, norm, pointwise, shape
+from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import (
     Decline,
-    Log,
     Match,
     Pat,
     Rule,
@@ -96,9 +96,9 @@ class GatherLogits:
 
     name: ClassVar[str] = "gather-logits"
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         while True:
             before = graph
-            graph, _ = merge_equal(rewrite_all(graph, RULES, log))
+            graph, _ = merge_equal(rewrite_all(graph, RULES, context.log))
             if graph is before:
                 return graph

@@ -14,7 +14,8 @@ from ...compiler.ops.attention import attention, cached_attention, kv_append
 from ...compiler.ops.leaf import param
 from ...compiler.ops.mla import cached_mla_attention, mla_attention
 from ...compiler.ops.shape import take
-from ...compiler.rewrite import Applied, Log, rebuild
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Applied, rebuild
 from ...compiler.types import TensorType, symbol
 from .token_wise import mixes_tokens
 
@@ -38,7 +39,7 @@ class InsertKvCache:
     and k_cache.i, v_cache.i [pages, page_size, G, D] of layer i, or where it has mla_attention
     latent_cache.i [pages, page_size, R + P]. Token t attends to its slot's cache up to
     positions[t]; windows, sinks and soft caps are kept. Output j is row logit_rows[j]. `pages` None
-    gives every slot its full length.
+    gives every slot its full length. The context's facts get the sizes that a session needs.
     """
 
     name: ClassVar[str] = "insert-kv-cache"
@@ -51,11 +52,15 @@ class InsertKvCache:
     def pages_per_slot(self) -> int:
         return -(-self.max_tokens_per_sequence // self.page_size)
 
+    @property
+    def _pages(self) -> int:
+        return self.pages or self.max_sequences * self.pages_per_slot
+
     def expected(self, graph: Graph) -> int:
         """Attentions over the tokens of one sequence."""
         return sum(n.op in _CACHED for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         nodes = [n for n in graph.nodes() if n.op in _CACHED]
         positions = graph.param("positions")
         tokens = positions.type
@@ -85,7 +90,14 @@ class InsertKvCache:
             caches.update(zip((c.attrs["name"] for c in empty), appended, strict=True))
             # Tokens 0, 1, … of one sequence, in a cache of which nothing was written before.
             one: dict[Value, Any] = {slots: "zeros", positions: "index", page_table: "index"}
-            log.applied.append(Applied("cache", node.args, (Value(node),), (out,), one))
+            context.log.applied.append(Applied("cache", node.args, (Value(node),), (out,), one))
+        context.facts[self.name] = {
+            "vocab_size": graph.outputs[0].type.shape[-1],
+            "page_size": self.page_size,
+            "max_sequences": self.max_sequences,
+            "max_tokens_per_sequence": self.max_tokens_per_sequence,
+            "pages": self._pages,
+        }
         outputs = tuple(take(o, rows) for o in graph.outputs)
         # A step takes one token of every sequence at least, even where sequences are shorter.
         most = range(1, max(self.max_tokens_per_sequence, self.max_sequences) + 1)
@@ -94,8 +106,7 @@ class InsertKvCache:
         return rebuild(Graph(graph.name, everything, outputs, symbols, caches), swap)
 
     def _cache(self, name: str, rows: Value) -> Value:
-        pages = self.pages or self.max_sequences * self.pages_per_slot
-        shape = (pages, self.page_size, *rows.type.shape[1:])
+        shape = (self._pages, self.page_size, *rows.type.shape[1:])
         return param(name=name, type=TensorType(rows.type.dtype, shape))
 
 

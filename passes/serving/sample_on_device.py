@@ -9,7 +9,7 @@ from typing import ClassVar
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops.leaf import param
 from ...compiler.ops.sampling import SETTINGS, WORD, sample
-from ...compiler.rewrite import Log
+from ...compiler.pipeline import PassContext
 from ...compiler.types import FLOATS, Dim, TensorType
 
 # What the outputs of a serving graph are called; the first alone where the host samples, and no
@@ -40,22 +40,22 @@ class SampleOnDevice:
         """1 while the graph does not sample."""
         return 0 if _sampling(graph) else 1
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         if node := _sampling(graph):
-            log.decline(self.name, node, "the graph samples already")
+            context.log.decline(self.name, node, "the graph samples already")
             return graph
         logits = graph.outputs[0]
         vocab = logits.type.shape[-1] if logits.type.rank == 2 else None
         if len(graph.outputs) != 1 or not isinstance(vocab, int) or logits.type.dtype not in FLOATS:
             outputs = ", ".join(str(o.type) for o in graph.outputs)
-            log.decline(self.name, logits.node, f"expected logits [L, V], found {outputs}")
+            context.log.decline(self.name, logits.node, f"expected logits [L, V], found {outputs}")
             return graph
         rows = logits.type.shape[0]
         given = [_param(name, "f32" if kind == "float" else kind, rows) for name, kind in SETTINGS]
         given.append(_param("seen", "i32", rows, -(-vocab // WORD)))
         given.append(_param("top", "i32", rows))
         chosen = sample.all(logits, *given, candidates=min(self.candidates, vocab))
-        log.counts[self.name] += 1
+        context.log.counts[self.name] += 1
         return Graph(
             graph.name,
             (*graph.params, *given),

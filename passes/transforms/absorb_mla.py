@@ -18,7 +18,8 @@ from ...compiler.ops.linear import head_linear
 from ...compiler.ops.mla import mla_attention, mla_latent
 from ...compiler.ops.norm import rms_norm
 from ...compiler.ops.rope import rope
-from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, pat, rewrite
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite
 from ..raising.canonicalize import merge_equal
 from ..raising.raise_rope import span_of
 from .head_rows import HeadRows, head_rows
@@ -174,14 +175,14 @@ class AbsorbMla:
         """Attentions over keys of two parts, one of which may be all heads'."""
         return sum(n.op is attention and n.args[1].op is shape.cat for n in graph.nodes())
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         users, roots = graph.users(), frozenset(graph.roots)
         rules = [
             Rule("absorb-mla", (root,), partial(_absorbed, users, roots, root))
             for root in (PLAIN, WITH_SINKS)
         ]
-        absorbed = rewrite(graph, rules, log)
+        absorbed = rewrite(graph, rules, context.log)
         if absorbed is graph:
             return graph
         absorbed, _ = merge_equal(absorbed)
-        return merge_equal(premultiplied(absorbed, self.premultiply, log))[0]
+        return merge_equal(premultiplied(absorbed, self.premultiply, context.log))[0]

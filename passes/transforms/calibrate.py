@@ -25,7 +25,7 @@ from ...compiler.ops.hadamard import hadamard
 from ...compiler.ops.leaf import constant, param
 from ...compiler.torch_types import torch_dtype
 from ...compiler.weights import Entry, Weights
-from .quantize_mxfp4 import (
+from .mxfp4_policy import (
     INPUT_OF,
     MXFP4,
     ROTATED,

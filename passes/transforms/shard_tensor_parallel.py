@@ -17,6 +17,7 @@ from ...compiler.ir import Graph, Node, Op, Value
 from ...compiler.ops import linear, moe
 from ...compiler.ops.collective import all_gather, all_reduce
 from ...compiler.ops.leaf import param
+from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Log
 from ..raising.canonicalize import simplified
 from .cuts import Cut, cut_weight, pushed, sliced
@@ -44,7 +45,7 @@ class ShardTensorParallel:
         if not 0 <= self.rank < self.ranks:
             raise ValueError(f"{self.name}: expected a rank below {self.ranks}, found {self.rank}")
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         if graph.updates:
             raise ValueError(f"{self.name}: expected a graph without state: it goes before caches")
         if self.ranks == 1:
@@ -55,7 +56,7 @@ class ShardTensorParallel:
         if any(plan.collectives != plans[0].collectives for plan in plans):
             raise CannotShard(f"graph @{graph.name}: the ranks would not run the same collectives")
         plan = plans[self.rank]
-        plan.report(self.name, log)
+        plan.report(self.name, context.log)
         return simplified(_Builder(plan).build(), Log())
 
 

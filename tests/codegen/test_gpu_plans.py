@@ -22,7 +22,7 @@ from ingot.frontends.drivers import driver_for, present_target
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving.sample_on_device import output_names
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
 from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.serving.sampling import Sampling
 from ingot.runtime.serving.session import Session

@@ -15,8 +15,8 @@ from ingot.compiler.ir import Graph, Value
 from ingot.compiler.ops.leaf import constant
 from ingot.compiler.ops.pointwise import add
 from ingot.compiler.ops.shape import full, permute, slice_
-from ingot.compiler.pipeline import run_pipeline
-from ingot.compiler.rewrite import Log, depends_only_on_constants
+from ingot.compiler.pipeline import PassContext, run_pipeline
+from ingot.compiler.rewrite import depends_only_on_constants
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.types import TensorType
 from ingot.compiler.weights import Bounds, Entry, Weights, within
@@ -141,7 +141,7 @@ def test_a_rank_reads_its_share_of_the_experts(
     for ranks in (2, 4):
         shared: int | None = None
         for rank in range(ranks):
-            graph = ShardTensorParallel(ranks, rank)(before, Log())
+            graph = ShardTensorParallel(ranks, rank)(before, PassContext())
             store = Recorder(model.weights)
             read = held = 0
             for value in folded(graph):

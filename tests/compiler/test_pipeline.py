@@ -9,8 +9,8 @@ from typing import ClassVar
 import pytest
 from ingot.compiler.ir import Graph, Node, Op, Value
 from ingot.compiler.ops.leaf import constant, literal, param
-from ingot.compiler.pipeline import PassError, count_nodes, run_pipeline
-from ingot.compiler.rewrite import Applied, Log, Pat, Rule, pat, rebuild, rewrite_all
+from ingot.compiler.pipeline import PassContext, PassError, count_nodes, run_pipeline
+from ingot.compiler.rewrite import Applied, Pat, Rule, pat, rebuild, rewrite_all
 from ingot.compiler.target import CPU, TARGETS, target_of
 from ingot.compiler.types import TensorType, VerifyError, symbol
 
@@ -30,8 +30,8 @@ class Apply:
     name: ClassVar[str] = "apply"
     rule: Rule = NEG_NEG
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        return rewrite_all(graph, (self.rule,), log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        return rewrite_all(graph, (self.rule,), context.log)
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Collapse:
 
     name: ClassVar[str] = "collapse"
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
-        return rewrite_all(graph, (RELU_RELU,), log)
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        return rewrite_all(graph, (RELU_RELU,), context.log)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Break:
 
     name: ClassVar[str] = "break-it"
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         wrong = Value(Node(relu, (graph.params[0],), {}, (TensorType("f32", (T, 5)),)))
         return Graph("g", graph.params, (wrong,), graph.symbols)
 
@@ -61,9 +61,9 @@ class Endless:
 
     name: ClassVar[str] = "endless"
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         again = Rule("again", (pat(relu, A),), lambda m: relu(m[A]))
-        return rewrite_all(graph, (again,), log)
+        return rewrite_all(graph, (again,), context.log)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Knot:
 
     name: ClassVar[str] = "knot"
 
-    def __call__(self, graph: Graph, log: Log) -> Graph:
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
         return rebuild(graph, {graph.outputs[0]: neg(graph.outputs[0])})
 
 
@@ -116,8 +116,8 @@ def test_counts_that_are_not_by_rules_are_matches_too() -> None:
         name: ClassVar[str] = "count"
         by: int = 2
 
-        def __call__(self, graph: Graph, log: Log) -> Graph:
-            log.counts["merge"] += self.by
+        def __call__(self, graph: Graph, context: PassContext) -> Graph:
+            context.log.counts["merge"] += self.by
             return graph
 
     (result,) = run_pipeline(sample(), (Count(),), require_match=["count"])

@@ -17,7 +17,7 @@ from ingot.frontends.checkpoints.export_quantized import Exported, quantize_dire
 from ingot.frontends.cli.main import app
 from ingot.frontends.importers.meta_model import build_meta_model, read_config
 from ingot.frontends.importers.source_error import SourceError
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel

@@ -30,7 +30,7 @@ from ingot.frontends.importers.huggingface import HuggingFaceModel, import_huggi
 from ingot.frontends.importers.source_error import SourceError
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving.sample_on_device import output_names
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
 from ingot.runtime.devices.check_program import ProgramError, check_program
 from ingot.runtime.program import Program
 from interpreted import InterpretedBackend

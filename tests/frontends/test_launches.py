@@ -14,7 +14,7 @@ from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.target import target_of
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
 from interpreted import InterpretedBackend
 from tiny_models import tiny_model
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from ingot.compiler.interpret import interpret, random_tensor
 from ingot.compiler.ir import Graph
-from ingot.compiler.pipeline import Pass
+from ingot.compiler.pipeline import Pass, PassContext
 from ingot.compiler.rewrite import Log
 from ingot.compiler.text import parse
 from ingot.compiler.torch_types import type_of
@@ -94,7 +94,7 @@ def assert_equal_results(
 def applied(step: Pass, graph: Graph) -> tuple[Graph, Log]:
     """`graph` after one pass, verified, and what the pass reported."""
     log = Log()
-    after = step(graph, log)
+    after = step(graph, PassContext(log=log))
     verify(after)
     return after, log
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 from ingot.compiler.ir import Graph
-from ingot.compiler.pipeline import run_pipeline
+from ingot.compiler.pipeline import PassContext, run_pipeline
 from ingot.compiler.rewrite import Log
 from ingot.compiler.validate import check_rewrite
 from ingot.frontends.importers.huggingface import import_hugging_face
@@ -292,7 +292,7 @@ def test_declines(kind: str) -> None:
     text, reason = STAYS[kind]
     before = graph_of(text)
     log = Log()
-    assert AbsorbMla()(before, log) is before
+    assert AbsorbMla()(before, PassContext(log=log)) is before
     assert not log.matches
     (declined,) = log.declined
     assert re.search(rf"^absorb-mla: attention: .*{reason}", declined), declined
@@ -301,7 +301,7 @@ def test_declines(kind: str) -> None:
 def test_plain_attention_is_no_near_miss() -> None:
     text = mla_text(keys="%k = rope(%qh, %c, %s, form='half', start=6)")
     log = Log()
-    AbsorbMla()(graph_of(text), log)
+    AbsorbMla()(graph_of(text), PassContext(log=log))
     assert not log.declined
     assert not log.matches
 

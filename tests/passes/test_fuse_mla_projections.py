@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 from ingot.compiler.ir import Graph
-from ingot.compiler.pipeline import run_pipeline
+from ingot.compiler.pipeline import PassContext, run_pipeline
 from ingot.compiler.rewrite import Log
 from ingot.compiler.validate import check_rewrite
 from ingot.compiler.verify import verify
@@ -18,7 +18,8 @@ from ingot.passes.raising.canonicalize import Canonicalize
 from ingot.passes.raising.raise_ops import RaiseOps
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
 from ingot.passes.transforms.absorb_mla import AbsorbMla
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
+from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from mla_graphs import LATENT, MODELS, OUTPUT, QUERY, mla_text
 from pass_checks import applied, assert_equal_results, graph_of, ops
 from tiny_models import tiny_model
@@ -116,7 +117,7 @@ def test_packed_weights_are_joined_packed() -> None:
     assert_equal_results(before, after)
     log = Log()
     mixed = graph_of(text.replace("KV", "32"))
-    assert PASS(mixed, log) is mixed
+    assert PASS(mixed, PassContext(log=log)) is mixed
     assert "weights in several formats are not one weight: mxfp4g16, mxfp4g32" in log.declined[0]
 
 
@@ -151,7 +152,7 @@ def test_declines(kind: str) -> None:
     text, reason = STAYS[kind]
     before = absorbed(text)
     log = Log()
-    assert PASS(before, log) is before
+    assert PASS(before, PassContext(log=log)) is before
     (declined,) = log.declined
     assert re.search(f"fuse-mla-projections: mla_attention: {reason}", declined)
 
@@ -160,7 +161,7 @@ def test_graphs_without_latent_attention_are_left_alone() -> None:
     text = "graph @g(%x: f32[T, 4]) T=1..8 {\n%y = linear(%x, @w)\nreturn %y\n"
     graph = graph_of(text + "} where {\n@w: f32[4, 4]\n}")
     log = Log()
-    assert PASS(graph, log) is graph
+    assert PASS(graph, PassContext(log=log)) is graph
     assert not log.declined
 
 
@@ -182,9 +183,9 @@ def test_models(name: str) -> None:
 
 
 def test_after_the_cache_is_in(golden: Callable[[str], None]) -> None:
-    cached = InsertKvCache(3, 24, page_size=4)(absorbed(mla_text(latent=APART)), Log())
+    cached = InsertKvCache(3, 24, page_size=4)(absorbed(mla_text(latent=APART)), PassContext())
     log = Log()
-    after = PASS(cached, log)
+    after = PASS(cached, PassContext(log=log))
     verify(after)
     assert log.matches == {"fuse-mla-projections": 1}
     golden(str(after))

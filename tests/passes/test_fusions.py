@@ -22,7 +22,8 @@ from ingot.passes.fusion.fuse_norm_linear import FuseNormLinear
 from ingot.passes.fusion.fuse_swiglu import FuseSwiglu
 from ingot.passes.fusion.weights import is_quantized
 from ingot.passes.pipelines import RAISING
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
+from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.serving.session import Session
 from pass_checks import ops, plain_serving

@@ -15,7 +15,8 @@ from ingot.compiler.ops.hadamard import hadamard
 from ingot.compiler.ops.linear import linear
 from ingot.compiler.validate import check_rewrite
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4, can_rotate, find_sites
+from ingot.passes.transforms.mxfp4_policy import MXFP4, can_rotate, find_sites
+from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from pass_checks import applied, assert_equal_results, graph_of, ops
 from tiny_models import tiny_model
 

@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph
-from ingot.compiler.rewrite import Log
-from ingot.compiler.verify import verify
+from ingot.compiler.pipeline import PassContext
 from ingot.passes.serving.insert_kv_cache import CannotCache, InsertKvCache
 from ingot.passes.transforms.absorb_mla import AbsorbMla
 from mla_graphs import LATENT, OUTPUT, QUERY, mla_text
-from pass_checks import graph_of, ops, random_weights
+from pass_checks import applied, graph_of, ops, random_weights
 
 SLOTS, PAGE, LENGTH = 3, 4, 24  # three slots of six pages
 PASS = InsertKvCache(max_sequences=SLOTS, max_tokens_per_sequence=LENGTH, page_size=PAGE)
@@ -70,8 +69,7 @@ def model_text(attention: str, second: str = "%q2, %k2, %v2, scale=0.5", extra: 
 
 
 def cached(graph: Graph, step: InsertKvCache = PASS) -> Graph:
-    after = step(graph, log := Log())
-    verify(after)
+    after, log = applied(step, graph)
     found = ops(graph)
     assert log.matches["cache"] == found["attention"] + found["mla_attention"]
     return after
@@ -221,7 +219,7 @@ def mla_model(absorb: AbsorbMla | None, latent: str = LATENT, second: str = "") 
     text = text.replace("%x: f32[T, 12]", "%tokens: i32[T]").replace(
         "@inv:", "@embed: f32[16, 12]\n@inv:"
     )
-    return absorb(graph_of(text), Log()) if absorb else graph_of(text)
+    return absorb(graph_of(text), PassContext()) if absorb else graph_of(text)
 
 
 ABSORBED = {
@@ -283,7 +281,7 @@ def test_refuses_latent_attention_over_other_rows() -> None:
           @c: f32[7, 6]
         }"""
     with pytest.raises(CannotCache, match="mla_attention at number 0: it is over .7. rows"):
-        PASS(graph_of(text), Log())
+        PASS(graph_of(text), PassContext())
 
 
 # ---- what cannot be served
@@ -376,14 +374,14 @@ def with_line(line: str) -> Graph:
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refuses_attention(reason: str) -> None:
     with pytest.raises(CannotCache, match=reason):
-        PASS(graph_of(REFUSED[reason]), Log())
+        PASS(graph_of(REFUSED[reason]), PassContext())
 
 
 @pytest.mark.parametrize("name", MIXING)
 def test_refuses_what_mixes_tokens(name: str) -> None:
     line, reason = MIXING[name]
     with pytest.raises(CannotCache, match=reason):
-        PASS(with_line(line), Log())
+        PASS(with_line(line), PassContext())
 
 
 @pytest.mark.parametrize("name", TOKEN_WISE)
@@ -396,4 +394,4 @@ def test_refuses_a_graph_without_positions() -> None:
     text = "graph @g(%tokens: i32[T]) T=1..8 {\n%0 = embedding(%tokens, @w)\nreturn %0"
     text += "\n} where {\n@w: f32[8, 4]\n}"
     with pytest.raises(KeyError, match="no parameter 'positions'"):
-        PASS(graph_of(text), Log())
+        PASS(graph_of(text), PassContext())

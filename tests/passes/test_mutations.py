@@ -25,7 +25,7 @@ from ingot.passes.fusion import fuse_mla_projections
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving import insert_kv_cache
 from ingot.passes.transforms import quantize_mxfp4
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
 from tiny_models import tiny_model
 
 # A changed node, from a node that a rule built and its operands.

@@ -19,7 +19,8 @@ from ingot.compiler.pipeline import PassError
 from ingot.compiler.types import VerifyError
 from ingot.compiler.validate import check_rewrite
 from ingot.compiler.weights import Weights
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4, find_sites
+from ingot.passes.transforms.mxfp4_policy import MXFP4, find_sites
+from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from pass_checks import applied, graph_of, ops, random_inputs, random_weights
 from tiny_models import tiny_model
 

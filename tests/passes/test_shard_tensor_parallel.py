@@ -9,7 +9,7 @@ import torch
 from ingot.codegen.constants import evaluate_constant
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph, Value
-from ingot.compiler.pipeline import run_pipeline
+from ingot.compiler.pipeline import PassContext, run_pipeline
 from ingot.compiler.ranks import interpret_ranks
 from ingot.compiler.rewrite import Log, depends_only_on_constants
 from ingot.compiler.verify import verify
@@ -19,7 +19,8 @@ from ingot.passes.raising.canonicalize import Canonicalize
 from ingot.passes.raising.raise_ops import RaiseOps
 from ingot.passes.serving.gather_logits import GatherLogits
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
-from ingot.passes.transforms.quantize_mxfp4 import MXFP4, QuantizeMxfp4
+from ingot.passes.transforms.mxfp4_policy import MXFP4
+from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ingot.passes.transforms.shard_tensor_parallel import CannotShard, ShardTensorParallel
 from pass_checks import body, graph_of, ops, random_inputs, random_weights
 from tiny_models import tiny_config, tiny_model
@@ -28,7 +29,10 @@ from tiny_models import tiny_config, tiny_model
 def sharded(graph: Graph, ranks: int) -> tuple[list[Graph], Log]:
     """The graph of each rank, verified, and what the first of them reported."""
     logs = [Log() for _ in range(ranks)]
-    graphs = [ShardTensorParallel(ranks, rank)(graph, log) for rank, log in enumerate(logs)]
+    graphs = [
+        ShardTensorParallel(ranks, rank)(graph, PassContext(log=log))
+        for rank, log in enumerate(logs)
+    ]
     for after in graphs:
         verify(after)
     assert all(log.matches == logs[0].matches for log in logs)
@@ -211,21 +215,21 @@ def test_what_does_not_divide_is_refused_on_every_rank(case: str) -> None:
     text, ranks, message = REFUSED[case]
     for rank in range(ranks):
         with pytest.raises(CannotShard, match=message):
-            ShardTensorParallel(ranks, rank)(graph_of(text), Log())
+            ShardTensorParallel(ranks, rank)(graph_of(text), PassContext())
 
 
 def test_one_rank_is_the_graph() -> None:
     graph = graph_of(LAYER)
-    assert ShardTensorParallel(1, 0)(graph, Log()) is graph
+    assert ShardTensorParallel(1, 0)(graph, PassContext()) is graph
 
 
 def test_options() -> None:
     with pytest.raises(ValueError, match="expected a rank below 2, found 2"):
         ShardTensorParallel(2, 2)
     before, _ = imported("llama")
-    cached = InsertKvCache(2, 64, 16)(before, Log())
+    cached = InsertKvCache(2, 64, 16)(before, PassContext())
     with pytest.raises(ValueError, match="without state"):
-        ShardTensorParallel(2, 0)(cached, Log())
+        ShardTensorParallel(2, 0)(cached, PassContext())
 
 
 # ---- sums
