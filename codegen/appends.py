@@ -14,7 +14,7 @@ from ..compiler.ops.heads import project_heads
 from ..compiler.ops.leaf import param
 from ..compiler.ops.mla import mla_latent
 
-# Ops whose templates write results into a cache (Request.append).
+# Ops whose templates write results into a cache (KernelQuery.append).
 _WRITERS: frozenset[Op] = frozenset({project_heads, mla_latent})
 
 

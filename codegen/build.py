@@ -79,7 +79,7 @@ def build(
     def make(source: KernelSource, patience: float) -> Built | None:
         """Built by now or here; None where another is building it for longer than `patience`."""
         key = source.hash(target.name)
-        with _turn(folder, key, patience) as mine:
+        with _build_lock(folder, key, patience) as mine:
             built = _read(folder, key, target)
             if built is None and mine:
                 built = build_one(source, target)
@@ -137,7 +137,7 @@ def build_one(source: KernelSource, target: Target) -> Built:
     text = made.asm["ptx" if backend == "cuda" else "amdgcn"]
     binary = made.asm["cubin" if backend == "cuda" else "hsaco"]
     if source.programmatic:
-        _check_turn(source.function.__name__, target, text)
+        _check_pdl_wait(source.function.__name__, target, text)
     facts = {
         "name": made.metadata.name,
         "shared": made.metadata.shared,
@@ -162,13 +162,13 @@ def _check(name: str, target: Target, metadata: Any, facts: Mapping[str, Any]) -
         raise BuildError(f"kernel {name} for {target.name}: the assembler left an error behind")
 
 
-def _check_turn(name: str, target: Target, ptx: str) -> None:
+def _check_pdl_wait(name: str, target: Target, ptx: str) -> None:
     """A kernel that does not wait would be launched too soon, and no one would be told."""
     for action in ("launch_dependents", "wait"):
         if (count := len(re.findall(rf"\bgriddepcontrol\.{action}\b", ptx))) != 1:
             raise BuildError(
                 f"kernel {name} for {target.name}: expected one griddepcontrol.{action} "
-                f"(see templates.launching), found {count}"
+                f"(see templates.pdl), found {count}"
             )
 
 
@@ -246,7 +246,7 @@ def _read(folder: Path, key: str, target: Target) -> Built | None:
 
 
 @contextmanager
-def _turn(folder: Path, key: str, patience: float) -> Generator[bool]:
+def _build_lock(folder: Path, key: str, patience: float) -> Generator[bool]:
     """Whether `key` is ours to build: False where another holds its lock and `patience` is 0.
 
     Locks are the operating system's, where it has them, and end with the process that holds them,

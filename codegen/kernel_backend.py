@@ -24,25 +24,25 @@ from ..runtime.program import Argument, Kernel, Launch, Slice
 from .appends import with_appends
 from .build import build
 from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place, entry_name
-from .kernel_source import KernelSource
-from .pointwise import computed, fusible, region_of
-from .regions import grouped
-from .request import (
+from .kernel_query import (
     Append,
     Arg,
     Call,
-    Chosen,
+    Candidate,
     Codes,
     Declined,
+    KernelQuery,
     Operand,
     Packed,
     Ref,
-    Request,
     Result,
     Scales,
     Temp,
     dense_strides,
 )
+from .kernel_source import KernelSource
+from .pointwise import computed, fusible, region_of
+from .regions import grouped
 from .select import FRAGMENT_PRODUCTS, PACKED_WEIGHTS, copied, select
 
 # Vector loads want addresses that are multiples of this many bytes.
@@ -142,30 +142,30 @@ class KernelBackend:
                 self._copy(source, target, builder, f"copy {node.source}")
             args = (*results, *args[len(results) :])
         label = f"{node.op.name} {node.source}".strip()
-        request = Request(
+        query = KernelQuery(
             node.op,
             dict(bound.attrs),
             tuple(map(operand, args)),
             tuple(map(operand, results)),
             self.target,
         )
-        self._compute(request, args, results, label, builder)
+        self._compute(query, args, results, label, builder)
 
     def _compute(
         self,
-        request: Request,
+        query: KernelQuery,
         args: tuple[Place, ...],
         results: Sequence[Slice | None],
         label: str,
         builder: EntryBuilder,
     ) -> None:
-        """Launch what a template chooses for a request, of dense copies if none reads as it is."""
-        chosen = select(request)
-        if isinstance(chosen, Declined) and not all(a.dense for a in request.args):
+        """Launch what a template chooses for a query, of dense copies if none reads as it is."""
+        chosen = select(query)
+        if isinstance(chosen, Declined) and not all(a.dense for a in query.args):
             copying = f"copy {label.partition(' ')[2]}"
             args = tuple(self._dense(a, builder, copying) for a in args)
-            request = replace(request, args=tuple(map(operand, args)))
-            chosen = select(request)
+            query = replace(query, args=tuple(map(operand, args)))
+            chosen = select(query)
         if isinstance(chosen, Declined):
             raise NoKernelError(f"{label}: {chosen.reason}")
         self._launch(chosen, args, results, label, builder)
@@ -205,7 +205,7 @@ class KernelBackend:
         args = tuple(group.places[a] for a in (*node.args, *append.args[2 * count :]))
         places = [at.get(v) for v in (*node.results, *append.results)]
         bound: list[Any] = [t.bind(builder.binding) for t in (*node.types, *append.types)]
-        request = Request(
+        query = KernelQuery(
             node.op,
             group.attrs[0],
             tuple(map(operand, args)),
@@ -213,7 +213,7 @@ class KernelBackend:
             self.target,
             Append(caches, *index, kept),
         )
-        self._compute(request, args, places, label, builder)
+        self._compute(query, args, places, label, builder)
 
     def _dense(self, place: Place, builder: EntryBuilder, label: str) -> Place:
         """`place`, or a dense copy of it."""
@@ -228,12 +228,12 @@ class KernelBackend:
         self._copy(source, target, builder, f"copy {target.buffer}")
 
     def _copy(self, source: Slice, target: Slice, builder: EntryBuilder, label: str) -> None:
-        request = Request(view, {}, (operand(source),), (operand(target),), self.target)
-        self._launch(copied(request), (source,), (target,), label.strip(), builder)
+        query = KernelQuery(view, {}, (operand(source),), (operand(target),), self.target)
+        self._launch(copied(query), (source,), (target,), label.strip(), builder)
 
     def _launch(
         self,
-        chosen: Chosen,
+        chosen: Candidate,
         args: Sequence[Place],
         results: Sequence[Slice | None],
         label: str,

@@ -27,7 +27,7 @@ TRITON_TYPES = {
     "f64": "fp64",
 }
 
-# The constant of a function that takes its turn as templates.launching says.
+# The constant of a function that waits for earlier launches itself: see templates.pdl.
 PROGRAMMATIC = "PROGRAMMATIC"
 
 
@@ -66,7 +66,7 @@ class KernelSource:
         """ValueError where the parameters of `function` are not just those given.
 
         `programmatic` says whether launches on the target may overlap; a function that minds has
-        a constant PROGRAMMATIC (see templates.launching), which is set here and not given.
+        a constant PROGRAMMATIC (see templates.pdl), which is set here and not given.
         """
         names = list(function.arg_names)
         if PROGRAMMATIC in names:

@@ -22,7 +22,17 @@ from ..compiler.target import Target
 from ..compiler.types import DTYPE_BITS
 from .entries import BoundGroup
 from .expressions import EXPRESSIONS, HELD, Typed, number, rounded, stored
-from .request import LAUNCH_SECONDS, Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
+from .kernel_query import (
+    LAUNCH_SECONDS,
+    Arg,
+    Call,
+    Candidate,
+    Declined,
+    KernelQuery,
+    Operand,
+    Ref,
+    Result,
+)
 from .templates.generated import from_text
 from .templates.rowwise.copy import merged, unit_of
 
@@ -59,13 +69,13 @@ class Region:
     outputs: tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def computed(region: Region, target: Target) -> Chosen | Declined:
+def computed(region: Region, target: Target) -> Candidate | Declined:
     """One launch that computes a region: its arguments are Arg(i), its outputs Result(i)."""
     if unknown := _unknown(region):
         return Declined(unknown)
     count = prod(region.shape)
     if not count:
-        return Chosen((), 0.0, "nothing to compute")
+        return Candidate((), 0.0, "nothing to compute")
     memory = [i for i, a in enumerate(region.args) if a.value is None]
     reads = [_broadcast(region.args[i], region.shape) for i in memory]
     writes = [strides for _, strides in region.outputs]
@@ -89,7 +99,7 @@ def computed(region: Region, target: Target) -> Chosen | Declined:
     read = sum(region.args[i].nbytes for i in memory)
     written = sum(count * DTYPE_BITS[region.steps[i].dtype] // 8 for i, _ in region.outputs)
     seconds = (read + written) / target.bytes_per_second + LAUNCH_SECONDS
-    return Chosen((call,), seconds, f"{len(region.steps)} element-wise ops")
+    return Candidate((call,), seconds, f"{len(region.steps)} element-wise ops")
 
 
 @cache
@@ -144,7 +154,7 @@ def _text(
     lines = [
         "@triton.jit",
         f"def {_name(region)}({', '.join(names)}, {_CONSTANTS}):",
-        "    take_turn(PROGRAMMATIC)",
+        "    pdl_wait(PROGRAMMATIC)",
         f"    index = tl.program_id(0){wide} * BLOCK + tl.arange(0, BLOCK)",
         f"    inside = index < units{wide} * {unit}",
     ]
@@ -206,13 +216,13 @@ def region_of(group: BoundGroup, args: tuple[Operand, ...], results: tuple[Opera
     return Region(results[0].shape, args, steps, kept)
 
 
-def pointwise(request: Request) -> Chosen | Declined:
+def pointwise(query: KernelQuery) -> Candidate | Declined:
     """Any one element-wise op, and tensors out of nothing."""
-    (result,) = request.results
-    places = tuple(range(len(request.args)))
-    step = Step(request.op.name, request.attrs, places, result.type.dtype)
-    region = Region(result.shape, request.args, (step,), ((0, result.strides),))
-    return computed(region, request.target)
+    (result,) = query.results
+    places = tuple(range(len(query.args)))
+    step = Step(query.op.name, query.attrs, places, result.type.dtype)
+    region = Region(result.shape, query.args, (step,), ((0, result.strides),))
+    return computed(region, query.target)
 
 
 TEMPLATES = dict.fromkeys(sorted(OPS), (pointwise,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from . import pointwise
-from .request import Chosen, Declined, Request, Template
+from .kernel_query import Candidate, Declined, KernelQuery, Template
 from .templates.attention import grouped_query as attention
 from .templates.attention import heads, mla, rope
 from .templates.gemm import linear
@@ -46,20 +46,20 @@ def templates_of(op: str) -> list[Template]:
     return [t for table in _TABLES for t in table.get(op, ())]
 
 
-def select(request: Request) -> Chosen | Declined:
+def select(query: KernelQuery) -> Candidate | Declined:
     """The cheapest way to compute a node, or every template's reason for declining it."""
-    answers = [(t, t(request)) for t in templates_of(request.op.name)]
-    accepted = [a for _, a in answers if isinstance(a, Chosen)]
+    answers = [(t, t(query)) for t in templates_of(query.op.name)]
+    accepted = [a for _, a in answers if isinstance(a, Candidate)]
     if accepted:
         return min(accepted, key=lambda chosen: chosen.seconds)
     reasons = [f"{t.__name__}: {a.reason}" for t, a in answers if isinstance(a, Declined)]
-    types = ", ".join(str(o.type) for o in request.args)
+    types = ", ".join(str(o.type) for o in query.args)
     return Declined(
-        f"no kernel for {request.op.name}({types}) on {request.target.name}: "
+        f"no kernel for {query.op.name}({types}) on {query.target.name}: "
         + ("; ".join(reasons) or "no template knows the op")
     )
 
 
-def copied(request: Request) -> Chosen:
+def copied(query: KernelQuery) -> Candidate:
     """Result 0 as a copy of argument 0, whatever their strides."""
-    return copy.copy(request)
+    return copy.copy(query)

@@ -5,6 +5,6 @@ A file holds `@triton.jit` functions and a table TEMPLATES: op name -> templates
 every edge: no size needs to be a multiple of a tile.
 
 Folders: `gemm` (products by a weight), `attention`, `moe` (routers and experts), `rowwise` (norms,
-reductions, lookups, copies) and `sampling`. Here: `launching` (programmatic dependent launch) and
+reductions, lookups, copies) and `sampling`. Here: `pdl` (programmatic dependent launch) and
 `generated` (functions made of text).
 """

@@ -203,7 +203,7 @@ class GpuExecutable:
 
         Programmatic edges order as full ones do, across nodes in between as well, because every
         programmatic kernel waits before it touches memory that launches write: see
-        codegen/templates/launching.py.
+        codegen/templates/pdl.py.
         """
         api = self._api
         known = {**self._program.buffers, **{buffer.name: buffer for buffer in entry.buffers}}

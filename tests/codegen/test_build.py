@@ -242,7 +242,7 @@ def test_errors_name_the_kernel(tmp_path: Path) -> None:
 def test_a_kernel_that_does_not_wait_once_is_refused(times: int, tmp_path: Path) -> None:
     """No one else would tell: it would be launched before what it reads is written."""
     lines = TWICE.replace("constexpr)", "constexpr, PROGRAMMATIC: tl.constexpr)").splitlines()
-    text = "\n".join([*lines[:2], *["    take_turn(PROGRAMMATIC)"] * times, *lines[2:]]) + "\n"
+    text = "\n".join([*lines[:2], *["    pdl_wait(PROGRAMMATIC)"] * times, *lines[2:]]) + "\n"
     kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
     late = KernelSource.of(from_text(text, "twice"), kinds, {"N": 32}, 1, 2, True)
     with pytest.raises(BuildError, match=f"one griddepcontrol.launch_dependents .*found {times}"):
@@ -250,7 +250,7 @@ def test_a_kernel_that_does_not_wait_once_is_refused(times: int, tmp_path: Path)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-def test_a_function_that_takes_no_turn_is_not_programmatic(tmp_path: Path) -> None:
+def test_a_function_that_does_not_wait_is_not_programmatic(tmp_path: Path) -> None:
     kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
     plain = KernelSource.of(from_text(TWICE, "twice"), kinds, {"N": 32}, 1, 2, True)
     assert not plain.programmatic

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ingot.codegen import select
-from ingot.codegen.request import Template
+from ingot.codegen.kernel_query import Template
 from ingot.codegen.templates.moe import experts as templates
 from ingot.compiler.ops.glu import ACTIVATIONS, CLAMPED
 from ingot.compiler.ops.moe import experts

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen import select
-from ingot.codegen.request import Template
+from ingot.codegen.kernel_query import Template
 from ingot.codegen.templates.moe import gating
 from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.moe import router

@@ -1,6 +1,6 @@
 """Every op is accounted for: it has a template, or it is known why it needs none.
 
-And every kernel: it takes its turn among the launches as templates.launching says.
+And every kernel: it waits for the launches before it as templates.pdl says.
 """
 
 from __future__ import annotations
@@ -112,24 +112,24 @@ def tree_of(function: JITFunction[Any]) -> ast.FunctionDef:
     return tree
 
 
-def takes_its_turn(function: JITFunction[Any]) -> bool:
-    """Whether the first statement after the docstring says so."""
+def waits_first(function: JITFunction[Any]) -> bool:
+    """Whether the first statement after the docstring is pdl_wait."""
     body = tree_of(function).body
     first = next(s for s in body if not isinstance(getattr(s, "value", None), ast.Constant))
-    return ast.unparse(first) == "take_turn(PROGRAMMATIC)" and "PROGRAMMATIC" in function.arg_names
+    return ast.unparse(first) == "pdl_wait(PROGRAMMATIC)" and "PROGRAMMATIC" in function.arg_names
 
 
-def test_the_first_statement_of_every_kernel_takes_its_turn() -> None:
+def test_the_first_statement_of_every_kernel_is_its_wait() -> None:
     kernels = launched()
     assert len(kernels) > 30
-    assert [k for k, f in kernels.items() if not takes_its_turn(f)] == [ITS_OWN_WAY]
+    assert [k for k, f in kernels.items() if not waits_first(f)] == [ITS_OWN_WAY]
     assert "PROGRAMMATIC" in kernels[ITS_OWN_WAY].arg_names
 
 
-@pytest.mark.parametrize("body", ["pass", "if x:\n        take_turn(PROGRAMMATIC)"])
-def test_a_kernel_that_may_not_take_its_turn_is_found(body: str) -> None:
+@pytest.mark.parametrize("body", ["pass", "if x:\n        pdl_wait(PROGRAMMATIC)"])
+def test_a_kernel_that_may_not_wait_is_found(body: str) -> None:
     text = f"@triton.jit\ndef late(x, PROGRAMMATIC: tl.constexpr):\n    {body}\n"
-    assert not takes_its_turn(from_text(text, "late"))
+    assert not waits_first(from_text(text, "late"))
 
 
 def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:

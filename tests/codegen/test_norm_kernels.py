@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ingot.codegen.kernel_backend import NoKernelError
-from ingot.codegen.request import Arg, Call, Declined, Operand, Ref, Request, Result
+from ingot.codegen.kernel_query import Arg, Call, Declined, KernelQuery, Operand, Ref, Result
 from ingot.codegen.select import select
 from ingot.codegen.templates.rowwise.norms import prologue_call, row_step
 from ingot.compiler.ops.fused import add_rms_norm, fused_linear
@@ -90,7 +90,7 @@ def test_prologue(names: tuple[str, ...], width: int) -> None:
     given = {**weights, "delta": draw(3, width).bfloat16()}
     tensors = [x, draw(6, width).bfloat16(), *(given[name] for name in names)]
     attrs = {"optional": names}
-    request = Request(
+    query = KernelQuery(
         fused_linear,
         attrs,
         tuple(Operand(type_of(t), t.stride()) for t in tensors),
@@ -99,7 +99,7 @@ def test_prologue(names: tuple[str, ...], width: int) -> None:
     )
     eps = 1e-6 if "norm" in names else None
     post_eps = 1e-5 if "post_norm" in names else None
-    call = prologue_call(request, request.named(2), Result(0), Result(1), eps, post_eps)
+    call = prologue_call(query, Result(0), Result(1), eps, post_eps)
     assert isinstance(call, Call)
     n, s = torch.full((2, 3, width), torch.nan).bfloat16()
     memory: dict[Ref, torch.Tensor] = {Arg(i): t for i, t in enumerate(tensors)}
@@ -141,10 +141,10 @@ def test_a_row_does_not_depend_on_the_others(op: Any) -> None:
 
 def test_what_ranks_sum_is_not_theirs() -> None:
     operand = Operand(TensorType("f32", (2, 8)), (8, 1))
-    request = Request(
+    query = KernelQuery(
         add_rms_norm, {"eps": 1e-6, "ranks": 2}, (operand,) * 3, (), target_of("cuda:sm_90")
     )
-    assert isinstance(found := select(request), Declined)
+    assert isinstance(found := select(query), Declined)
     assert "over 2 ranks" in found.reason
 
 

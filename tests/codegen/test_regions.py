@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen.build import build_one
 from ingot.codegen.kernel_backend import NoKernelError
+from ingot.codegen.kernel_query import Candidate, Operand
 from ingot.codegen.lower import lower
 from ingot.codegen.pointwise import Region, Step, computed, fusible
 from ingot.codegen.regions import grouped
-from ingot.codegen.request import Chosen, Operand
 from ingot.compiler.interpret import interpret, random_tensor
 from ingot.compiler.ir import Graph
 from ingot.compiler.ops import pointwise as ops
@@ -98,7 +98,7 @@ def test_what_lies_far_apart_is_found_in_64_bits(step: int, casts: int) -> None:
     x = Operand(TensorType("f32", (3, 4)), (step, 1))
     region = Region((3, 4), (x,), (Step("neg", {}, (0,), "f32"),), ((0, (4, 1)),))
     chosen = computed(region, target_of("cuda:sm_90"))
-    assert isinstance(chosen, Chosen)
+    assert isinstance(chosen, Candidate)
     assert chosen.calls[0].function.generated.count(".to(tl.int64)") == casts
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from ingot.codegen.request import Declined, Operand, Request, dense_strides
+from ingot.codegen.kernel_query import Declined, KernelQuery, Operand, dense_strides
 from ingot.codegen.templates.sampling import sample as template
 from ingot.codegen.templates.sampling.sample import Sizes
 from ingot.compiler.ops.sampling import sample
@@ -187,10 +187,10 @@ def test_it_declines_what_it_cannot_read() -> None:
     results = [Operand(t, (1,)) for t in sample.types(tuple(a.type for a in args), {})]
     target = target_of("cuda:sm_90")
     turned = [Operand(args[0].type, (1, 2)), *args[1:]]
-    declined = template.sample(Request(sample, {}, tuple(turned), tuple(results), target))
+    declined = template.sample(KernelQuery(sample, {}, tuple(turned), tuple(results), target))
     assert isinstance(declined, Declined) and "do not lie dense" in declined.reason
     many = {"candidates": 33}
-    declined = template.sample(Request(sample, many, tuple(args), tuple(results), target))
+    declined = template.sample(KernelQuery(sample, many, tuple(args), tuple(results), target))
     assert isinstance(declined, Declined)
     assert declined.reason == "expected at most 32 candidates, found 33"
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from amd_asm import run
-from ingot.codegen.request import Arg, Call, Result
+from ingot.codegen.kernel_query import Arg, Call, Result
 from ingot.codegen.templates.gemm.mxfp4_decode import decoded, scaled_tile
 from ingot.compiler.microscaling import decode
 from ingot.compiler.ops.fused import gated_linear

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import triton.language as tl
 from ingot.codegen.kernel_backend import KernelBackend
+from ingot.codegen.kernel_query import Call, Ref, dense_strides
 from ingot.codegen.kernel_source import PROGRAMMATIC, KernelSource
-from ingot.codegen.request import Call, Ref, dense_strides
 from ingot.compiler.torch_types import torch_dtype
 from ingot.runtime.program import Buffer, Entry, Kernel, Program, Slice
 from triton.runtime import interpreter
@@ -48,13 +48,13 @@ class InterpretedBackend(KernelBackend):
 def _runner(source: KernelSource) -> Callable[..., None]:
     if source.function.is_gluon():
         return lambda grid, args: gluon_numpy.run(
-            source.function, grid, _in_turn(source.function, source.bound(args))
+            source.function, grid, _without_pdl(source.function, source.bound(args))
         )
     function = interpreter.InterpretedFunction(source.function.fn)
 
     def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         with _interpreting():
-            function[grid](**_in_turn(source.function, source.bound(args)))
+            function[grid](**_without_pdl(source.function, source.bound(args)))
 
     return run
 
@@ -64,10 +64,10 @@ def run_call(call: Call, memory: Mapping[Ref, torch.Tensor]) -> None:
     function = interpreter.InterpretedFunction(call.function.fn)
     given = {n: memory[a] if not isinstance(a, int | float) else a for n, a in call.args.items()}
     with _interpreting():
-        function[call.grid](**_in_turn(call.function, {**given, **call.constants}))
+        function[call.grid](**_without_pdl(call.function, {**given, **call.constants}))
 
 
-def _in_turn(function: Any, args: Mapping[str, Any]) -> dict[str, Any]:
+def _without_pdl(function: Any, args: Mapping[str, Any]) -> dict[str, Any]:
     """`args` for launches that do not overlap, whatever the target's do."""
     alone = {PROGRAMMATIC: False} if PROGRAMMATIC in function.arg_names else {}
     return {**args, **alone}

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ingot.codegen.templates.launching import take_turn
+from ingot.codegen.templates.pdl import pdl_wait
 from ingot.runtime.devices.cuda import CudaApi, CudaDriver
 from ingot.runtime.devices.device_api import DeviceError
 from ingot.runtime.devices.gpu_memory import SelfTestError
@@ -65,7 +65,7 @@ def _busy(seed, rounds):
 def _start(PROGRAMMATIC: tl.constexpr, WAITS: tl.constexpr):
     """As every kernel does, or with WAITS False as none may."""
     if WAITS:
-        take_turn(PROGRAMMATIC)
+        pdl_wait(PROGRAMMATIC)
     else:
         tl.extra.cuda.gdc_launch_dependents()
 

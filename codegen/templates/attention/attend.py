@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launching import take_turn
+from ..pdl import pdl_wait
 
 _FAR = tl.constexpr(2**31 - 1)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -128,7 +128,7 @@ def attend_kernel(
     `totals` f32 [T, H, SPLITS] are the splits' sums of weighted values, greatest scores (log2) and
     sums of weights, for combine_kernel.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     # The last rows have the longest contexts: they begin first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1) // lanes
@@ -269,7 +269,7 @@ def combine_kernel(
 ):
     """Program (token, head, block of V): out [T, H, V] of the splits that the token sees; 0 for a
     token of slot -1. The splits are summed in an order that SPLITS alone fixes."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)

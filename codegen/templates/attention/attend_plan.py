@@ -8,7 +8,7 @@ from typing import Any
 import triton
 
 from ....compiler.types import DTYPE_BITS, TensorType
-from ...request import LAUNCH_SECONDS, Call, Chosen, Ref, Request, Result, Temp
+from ...kernel_query import LAUNCH_SECONDS, Call, Candidate, KernelQuery, Ref, Result, Temp
 from .attend import attend_kernel, combine_kernel, splits_of
 
 # Up to so many tokens contexts are split and rows go in blocks of 16, so that every bucket of
@@ -96,10 +96,10 @@ class Tile:
     stages: int
 
 
-def plan(job: Attention, request: Request) -> Chosen:
+def plan(job: Attention, query: KernelQuery) -> Candidate:
     """One launch, or two where the context is split."""
     splits = _splits(job)
-    tile = _tile(job, request)
+    tile = _tile(job, query)
     blocks = triton.cdiv(job.tokens * job.group, tile.m)
     slots = _slots(job, tile)
     # A program for every slot that a block may meet, while that does not crowd the device.
@@ -151,13 +151,13 @@ def plan(job: Attention, request: Request) -> Chosen:
         tile.stages,
         overlaps=tile.m <= _FEW_ROWS,
     )
-    seconds = _seconds(job, request)
+    seconds = _seconds(job, query)
     reason = f"blocks of {tile.m} rows and {tile.n} positions"
     if not split:
-        return Chosen((attend,), seconds + LAUNCH_SECONDS, f"{reason}, contexts whole")
+        return Candidate((attend,), seconds + LAUNCH_SECONDS, f"{reason}, contexts whole")
     calls = (attend, _combine(job, splits, block_splits))
     reason = f"{reason}, {splits} splits in {parts} parts"
-    return Chosen(calls, seconds + 2 * LAUNCH_SECONDS, reason, temps)
+    return Candidate(calls, seconds + 2 * LAUNCH_SECONDS, reason, temps)
 
 
 def _combine(job: Attention, splits: int, block_splits: int) -> Call:
@@ -253,17 +253,17 @@ def _slots(job: Attention, tile: Tile) -> int:
     return min(triton.cdiv(tile.m, job.group) + straddling, job.tokens, job.pages.slots)
 
 
-def _tile(job: Attention, request: Request) -> Tile:
-    tile = _widest(job, request)
+def _tile(job: Attention, query: KernelQuery) -> Tile:
+    tile = _widest(job, query)
     return replace(tile, n=min(tile.n, job.pages.size)) if job.pages else tile
 
 
-def _widest(job: Attention, request: Request) -> Tile:
+def _widest(job: Attention, query: KernelQuery) -> Tile:
     """The tile if pages are not smaller: chosen so that nothing spills registers. Stages of the
     pipeline on NVIDIA: one for the page's number, and enough to hold the next tile while one is in
     use. On AMD a lane holds twice as much: more than 64 rows spill masks, which are scalars, and
     with 8 warps, two on each SIMD, there are 256 registers a lane; shared memory is little."""
-    nvidia = request.target.name.startswith("cuda")
+    nvidia = query.target.name.startswith("cuda")
     rows = job.tokens * job.group
     width = max(padded(job.d), padded(job.v))
     if DTYPE_BITS[job.dtype] == 32:
@@ -285,11 +285,11 @@ def _widest(job: Attention, request: Request) -> Tile:
     return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3)
 
 
-def _seconds(job: Attention, request: Request) -> float:
+def _seconds(job: Attention, query: KernelQuery) -> float:
     """Queries and results moved once, and a full context of every sequence that there can be."""
     size = DTYPE_BITS[job.dtype] // 8
     sequences = min(job.tokens, job.pages.slots) if job.pages else 1
     width = job.kv_heads * (job.d + job.d_rest + (job.v if job.values else 0))
-    moved = request.args[0].nbytes + request.results[0].nbytes
+    moved = query.args[0].nbytes + query.results[0].nbytes
     moved += sequences * job.context * width * size
-    return moved / request.target.bytes_per_second
+    return moved / query.target.bytes_per_second

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...request import Arg, Chosen, Declined, Operand, Request
+from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand
 from .attend_plan import Attention, Pages, Query, Rows, plan
 
 
@@ -12,17 +12,17 @@ def key_parts(d: int) -> tuple[int, int]:
     return first, d - first
 
 
-def paged_index(request: Request, caches: int, start: int) -> Pages | Declined:
+def paged_index(query: KernelQuery, caches: int, start: int) -> Pages | Declined:
     """The index of the paged caches that are the arguments from `caches` on, followed by slots,
     positions and page table at `start`."""
-    table = request.args[start + 2]
-    size = request.args[caches].shape[1]
+    table = query.args[start + 2]
+    size = query.args[caches].shape[1]
     if size < 16 or size & (size - 1):
         return Declined(f"expected a page size of a power of two of at least 16, found {size}")
-    for cache in request.args[caches:start]:
+    for cache in query.args[caches:start]:
         if cache.strides[0] != size * cache.strides[1]:
             return Declined(f"expected pages one after the other, found strides {cache.strides}")
-    if not all(a.dense for a in request.args[start : start + 3]):
+    if not all(a.dense for a in query.args[start : start + 3]):
         return Declined("expected a dense index")
     slots, per_slot = table.shape
     return Pages(Arg(start), Arg(start + 1), Arg(start + 2), slots, per_slot, size)
@@ -33,15 +33,15 @@ def _rows(index: int, x: Operand) -> Rows:
     return Rows(Arg(index), x.strides[-3], x.strides[-2])
 
 
-def _attention(request: Request, pages: Pages | None, sinks: int) -> Chosen | Declined:
-    q, k, v = request.args[:3]
+def _attention(query: KernelQuery, pages: Pages | None) -> Candidate | Declined:
+    q, k, v = query.args[:3]
     if any(x.strides[-1] != 1 for x in (q, k, v)):
         return Declined("expected heads whose dims follow one another")
-    if len(request.args) > sinks and not request.args[sinks].dense:
+    if (sinks := query.operand("sinks")) and not sinks.dense:
         return Declined("expected dense sinks")
     tokens, heads, dims = q.shape
     d, d_rest = key_parts(dims)
-    query = Query(Arg(0), q.strides[0], q.strides[1])
+    q_rows = Query(Arg(0), q.strides[0], q.strides[1])
     job = Attention(
         tokens,
         heads,
@@ -50,30 +50,30 @@ def _attention(request: Request, pages: Pages | None, sinks: int) -> Chosen | De
         d_rest,
         v.shape[-1],
         q.type.dtype,
-        query,
-        Query(Arg(0), query.token, query.head, d) if d_rest else None,
+        q_rows,
+        Query(Arg(0), q_rows.token, q_rows.head, d) if d_rest else None,
         _rows(1, k),
         _rows(2, v),
         pages.per_slot * pages.size if pages else k.shape[0],
-        request.attrs["scale"],
+        query.attrs["scale"],
         pages,
-        Arg(sinks) if len(request.args) > sinks else None,
-        request.attrs.get("window", 0),
-        request.attrs.get("softcap", 0.0),
-        request.attrs.get("causal", True),
+        query.ref("sinks"),
+        query.attrs.get("window", 0),
+        query.attrs.get("softcap", 0.0),
+        query.attrs.get("causal", True),
     )
-    return plan(job, request)
+    return plan(job, query)
 
 
-def attention(request: Request) -> Chosen | Declined:
+def attention(query: KernelQuery) -> Candidate | Declined:
     """attention(q, k, v[, sinks])."""
-    return _attention(request, None, 3)
+    return _attention(query, None)
 
 
-def cached_attention(request: Request) -> Chosen | Declined:
+def cached_attention(query: KernelQuery) -> Candidate | Declined:
     """cached_attention(q, k_cache, v_cache, slots, positions, page_table[, sinks])."""
-    pages = paged_index(request, 1, 3)
-    return pages if isinstance(pages, Declined) else _attention(request, pages, 6)
+    pages = paged_index(query, 1, 3)
+    return pages if isinstance(pages, Declined) else _attention(query, pages)
 
 
 TEMPLATES = {"attention": (attention,), "cached_attention": (cached_attention,)}

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from ....compiler.types import TensorType
-from ...request import Arg, Call, Chosen, Declined, Ref, Request, Result, Temp
+from ...kernel_query import Call, Candidate, Declined, KernelQuery, Ref, Temp, present
 from ..gemm.linear import product_call
 from ..gemm.prologue import normed_input
-from ..launching import take_turn
+from ..pdl import pdl_wait
 from ..rowwise.rows import append_operands, append_refs, cache_row
 
 
@@ -57,7 +57,7 @@ def heads_kernel(
     A part goes to `out`, to the token's row of `cache`, or to both. Constants in capitals from
     BLOCKS on have a value a part.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     row = token
     if slots is not None:
@@ -272,38 +272,38 @@ def _head_values(
 _PARTS = 3
 
 
-def project_heads(request: Request) -> Chosen | Declined:
+def project_heads(query: KernelQuery) -> Candidate | Declined:
     """project_heads: the product unrounded into scratch, then a launch for every three parts."""
-    named, heads = request.named(2), request.attrs["heads"]
-    found = normed_input(request, named, Result(len(heads)) if "delta" in named else None)
+    heads = query.attrs["heads"]
+    found = normed_input(query, len(heads))
     if isinstance(found, Declined):
         return found
     calls = [*found.calls]
-    tokens, n = request.args[0].shape[0], request.args[1].shape[0]
+    tokens, n = query.args[0].shape[0], query.args[1].shape[0]
     call = product_call(
-        request, found.x, (found.step, 0), tokens, 1, Temp("y"), (n, 0), norm=found.norm
+        query, found.x, (found.step, 0), tokens, 1, Temp("y"), (n, 0), norm=found.norm
     )
     if isinstance(call, Declined):
         return call
     calls.append(call)
     parts = range(len(heads))
-    calls.extend(_parts_call(request, named, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
+    calls.extend(_parts_call(query, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
     temps = {**found.temps, "y": TensorType("f32", (tokens, n))}
-    return Chosen(
+    return Candidate(
         tuple(calls),
-        request.seconds(len(calls), 8 * tokens * n),
+        query.seconds(len(calls), 8 * tokens * n),
         f"the product in f32{found.note}; then norms and rotation of all heads"
-        + (", written into the cache" if request.append else ""),
+        + (", written into the cache" if query.append else ""),
         temps,
     )
 
 
-def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -> Call:
+def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
     """The launch for parts of the product [T, n], at most _PARTS."""
-    attrs = request.attrs
+    attrs = query.attrs
     rotate = attrs.get("rotate") or (False,) * len(attrs["heads"])
     widths = [h * d for h, d in zip(attrs["heads"], attrs["dims"], strict=True)]
-    table = request.args[named["cos"]] if any(rotate) else None
+    table = query.operand("cos") if any(rotate) else None
     per_part: dict[str, list[Any]] = {
         "BLOCKS": [],
         "HEADS": [],
@@ -314,16 +314,15 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
         "BLOCK_D": [],
         "BLOCK_HEADS": [],
     }
-    operands: dict[str, Any] = {"bias": named.get("bias")}
-    operands |= {name: named.get(name) for name in ("cos", "sin")}
+    operands: dict[str, Ref | None] = {n: query.ref(n) for n in ("bias", "cos", "sin")}
     args: dict[str, Any] = {"y": Temp("y")}
     constants: dict[str, Any] = {}
     stored: list[Ref] = []
     for place in range(_PARTS):
         part = parts[place] if place < len(parts) else None
-        norm = None if part is None else named.get(f"norm_{part}")
+        norm = None if part is None else query.ref(f"norm_{part}")
         operands[f"norm_{place}"] = norm
-        own, cache = (None, None) if part is None else append_refs(request, part)
+        own, cache = (None, None) if part is None else append_refs(query, part)
         for name, ref in ((f"out_{place}", own), (f"cache_{place}", cache)):
             if ref is None:
                 constants[name] = None
@@ -348,9 +347,10 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
             )
         for held, value in zip(per_part.values(), values, strict=True):
             held.append(value)
-    args |= {name: Arg(at) for name, at in operands.items() if at is not None}
-    constants |= {name: None for name, at in operands.items() if at is None}
-    index, pages = append_operands(request)
+    given, missing = present(operands)
+    args |= given
+    constants |= missing
+    index, pages = append_operands(query)
     args |= index
     constants |= pages
     constants |= {
@@ -363,7 +363,7 @@ def _parts_call(request: Request, named: dict[str, int], parts: range, n: int) -
         "TABLE_STEP": table.strides[0] if table else 0,
         **{name: tuple(values) for name, values in per_part.items()},
     }
-    grid = (request.args[0].shape[0], sum(per_part["BLOCKS"]), 1)
+    grid = (query.args[0].shape[0], sum(per_part["BLOCKS"]), 1)
     return Call(heads_kernel, args, grid, tuple(stored), constants)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...request import Arg, Call, Chosen, Declined, Request
-from ..launching import take_turn
+from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery
+from ..pdl import pdl_wait
 from ..rowwise.rows import append_operands, append_refs, cache_row
 from .attend_plan import Attention, Pages, Query, Rows, plan
 from .grouped_query import paged_index
@@ -40,7 +40,7 @@ def latent_kernel(
 
     It goes to `out`, to the token's row of `cache`, or to both.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     row = kv + token * STEP
     WIDTH: tl.constexpr = RANK + 2 * HALF
@@ -77,14 +77,14 @@ def latent_kernel(
         tl.store(to + RANK + b_to, turned_b.to(cache.dtype.element_ty), mask=paired)
 
 
-def mla_latent(request: Request) -> Chosen | Declined:
+def mla_latent(query: KernelQuery) -> Candidate | Declined:
     """mla_latent(kv, norm_weight, cos, sin)."""
-    kv, weight, cos, sin = request.args[:4]
+    kv, weight, cos, sin = query.args[:4]
     if kv.strides[1] != 1 or not (weight.dense and cos.dense and sin.dense):
         return Declined("expected rows whose columns follow one another, dense weight and tables")
     rank, half = weight.shape[0], cos.shape[1]
-    index, pages = append_operands(request)
-    to = dict(zip(("out", "cache"), append_refs(request, 0), strict=True))
+    index, pages = append_operands(query)
+    to = dict(zip(("out", "cache"), append_refs(query, 0), strict=True))
     stored = {name: ref for name, ref in to.items() if ref is not None}
     call = Call(
         latent_kernel,
@@ -97,21 +97,21 @@ def mla_latent(request: Request) -> Chosen | Declined:
             "STEP": kv.strides[0],
             "RANK": rank,
             "HALF": half,
-            "EPS": request.attrs["eps"],
-            "FORM": request.attrs["form"],
+            "EPS": query.attrs["eps"],
+            "FORM": query.attrs["form"],
             "BLOCK_RANK": triton.next_power_of_2(rank),
             "BLOCK_HALF": triton.next_power_of_2(half),
         },
     )
-    into = ", written into the cache" if request.append else ""
-    return Chosen((call,), request.seconds(1), f"a program a token{into}")
+    into = ", written into the cache" if query.append else ""
+    return Candidate((call,), query.seconds(1), f"a program a token{into}")
 
 
 # ---- mla_attention, cached_mla_attention: all heads share the one row that a token has
 
 
-def _attention(request: Request, pages: Pages | None) -> Chosen | Declined:
-    q, q_pe, rows = request.args[:3]
+def _attention(query: KernelQuery, pages: Pages | None) -> Candidate | Declined:
+    q, q_pe, rows = query.args[:3]
     if any(x.strides[-1] != 1 for x in (q, q_pe, rows)):
         return Declined("expected rows whose dims follow one another")
     tokens, heads, rank = q.shape
@@ -128,21 +128,21 @@ def _attention(request: Request, pages: Pages | None) -> Chosen | Declined:
         Rows(Arg(2), rows.strides[-2], 0),
         None,
         pages.per_slot * pages.size if pages else rows.shape[0],
-        request.attrs["scale"],
+        query.attrs["scale"],
         pages,
     )
-    return plan(job, request)
+    return plan(job, query)
 
 
-def mla_attention(request: Request) -> Chosen | Declined:
+def mla_attention(query: KernelQuery) -> Candidate | Declined:
     """mla_attention(q_latent, q_pe, latent)."""
-    return _attention(request, None)
+    return _attention(query, None)
 
 
-def cached_mla_attention(request: Request) -> Chosen | Declined:
+def cached_mla_attention(query: KernelQuery) -> Candidate | Declined:
     """cached_mla_attention(q_latent, q_pe, cache, slots, positions, page_table)."""
-    pages = paged_index(request, 2, 3)
-    return pages if isinstance(pages, Declined) else _attention(request, pages)
+    pages = paged_index(query, 2, 3)
+    return pages if isinstance(pages, Declined) else _attention(query, pages)
 
 
 TEMPLATES = {

@@ -8,8 +8,8 @@ from math import prod
 import triton
 import triton.language as tl
 
-from ...request import Arg, Call, Chosen, Declined, Operand, Request, Result
-from ..launching import take_turn
+from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Result
+from ..pdl import pdl_wait
 from ..rowwise.arithmetic import cos_and_sin
 
 _FLOATS = ("f16", "bf16", "f32")
@@ -32,7 +32,7 @@ def tables_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """A program a token: a row of HALF angles, each rounded to the float that frequencies have."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside = at < HALF
@@ -46,16 +46,16 @@ def tables_kernel(
     tl.store(sin + to, (s * SCALE).to(sin.dtype.element_ty), mask=inside)
 
 
-def rope_tables(request: Request) -> Chosen | Declined:
+def rope_tables(query: KernelQuery) -> Candidate | Declined:
     """rope_tables(positions, inv_freq)."""
-    positions, inv_freq = request.args
-    if not positions.dense or not inv_freq.dense or request.attrs["dtype"] not in _FLOATS:
+    positions, inv_freq = query.args
+    if not positions.dense or not inv_freq.dense or query.attrs["dtype"] not in _FLOATS:
         return Declined(
             f"expected dense operands and tables of {', '.join(_FLOATS)}; found {positions.type}, "
-            f"{inv_freq.type} and {request.attrs['dtype']}"
+            f"{inv_freq.type} and {query.attrs['dtype']}"
         )
     if not positions.shape[0]:
-        return Chosen((), 0.0, "no tokens")
+        return Candidate((), 0.0, "no tokens")
     half = inv_freq.shape[0]
     call = Call(
         tables_kernel,
@@ -64,12 +64,12 @@ def rope_tables(request: Request) -> Chosen | Declined:
         (Result(0), Result(1)),
         {
             "HALF": half,
-            "SCALE": float(request.attrs["scale"]),
+            "SCALE": float(query.attrs["scale"]),
             "BLOCK": triton.next_power_of_2(half),
         },
         num_warps=1,
     )
-    return Chosen((call,), request.seconds(1), "a program a token")
+    return Candidate((call,), query.seconds(1), "a program a token")
 
 
 # ---- rope
@@ -100,7 +100,7 @@ def rope_kernel(
     Pair i of HALF is read at (i, i + HALF), or with READ_APART == 1 at (2i, 2i + 1); so with
     WRITTEN_APART it is written. What is not rotated, REST or fewer elements, is copied.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     i = tl.arange(0, BLOCK)[None, :]
@@ -135,20 +135,20 @@ def _heads(x: Operand) -> tuple[int, int, int] | None:
     return prod(n for n, _ in between), x.strides[0], steps[-1][1] if steps else x.shape[-1]
 
 
-def rope(request: Request) -> Chosen | Declined:
+def rope(query: KernelQuery) -> Candidate | Declined:
     """rope(x, cos, sin)."""
-    x, cos, sin = request.args
+    x, cos, sin = query.args
     lies = _heads(x)
     tables = cos.strides[1:] == (1,) and cos.strides == sin.strides
     if lies is None or not tables:
         return Declined(f"heads of x {x.type} or rows of tables {cos.type} do not lie in one step")
-    if odd := [o.type for o in request.args if o.type.dtype not in _FLOATS]:
+    if odd := [o.type for o in query.args if o.type.dtype not in _FLOATS]:
         return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
     heads, step, head_step = lies
     if not x.shape[0] * heads:
-        return Chosen((), 0.0, "no heads")
+        return Candidate((), 0.0, "no heads")
     size, half = x.shape[-1], cos.shape[1]
-    form = request.attrs["form"]
+    form = query.attrs["form"]
     block = triton.next_power_of_2(half)
     rest = size - 2 * half
     tile = max(1, _TILE // (2 * block + rest))
@@ -162,7 +162,7 @@ def rope(request: Request) -> Chosen | Declined:
             "HEADS": heads,
             "SIZE": size,
             "HALF": half,
-            "START": request.attrs.get("start", 0),
+            "START": query.attrs.get("start", 0),
             "X_STEP": step,
             "HEAD_STEP": head_step,
             "TABLE_STEP": cos.strides[0],
@@ -174,7 +174,7 @@ def rope(request: Request) -> Chosen | Declined:
         },
         num_warps=4 if block_h * block >= 512 else 2,
     )
-    return Chosen((call,), request.seconds(1), "a program a token's heads")
+    return Candidate((call,), query.seconds(1), "a program a token's heads")
 
 
 TEMPLATES = {"rope": (rope,), "rope_tables": (rope_tables,)}

@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ...request import Arg, Call, Codes, Declined, Ref, Request, Scales, present
+from ...kernel_query import Arg, Call, Codes, Declined, KernelQuery, Ref, Scales, present
 from ..rowwise.norms import row_step
 from .activations import gated
 
@@ -354,25 +354,25 @@ def _finished(
 
 
 def fragment_call(
-    request: Request,
+    query: KernelQuery,
     x: Ref,
     x_step: int,
     tokens: int,
     weight: int,
     y: Ref,
     *,
-    bias: int | None,
-    residual: int | None,
-    norm: int | None,
+    bias: Arg | None,
+    residual: Arg | None,
+    norm: Arg | None,
     gate: str | None,
 ) -> Call | Declined:
     """The launch of a product of up to FEW tokens with the fragments of argument `weight`.
 
     `norm` is the weight, in bf16, of an rms_norm of x's rows with the node's `eps`.
     """
-    w = request.args[weight]
-    if request.args[0].type.dtype != "bf16" or w.packed is None:
-        return Declined(f"x {request.args[0].type}: fragments are for bf16")
+    w = query.args[weight]
+    if query.args[0].type.dtype != "bf16" or w.packed is None:
+        return Declined(f"x {query.args[0].type}: fragments are for bf16")
     n, k = w.shape
     down, across = (int(d) for d in w.packed.codes.shape[:2])
     warps = 4 if down >= _MANY_PROGRAMS else 8
@@ -390,10 +390,10 @@ def fragment_call(
         "TILES": across,
         "X_STEP": x_step,
         "RESIDUAL_STEP": 0,
-        "EPS": 0.0 if norm is None else request.attrs["eps"],
+        "EPS": 0.0 if norm is None else query.attrs["eps"],
         "GATE": gate,
-        "ALPHA": float(request.attrs.get("alpha", 0.0)),
-        "LIMIT": float(request.attrs.get("limit", 0.0)),
+        "ALPHA": float(query.attrs.get("alpha", 0.0)),
+        "LIMIT": float(query.attrs.get("limit", 0.0)),
         "W": warps,
         "W_BITS": warps.bit_length() - 1,
         "T": tiles,
@@ -401,12 +401,11 @@ def fragment_call(
         "BLOCKS": -(-tokens // 8),
     }
     if residual is not None:
-        step = row_step(request.args[residual])
+        step = row_step(query.args[residual.index])
         if step is None:
             return Declined("the rows of the residual do not lie in one step")
         constants["RESIDUAL_STEP"] = step
-    positions = {"bias": bias, "residual": residual, "norm": norm}
-    given, missing = present({n: None if p is None else Arg(p) for n, p in positions.items()})
+    given, missing = present({"bias": bias, "residual": residual, "norm": norm})
     args |= given
     constants |= missing
     return Call(fragment_kernel, args, (down, 1, 1), (y,), constants, num_warps=warps)

@@ -15,20 +15,20 @@ import triton
 import triton.language as tl
 
 from ....compiler.target import Target
-from ...request import (
+from ...kernel_query import (
     Arg,
     Call,
-    Chosen,
+    Candidate,
     Codes,
     Declined,
+    KernelQuery,
     Operand,
     Ref,
-    Request,
     Result,
     Scales,
     present,
 )
-from ..launching import take_turn
+from ..pdl import pdl_wait
 from ..rowwise.norms import row_step
 from .activations import gated
 from .fragment_linear import FEW, fragment_call
@@ -78,7 +78,7 @@ def product_kernel(
     in so many tiles across, as fragments. NARROW multiplies w · xᵀ instead of x · wᵀ. With a `norm`
     rows of x are normed by it first: squares are added up as x is read, for a scale of the sums.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = tl.program_id(2).to(tl.int64)
@@ -180,7 +180,7 @@ def product_kernel(
 
 
 def product_call(
-    request: Request,
+    query: KernelQuery,
     x: Ref,
     x_steps: tuple[int, int],
     tokens: int,
@@ -189,9 +189,9 @@ def product_call(
     y_steps: tuple[int, int],
     *,
     heads: int = 1,
-    bias: int | None = None,
-    residual: int | None = None,
-    norm: int | None = None,
+    bias: Arg | None = None,
+    residual: Arg | None = None,
+    norm: Arg | None = None,
     gate: str | None = None,
     shape: tuple[int, int] | None = None,
     w_steps: tuple[int, int, int] = (0, 0, 0),
@@ -201,10 +201,10 @@ def product_call(
     The weight is dense [..., N, K], or what `shape` (N, K) and `w_steps` (of a row, of a column, of
     a head) say. `norm` is the weight of an rms_norm of x's rows with the node's `eps`.
     """
-    w = request.args[weight]
+    w = query.args[weight]
     if w.packed and w.packed.fragments and tokens <= FEW:
         return fragment_call(
-            request,
+            query,
             x,
             x_steps[0],
             tokens,
@@ -215,10 +215,10 @@ def product_call(
             norm=norm,
             gate=gate,
         )
-    if shape is None and takes(request, tokens, weight):
+    if shape is None and takes(query, tokens, weight):
         assert norm is None, "see prologue.normed_input"
         return mfma_call(
-            request, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
+            query, x, x_steps[0], tokens, weight, y, bias=bias, residual=residual, gate=gate
         )
     if w.type.dtype not in _DTYPES:
         return Declined(f"{w.type}: expected one of {', '.join(_DTYPES)}")
@@ -230,13 +230,13 @@ def product_call(
     n, k = shape
     n = n // 2 if gate else n
     few = tokens <= FEW
-    block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w, request.target)
+    block_n, block_t, warps, stages = _tiles(n, few, bool(gate), w, query.target)
     args: dict[str, Any] = {"x": x, "y": y, "tokens": tokens}
     constants: dict[str, Any] = {
         "K": k,
         "N": n,
         "GROUP": w.packed.group if w.packed else 0,
-        "SCALED": w.packed is not None and request.target.scaled_conversions,
+        "SCALED": w.packed is not None and query.target.scaled_conversions,
         "TILES": int(w.packed.codes.shape[1]) if w.packed and w.packed.fragments else 0,
         "X_STEP": x_steps[0],
         "X_HEAD": x_steps[1],
@@ -247,9 +247,9 @@ def product_call(
         "Y_HEAD": y_steps[1],
         "RESIDUAL_STEP": 0,
         "GATE": gate,
-        "ALPHA": float(request.attrs.get("alpha", 0.0)),
-        "LIMIT": float(request.attrs.get("limit", 0.0)),
-        "EPS": 0.0 if norm is None else request.attrs["eps"],
+        "ALPHA": float(query.attrs.get("alpha", 0.0)),
+        "LIMIT": float(query.attrs.get("limit", 0.0)),
+        "EPS": 0.0 if norm is None else query.attrs["eps"],
         "NARROW": few,
         "BLOCK_T": block_t,
         "BLOCK_N": block_n,
@@ -258,12 +258,11 @@ def product_call(
     args["w"] = Codes(weight) if w.packed else Arg(weight)
     (args if w.packed else constants)["scales"] = Scales(weight) if w.packed else None
     if residual is not None:
-        step = row_step(request.args[residual])
+        step = row_step(query.args[residual.index])
         if step is None:
             return Declined("the rows of the residual do not lie in one step")
         constants["RESIDUAL_STEP"] = step
-    positions = {"bias": bias, "residual": residual, "norm": norm}
-    given, missing = present({n: None if p is None else Arg(p) for n, p in positions.items()})
+    given, missing = present({"bias": bias, "residual": residual, "norm": norm})
     args |= given
     constants |= missing
     grid = (triton.cdiv(n, block_n), triton.cdiv(tokens, block_t), heads)
@@ -285,13 +284,13 @@ def _tiles(
     return (64 if is_gated or w.packed else 128), 64, 4, 2
 
 
-def _chosen(request: Request, call: Call, given: ProductInput | None = None) -> Chosen:
-    held = "MXFP4" if request.args[1].packed else request.args[1].type.dtype
+def _chosen(query: KernelQuery, call: Call, given: ProductInput | None = None) -> Candidate:
+    held = "MXFP4" if query.args[1].packed else query.args[1].type.dtype
     reason = f"{tiles_of(call)}, {held} weight"
     if given is None:
-        return Chosen((call,), request.seconds(1), reason)
+        return Candidate((call,), query.seconds(1), reason)
     calls = (*given.calls, call)
-    return Chosen(calls, request.seconds(len(calls)), reason + given.note, given.temps)
+    return Candidate(calls, query.seconds(len(calls)), reason + given.note, given.temps)
 
 
 def tiles_of(call: Call) -> str:
@@ -303,57 +302,53 @@ def tiles_of(call: Call) -> str:
     return "square tiles for many tokens"
 
 
-def fused_linear(request: Request) -> Chosen | Declined:
+def fused_linear(query: KernelQuery) -> Candidate | Declined:
     """linear and fused_linear: prologue rows first, then the product with its epilogue."""
-    named = request.named(2)
-    if request.op.name == "linear" and len(request.args) == 3:
-        named = {"bias": 2}
-    found = normed_input(request, named, Result(1) if "delta" in named else None)
+    found = normed_input(query)
     if isinstance(found, Declined):
         return found
     call = product_call(
-        request,
+        query,
         found.x,
         (found.step, 0),
-        prod(request.args[0].shape[:-1]),
+        prod(query.args[0].shape[:-1]),
         1,
         Result(0),
-        (request.results[0].shape[-1], 0),
-        bias=named.get("bias"),
-        residual=named.get("residual"),
+        (query.results[0].shape[-1], 0),
+        bias=query.ref("bias"),
+        residual=query.ref("residual"),
         norm=found.norm,
     )
-    return call if isinstance(call, Declined) else _chosen(request, call, found)
+    return call if isinstance(call, Declined) else _chosen(query, call, found)
 
 
-def gated_linear(request: Request) -> Chosen | Declined:
+def gated_linear(query: KernelQuery) -> Candidate | Declined:
     """gated_linear: the same with gate and up rows in one program."""
-    named = request.named(2)
-    found = normed_input(request, named, Result(1) if "delta" in named else None)
+    found = normed_input(query)
     if isinstance(found, Declined):
         return found
     call = product_call(
-        request,
+        query,
         found.x,
         (found.step, 0),
-        prod(request.args[0].shape[:-1]),
+        prod(query.args[0].shape[:-1]),
         1,
         Result(0),
-        (request.results[0].shape[-1], 0),
-        bias=named.get("bias"),
-        gate=request.attrs["activation"],
+        (query.results[0].shape[-1], 0),
+        bias=query.ref("bias"),
+        gate=query.attrs["activation"],
         norm=found.norm,
     )
-    return call if isinstance(call, Declined) else _chosen(request, call, found)
+    return call if isinstance(call, Declined) else _chosen(query, call, found)
 
 
-def head_linear(request: Request) -> Chosen | Declined:
+def head_linear(query: KernelQuery) -> Candidate | Declined:
     """head_linear: x [T, H, K], weight [H, N, K]; a grid over heads."""
-    x, y = request.args[0], request.results[0]
+    x, y = query.args[0], query.results[0]
     if x.strides[-1] != 1:
         return Declined("the rows of x are not dense")
     call = product_call(
-        request,
+        query,
         Arg(0),
         (x.strides[0], x.strides[1]),
         x.shape[0],
@@ -362,12 +357,12 @@ def head_linear(request: Request) -> Chosen | Declined:
         (y.strides[0], y.strides[1]),
         heads=x.shape[1],
     )
-    return call if isinstance(call, Declined) else _chosen(request, call)
+    return call if isinstance(call, Declined) else _chosen(query, call)
 
 
-def matmul(request: Request) -> Chosen | Declined:
+def matmul(query: KernelQuery) -> Candidate | Declined:
     """matmul: x [..., M, K] by y [..., K, N], a grid over the batch of either or both."""
-    x, y, out = request.args[0], request.args[1], request.results[0]
+    x, y, out = query.args[0], query.args[1], query.results[0]
     if x.strides[-1] != 1 or y.packed is not None:
         return Declined("the rows of x are not dense")
     steps = [_batch_step(o, out.shape[:-2]) for o in (x, y)]
@@ -375,7 +370,7 @@ def matmul(request: Request) -> Chosen | Declined:
         return Declined(f"{x.type} and {y.type} do not step through the batch evenly")
     (m, _), (k, n) = x.shape[-2:], y.shape[-2:]
     call = product_call(
-        request,
+        query,
         Arg(0),
         (x.strides[-2], steps[0] or 0),
         m,
@@ -386,7 +381,7 @@ def matmul(request: Request) -> Chosen | Declined:
         shape=(n, k),
         w_steps=(y.strides[-1], y.strides[-2], steps[1] or 0),
     )
-    return call if isinstance(call, Declined) else _chosen(request, call)
+    return call if isinstance(call, Declined) else _chosen(query, call)
 
 
 def _batch_step(x: Operand, batch: tuple[int, ...]) -> int | None:

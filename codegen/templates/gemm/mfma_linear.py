@@ -16,8 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd import AMDMFMALayout
 from triton.experimental.gluon.language.amd.cdna3 import mfma
 
-from ...request import Arg, Call, Codes, Declined, Ref, Request, Scales, present
-from ..launching import take_turn
+from ...kernel_query import Arg, Call, Codes, Declined, KernelQuery, Ref, Scales, present
+from ..pdl import pdl_wait
 from ..rowwise.norms import row_step
 from .activations import gated
 from .fragment_linear import FEW
@@ -177,7 +177,7 @@ def mfma_kernel(
     are gate rows, the others their up rows, and y = act(gate) · up. GROUP is 0 for a dense weight.
     VERSION is of the matrix cores, SCALED says whether the target has scaled conversions.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     ROWS: gl.constexpr = 16 * R
     mma: gl.constexpr = AMDMFMALayout(
         VERSION, [16, 16, 32 if VERSION == 4 else 16], False, [W, 1, 1]
@@ -266,34 +266,34 @@ def mfma_kernel(
     gl.store(y + token.to(gl.int64) * N + row, total.to(y.dtype.element_ty), mask=inside)
 
 
-def takes(request: Request, tokens: int, weight: int) -> bool:
+def takes(query: KernelQuery, tokens: int, weight: int) -> bool:
     """Whether mfma_call computes the product of `tokens` tokens with argument `weight`."""
-    w = request.args[weight]
+    w = query.args[weight]
     dtype = w.type.dtype
-    if tokens > FEW or len(w.shape) != 2 or dtype != request.args[0].type.dtype:
+    if tokens > FEW or len(w.shape) != 2 or dtype != query.args[0].type.dtype:
         return False
     if w.packed:
         fits = w.packed.group == 32 and dtype == "bf16"
     else:
         fits = w.dense and w.shape[1] % 8 == 0 and dtype in ("bf16", "f16")
-    return fits and request.target.mfma > 0
+    return fits and query.target.mfma > 0
 
 
 def mfma_call(
-    request: Request,
+    query: KernelQuery,
     x: Ref,
     x_step: int,
     tokens: int,
     weight: int,
     y: Ref,
     *,
-    bias: int | None,
-    residual: int | None,
+    bias: Arg | None,
+    residual: Arg | None,
     gate: str | None,
 ) -> Call | Declined:
     """The launch of a product that `takes` approves."""
-    packed = request.args[weight].packed
-    n, k = request.args[weight].shape
+    packed = query.args[weight].packed
+    n, k = query.args[weight].shape
     tall = 2 if n >= 32 * _MANY_PROGRAMS else 1
     programs = -(-n // (16 * tall))
     warps = 4 if programs >= _MANY_PROGRAMS else 8
@@ -311,10 +311,10 @@ def mfma_call(
         "X_STEP": x_step,
         "RESIDUAL_STEP": 0,
         "GATE": gate,
-        "ALPHA": float(request.attrs.get("alpha", 0.0)),
-        "LIMIT": float(request.attrs.get("limit", 0.0)),
-        "VERSION": request.target.mfma,
-        "SCALED": packed is not None and request.target.scaled_conversions,
+        "ALPHA": float(query.attrs.get("alpha", 0.0)),
+        "LIMIT": float(query.attrs.get("limit", 0.0)),
+        "VERSION": query.target.mfma,
+        "SCALED": packed is not None and query.target.scaled_conversions,
         "W": warps,
         "W_BITS": warps.bit_length() - 1,
         "T": wide,
@@ -324,12 +324,11 @@ def mfma_call(
     }
     (args if packed else constants)["scales"] = Scales(weight) if packed else None
     if residual is not None:
-        step = row_step(request.args[residual])
+        step = row_step(query.args[residual.index])
         if step is None:
             return Declined("the rows of the residual do not lie in one step")
         constants["RESIDUAL_STEP"] = step
-    positions = {"bias": bias, "residual": residual}
-    given, missing = present({n: None if p is None else Arg(p) for n, p in positions.items()})
+    given, missing = present({"bias": bias, "residual": residual})
     args |= given
     constants |= missing
     return Call(mfma_kernel, args, (programs, 1, 1), (y,), constants, num_warps=warps)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ....compiler.types import TensorType
-from ...request import Arg, Call, Declined, Ref, Request, Temp
+from ...kernel_query import Arg, Call, Declined, KernelQuery, Operand, Ref, Result, Temp
 from ..rowwise.norms import prologue_call, row_step
 from .fragment_linear import FEW
 from .mfma_linear import takes
@@ -26,7 +26,7 @@ _LARGE = 16 << 20
 class ProductInput:
     """Launches before a product, what it multiplies then, its row stride, and scratch for it.
 
-    `norm` is the argument by which the product itself norms its input; `note` says of a norm where
+    `norm` is the weight by which the product itself norms its input; `note` says of a norm where
     it is computed and why.
     """
 
@@ -34,33 +34,33 @@ class ProductInput:
     x: Ref
     step: int
     temps: dict[str, TensorType] = field(default_factory=dict[str, TensorType])
-    norm: int | None = None
+    norm: Arg | None = None
     note: str = ""
 
 
-def normed_input(request: Request, named: dict[str, int], s: Ref | None) -> ProductInput | Declined:
+def normed_input(query: KernelQuery, sum_result: int = 1) -> ProductInput | Declined:
     """What a product with argument 1 multiplies.
 
-    `named` are the node's optional operands, `s` is where the sum goes that a delta makes. Without
-    a prologue argument 0 itself is multiplied.
+    The sum that a delta makes is the node's result `sum_result`. Without a prologue argument 0
+    itself is multiplied.
     """
-    x = request.args[0]
+    x, norm = query.args[0], query.operand("norm")
+    delta = query.operand("delta") is not None
     note = ""
-    if "delta" not in named:
-        reason = _norm_first(request, named["norm"]) if "norm" in named else ""
+    if not delta:
+        reason = _norm_first(query, norm) if norm else ""
         step = row_step(x)
         if not reason:
             if step is None:
                 return Declined(f"the rows of x {x.type} do not lie in one step")
-            note = ", its norm within" if "norm" in named else ""
-            return ProductInput([], Arg(0), step, norm=named.get("norm"), note=note)
+            note = ", its norm within" if norm else ""
+            return ProductInput([], Arg(0), step, norm=query.ref("norm"), note=note)
         note = f", after its norm: {reason}"
-    elif "norm" in named:
+    elif norm:
         note = ", after its norm: the sum before it is a result"
-    temps = {"n": x.type} if "norm" in named else {}
-    n = Temp("n") if temps else None
-    eps = request.attrs.get("eps"), request.attrs.get("post_eps")
-    call = prologue_call(request, named, n, s, *eps)
+    temps = {"n": x.type} if norm else {}
+    n, s = Temp("n") if norm else None, Result(sum_result) if delta else None
+    call = prologue_call(query, n, s, query.attrs.get("eps"), query.attrs.get("post_eps"))
     if isinstance(call, Declined):
         return call
     multiplied = n or s
@@ -68,12 +68,12 @@ def normed_input(request: Request, named: dict[str, int], s: Ref | None) -> Prod
     return ProductInput([call], multiplied, x.shape[-1], temps, note=note)
 
 
-def _norm_first(request: Request, norm: int) -> str:
-    """Why the norm by argument `norm` is a launch before the product; empty where it is not."""
-    x, weight, gain = request.args[0], request.args[1], request.args[norm]
+def _norm_first(query: KernelQuery, gain: Operand) -> str:
+    """Why the norm by `gain` is a launch before the product; empty where it is not."""
+    x, weight = query.args[:2]
     if prod(x.shape[:-1]) > FEW:
         return "tokens are many"
-    if takes(request, prod(x.shape[:-1]), 1):
+    if takes(query, prod(x.shape[:-1]), 1):
         return "in registers it costs every program as much as the weight"
     if row_step(x) is None or not gain.dense:
         return "rows do not lie in one step"

@@ -13,19 +13,20 @@ import triton
 
 from ....compiler.target import Target
 from ....compiler.types import DTYPE_BITS, TensorType
-from ...request import (
+from ...kernel_query import (
     LAUNCH_SECONDS,
     Arg,
     Call,
-    Chosen,
+    Candidate,
     Codes,
     Declined,
+    KernelQuery,
     Operand,
     Ref,
-    Request,
     Result,
     Scales,
     Temp,
+    present,
 )
 from .experts_few import hidden_kernel, part_kernel
 from .experts_many import count_kernel, hidden_tile_kernel, part_tile_kernel, place_kernel
@@ -56,8 +57,6 @@ class _Experts:
     inner: int
     gated: bool
     step: int
-    biased: bool
-    residual: int | None
     residual_step: int
 
     @property
@@ -65,12 +64,12 @@ class _Experts:
         return self.tokens * self.k
 
 
-def _read(request: Request) -> _Experts | Declined:
+def _read(query: KernelQuery) -> _Experts | Declined:
     """What there is to compute, or why no kernel here can."""
-    x, weights, indices, gate_up, down, *optional = request.args
-    residual = 4 + len(optional) if request.attrs.get("residual") else None
-    biases = optional[: len(optional) - (residual is not None)]
-    rows = [x] if residual is None else [x, request.args[residual]]
+    x, weights, indices, gate_up, down = query.args[:5]
+    residual = query.operand("residual")
+    biases = [b for name in ("gate_up_bias", "down_bias") if (b := query.operand(name))]
+    rows = [x, residual] if residual else [x]
     for operand in rows:
         if operand.strides[-1] != 1:
             return Declined(f"rows of {operand.type} are not dense")
@@ -83,32 +82,19 @@ def _read(request: Request) -> _Experts | Declined:
         gate_up.shape[0],
         x.shape[1],
         down.shape[2],
-        bool(request.attrs.get("gated", True)),
+        bool(query.attrs.get("gated", True)),
         x.strides[0],
-        bool(biases),
-        residual,
         rows[-1].strides[0],
     )
 
 
-def _memory(request: Request, position: int) -> tuple[dict[str, Ref], dict[str, Any]]:
+def _memory(query: KernelQuery, position: int) -> tuple[dict[str, Ref], dict[str, Any]]:
     """Pointers to the weight at `position`, and the constants that go with them."""
-    packed = request.args[position].packed
+    packed = query.args[position].packed
     if packed is None:
         return {"weight": Arg(position)}, {"scales": None, "GROUP": 0, "SCALED": False}
-    form = {"GROUP": packed.group, "SCALED": request.target.scaled_conversions}
+    form = {"GROUP": packed.group, "SCALED": query.target.scaled_conversions}
     return {"weight": Codes(position), "scales": Scales(position)}, form
-
-
-def _bias(have: _Experts, position: int) -> tuple[dict[str, Ref], dict[str, Any]]:
-    return ({"bias": Arg(position)}, {}) if have.biased else ({}, {"bias": None})
-
-
-def _residual(have: _Experts) -> tuple[dict[str, Ref], dict[str, Any]]:
-    constants = {"STEP": have.residual_step}
-    if have.residual is None:
-        return {}, {"residual": None, **constants}
-    return {"residual": Arg(have.residual)}, constants
 
 
 def _activation(attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,38 +131,38 @@ def _gemv_tile(width: int, weight: Operand) -> dict[str, Any]:
     return {"ROWS": min(16, _TILE[form] // block), "BLOCK": block}
 
 
-def _combined(have: _Experts) -> Call:
+def _combined(query: KernelQuery, have: _Experts) -> Call:
     """The launch that adds every token's parts."""
-    residual, constants = _residual(have)
+    residual, absent = present({"residual": query.ref("residual")})
     block = min(_COMBINED, triton.next_power_of_2(have.width))
     return Call(
         combine_kernel,
         {"parts": Temp("parts"), "weights": Arg(1), **residual, "out": Result(0)},
         (have.tokens, triton.cdiv(have.width, block), 1),
         (Result(0),),
-        {**constants, "K": have.k, "WIDTH": have.width, "BLOCK": block},
+        {**absent, "STEP": have.residual_step, "K": have.k, "WIDTH": have.width, "BLOCK": block},
     )
 
 
-def few(request: Request) -> Chosen | Declined:
+def few(query: KernelQuery) -> Candidate | Declined:
     """Three launches: every choice's hidden columns, its part, and every token's sum of parts."""
-    have = _read(request)
+    have = _read(query)
     if isinstance(have, Declined):
         return have
-    gate_up, down = request.args[3:5]
-    dtype = request.args[0].type.dtype
-    weight, form = _memory(request, 3)
-    bias, no_bias = _bias(have, 5)
+    gate_up, down = query.args[3:5]
+    dtype = query.args[0].type.dtype
+    weight, form = _memory(query, 3)
+    bias, no_bias = present({"bias": query.ref("gate_up_bias")})
     sizes = {"WIDTH": have.width, "INNER": have.inner}
     tile = _gemv_tile(have.width, gate_up)
-    warps = _THREADS // request.target.warp
+    warps = _THREADS // query.target.warp
     hidden = Call(
         hidden_kernel,
         {"x": Arg(0), "indices": Arg(2), **weight, **bias, "hidden": Temp("hidden")},
         (have.choices, triton.cdiv(have.inner, tile["ROWS"]), 1),
         (Temp("hidden"),),
         {
-            **_activation(request.attrs),
+            **_activation(query.attrs),
             **form,
             **no_bias,
             **tile,
@@ -186,8 +172,8 @@ def few(request: Request) -> Chosen | Declined:
         },
         warps,
     )
-    weight, form = _memory(request, 4)
-    bias, no_bias = _bias(have, 6)
+    weight, form = _memory(query, 4)
+    bias, no_bias = present({"bias": query.ref("down_bias")})
     tile = _gemv_tile(have.inner, down)
     parts = Call(
         part_kernel,
@@ -203,12 +189,10 @@ def few(request: Request) -> Chosen | Declined:
         {**form, **no_bias, **tile, **sizes},
         warps,
     )
-    moved = have.choices * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
-    computed = have.choices * (
-        _unpacking(gate_up, request.target) + _unpacking(down, request.target)
-    )
-    return Chosen(
-        (hidden, parts, _combined(have)),
+    moved = have.choices * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second
+    computed = have.choices * (_unpacking(gate_up, query.target) + _unpacking(down, query.target))
+    return Candidate(
+        (hidden, parts, _combined(query, have)),
         max(moved, computed) + 3 * LAUNCH_SECONDS,
         f"{have.choices} choices, each reads its expert",
         {
@@ -218,13 +202,13 @@ def few(request: Request) -> Chosen | Declined:
     )
 
 
-def many(request: Request) -> Chosen | Declined:
+def many(query: KernelQuery) -> Candidate | Declined:
     """Five launches: two sort the choices by expert, two multiply tiles of them, one sums."""
-    have = _read(request)
+    have = _read(query)
     if isinstance(have, Declined):
         return have
-    dtype = request.args[0].type.dtype
-    gate_up, down = request.args[3:5]
+    dtype = query.args[0].type.dtype
+    gate_up, down = query.args[3:5]
     tokens = _tile_tokens(have, dtype)
     # Each expert that is chosen at all has one tile that may not be full.
     tiles = have.choices // tokens + min(have.count, have.choices)
@@ -256,21 +240,21 @@ def many(request: Request) -> Chosen | Declined:
     # rows, ieee or not.
     shape = {"TOKENS": tokens, "ROWS": 32 if dtype == "f32" else 64}
     sizes = {"WIDTH": have.width, "INNER": have.inner}
-    warps = 8 if tokens > 64 and request.target.warp == 32 else 4
-    stages = 3 if request.target.name.startswith("cuda") else 2
-    weight, form = _memory(request, 3)
-    bias, no_bias = _bias(have, 5)
+    warps = 8 if tokens > 64 and query.target.warp == 32 else 4
+    stages = 3 if query.target.name.startswith("cuda") else 2
+    weight, form = _memory(query, 3)
+    bias, no_bias = present({"bias": query.ref("gate_up_bias")})
     hidden = Call(
         hidden_tile_kernel,
         {"x": Arg(0), **where, **weight, **bias, "hidden": Temp("hidden")},
         (tiles, triton.cdiv(have.inner, shape["ROWS"]), 1),
         (Temp("hidden"),),
         {
-            **_activation(request.attrs),
+            **_activation(query.attrs),
             **form,
             **no_bias,
             **shape,
-            "BLOCK": _tile_block(request, gate_up, shape),
+            "BLOCK": _tile_block(query, gate_up, shape),
             **sizes,
             "K": have.k,
             "STEP": have.step,
@@ -279,21 +263,21 @@ def many(request: Request) -> Chosen | Declined:
         stages,
         overlaps=False,
     )
-    weight, form = _memory(request, 4)
-    bias, no_bias = _bias(have, 6)
+    weight, form = _memory(query, 4)
+    bias, no_bias = present({"bias": query.ref("down_bias")})
     parts = Call(
         part_tile_kernel,
         {"hidden": Temp("hidden"), **where, **weight, **bias, "parts": Temp("parts")},
         (tiles, triton.cdiv(have.width, shape["ROWS"]), 1),
         (Temp("parts"),),
-        {**form, **no_bias, **shape, "BLOCK": _tile_block(request, down, shape), **sizes},
+        {**form, **no_bias, **shape, "BLOCK": _tile_block(query, down, shape), **sizes},
         warps,
         stages,
         overlaps=False,
     )
-    return Chosen(
-        (count, place, hidden, parts, _combined(have)),
-        _seconds_of_tiles(request, have, tokens),
+    return Candidate(
+        (count, place, hidden, parts, _combined(query, have)),
+        _seconds_of_tiles(query, have, tokens),
         f"{have.choices} choices in tiles of {tokens}",
         {
             "counts": TensorType("i32", (have.count,)),
@@ -311,23 +295,23 @@ def _tile_tokens(have: _Experts, dtype: str) -> int:
     return min(most, max(16, triton.next_power_of_2(have.choices // have.count)))
 
 
-def _tile_block(request: Request, weight: Operand, shape: Mapping[str, int]) -> int:
+def _tile_block(query: KernelQuery, weight: Operand, shape: Mapping[str, int]) -> int:
     """As much of K at once as 128 bytes of dense elements; twice that where 64 lanes a warp load
     codes, 16 bytes each, if two programs then fit in the shared memory."""
-    bits = DTYPE_BITS[request.args[0].type.dtype]
+    bits = DTYPE_BITS[query.args[0].type.dtype]
     block = 1024 // bits
     both = (shape["TOKENS"] + shape["ROWS"]) * 2 * block * bits // 8
-    wide = weight.packed is not None and request.target.warp == 64 and bits == 16
-    return 2 * block if wide and 2 * both <= request.target.shared_bytes else block
+    wide = weight.packed is not None and query.target.warp == 64 and bits == 16
+    return 2 * block if wide and 2 * both <= query.target.shared_bytes else block
 
 
-def _seconds_of_tiles(request: Request, have: _Experts, tokens: int) -> float:
-    gate_up, down = request.args[3:5]
+def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
+    gate_up, down = query.args[3:5]
     touched = _touched(have)
     # Of each expert's tiles the last is half full, if there are several.
     tiles = max(touched, have.choices / tokens + touched / 2)
-    read = touched * (_of_one(gate_up) + _of_one(down)) / request.target.bytes_per_second
-    unpacked = tiles * sum(_unpacking(w, request.target) for w in (gate_up, down))
+    read = touched * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second
+    unpacked = tiles * sum(_unpacking(w, query.target) for w in (gate_up, down))
     elements = (gate_up.type.numel + down.type.numel) / have.count
     multiplied = 2 * tiles * tokens * elements / _MULTIPLIED_PER_SECOND
     # The sort reads all indices once an expert, in turns that have to wait for each other.

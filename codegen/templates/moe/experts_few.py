@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..gemm.activations import activated, gated
 from ..gemm.gemv import rows_times
-from ..launching import take_turn
+from ..pdl import pdl_wait
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def hidden_kernel(
 
     A program computes ROWS of the INNER columns of one choice; x has rows of WIDTH, STEP apart.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     choice = tl.program_id(0)
     expert = tl.load(indices + choice).to(tl.int64)
     row = x + (choice // K).to(tl.int64) * STEP
@@ -89,7 +89,7 @@ def part_kernel(
 
     A program computes ROWS of the WIDTH columns of one choice.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     choice = tl.program_id(0)
     place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = place < WIDTH

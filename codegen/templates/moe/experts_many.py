@@ -11,13 +11,13 @@ import triton.language as tl
 
 from ..gemm.activations import activated, gated
 from ..gemm.weight_tiles import weight_tile
-from ..launching import take_turn
+from ..pdl import pdl_wait
 
 
 @triton.jit
 def count_kernel(indices, counts, choices, CHUNK: tl.constexpr, PROGRAMMATIC: tl.constexpr):
     """counts i32 [E]: how many of the `choices` indices name the expert of this program."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     expert = tl.program_id(0)
     total = tl.zeros([CHUNK], tl.int32)
     for start in range(0, choices, CHUNK):
@@ -44,7 +44,7 @@ def place_kernel(
     [tiles, TOKENS]: the choices in each tile, -1 behind the last. A program does one expert's, of
     COUNT; BINS is the power of 2 that holds them.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     expert = tl.program_id(0)
     one = tl.arange(0, BINS)
     needed = (tl.load(counts + one, mask=one < COUNT, other=0) + TOKENS - 1) // TOKENS
@@ -98,7 +98,7 @@ def hidden_tile_kernel(
     The weight is the left operand: it has the rows that a matrix instruction wants however few the
     choices are, and each of them is summed in the same order. x's rows are STEP apart.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -170,7 +170,7 @@ def part_tile_kernel(
 ):
     """parts [T·K, WIDTH] = down product of hidden [T·K, INNER] + bias, for one tile of choices and
     ROWS columns."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return

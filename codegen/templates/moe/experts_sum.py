@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launching import take_turn
+from ..pdl import pdl_wait
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def combine_kernel(
 
     A program computes BLOCK columns of one token; residual's rows are STEP apart.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH

@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 
 from ....compiler.types import TensorType
-from ...request import (
+from ...kernel_query import (
     LAUNCH_SECONDS,
     Arg,
     Call,
-    Chosen,
+    Candidate,
     Declined,
+    KernelQuery,
     Operand,
     Ref,
-    Request,
     Result,
     Temp,
     present,
@@ -101,47 +101,45 @@ def _choosing(
     )
 
 
-def router(request: Request) -> Chosen | Declined:
+def router(query: KernelQuery) -> Candidate | Declined:
     """router(logits) or router(logits, correction): one launch, a program a token."""
-    logits, *correction = request.args
-    if not _dense_rows(logits) or not all(c.dense for c in correction):
+    logits, correction = query.args[0], query.operand("correction")
+    if not _dense_rows(logits) or not (correction is None or correction.dense):
         return Declined(f"logits {logits.type} or their correction are not dense")
-    attrs = dict(request.attrs)
+    attrs = dict(query.attrs)
     constants = _choice(attrs, logits.shape[1])
     if isinstance(constants, Declined):
         return constants
     constants |= {"SUM_EPS": float(attrs.get("eps", 0.0)), "LOGITS": _TYPES[logits.type.dtype]}
-    refs = {"bias": None, "correction": Arg(1) if correction else None}
+    refs = {"bias": None, "correction": query.ref("correction")}
     call = _choosing(Arg(0), logits.strides[0], 1, logits.shape[0], refs, constants)
-    return Chosen((call,), request.seconds(1) + attrs["k"] * _PICK_SECONDS, "a program a token")
+    return Candidate((call,), query.seconds(1) + attrs["k"] * _PICK_SECONDS, "a program a token")
 
 
 class _Gate:
     """The operands of a moe_gating node, as the templates below need them."""
 
-    def __init__(self, request: Request) -> None:
-        self.attrs = dict(request.attrs)
-        self.x, self.weight = request.args[:2]
+    def __init__(self, query: KernelQuery) -> None:
+        self.attrs = dict(query.attrs)
+        self.x, self.weight = query.args[:2]
         self.tokens, self.width = self.x.shape
         self.count = self.weight.shape[0]
-        self.named = request.named(2)
-        self.args = request.args
+        self.ref = query.ref
+        self.delta = query.operand("delta")
+        self.given = query.args[1:]
         self.seconds_to_choose = self.attrs["k"] * _PICK_SECONDS
-        self.normed, self.added = "norm" in self.named, "delta" in self.named
+        self.normed, self.added = self.ref("norm") is not None, self.delta is not None
 
     def declined(self) -> Declined | None:
         """Why no template here reads these operands."""
-        rows = [self.x, *([self.args[self.named["delta"]]] if self.added else [])]
+        rows = [self.x, *([self.delta] if self.delta else [])]
         for x in rows:
             if not _dense_rows(x):
                 return Declined(f"rows of {x.type} are not dense floats")
-        for x in (self.weight, *(self.args[i] for i in self.named.values())):
+        for x in self.given:
             if x.type.dtype not in _TYPES or not (x.dense or x in rows):
                 return Declined(f"{x.type} is not dense floats")
         return None
-
-    def ref(self, name: str) -> Ref | None:
-        return Arg(self.named[name]) if name in self.named else None
 
     def row_refs(self) -> dict[str, Ref | None]:
         """What the norm of a row reads and writes."""
@@ -152,12 +150,11 @@ class _Gate:
         }
 
     def row_constants(self) -> dict[str, Any]:
-        delta = self.args[self.named["delta"]] if self.added else None
         return {
             "EPS": self.attrs.get("eps") or 0.0,
             "POST_EPS": self.attrs.get("post_eps") or 0.0,
             "STEP": self.x.strides[0],
-            "DELTA_STEP": delta.strides[0] if delta else 0,
+            "DELTA_STEP": self.delta.strides[0] if self.delta else 0,
         }
 
     def results_of_rows(self) -> tuple[Ref, ...]:
@@ -187,9 +184,9 @@ class _Gate:
         return {"WIDTH": self.width, "CHUNK": _CHUNK, "BLOCK": block, "DOT": dot}
 
 
-def one_launch(request: Request) -> Chosen | Declined:
+def one_launch(query: KernelQuery) -> Candidate | Declined:
     """The whole gate, a program a token: each reads the router's weight alone."""
-    gate = _Gate(request)
+    gate = _Gate(query)
     constants = gate.choice()
     if declined := gate.declined():
         return declined
@@ -215,23 +212,23 @@ def one_launch(request: Request) -> Chosen | Declined:
             **constants,
             "ROW_BLOCK": _ROW_BLOCK,
         },
-        num_stages=_stages(request),
+        num_stages=_stages(query),
     )
     read = gate.weight.nbytes
     seconds = max(read / _PROGRAM_BYTES, gate.tokens * read / _SHARED_BYTES)
-    return Chosen(
+    return Candidate(
         (call,), seconds + gate.seconds_to_choose + LAUNCH_SECONDS, "a program a token, whole"
     )
 
 
-def _stages(request: Request) -> int:
+def _stages(query: KernelQuery) -> int:
     """Loads in flight: as many as shared memory holds."""
-    return 3 if request.target.name.startswith("cuda") else 2
+    return 3 if query.target.name.startswith("cuda") else 2
 
 
-def few_tokens(request: Request) -> Chosen | Declined:
+def few_tokens(query: KernelQuery) -> Candidate | Declined:
     """Two launches: sixteen experts and a chunk of the columns a program, then the choice."""
-    gate = _Gate(request)
+    gate = _Gate(query)
     constants = gate.choice()
     if declined := gate.declined():
         return declined
@@ -260,12 +257,12 @@ def few_tokens(request: Request) -> Chosen | Declined:
             "COUNT": gate.count,
             "ROW_BLOCK": _ROW_BLOCK,
         },
-        num_stages=_stages(request),
+        num_stages=_stages(query),
     )
     # Each program reads its token's rows before it starts.
     rows = (int(gate.normed) + gate.added) * gate.width * 4 / _PROGRAM_BYTES
-    seconds = request.seconds(2) + rows + gate.seconds_to_choose
-    return Chosen(
+    seconds = query.seconds(2) + rows + gate.seconds_to_choose
+    return Candidate(
         (product, gate.choosing(chunks, constants)),
         seconds,
         f"the product in {grid[1]} x {chunks} parts a token",
@@ -273,9 +270,9 @@ def few_tokens(request: Request) -> Chosen | Declined:
     )
 
 
-def many_tokens(request: Request) -> Chosen | Declined:
+def many_tokens(query: KernelQuery) -> Candidate | Declined:
     """Launches for the rows, if they have a norm or a sum; for the product, in tiles; to choose."""
-    gate = _Gate(request)
+    gate = _Gate(query)
     constants = gate.choice()
     if declined := gate.declined():
         return declined
@@ -310,14 +307,14 @@ def many_tokens(request: Request) -> Chosen | Declined:
             (triton.cdiv(gate.tokens, tile), triton.cdiv(gate.count, 16), 1),
             (Temp("logits"),),
             {**gate.product(), "STEP": step, "COUNT": gate.count, "TOKENS": tile},
-            num_stages=_stages(request),
+            num_stages=_stages(query),
         )
     )
     calls.append(gate.choosing(1, constants))
     # A program reads its rows of the weight by itself.
     turn = 16 * gate.width * gate.weight.nbytes / gate.weight.type.numel / _PROGRAM_BYTES
-    seconds = request.seconds(len(calls)) + float(turn) + gate.seconds_to_choose
-    return Chosen(
+    seconds = query.seconds(len(calls)) + float(turn) + gate.seconds_to_choose
+    return Candidate(
         tuple(calls),
         seconds,
         f"tiles of {tile} tokens by sixteen experts",

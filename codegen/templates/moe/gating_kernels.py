@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launching import take_turn
+from ..pdl import pdl_wait
 from ..rowwise.row_norm import normed, scales_of_row, summed
 from .choose import choose, expert_of
 
@@ -31,7 +31,7 @@ def norm_rows_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """n and s [T, K] of a token; each is None where it is not wanted."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     x += token * STEP
     if delta is not None:
@@ -137,7 +137,7 @@ def gate_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """The whole gate of one token."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     x += token * STEP
     if delta is not None:
@@ -189,7 +189,7 @@ def token_partials_kernel(
 
     Every program takes the norm of its token for itself; those of the first experts store n and s.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     x += token * STEP
     if delta is not None:
@@ -232,7 +232,7 @@ def tile_logits_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """logits f32 [tokens, COUNT], not yet rounded: TOKENS tokens by sixteen experts."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     live = token < tokens
     row = x + token.to(tl.int64) * STEP
@@ -282,7 +282,7 @@ def choose_kernel(
 ):
     """The choice of one token, by logits that lie in PARTS parts [PARTS, tokens, E] to be summed in
     order; rows are STEP apart."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     expert, present = expert_of(tl.arange(0, GROUPS2 * SIZE2), GROUPS, SIZE, SIZE2)
     total = tl.zeros([GROUPS2 * SIZE2], tl.float32)

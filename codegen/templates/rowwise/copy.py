@@ -8,8 +8,8 @@ from math import prod
 import triton
 import triton.language as tl
 
-from ...request import Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
-from ..launching import take_turn
+from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Ref, Result
+from ..pdl import pdl_wait
 
 BLOCK = 1024
 
@@ -31,7 +31,7 @@ def copy_kernel(
 
     Strides are given innermost first, and so are the sizes of all dims but the outermost.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < units.to(tl.int64) * UNIT
     left = index
@@ -105,46 +105,46 @@ def copy_call(
     return (Call(copy_kernel, args, (-(-count // BLOCK), 1, 1), (target,), constants),)
 
 
-def copy(request: Request) -> Chosen:
+def copy(query: KernelQuery) -> Candidate:
     """Result 0 = argument 0, element by element."""
-    calls = copy_call(Arg(0), request.args[0], Result(0), request.results[0].strides)
-    return Chosen(calls, request.seconds(len(calls)), "strided copy")
+    calls = copy_call(Arg(0), query.args[0], Result(0), query.results[0].strides)
+    return Candidate(calls, query.seconds(len(calls)), "strided copy")
 
 
-def cat(request: Request) -> Chosen | Declined:
+def cat(query: KernelQuery) -> Candidate | Declined:
     """cat(parts..., dim): each part is copied to its place."""
-    (whole,) = request.results
-    if bad := _unreadable(request):
+    (whole,) = query.results
+    if bad := _unreadable(query):
         return Declined(bad)
-    axis = request.attrs["dim"] % len(whole.shape)
+    axis = query.attrs["dim"] % len(whole.shape)
     calls: list[Call] = []
     start = 0
-    for i, part in enumerate(request.args):
+    for i, part in enumerate(query.args):
         calls += copy_call(Arg(i), part, Result(0), whole.strides, start * whole.strides[axis])
         start += part.shape[axis]
-    return Chosen(tuple(calls), request.seconds(len(calls)), "a copy a part")
+    return Candidate(tuple(calls), query.seconds(len(calls)), "a copy a part")
 
 
-def slice_scatter(request: Request) -> Chosen | Declined:
+def slice_scatter(query: KernelQuery) -> Candidate | Declined:
     """slice_scatter(x, src): a copy of x, and src copied into it."""
-    x, src = request.args
-    (whole,) = request.results
-    if bad := _unreadable(request):
+    x, src = query.args
+    (whole,) = query.results
+    if bad := _unreadable(query):
         return Declined(bad)
-    axis = request.attrs["dim"] % len(whole.shape)
+    axis = query.attrs["dim"] % len(whole.shape)
     strides = list(whole.strides)
-    skip = request.attrs["start"] * strides[axis]
-    strides[axis] *= request.attrs.get("step", 1)
+    skip = query.attrs["start"] * strides[axis]
+    strides[axis] *= query.attrs.get("step", 1)
     calls = (
         *copy_call(Arg(0), x, Result(0), whole.strides),
         *copy_call(Arg(1), src, Result(0), strides, skip),
     )
-    return Chosen(calls, request.seconds(len(calls)), "two copies")
+    return Candidate(calls, query.seconds(len(calls)), "two copies")
 
 
-def _unreadable(request: Request) -> str:
+def _unreadable(query: KernelQuery) -> str:
     """Why the operands cannot be copied; empty where they can."""
-    for o in request.args:
+    for o in query.args:
         if o.packed or o.value is not None:
             return f"{o.type} is {'packed' if o.packed else 'a number'}: there is nothing to copy"
     return ""

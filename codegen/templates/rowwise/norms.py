@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
 from math import prod
 
 import triton
 import triton.language as tl
 
-from ...request import Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
-from ..launching import take_turn
+from ...kernel_query import (
+    Arg,
+    Call,
+    Candidate,
+    Declined,
+    KernelQuery,
+    Operand,
+    Ref,
+    Result,
+    present,
+)
+from ..pdl import pdl_wait
 
 # Rows up to this many elements stay in registers; longer ones are read again for each pass.
 _IN_REGISTERS = 8192
@@ -56,7 +65,7 @@ def prologue_kernel(
     Operands that are not there are None. `n` and `s` are dense; s is rounded before it is normed.
     A row longer than BLOCK is read in blocks, once for each sum of squares and once to write.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     row = tl.program_id(0).to(tl.int64)
     HAS_DELTA: tl.constexpr = delta is not None
     POST: tl.constexpr = post_norm is not None
@@ -128,32 +137,29 @@ def row_launch(width: int, warp: int) -> tuple[int, int]:
 
 
 def prologue_call(
-    request: Request,
-    refs: Mapping[str, int],
+    query: KernelQuery,
     n: Ref | None,
     s: Ref | None,
     eps: float | None,
-    post_eps: float | None,
+    post_eps: float | None = None,
 ) -> Call | Declined:
-    """The launch of a prologue (compiler/ops/prologue.py) for all rows of argument 0, x [..., K].
+    """The launch of a prologue (compiler/ops/prologue.py) for all rows of argument 0, x [..., K],
+    with the node's operands `delta`, `post_norm` and `norm`, where it has them.
 
-    `refs` says which arguments of the node `delta`, `post_norm` and `norm` are, where it has them:
-    `request.named(2)` is of this form. `n` and `s` are where its results go, dense, in x's dtype
-    (None: not wanted); `eps` and `post_eps` belong to the norms, and an `eps` without `norm` is a
-    norm without a weight. Declined where rows cannot be read as they lie.
+    `n` and `s` are where its results go, dense, in x's dtype (None: not wanted); `eps` and
+    `post_eps` belong to the norms, and an `eps` without `norm` is a norm without a weight. Declined
+    where rows cannot be read as they lie.
     """
-    x = request.args[0]
-    delta = request.args[refs["delta"]] if "delta" in refs else None
+    x, delta = query.args[0], query.operand("delta")
     step, delta_step = row_step(x), row_step(delta) if delta else 0
-    given = {name: refs[name] for name in ("delta", "post_norm", "norm") if name in refs}
-    weights = [request.args[i] for name, i in given.items() if name != "delta"]
+    weights = [w for name in ("post_norm", "norm") if (w := query.operand(name))]
     if step is None or delta_step is None or not all(w.dense for w in weights):
         return Declined(f"rows of x {x.type}, its delta or weights do not lie in one step")
     if odd := [o.type for o in (x, *weights) if o.type.dtype not in _FLOATS]:
         return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
     width = x.shape[-1]
-    block, warps = row_launch(width, request.target.warp)
-    places: dict[str, Ref | None] = {name: Arg(i) for name, i in given.items()}
+    block, warps = row_launch(width, query.target.warp)
+    places: dict[str, Ref | None] = {n: query.ref(n) for n in ("delta", "post_norm", "norm")}
     places |= {"x": Arg(0), "n": n, "s": s}
     all_of = ("x", "delta", "post_norm", "norm", "n", "s")
     return Call(
@@ -175,28 +181,24 @@ def prologue_call(
     )
 
 
-def _of_rows(request: Request, call: Call | Declined) -> Chosen | Declined:
+def _of_rows(query: KernelQuery, call: Call | Declined) -> Candidate | Declined:
     if isinstance(call, Declined):
         return call
     if not call.grid[0]:
-        return Chosen((), 0.0, "no rows")
-    return Chosen((call,), request.seconds(1), "a program a row")
+        return Candidate((), 0.0, "no rows")
+    return Candidate((call,), query.seconds(1), "a program a row")
 
 
-def rms_norm(request: Request) -> Chosen | Declined:
+def rms_norm(query: KernelQuery) -> Candidate | Declined:
     """rms_norm(x, weight?)."""
-    refs = {"norm": 1} if len(request.args) > 1 else {}
-    eps = request.attrs["eps"]
-    return _of_rows(request, prologue_call(request, refs, Result(0), None, eps, None))
+    return _of_rows(query, prologue_call(query, Result(0), None, query.attrs["eps"]))
 
 
-def add_rms_norm(request: Request) -> Chosen | Declined:
+def add_rms_norm(query: KernelQuery) -> Candidate | Declined:
     """add_rms_norm(x, delta, weight): the sum, and its norm."""
-    if (ranks := request.attrs.get("ranks", 1)) != 1:
+    if (ranks := query.attrs.get("ranks", 1)) != 1:
         return Declined(f"the sum is one over {ranks} ranks")
-    refs = {"delta": 1, "norm": 2}
-    eps = request.attrs["eps"]
-    return _of_rows(request, prologue_call(request, refs, Result(1), Result(0), eps, None))
+    return _of_rows(query, prologue_call(query, Result(1), Result(0), query.attrs["eps"]))
 
 
 # ---- layer_norm
@@ -218,7 +220,7 @@ def layer_norm_kernel(
 
     The variance is that of the differences from the mean: two passes.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     row = tl.program_id(0).to(tl.int64)
     x += row * STEP
     total = tl.zeros((BLOCK,), tl.float32)
@@ -243,31 +245,31 @@ def layer_norm_kernel(
         tl.store(out + row * K + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-def layer_norm(request: Request) -> Chosen | Declined:
+def layer_norm(query: KernelQuery) -> Candidate | Declined:
     """layer_norm(x, weight?, bias?)."""
-    x, *affine = request.args
+    x, *affine = query.args
     step = row_step(x)
+    given, absent = present({"weight": query.ref("norm"), "bias": query.ref("bias")})
     if step is None or not all(a.dense for a in affine):
         return Declined(f"rows of x {x.type} or its weights do not lie in one step")
-    if odd := [o.type for o in request.args if o.type.dtype not in _FLOATS]:
+    if odd := [o.type for o in query.args if o.type.dtype not in _FLOATS]:
         return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
-    block, warps = row_launch(x.shape[-1], request.target.warp)
-    names = ("x", "weight", "bias")
+    block, warps = row_launch(x.shape[-1], query.target.warp)
     call = Call(
         layer_norm_kernel,
-        {**{names[i]: Arg(i) for i in range(len(request.args))}, "out": Result(0)},
+        {"x": Arg(0), **given, "out": Result(0)},
         (prod(x.shape[:-1]), 1, 1),
         (Result(0),),
         {
-            **dict.fromkeys(names[len(request.args) :]),
+            **absent,
             "K": x.shape[-1],
             "STEP": step,
-            "EPS": request.attrs["eps"],
+            "EPS": query.attrs["eps"],
             "BLOCK": block,
         },
         num_warps=warps,
     )
-    return _of_rows(request, call)
+    return _of_rows(query, call)
 
 
 TEMPLATES = {

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ....compiler.target import Target
-from ...request import Arg, Call, Chosen, Declined, Operand, Ref, Request, Result
-from ..launching import take_turn
+from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Ref, Result
+from ..pdl import pdl_wait
 from .copy import merged
 
 _BLOCK = 4096
@@ -43,19 +43,19 @@ def _lines(x: Operand, axis: int, out: Operand) -> dict[str, Any]:
 
 
 def _launch(
-    request: Request, function: Any, outs: Sequence[str], constants: Mapping[str, Any], block: int
-) -> Chosen | Declined:
+    query: KernelQuery, function: Any, outs: Sequence[str], constants: Mapping[str, Any], block: int
+) -> Candidate | Declined:
     """A program a line of argument 0 along `dim`."""
-    x = request.args[0]
+    x = query.args[0]
     if x.packed or x.value is not None:
         return Declined(f"expected numbers in memory, found {x.type}")
-    axis = request.attrs["dim"] % len(x.shape)
+    axis = query.attrs["dim"] % len(x.shape)
     lines = prod(n for d, n in enumerate(x.shape) if d != axis)
     if not lines:
-        return Chosen((), 0.0, "no lines")
+        return Candidate((), 0.0, "no lines")
     args: dict[str, Ref | int | float] = {"x": Arg(0)}
     args |= {name: Result(i) for i, name in enumerate(outs)}
-    out = request.results[0]
+    out = query.results[0]
     call = Call(
         function,
         args,
@@ -68,9 +68,9 @@ def _launch(
             "BLOCK": block,
             **constants,
         },
-        num_warps=_warps(block, request.target),
+        num_warps=_warps(block, query.target),
     )
-    return Chosen((call,), request.seconds(1), "a program a line")
+    return Candidate((call,), query.seconds(1), "a program a line")
 
 
 def _warps(block: int, target: Target) -> int:
@@ -78,13 +78,13 @@ def _warps(block: int, target: Target) -> int:
     return max(1, min(512, block // _PER_THREAD) // target.warp)
 
 
-def _block(request: Request) -> int:
-    size = request.args[0].shape[request.attrs["dim"] % len(request.args[0].shape)]
+def _block(query: KernelQuery) -> int:
+    size = query.args[0].shape[query.attrs["dim"] % len(query.args[0].shape)]
     return min(triton.next_power_of_2(size), _BLOCK)
 
 
-def _unreadable(request: Request, dtypes: Sequence[str]) -> Declined | None:
-    found = request.args[0].type
+def _unreadable(query: KernelQuery, dtypes: Sequence[str]) -> Declined | None:
+    found = query.args[0].type
     if found.dtype in dtypes:
         return None
     return Declined(f"expected one of {', '.join(dtypes)}; found {found}")
@@ -107,7 +107,7 @@ def reduce_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """A program reduces a line of N elements, STEP apart, in f32. NaN wins in amax."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     line = tl.program_id(0)
     x += _line(line, SHAPE, STRIDES)
     out += _line(line, SHAPE, OUT_STRIDES)
@@ -131,14 +131,14 @@ def reduce_kernel(
     tl.store(out, result.to(out.dtype.element_ty))
 
 
-def reduced(request: Request) -> Chosen | Declined:
+def reduced(query: KernelQuery) -> Candidate | Declined:
     """sum, mean and amax along one dim."""
-    size = request.args[0].shape[request.attrs["dim"] % len(request.args[0].shape)]
+    size = query.args[0].shape[query.attrs["dim"] % len(query.args[0].shape)]
     if not size:
-        return Declined(f"{request.op.name} of no elements: {request.args[0].type}")
-    constants = {"KIND": request.op.name}
-    return _unreadable(request, _FLOATS) or _launch(
-        request, reduce_kernel, ("out",), constants, _block(request)
+        return Declined(f"{query.op.name} of no elements: {query.args[0].type}")
+    constants = {"KIND": query.op.name}
+    return _unreadable(query, _FLOATS) or _launch(
+        query, reduce_kernel, ("out",), constants, _block(query)
     )
 
 
@@ -162,7 +162,7 @@ def softmax_kernel(
 
     A line longer than BLOCK is read three times.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     line = tl.program_id(0)
     x += _line(line, SHAPE, STRIDES)
     out += _line(line, SHAPE, OUT_STRIDES)
@@ -185,12 +185,12 @@ def softmax_kernel(
         tl.store(out + at * OUT_STEP, y.to(out.dtype.element_ty), mask=at < N)
 
 
-def softmax(request: Request) -> Chosen | Declined:
+def softmax(query: KernelQuery) -> Candidate | Declined:
     """softmax(x) along one dim."""
-    axis = request.attrs["dim"] % len(request.args[0].shape)
-    constants = {"OUT_STEP": request.results[0].strides[axis]}
-    return _unreadable(request, _FLOATS) or _launch(
-        request, softmax_kernel, ("out",), constants, _block(request)
+    axis = query.attrs["dim"] % len(query.args[0].shape)
+    constants = {"OUT_STEP": query.results[0].strides[axis]}
+    return _unreadable(query, _FLOATS) or _launch(
+        query, softmax_kernel, ("out",), constants, _block(query)
     )
 
 
@@ -217,7 +217,7 @@ def topk_kernel(
 
     Of equals the first comes first; NaN comes before every number.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     line = tl.program_id(0)
     x += _line(line, SHAPE, STRIDES)
     to = _line(line, SHAPE, OUT_STRIDES)
@@ -245,20 +245,20 @@ def topk_kernel(
 _LONGEST_HELD = 8192
 
 
-def topk(request: Request) -> Chosen | Declined:
+def topk(query: KernelQuery) -> Candidate | Declined:
     """topk(x) along one dim."""
-    x = request.args[0]
-    axis = request.attrs["dim"] % len(x.shape)
+    x = query.args[0]
+    axis = query.attrs["dim"] % len(x.shape)
     if x.shape[axis] > _LONGEST_HELD:
         return Declined(f"a line of {x.type} is longer than the {_LONGEST_HELD} that are held")
     constants = {
-        "OUT_STEP": request.results[0].strides[axis],
-        "TOP": request.attrs["k"],
+        "OUT_STEP": query.results[0].strides[axis],
+        "TOP": query.attrs["k"],
         "FLOAT": x.type.dtype in _FLOATS,
     }
     block = triton.next_power_of_2(x.shape[axis])
-    return _unreadable(request, (*_FLOATS, *_INTEGERS)) or _launch(
-        request, topk_kernel, ("values", "indices"), constants, block
+    return _unreadable(query, (*_FLOATS, *_INTEGERS)) or _launch(
+        query, topk_kernel, ("values", "indices"), constants, block
     )
 
 
@@ -279,7 +279,7 @@ def gather_kernel(
 ):
     """x is [outer, ROWS, INNER], index and out [outer, PICKED, INNER]: `count` elements, dense. An
     index outside the rows, which no caller gives, reads row 0."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     row = tl.load(index + at, mask=inside, other=0)
@@ -289,15 +289,15 @@ def gather_kernel(
     tl.store(out + at, value, mask=inside)
 
 
-def gather(request: Request) -> Chosen | Declined:
+def gather(query: KernelQuery) -> Candidate | Declined:
     """gather(x, index) along one dim."""
-    x, index = request.args
+    x, index = query.args
     if not x.dense or not index.dense or x.packed:
         return Declined(f"x {x.type} or indices {index.type} are not dense")
-    axis = request.attrs["dim"] % len(x.shape)
+    axis = query.attrs["dim"] % len(x.shape)
     count = prod(index.shape)
     if not count:
-        return Chosen((), 0.0, "nothing to gather")
+        return Candidate((), 0.0, "nothing to gather")
     block = 256
     call = Call(
         gather_kernel,
@@ -311,7 +311,7 @@ def gather(request: Request) -> Chosen | Declined:
             "BLOCK": block,
         },
     )
-    return Chosen((call,), request.seconds(1), "element by element")
+    return Candidate((call,), query.seconds(1), "element by element")
 
 
 # ---- hadamard
@@ -330,7 +330,7 @@ def hadamard_kernel(
 ):
     """TILE of the `blocks` blocks of SIZE = 2 ** STEPS elements: sums and differences of pairs, by
     one bit of the place after the other."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     at = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = (block < blocks)[:, None] & (tl.arange(0, SIZE) < SIZE)[None, :]
@@ -345,15 +345,15 @@ def hadamard_kernel(
 _LARGEST_ROTATED = 8192
 
 
-def hadamard(request: Request) -> Chosen | Declined:
+def hadamard(query: KernelQuery) -> Candidate | Declined:
     """hadamard(x): blocks of the last dim."""
-    (x,) = request.args
-    size = request.attrs["block"]
+    (x,) = query.args
+    size = query.attrs["block"]
     if not x.dense or size > _LARGEST_ROTATED:
         return Declined(f"x {x.type} is not dense, or its blocks of {size} are too large")
     count = prod(x.shape) // size
     if not count:
-        return Chosen((), 0.0, "no blocks")
+        return Candidate((), 0.0, "no blocks")
     tile = max(1, 1024 // size)
     call = Call(
         hadamard_kernel,
@@ -361,9 +361,9 @@ def hadamard(request: Request) -> Chosen | Declined:
         (-(-count // tile), 1, 1),
         (Result(0),),
         {"SCALE": size**-0.5, "SIZE": size, "STEPS": size.bit_length() - 1, "TILE": tile},
-        num_warps=max(128, min(512, size // 8)) // request.target.warp,
+        num_warps=max(128, min(512, size // 8)) // query.target.warp,
     )
-    return _unreadable(request, _FLOATS) or Chosen((call,), request.seconds(1), "in registers")
+    return _unreadable(query, _FLOATS) or Candidate((call,), query.seconds(1), "in registers")
 
 
 TEMPLATES = {

@@ -8,19 +8,19 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...request import (
+from ...kernel_query import (
     LAUNCH_SECONDS,
     Arg,
     Call,
-    Chosen,
+    Candidate,
     Declined,
+    KernelQuery,
     Operand,
     Ref,
-    Request,
     Result,
     dense_strides,
 )
-from ..launching import take_turn
+from ..pdl import pdl_wait
 
 _BLOCK = 1024
 
@@ -45,7 +45,7 @@ def take_kernel(
 ):
     """Rows of WIDTH elements, STEP elements apart in the table of `rows` rows. An index outside it,
     which no caller gives, reads row 0."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     place = tl.program_id(0)
     row = tl.load(index + place).to(tl.int64)
     row = tl.where((row >= 0) & (row < rows), row, 0)
@@ -54,8 +54,8 @@ def take_kernel(
     tl.store(out + place.to(tl.int64) * WIDTH + at, value, mask=at < WIDTH)
 
 
-def _looked_up(request: Request, table: int, index: int) -> Chosen | Declined:
-    x, chosen = request.args[table], request.args[index]
+def _looked_up(query: KernelQuery, table: int, index: int) -> Candidate | Declined:
+    x, chosen = query.args[table], query.args[index]
     if not _dense_rows(x) or not chosen.dense:
         return Declined(f"rows of {x.type} or indices {chosen.type} are not dense")
     width = prod(x.shape[1:])
@@ -67,19 +67,19 @@ def _looked_up(request: Request, table: int, index: int) -> Chosen | Declined:
         (Result(0),),
         {"WIDTH": width, "STEP": x.strides[0], "BLOCK": block},
     )
-    moved = 2 * request.results[0].nbytes
-    seconds = moved / request.target.bytes_per_second + LAUNCH_SECONDS
-    return Chosen((call,), seconds, "a program a row")
+    moved = 2 * query.results[0].nbytes
+    seconds = moved / query.target.bytes_per_second + LAUNCH_SECONDS
+    return Candidate((call,), seconds, "a program a row")
 
 
-def embedding(request: Request) -> Chosen | Declined:
+def embedding(query: KernelQuery) -> Candidate | Declined:
     """embedding(ids, table)."""
-    return _looked_up(request, 1, 0)
+    return _looked_up(query, 1, 0)
 
 
-def take(request: Request) -> Chosen | Declined:
+def take(query: KernelQuery) -> Candidate | Declined:
     """take(x, rows)."""
-    return _looked_up(request, 0, 1)
+    return _looked_up(query, 0, 1)
 
 
 # ---- kv_append: token t's rows go to place positions[t] of its slot; slot -1 is stored nowhere
@@ -122,7 +122,7 @@ def append_kernel(
 
     One or two caches, by program_id(2); WIDTH and STEP have a value a cache.
     """
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0)
     to = cache_row(slots, positions, page_table, token, PAGES_PER_SLOT, PAGE_SIZE)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -136,22 +136,22 @@ def append_kernel(
             tl.store(cache_1 + to * WIDTH[1] + at, value, mask=at < WIDTH[1])
 
 
-def kv_append(request: Request) -> Chosen | Declined:
+def kv_append(query: KernelQuery) -> Candidate | Declined:
     """kv_append(caches..., rows..., slots, positions, page_table), in place."""
-    count = len(request.results)
-    table = request.args[-1]
-    for cache, rows in zip(request.results, request.args[count : 2 * count], strict=True):
+    count = len(query.results)
+    table = query.args[-1]
+    for cache, rows in zip(query.results, query.args[count : 2 * count], strict=True):
         if not _dense_rows(rows) or not cache.dense or not table.dense:
             return Declined(f"rows {rows.type} or cache {cache.type} are not dense")
-    calls = [_append_call(request, count, range(i, min(i + 2, count))) for i in range(0, count, 2)]
-    moved = 2 * sum(a.nbytes for a in request.args[count : 2 * count])
-    seconds = moved / request.target.bytes_per_second + len(calls) * LAUNCH_SECONDS
-    return Chosen(tuple(calls), seconds, "a program a token")
+    calls = [_append_call(query, count, range(i, min(i + 2, count))) for i in range(0, count, 2)]
+    moved = 2 * sum(a.nbytes for a in query.args[count : 2 * count])
+    seconds = moved / query.target.bytes_per_second + len(calls) * LAUNCH_SECONDS
+    return Candidate(tuple(calls), seconds, "a program a token")
 
 
-def _append_call(request: Request, count: int, caches: range) -> Call:
+def _append_call(query: KernelQuery, count: int, caches: range) -> Call:
     """The launch that appends to one or two of `count` caches."""
-    rows = [request.args[count + i] for i in caches]
+    rows = [query.args[count + i] for i in caches]
     widths = [prod(r.shape[1:]) for r in rows]
     index = {"slots": 2 * count, "positions": 2 * count + 1, "page_table": 2 * count + 2}
     args = {name: Arg(at) for name, at in index.items()}
@@ -166,8 +166,8 @@ def _append_call(request: Request, count: int, caches: range) -> Call:
             args[f"{name}_{place}"] = ref(at) if name == "cache" else ref(count + at)
     block = min(_BLOCK, triton.next_power_of_2(max(widths)))
     constants |= {
-        "PAGES_PER_SLOT": request.args[-1].shape[1],
-        "PAGE_SIZE": request.results[0].shape[1],
+        "PAGES_PER_SLOT": query.args[-1].shape[1],
+        "PAGE_SIZE": query.results[0].shape[1],
         "WIDTH": tuple(widths),
         "STEP": tuple(r.strides[0] for r in rows),
         "BLOCK": block,
@@ -176,24 +176,24 @@ def _append_call(request: Request, count: int, caches: range) -> Call:
     return Call(append_kernel, args, grid, tuple(Result(i) for i in caches), constants)
 
 
-def append_operands(request: Request) -> tuple[dict[str, Ref], dict[str, Any]]:
-    """What a kernel that writes into the caches of `request.append` needs to find a token's row:
+def append_operands(query: KernelQuery) -> tuple[dict[str, Ref], dict[str, Any]]:
+    """What a kernel that writes into the caches of `query.append` needs to find a token's row:
     operands by name, and constants."""
     names, sizes = ("slots", "positions", "page_table"), ("PAGES_PER_SLOT", "PAGE_SIZE")
-    append = request.append
+    append = query.append
     if append is None:
         return {}, {**dict.fromkeys(names), **dict.fromkeys(sizes, 0)}
-    cache = request.results[min(append.caches.values())]
-    pages = request.args[append.page_table.index].shape[1]
+    cache = query.results[min(append.caches.values())]
+    pages = query.args[append.page_table.index].shape[1]
     args: dict[str, Ref] = dict(
         zip(names, (append.slots, append.positions, append.page_table), strict=True)
     )
     return args, dict(zip(sizes, (pages, cache.shape[1]), strict=True))
 
 
-def append_refs(request: Request, result: int) -> tuple[Ref | None, Ref | None]:
+def append_refs(query: KernelQuery, result: int) -> tuple[Ref | None, Ref | None]:
     """Where a result of a node goes: memory of its own, and its cache; None: not there."""
-    append = request.append
+    append = query.append
     if append is None:
         return Result(result), None
     cache = append.caches.get(result)

@@ -20,8 +20,8 @@ import triton.language as tl
 
 from ....compiler.ops.sampling import SETTINGS, WORD
 from ....compiler.types import TensorType
-from ...request import Arg, Call, Chosen, Declined, Ref, Request, Result, Temp
-from ..launching import take_turn
+from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Ref, Result, Temp
+from ..pdl import pdl_wait
 from .drawing import drawn_token, key_of, value_of
 
 
@@ -72,7 +72,7 @@ def part_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """Part program_id(0) of row program_id(1). A part that holds NaN has a raw_max of NaN."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     part = tl.program_id(0)
     row = tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
@@ -143,7 +143,7 @@ def strip_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """Strip program_id(0) of row program_id(1)."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     strip = tl.program_id(0)
     row = tl.program_id(1)
     heat = tl.load(temperature + row).to(tl.float32)
@@ -186,7 +186,7 @@ def list_kernel(
     """Strip program_id(0) of row program_id(1): what of it is in the upper bins goes to its place
     behind the row, the weight of the rest to `tail`. `length` is how many are listed in all; more
     than LIST are not."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     strip = tl.program_id(0)
     row = tl.program_id(1)
     heat = tl.load(temperature + row).to(tl.float32)
@@ -271,7 +271,7 @@ def choose_kernel(
     PROGRAMMATIC: tl.constexpr,
 ):
     """Row program_id(0): its token where program_id(1) is 0, else its most likely tokens."""
-    take_turn(PROGRAMMATIC)
+    pdl_wait(PROGRAMMATIC)
     row = tl.program_id(0)
     part = tl.arange(0, PARTS_UP)
     held = row * PARTS + part
@@ -336,11 +336,11 @@ def choose_kernel(
             keys = tl.where(places == id_, gone, keys)
 
 
-def sample(request: Request) -> Chosen | Declined:
+def sample(query: KernelQuery) -> Candidate | Declined:
     """sample(logits, settings..., seen, top)."""
-    logits, *rest = request.args
+    logits, *rest = query.args
     rows, vocab = logits.shape
-    count = int(request.attrs.get("candidates", 0))
+    count = int(query.attrs.get("candidates", 0))
     if logits.strides[1] != 1 or not all(x.dense for x in rest):
         return Declined(f"logits {logits.type} or their settings do not lie dense")
     if count > _MOST_CANDIDATES:
@@ -367,7 +367,7 @@ def sample(request: Request) -> Chosen | Declined:
     places: dict[str, Ref] = {
         **{name: Temp(name) for name in shapes},
         **{name: Arg(i) for i, name in enumerate(names)},
-        **{name: Result(i) for i, name in enumerate(results[: len(request.results)])},
+        **{name: Result(i) for i, name in enumerate(results[: len(query.results)])},
     }
     sizes = {
         "V": vocab,
@@ -402,7 +402,7 @@ def sample(request: Request) -> Chosen | Declined:
             num_warps=warps,
         )
 
-    warps = _THREADS // request.target.warp
+    warps = _THREADS // query.target.warp
     made = "scores raw_max raw_sum best best_at top_keys top_ids"
     calls = (
         call(part_kernel, SIZES.part, (parts, rows), made, 4),
@@ -412,7 +412,7 @@ def sample(request: Request) -> Chosen | Declined:
     )
     temps = {name: TensorType(dtype, shape) for name, (dtype, shape) in shapes.items()}
     reason = f"{parts} parts and {strips} strips a row, then a program a row"
-    return Chosen(calls, request.seconds(len(calls)), reason, temps)
+    return Candidate(calls, query.seconds(len(calls)), reason, temps)
 
 
 TEMPLATES = {"sample": (sample,)}

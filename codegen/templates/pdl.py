@@ -1,4 +1,5 @@
-"""How a kernel takes its turn on NVIDIA: it lets later launches come, and waits for earlier ones.
+"""Programmatic dependent launch (PDL) on NVIDIA: a kernel lets later launches begin, and waits for
+earlier ones.
 
 The runtime joins two kernels that both do so by a programmatic edge of the graph: the later one is
 brought onto the device while the earlier one still works, which hides most of what a launch costs.
@@ -12,7 +13,7 @@ What is computed is what launches one after the other compute:
   path leads to it. So order is transitive, as it is with full edges, and the edges may stay a
   transitive reduction: it holds for reading what an earlier launch wrote and for overwriting what
   it reads. If all programs of a kernel returned without waiting, it would be complete too soon and
-  let the next one in: `take_turn` is therefore the first statement, under no condition.
+  let the next one in: `pdl_wait` is therefore the first statement, under no condition.
 - Only constants, which no launch writes, may be read before: fragment_linear reads its first
   weights, and then waits by assembly of its own.
 - A kernel that does not wait has full edges alone, on both sides.
@@ -31,7 +32,7 @@ import triton.language as tl
 
 
 @triton.jit
-def take_turn(PROGRAMMATIC: tl.constexpr):
+def pdl_wait(PROGRAMMATIC: tl.constexpr):
     """Let the launches that follow begin, wait for those before.
 
     PROGRAMMATIC is set by what builds the kernel: False where launches do not overlap.

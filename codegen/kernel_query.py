@@ -1,8 +1,8 @@
 """What a template is asked and what it answers: a node with its operands in, launches out.
 
-A template is a function `(Request) -> Chosen | Declined`. It says in launches of Triton kernels how
-one node is computed on one target for one bucket; where the bytes lie is not its business: it names
-the node's arguments, its results and scratch of its own by references.
+A template is a function `(KernelQuery) -> Candidate | Declined`. It says in launches of Triton
+kernels how one node is computed on one target for one bucket; where the bytes lie is not its
+business: it names the node's arguments, its results and scratch of its own by references.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..compiler.ir import Op
 from ..compiler.target import Target
 from ..compiler.types import TensorType
 
-# What a launch costs however little it does, in seconds: a graph node's turn.
+# What a launch costs however little it does, in seconds: the gap between two nodes of a graph.
 LAUNCH_SECONDS = 1e-6
 
 
@@ -98,7 +98,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Temp:
-    """Scratch memory that the node's launches share, by its name in `Chosen.temps`."""
+    """Scratch memory that the node's launches share, by its name in `Candidate.temps`."""
 
     name: str
 
@@ -118,7 +118,7 @@ class Call:
 
     `args` are its run-time parameters by name: memory by reference, numbers (int is i32, float is
     f32) as they are. `constants` are its tl.constexpr parameters by name (None for an operand that
-    is not there), all but PROGRAMMATIC (see templates.launching). `writes` are the references that
+    is not there), all but PROGRAMMATIC (see templates.pdl). `writes` are the references that
     it writes; it reads the others. `overlaps` says whether the launches around it may overlap it
     where the target has that: tiles for many tokens keep the device to themselves.
     """
@@ -134,7 +134,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Candidate:
     """How a node is computed: launches in order, their scratch, an estimate, and why so."""
 
     calls: tuple[Call, ...]
@@ -154,7 +154,7 @@ class Declined:
 class Append:
     """Results of a node, rows [T, ...], that its launches write into paged caches too.
 
-    `caches` says which of the request's results, all behind the node's own, is the cache of a
+    `caches` says which of the query's results, all behind the node's own, is the cache of a
     result; `slots`, `positions` and `page_table` are arguments, as kv_append has them. Results that
     are not `kept` nothing else reads: they have no memory of their own.
     """
@@ -167,7 +167,7 @@ class Append:
 
 
 @dataclass(frozen=True)
-class Request:
+class KernelQuery:
     """A node to be computed: `args` and `results` in the order of the op's, attributes bound.
 
     An op that is computed in place has results that are the memory of its first arguments. With an
@@ -181,16 +181,49 @@ class Request:
     target: Target
     append: Append | None = None
 
-    def named(self, start: int) -> dict[str, int]:
-        """Positions of the optional operands that begin at argument `start`, by name."""
-        return {name: start + i for i, name in enumerate(self.attrs.get("optional", ()))}
+    def ref(self, name: str) -> Arg | None:
+        """The optional operand called `name`; None where the node has none."""
+        position = _optional_positions(self).get(name)
+        return None if position is None else Arg(position)
+
+    def operand(self, name: str) -> Operand | None:
+        """How the optional operand called `name` lies; None where the node has none."""
+        ref = self.ref(name)
+        return None if ref is None else self.args[ref.index]
 
     def seconds(self, launches: int, extra_bytes: int = 0) -> float:
-        """An estimate: every operand moved once at the target's bandwidth, and `launches` turns."""
+        """An estimate: every operand moved once at the target's bandwidth, and the launches."""
         # An appended row is moved as a result; the cache that it goes to is not.
         own = len(self.results) - (len(self.append.caches) if self.append else 0)
         moved = sum(o.nbytes for o in (*self.args, *self.results[:own])) + extra_bytes
         return moved / self.target.bytes_per_second + launches * LAUNCH_SECONDS
 
 
-Template = Callable[[Request], Chosen | Declined]
+# Ops whose optional operands their count tells: where these begin, and their names in order.
+_TRAILING: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "linear": (2, ("bias",)),
+    "router": (1, ("correction",)),
+    "attention": (3, ("sinks",)),
+    "cached_attention": (6, ("sinks",)),
+    "rms_norm": (1, ("norm",)),
+    "layer_norm": (1, ("norm", "bias")),
+    "add_rms_norm": (1, ("delta", "norm")),
+}
+
+
+def _optional_positions(query: KernelQuery) -> dict[str, int]:
+    """Argument positions of a node's optional operands, by name."""
+    name, count = query.op.name, len(query.args)
+    if name == "experts":
+        residual = ("residual",) if query.attrs.get("residual") else ()
+        biases = ("gate_up_bias", "down_bias") if count - len(residual) > 5 else ()
+        start, names = 5, (*biases, *residual)
+    elif name in _TRAILING:
+        start, names = _TRAILING[name]
+        names = names[: count - start]
+    else:
+        start, names = 2, query.attrs.get("optional", ())
+    return {n: start + i for i, n in enumerate(names)}
+
+
+Template = Callable[[KernelQuery], Candidate | Declined]
