@@ -11,24 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..compiler.dtypes import DTYPES, FLOATS, INTEGERS
 from ..compiler.ops.glu import CLAMPED
-from ..compiler.types import FLOATS, INTEGERS
 
+NARROW = {name: f"tl.{DTYPES[name].torch}" for name in FLOATS if DTYPES[name].bits == 16}
 # The type in registers of each dtype that kernels know.
 HELD = {
-    "bool": "tl.int1",
-    "u8": "tl.uint8",
-    "i8": "tl.int8",
-    "i16": "tl.int16",
-    "i32": "tl.int32",
-    "i64": "tl.int64",
-    "f16": "tl.float32",
-    "bf16": "tl.float32",
-    "f32": "tl.float32",
-    "f64": "tl.float64",
+    name: "tl.float32" if name in NARROW else "tl.int1" if name == "bool" else f"tl.{dtype.torch}"
+    for name, dtype in DTYPES.items()
+    if dtype.triton
 }
-NARROW = {"f16": "tl.float16", "bf16": "tl.bfloat16"}
-_BITS = {"u8": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64}
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def _power(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
     x, y = operands
     if x.dtype in INTEGERS:
         signed = x.dtype != "u8"
-        return f"integer_power({x.name}, {y.name}, {_BITS[x.dtype]}, {signed})"
+        return f"integer_power({x.name}, {y.name}, {DTYPES[x.dtype].bits}, {signed})"
     products: dict[Any, str] = {
         1: x.name,
         2: f"{x.name} * {x.name}",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Node, Value
 from ..compiler.ops.attention import kv_append
 from ..compiler.ops.fused import gated_linear
@@ -19,7 +20,7 @@ from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.mxfp4_fragments import GROUP, ROWS, mxfp4_fragments
 from ..compiler.ops.shape import expand, permute, slice_, view
 from ..compiler.target import Target
-from ..compiler.types import DTYPE_BITS, TensorType
+from ..compiler.types import TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice
 from .appends import with_appends
 from .build import build
@@ -325,7 +326,7 @@ def _strides(source: Slice) -> tuple[int, ...]:
 def _seen(source: Slice, shape: Sequence[int], strides: Sequence[int], skip: int = 0) -> Slice:
     """`source` under another shape and strides, `skip` elements further on."""
     shape, strides = tuple(shape), tuple(strides)
-    offset = source.offset + skip * DTYPE_BITS[source.dtype] // 8
+    offset = source.offset + skip * DTYPES[source.dtype].bits // 8
     dense = strides == dense_strides(shape)
     return Slice(source.buffer, source.dtype, shape, offset, None if dense else strides)
 

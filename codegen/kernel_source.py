@@ -11,21 +11,10 @@ import triton
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from ..compiler.dtypes import DTYPES
 from ..runtime.program import Argument
 
-# Triton's names for the dtypes of the IR.
-TRITON_TYPES = {
-    "bool": "i1",
-    "u8": "u8",
-    "i8": "i8",
-    "i16": "i16",
-    "i32": "i32",
-    "i64": "i64",
-    "f16": "fp16",
-    "bf16": "bf16",
-    "f32": "fp32",
-    "f64": "fp64",
-}
+TRITON_TYPES = {name: dtype.triton for name, dtype in DTYPES.items() if dtype.triton}
 
 # The constant of a function that waits for earlier launches itself: see templates.pdl.
 PROGRAMMATIC = "PROGRAMMATIC"

@@ -14,12 +14,12 @@ from functools import cache
 from math import prod
 from typing import Any
 
+from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Node, Value
 from ..compiler.ops.glu import glu
 from ..compiler.ops.pointwise import POINTWISE
 from ..compiler.ops.shape import arange, full
 from ..compiler.target import Target
-from ..compiler.types import DTYPE_BITS
 from .entries import BoundGroup
 from .expressions import EXPRESSIONS, HELD, Typed, number, rounded, stored
 from .kernel_query import (
@@ -97,7 +97,7 @@ def computed(region: Region, target: Target) -> Candidate | Declined:
         num_warps=max(1, block // (8 * target.warp)),
     )
     read = sum(region.args[i].nbytes for i in memory)
-    written = sum(count * DTYPE_BITS[region.steps[i].dtype] // 8 for i, _ in region.outputs)
+    written = sum(count * DTYPES[region.steps[i].dtype].bits // 8 for i, _ in region.outputs)
     seconds = (read + written) / target.bytes_per_second + LAUNCH_SECONDS
     return Candidate((call,), seconds, f"{len(region.steps)} element-wise ops")
 

@@ -12,16 +12,8 @@ from typing import Any, ClassVar
 
 import sympy
 
-from .types import (
-    DTYPE_BITS,
-    Dim,
-    TensorType,
-    Types,
-    VerifyError,
-    attr_symbols,
-    evaluate,
-    free_symbols,
-)
+from .dtypes import DTYPES
+from .types import Dim, TensorType, Types, VerifyError, attr_symbols, evaluate, free_symbols
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +107,8 @@ class Op:
         except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
             raise VerifyError(f"{self.name}: cannot take {_given(args, attrs)}: {error}") from error
         for type_ in types:
-            if type_.dtype not in DTYPE_BITS:
-                known = ", ".join(DTYPE_BITS)
+            if type_.dtype not in DTYPES:
+                known = ", ".join(DTYPES)
                 raise VerifyError(f"{self.name}: dtype is one of {known}; found {type_.dtype!r}")
             if any(isinstance(d, int) and d < 0 for d in type_.shape):
                 raise VerifyError(

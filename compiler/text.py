@@ -19,10 +19,11 @@ from typing import Any
 
 import sympy
 
+from .dtypes import DTYPES
 from .ir import Graph, Node, Op, Value, show_attr
 from .ops.aten import aten_op
 from .ops.leaf import constant, literal, param
-from .types import DTYPE_BITS, Dim, TensorType, VerifyError, dim, symbol
+from .types import Dim, TensorType, VerifyError, dim, symbol
 
 _HEAD = re.compile(r"graph @(\S+?)\((.*)\)((?: \w+=\d+\.\.\d+)*) \{$")
 # A string, which is left as it is, or a reference.
@@ -73,7 +74,7 @@ def parse_dim(text: str) -> Dim:
 def parse_type(text: str) -> TensorType:
     """A type as printed, `bf16[T, 4096]`."""
     found = re.fullmatch(r"\s*(\w+)\[(.*)\]\s*", text)
-    if not found or found[1] not in DTYPE_BITS:
+    if not found or found[1] not in DTYPES:
         raise ParseError(f"expected a type such as f32[T, 64], found {text!r}")
     dims = _attr(ast.parse(f"[{found[2]}]", mode="eval").body)
     for d in dims:

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .dtypes import DTYPES
 from .types import TensorType
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
-    "bool": torch.bool,
-    "u8": torch.uint8,
-    "i8": torch.int8,
-    "i16": torch.int16,
-    "i32": torch.int32,
-    "i64": torch.int64,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-    "f64": torch.float64,
-    "c64": torch.complex64,
-    "c128": torch.complex128,
-    "f8e4m3": torch.float8_e4m3fn,
-    "f8e5m2": torch.float8_e5m2,
-    "e8m0": torch.float8_e8m0fnu,
-    "f4e2m1": torch.float4_e2m1fn_x2,
+    name: getattr(torch, dtype.torch) for name, dtype in DTYPES.items()
 }
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

@@ -4,40 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from math import prod
 from typing import Any
 
 import sympy
 
+from .dtypes import DTYPES, STORED_BITS
+
 Dim = int | sympy.Expr
 Shape = tuple[Dim, ...]
-
-# Bits of one element. f4e2m1 and e8m0 are the element and scale formats of OCP Microscaling v1.0.
-DTYPE_BITS = {
-    "bool": 8,
-    "u8": 8,
-    "i8": 8,
-    "i16": 16,
-    "i32": 32,
-    "i64": 64,
-    "f16": 16,
-    "bf16": 16,
-    "f32": 32,
-    "f64": 64,
-    "c64": 64,
-    "c128": 128,
-    "f8e4m3": 8,
-    "f8e5m2": 8,
-    "e8m0": 8,
-    "f4e2m1": 4,
-}
-# Formats of weights that several tensors make up (ops/mxfp4.py): no value has such a dtype, but
-# reads are priced by it. Bits of one element with its share of the scale.
-STORED_BITS = {"mxfp4g16": Fraction(9, 2), "mxfp4g32": Fraction(17, 4)}
-FLOATS = ("f16", "bf16", "f32", "f64")
-INTEGERS = ("u8", "i8", "i16", "i32", "i64")
 
 
 class VerifyError(Exception):
@@ -119,7 +95,8 @@ class TensorType:
     @property
     def nbytes(self) -> Dim:
         """Bytes of the dense tensor; sub-byte dtypes are packed."""
-        bits = DTYPE_BITS.get(self.dtype) or STORED_BITS[self.dtype]
+        known = DTYPES.get(self.dtype)
+        bits = known.bits if known else STORED_BITS[self.dtype]
         total: Any = self.numel * bits
         symbolic = isinstance(total, sympy.Expr)
         return dim(sympy.ceiling(total / sympy.Integer(8))) if symbolic else -(-total // 8)

@@ -16,6 +16,7 @@ import torch
 
 from ..codegen.constants import folded_graph
 from ..codegen.lower import Lowered
+from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Graph
 from ..compiler.torch_types import type_of
 from ..compiler.types import TensorType
@@ -34,7 +35,6 @@ from ..runtime.artifact.reader import (
 from ..runtime.artifact.strict_json import write_json
 from ..runtime.artifact.writer import IngotWriter
 from ..runtime.devices.check_program import check_program
-from ..runtime.dtypes import DTYPES
 from ..runtime.program import Buffer, Program
 
 # A loader proves shards beside each other: several, so that a large model does not wait for one.
@@ -171,11 +171,11 @@ def _write_shard(
     header: dict[str, Any] = {}
     end = 0
     for buffer in ordered:
-        if DTYPES[buffer.dtype].stored is None:
+        if DTYPES[buffer.dtype].safetensors is None:
             raise ValueError(f"weight {buffer.name}: an ingot holds no {buffer.dtype}")
         start, end = end, end + buffer.nbytes
         header[buffer.name] = {
-            "dtype": DTYPES[buffer.dtype].stored,
+            "dtype": DTYPES[buffer.dtype].safetensors,
             "shape": list(buffer.shape),
             "data_offsets": [start, end],
         }

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..compiler.dtypes import STORED_BITS
 from ..compiler.ir import Node
 from ..compiler.microscaling import relative_error
 from ..compiler.ops.mxfp4 import mxfp4_encode
-from ..compiler.types import STORED_BITS
 from ..passes.transforms.mxfp4_policy import Packing
 
 

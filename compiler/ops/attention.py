@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 from .linear import product
 
 # Query tokens whose scores are held at once by the references.

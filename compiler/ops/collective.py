@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Op, Sample
 from ..torch_types import wide
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 from .shape import axis_of, replaced
 
 

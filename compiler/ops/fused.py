@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
-from ..types import FLOATS, Dim, TensorType, Types, VerifyError
+from ..types import Dim, TensorType, Types, VerifyError
 from .collective import Communicator, check_ranks, summed
 from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
 from .linear import product

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype
-from ..types import FLOATS, TensorType, Types, VerifyError, dim
+from ..types import TensorType, Types, VerifyError, dim
 from .linear import product
 from .moe import router
 from .prologue import PROLOGUE, check_prologue, named_operands, prologue_flops, run_prologue

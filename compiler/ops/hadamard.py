@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 
 # ---- hadamard: x [..., K] -> each block of `block` elements times H_block / sqrt(block)
 # (Sylvester's H: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]]). The matrix is orthonormal and

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Value
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 
 _INEXACT = (*FLOATS, "c64", "c128")
 

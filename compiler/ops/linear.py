@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 from .pointwise import broadcast
 
 # CPU BLAS rounds a row differently by how many there are: fewer than 8, those after the last whole

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 from .attention import attention, cached_attention, check_index
 from .norm import rms_norm
 from .rope import FORMS, rope

@@ -8,9 +8,10 @@ from typing import Any
 import sympy
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype, wide
-from ..types import FLOATS, TensorType, Types, VerifyError, dim
+from ..types import TensorType, Types, VerifyError, dim
 from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
 from .linear import product
 from .pointwise import sigmoid_of

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Node, Op, Sample, Tolerance
 from ..microscaling import GROUPS, SCALE_RULES, decode, encode
 from ..torch_types import torch_dtype
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 
 _CODES, _SCALES = TensorType("u8", (6, 16)), TensorType("u8", (6, 1))
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 
 _X, _W = TensorType("f32", (3, 8)), TensorType("f32", (8,))
 

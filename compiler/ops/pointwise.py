@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import DTYPES, FLOATS, INTEGERS
 from ..ir import Cost, Op, Sample, Tolerance
 from ..torch_types import torch_dtype, wide
-from ..types import DTYPE_BITS, FLOATS, INTEGERS, Dim, Shape, TensorType, Types, VerifyError
+from ..types import Dim, Shape, TensorType, Types, VerifyError
 
 _T = TensorType("f32", (3, 5))
 _ROW = TensorType("f32", (5,))
@@ -137,7 +138,7 @@ clamp = Op(
 
 
 def _cast_infer(x: TensorType, *, dtype: str) -> Types:
-    if dtype not in DTYPE_BITS:
+    if dtype not in DTYPES:
         raise VerifyError(f"cast: unknown dtype {dtype!r}")
     return (x.with_dtype(dtype),)
 

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..dtypes import FLOATS
 from ..torch_types import wide
-from ..types import FLOATS, Dim, TensorType, Types, VerifyError
+from ..types import Dim, TensorType, Types, VerifyError
 from .norm import rms_normed
 
 PROLOGUE = ("norm", "delta", "post_norm")

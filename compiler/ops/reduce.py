@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS, INTEGERS
 from ..ir import Cost, Op, Sample
-from ..types import FLOATS, INTEGERS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 from .shape import axis_of, replaced
 
 _T = TensorType("f32", (4, 6))

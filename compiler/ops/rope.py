@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample, Tolerance
 from ..torch_types import torch_dtype, wide
-from ..types import FLOATS, TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError
 
 # How the two members of rotated pair i of R are placed: (where read, where written).
 #   half:           (i, i + R/2)       -> the same places    (Llama, GPT-NeoX)

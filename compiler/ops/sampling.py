@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
-from ..types import FLOATS, TensorType, Types, VerifyError, dim
+from ..types import TensorType, Types, VerifyError, dim
 
 # The operands that hold one number a row, by name and kind.
 SETTINGS = (

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import DTYPES, FLOATS, INTEGERS
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype
-from ..types import DTYPE_BITS, FLOATS, INTEGERS, Dim, Shape, TensorType, Types, VerifyError, dim
+from ..types import Dim, Shape, TensorType, Types, VerifyError, dim
 
 _T = TensorType("f32", (4, 6))
 
@@ -185,7 +186,7 @@ cat = Op("cat", _cat_infer, _cat_reference, samples=(Sample((_T, _T), {"dim": -1
 
 
 def _full_infer(*, value: float, shape: Shape, dtype: str) -> Types:
-    if dtype not in DTYPE_BITS:
+    if dtype not in DTYPES:
         raise VerifyError(f"full: unknown dtype {dtype!r}")
     return (TensorType(dtype, tuple(dim(d) for d in shape)),)
 

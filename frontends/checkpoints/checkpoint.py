@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ...compiler.dtypes import FLOATS
 from ...compiler.torch_types import torch_dtype, type_of
-from ...compiler.types import FLOATS, TensorType
+from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, Entry, Weights, within
 from ..importers.meta_model import MetaModel, named_tensors, read_config, refuse_quantized
 from ..importers.source_error import SourceError

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from ...compiler.dtypes import FLOATS
 from ...compiler.ir import Value, walk
 from ...compiler.microscaling import encode
 from ...compiler.ops.leaf import constant
 from ...compiler.ops.shape import permute
 from ...compiler.pipeline import run_pipeline
 from ...compiler.torch_types import torch_dtype
-from ...compiler.types import FLOATS, TensorType
+from ...compiler.types import TensorType
 from ...passes.pipelines import RAISING
 from ...passes.transforms.mxfp4_policy import MXFP4, find_sites
 from ..importers.huggingface import import_hugging_face

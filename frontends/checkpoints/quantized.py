@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...compiler.types import FLOATS, TensorType
+from ...compiler.dtypes import FLOATS
+from ...compiler.types import TensorType
 from ..importers.source_error import SourceError
 from .dequantize import BlockFp8, Dequantized, Int4, Nvfp4
 from .quantization_config import FP8, INT4, MXFP4, NVFP4, Promise

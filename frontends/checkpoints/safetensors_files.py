@@ -8,14 +8,14 @@ import os
 import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...compiler.dtypes import DTYPES, dense_bytes
 from ...compiler.torch_types import torch_dtype, type_of
-from ...compiler.types import DTYPE_BITS, TensorType
+from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, within
 from ..importers.source_error import SourceError
 
@@ -26,26 +26,7 @@ _WEIGHTS = (".safetensors", *_PICKLES)
 _MAX_NAMES = 5  # names that an error lists before it only counts
 
 # The format's dtype names (safetensors, `Dtype`) that the IR has a name for.
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "u8",
-    "I8": "i8",
-    "I16": "i16",
-    "I32": "i32",
-    "I64": "i64",
-    "F16": "f16",
-    "BF16": "bf16",
-    "F32": "f32",
-    "F64": "f64",
-    "C64": "c64",
-    "F8_E4M3": "f8e4m3",
-    "F8_E5M2": "f8e5m2",
-    "F8_E8M0": "e8m0",
-    "F4": "f4e2m1",
-}
-
-
-FORMAT_NAMES = {ours: theirs for theirs, ours in _DTYPES.items()}
+_DTYPES = {dtype.safetensors: name for name, dtype in DTYPES.items() if dtype.safetensors}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +67,7 @@ class Stored:
 
     def as_bytes(self) -> Stored:
         """The same data as u8; of a packed 4-bit dtype the last dim counts pairs."""
-        if DTYPE_BITS[self.dtype] == 8:
+        if DTYPES[self.dtype].bits == 8:
             return replace(self, dtype="u8")
         return replace(self, dtype="u8", shape=(*self.shape[:-1], self.shape[-1] // 2))
 
@@ -130,9 +111,9 @@ class File:
                     shape = tuple(header.get_shape())
                     stored_as = str(header.get_dtype())
                     dtype = _DTYPES.get(stored_as, stored_as)
-                    nbytes = prod(shape) * DTYPE_BITS.get(dtype, 0) // 8
-                    if dtype not in DTYPE_BITS:
+                    if dtype not in DTYPES:
                         raise SourceError(f"{path.name}: {name!r} has unsupported dtype {dtype}")
+                    nbytes = dense_bytes(dtype, shape)
                     self.tensors[name] = Stored(self, dtype, shape, offset, nbytes)
                     offset += nbytes
                 if offset != path.stat().st_size:

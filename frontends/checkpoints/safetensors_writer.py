@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from ...compiler.dtypes import DTYPES
 from ...compiler.torch_types import type_of
 from ...compiler.types import TensorType
-from .safetensors_files import FORMAT_NAMES, INDEX, SINGLE
+from .safetensors_files import INDEX, SINGLE
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _write_file(path: Path, items: Sequence[Item], written: Callable[[int], None
         for name, type_ in item.types.items():
             end = offset + _nbytes(type_)
             header[name] = {
-                "dtype": FORMAT_NAMES[type_.dtype],
+                "dtype": DTYPES[type_.dtype].safetensors,
                 "shape": [*type_.shape],
                 "data_offsets": [offset, end],
             }

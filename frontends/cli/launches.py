@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...runtime.devices.check_program import LIMITS
+from ...compiler.target import TARGETS
 from ...runtime.program import Entry, Kernel, Launch, Program, Slice
 from .inspect_view import layer_path, show_numbers
 
@@ -266,7 +266,7 @@ def static_report(program: Program, entries: Iterable[Entry]) -> StaticReport:
     kernels = [
         _built(program.kernels[id_], tuple(ops[id_]), count) for id_, count in used.most_common()
     ]
-    return StaticReport(program.target, LIMITS[program.target].shared, tuple(kernels))
+    return StaticReport(program.target, TARGETS[program.target].shared_bytes, tuple(kernels))
 
 
 def _built(kernel: Kernel, ops: tuple[str, ...], launches: int) -> BuiltKernel:

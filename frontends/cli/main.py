@@ -513,14 +513,14 @@ def _compile(directory: Path, output: Path | None = None, **options: Any) -> Any
 
 def _plan(directory: Path, *, kernels: bool, **options: Any) -> Plan:
     """A model that is only looked at; UsageError for kernels of the cpu target."""
-    from ...compiler.target import TARGETS
+    from ...compiler.target import GPUS
     from .. import api
     from ..drivers import present_target
 
     if options["target"] == "auto":
         options["target"] = present_target()
     if kernels and options["target"] == "cpu":
-        gpus = ", ".join(t.name for t in TARGETS.values() if t.is_gpu)
+        gpus = ", ".join(GPUS)
         raise UsageError(f"--kernels: the cpu target has no kernels; give --target, one of {gpus}")
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     return api.plan(directory, **options, progress=sys.stderr.isatty())

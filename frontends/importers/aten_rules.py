@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
+from ...compiler.dtypes import FLOATS
 from ...compiler.ir import Op, Value
 from ...compiler.ops import attention, linear, moe, norm, pointwise, shape
 from ...compiler.ops import reduce as reduction
 from ...compiler.ops.leaf import literal
 from ...compiler.torch_types import dtype_name, torch_dtype
-from ...compiler.types import FLOATS, Dim, TensorType, dim
+from ...compiler.types import Dim, TensorType, dim
 
 
 class Im(Protocol):

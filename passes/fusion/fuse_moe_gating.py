@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ...compiler.dtypes import DTYPES
 from ...compiler.ir import Graph, Value
 from ...compiler.ops import pointwise
 from ...compiler.ops.gating import GATING_OPERANDS, moe_gating
@@ -16,7 +17,6 @@ from ...compiler.ops.linear import linear
 from ...compiler.ops.moe import router
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Match, Other, Pat, Rule, either, maybe, pat, rewrite
-from ...compiler.types import DTYPE_BITS
 from .weights import is_weight
 
 X = Pat()
@@ -31,7 +31,7 @@ def _unwidened(weight: Value) -> Value:
     if weight.op is not pointwise.cast:
         return weight
     (stored,) = weight.node.args
-    narrower = DTYPE_BITS[stored.type.dtype] < DTYPE_BITS[weight.type.dtype]
+    narrower = DTYPES[stored.type.dtype].bits < DTYPES[weight.type.dtype].bits
     return stored if narrower else weight
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...compiler.dtypes import DTYPES, FLOATS
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops import pointwise, reduce, shape
 from ...compiler.ops.leaf import is_literal, literal
@@ -19,7 +20,7 @@ from ...compiler.ops.linear import embedding
 from ...compiler.pipeline import PassContext, count_nodes
 from ...compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rebuild, rewrite_all
 from ...compiler.torch_types import torch_dtype
-from ...compiler.types import DTYPE_BITS, FLOATS, Shape, dim
+from ...compiler.types import Shape, dim
 from .mxfp4_views import RULES as MXFP4_RULES
 from .unit_dims import drop_unit_dims
 
@@ -356,7 +357,7 @@ def _exact(inner: str, outer: str) -> bool:
     if inner in _INTEGERS and outer in _INTEGERS:
         return _INTEGERS.index(outer) >= _INTEGERS.index(inner) and "u8" not in (inner, outer)
     pairs = {("f16", "f32"), ("bf16", "f32")}
-    to_f64 = outer == "f64" and inner in FLOATS and DTYPE_BITS[inner] <= 64
+    to_f64 = outer == "f64" and inner in FLOATS and DTYPES[inner].bits <= 64
     return inner == outer or (inner, outer) in pairs or to_f64
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...compiler.dtypes import FLOATS
 from ...compiler.ir import Value
 from ...compiler.ops import pointwise, shape
 from ...compiler.ops.mxfp4 import mxfp4
 from ...compiler.rewrite import Decline, Match, Pat, Rule, pat
-from ...compiler.types import FLOATS
 
 # A wildcard, since a weight may have several users: each gets the part that it uses.
 WEIGHT = Pat(where=lambda v: v.op is mxfp4)

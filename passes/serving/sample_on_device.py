@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...compiler.dtypes import FLOATS
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops.leaf import param
 from ...compiler.ops.sampling import SETTINGS, WORD, sample
 from ...compiler.pipeline import PassContext
-from ...compiler.types import FLOATS, Dim, TensorType
+from ...compiler.types import Dim, TensorType
 
 # What the outputs of a serving graph are called; the first alone where the host samples, and no
 # top ones where the op has no candidates.

@@ -15,13 +15,13 @@ from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any, Literal
 
+from ...compiler.dtypes import STORED_BITS
 from ...compiler.ir import Graph, Node, Op, Value, walk
 from ...compiler.microscaling import GROUPS, SCALE_RULES
 from ...compiler.ops import linear, moe, pointwise, shape
 from ...compiler.ops.collective import all_gather, all_reduce
 from ...compiler.ops.leaf import constant
 from ...compiler.ops.mxfp4 import mxfp4
-from ...compiler.types import STORED_BITS
 
 # The operands of each product that hold [..., N, K], K being summed over.
 WEIGHTS_OF: Mapping[Op, tuple[int, ...]] = {

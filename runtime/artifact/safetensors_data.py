@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, dense_bytes
+from ...compiler.dtypes import DTYPES, dense_bytes
 from .strict_json import IngotError, each, fields, integer, items, mapping, one_of, read_json, text
 
 MAX_HEADER = 100_000_000  # as the format's own library
 _MOST_TENSORS = 1 << 20
-_BY_STORED = {dtype.stored: name for name, dtype in DTYPES.items() if dtype.stored}
+_BY_STORED = {dtype.safetensors: name for name, dtype in DTYPES.items() if dtype.safetensors}
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Tensor:
         Pairs of four-bit numbers are one item of the last dim.
         """
         dtype = DTYPES[self.dtype]
-        held = np.dtype(dtype.held)
-        shape = self.shape
-        if dtype.per_item > 1:
-            if not shape or shape[-1] % dtype.per_item:
+        held = np.dtype(dtype.numpy)
+        shape, per_item = self.shape, max(8 // dtype.bits, 1)
+        if per_item > 1:
+            if not shape or shape[-1] % per_item:
                 raise IngotError(f"expected whole bytes of {self.dtype}, found {list(shape)}")
-            shape = (*shape[:-1], shape[-1] // dtype.per_item)
+            shape = (*shape[:-1], shape[-1] // per_item)
         if not len(self.data):
             return np.empty(shape, held)
         return np.frombuffer(self.data, np.uint8).view(held).reshape(shape)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from ..dtypes import DTYPES, READABLE, dense_bytes
+from ...compiler.dtypes import DTYPES, READABLE, dense_bytes
+from ...compiler.target import GPUS, Target
 from ..program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from .device_api import DeviceInfo
 from .elf import code_target
 
 # Memory that a driver allocates starts on a multiple of this many bytes, and so does the arena.
@@ -23,7 +24,8 @@ BASE_ALIGNMENT = 256
 # No size, offset or count goes beyond this: sums of a few of them stay far below 2^64.
 _LARGEST = 2**48
 _MAX_RANK = 16
-_NUMBERS = {"i32": 32, "i64": 64}
+# What kernels take by value.
+_NUMBERS = [name for name, dtype in DTYPES.items() if dtype.ctypes]
 _SYMBOL = re.compile(r"[A-Za-z_.$][\w.$]{0,4095}", re.ASCII)
 
 
@@ -31,30 +33,8 @@ class ProgramError(ValueError):
     """A program that must not run: which part, what was expected, what came."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one launch may use on `name`, a target or a device.
-
-    `shared` is bytes of shared memory (LDS) a block, `warp` threads a warp, `threads` threads a
-    block, `grid` blocks along x, y and z.
-    """
-
-    name: str
-    shared: int
-    warp: int
-    threads: int = 1024
-    grid: tuple[int, int, int] = (2**31 - 1, 65535, 65535)
-
-
-LIMITS = {
-    limits.name: limits
-    for limits in (
-        Limits("cuda:sm_90", 232_448, 32),
-        Limits("cuda:sm_100", 232_448, 32),
-        Limits("hip:gfx942", 65_536, 64),
-        Limits("hip:gfx950", 163_840, 64),
-    )
-}
+# What one launch may use: of a target on paper, or of the device that is here.
+Limits = Target | DeviceInfo
 
 
 def check_program(program: Program, limits: Limits | None = None) -> None:
@@ -62,9 +42,9 @@ def check_program(program: Program, limits: Limits | None = None) -> None:
 
     `limits` are those of the device that is to run it; without, they are those of its target.
     """
-    if program.target not in LIMITS:
-        raise ProgramError(f"target: expected one of {', '.join(LIMITS)}; found {program.target}")
-    limits = limits or LIMITS[program.target]
+    if program.target not in GPUS:
+        raise ProgramError(f"target: expected one of {', '.join(GPUS)}; found {program.target}")
+    limits = limits or GPUS[program.target]
     _within("arena_bytes", program.arena_bytes, 0, _LARGEST)
     for id_, kernel in program.kernels.items():
         if id_ != kernel.id:
@@ -133,15 +113,17 @@ def _check_kernel(kernel: Kernel, target: str, limits: Limits) -> None:
         raise ProgramError(f"{where}: expected device code, found a {type(kernel.binary).__name__}")
     if (found := code_target(kernel.binary)) != target:
         raise ProgramError(f"{where}: expected code for {target}, found {found}")
-    _within(f"{where}: warps on {limits.name}", kernel.num_warps, 1, limits.threads // limits.warp)
-    _within(f"{where}: bytes shared on {limits.name}", kernel.shared, 0, limits.shared)
+    _within(
+        f"{where}: warps on {limits.name}", kernel.num_warps, 1, limits.max_threads // limits.warp
+    )
+    _within(f"{where}: bytes shared on {limits.name}", kernel.shared, 0, limits.shared_bytes)
     for i, argument in enumerate(kernel.args):
         _check_argument(f"{where}: argument {i}", argument)
 
 
 def _check_argument(where: str, argument: Argument) -> None:
     kind = argument.kind
-    known = kind[1:] in DTYPES if kind.startswith("*") else kind in (*_NUMBERS, "f32")
+    known = kind[1:] in DTYPES if kind.startswith("*") else kind in _NUMBERS
     if not known:
         raise ProgramError(f"{where}: expected *dtype, i32, i64 or f32, found {kind[:40]!r}")
     _within(f"{where}: multiple", argument.multiple, 1, BASE_ALIGNMENT)
@@ -224,7 +206,7 @@ def _check_launch(
         raise ProgramError(f"{where}: expected a kernel of the program, found no such")
     if len(launch.grid) != 3:
         raise ProgramError(f"{where}: expected a grid of 3, found {len(launch.grid)}")
-    for axis, size, most in zip("xyz", launch.grid, limits.grid, strict=True):
+    for axis, size, most in zip("xyz", launch.grid, limits.max_grid, strict=True):
         _within(f"{where}: grid {axis} on {limits.name}", size, 1, most)
     threads = launch.grid[0] * kernel.num_warps * limits.warp
     if program.target.startswith("hip") and threads >= 2**32:
@@ -250,7 +232,7 @@ def _check_number(where: str, given: float, taken: Argument) -> None:
         if isinstance(given, int):
             _within(where, given, -(2**63), 2**63 - 1)
         return
-    bits = _NUMBERS[taken.kind]
+    bits = DTYPES[taken.kind].bits
     if not isinstance(given, int):
         raise ProgramError(f"{where}: expected an integer for {taken.kind}, found {given!r}")
     _within(where, given, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -283,7 +265,6 @@ def _check_slice(where: str, given: Slice, taken: Argument, memory: Mapping[str,
 
 __all__ = [
     "BASE_ALIGNMENT",
-    "LIMITS",
     "Limits",
     "ProgramError",
     "byte_range",

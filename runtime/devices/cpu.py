@@ -9,24 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...compiler.dtypes import DTYPES
 from ..driver import Array, WeightLoader
 from ..program import Buffer, Entry, Program, Slice
-
-_DTYPES = {
-    "bool": torch.bool,
-    "u8": torch.uint8,
-    "i8": torch.int8,
-    "i16": torch.int16,
-    "i32": torch.int32,
-    "i64": torch.int64,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-    "f64": torch.float64,
-    "c64": torch.complex64,
-    "c128": torch.complex128,
-}
-
 
 # An entry that touches fewer bytes than this runs on one thread: waking the others costs more than
 # they do, by far when other programs keep the cores busy.
@@ -123,7 +108,7 @@ class CpuExecutable:
     def _in_arena(self, buffer: Buffer) -> torch.Tensor:
         assert buffer.offset is not None
         raw = self._arena[buffer.offset : buffer.offset + buffer.nbytes]
-        return raw.view(_DTYPES[buffer.dtype]).view(buffer.shape)
+        return raw.view(_torch_dtype(buffer)).view(buffer.shape)
 
 
 class CpuDriver:
@@ -138,11 +123,15 @@ class CpuDriver:
         return CpuExecutable(program, weights)
 
 
+def _torch_dtype(buffer: Buffer) -> torch.dtype:
+    return getattr(torch, DTYPES[buffer.dtype].torch)
+
+
 def _own_memory(buffer: Buffer, weights: WeightLoader) -> torch.Tensor:
     if buffer.kind == "state":
-        return torch.zeros(buffer.shape, dtype=_DTYPES[buffer.dtype])
+        return torch.zeros(buffer.shape, dtype=_torch_dtype(buffer))
     tensor: torch.Tensor = weights(buffer.name)
-    if tensor.dtype != _DTYPES[buffer.dtype] or tuple(tensor.shape) != buffer.shape:
+    if tensor.dtype != _torch_dtype(buffer) or tuple(tensor.shape) != buffer.shape:
         raise ValueError(
             f"weight {buffer.name}: expected {buffer.dtype}{list(buffer.shape)}, "
             f"found {tensor.dtype}{list(tensor.shape)}"

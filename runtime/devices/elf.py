@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import struct
 
+from ...compiler.target import EM_AMDGPU, EM_CUDA, GPUS
+
 _HEADER_BYTES = 64
 _CLASS_64, _LITTLE_ENDIAN = 2, 1
-_EM_CUDA, _EM_AMDGPU = 190, 224
-# LLVM, "User Guide for AMDGPU Backend", e_flags: EF_AMDGPU_MACH.
-_AMD = {0x4C: "gfx942", 0x4F: "gfx950"}
+_NAMES = {target.elf: target.name for target in GPUS.values()}
 # ABI versions of cubins: up to 7 the SM number lies in bits 0 to 7 of e_flags, from 8 in 8 to 15.
 _CUDA_NEW_ABI = 8
 
@@ -21,12 +21,12 @@ def code_target(binary: bytes | memoryview) -> str:
         return "an ELF file that is not 64-bit little-endian"
     (machine,) = struct.unpack_from("<H", binary, 18)
     (flags,) = struct.unpack_from("<I", binary, 48)
-    if machine == _EM_CUDA:
-        return f"cuda:sm_{(flags >> 8 if binary[8] >= _CUDA_NEW_ABI else flags) & 0xFF}"
-    if machine == _EM_AMDGPU:
-        number = flags & 0xFF
-        return f"hip:{_AMD[number]}" if number in _AMD else f"an AMD GPU of number {number:#x}"
-    return f"an ELF file for machine {machine}"
+    shifted = machine == EM_CUDA and binary[8] >= _CUDA_NEW_ABI
+    number = (flags >> 8 if shifted else flags) & 0xFF
+    if (machine, number) in _NAMES:
+        return _NAMES[machine, number]
+    others = {EM_CUDA: f"cuda:sm_{number}", EM_AMDGPU: f"an AMD GPU of number {number:#x}"}
+    return others.get(machine, f"an ELF file for machine {machine}")
 
 
 __all__ = ["code_target"]

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.dtypes import DTYPES
 from ..driver import Array, WeightLoader
 from ..program import Buffer, Entry, Program, Slice
-from .check_program import Limits, ProgramError, check_address, check_program, launch_place
+from .check_program import ProgramError, check_address, check_program, launch_place
 from .device_api import DeviceApi, DeviceError, DeviceInfo, Edge, KernelNode
 from .gpu_memory import (
     GpuMemory,
@@ -26,7 +27,9 @@ from .gpu_memory import (
 from .host_arrays import Bytes, host_array, memory_view, to_array
 from .staging import Layout, lay_out
 
-_NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
+_NUMBERS: dict[str, Any] = {
+    name: getattr(ctypes, dtype.ctypes) for name, dtype in DTYPES.items() if dtype.ctypes
+}
 
 
 @dataclass(frozen=True)
@@ -337,10 +340,7 @@ def _check(program: Program, device: DeviceInfo) -> None:
             f"the program was built for {program.target}, and the device is {device.target} "
             f"({device.name})"
         )
-    check_program(
-        program,
-        Limits(device.name, device.shared_bytes, device.warp, device.max_threads, device.max_grid),
-    )
+    check_program(program, device)
 
 
 def _layouts(entry: Entry) -> tuple[Layout, Layout]:

@@ -8,28 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, dense_bytes
+from ...compiler.dtypes import DTYPES, dense_bytes
 
 Bytes = NDArray[np.uint8]
 
-# What torch calls them, and numpy with ml_dtypes.
-_NAMES = {
-    "bool": "bool",
-    "uint8": "u8",
-    "int8": "i8",
-    "int16": "i16",
-    "int32": "i32",
-    "int64": "i64",
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "float32": "f32",
-    "float64": "f64",
-    "complex64": "c64",
-    "complex128": "c128",
-    "float8_e4m3fn": "f8e4m3",
-    "float8_e5m2": "f8e5m2",
-    "float8_e8m0fnu": "e8m0",
-}
+# What torch calls them, and numpy with ml_dtypes. torch counts pairs of what is narrower.
+_NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if dtype.bits >= 8}
 
 
 def is_torch_tensor(value: Any) -> bool:
@@ -84,7 +68,7 @@ def to_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
 
     bf16 and f16 become f32, which holds both exactly.
     """
-    values: NDArray[Any] = data.view(DTYPES[dtype].held)
+    values: NDArray[Any] = data.view(DTYPES[dtype].numpy)
     if dtype == "bf16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
     else:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from ...compiler.dtypes import DTYPES
 from ..driver import Array
 from .buckets import SEEN_BITS, sampling_inputs
 from .sampling import Sampling, broken_logits, most_likely, sample, uniform
@@ -17,7 +18,6 @@ from .sequence import Sequence as Request
 
 # Numbers that a device computes with lie in here: nothing beyond them changes a choice.
 _LEAST, _MOST = np.float32(1e-30), np.float32(1e30)
-_NUMPY = {"i32": np.int32, "f32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class DeviceSampling:
             made: dict[str, Array] = {}
             for name, (dtype, shape) in sampling_inputs(rows, self.vocab).items():
                 value = 1 if name in ("top_p", "penalty") else 0
-                made[name] = _constant(np.full(shape, value, _NUMPY[dtype]))
+                made[name] = _constant(np.full(shape, value, DTYPES[dtype].numpy))
             self._idle[rows] = made
         return self._idle[rows]
 

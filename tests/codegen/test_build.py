@@ -18,11 +18,10 @@ from ingot.codegen.build import BuildError, build, build_one
 from ingot.codegen.kernel_source import KernelSource
 from ingot.codegen.templates.generated import from_text
 from ingot.codegen.templates.rowwise.copy import copy_kernel
-from ingot.compiler.target import TARGETS, Target, target_of
+from ingot.compiler.target import GPUS, Target, target_of
 from ingot.runtime.devices.elf import code_target
 from ingot.runtime.program import Argument, Kernel
 
-GPUS = [target for target in TARGETS.values() if target.is_gpu]
 SM_90 = target_of("cuda:sm_90")
 TWICE = """@triton.jit
 def twice(x, y, N: tl.constexpr):
@@ -43,7 +42,7 @@ def built(sources: list[KernelSource], folder: Path) -> tuple[list[Kernel], int]
     return [kernels[s] for s in sources], asked.call_count
 
 
-@pytest.mark.parametrize("target", GPUS, ids=lambda t: t.name)
+@pytest.mark.parametrize("target", GPUS.values(), ids=lambda t: t.name)
 def test_code_is_for_its_target(target: Target, tmp_path: Path) -> None:
     (kernel,) = build([source(64)], target, cache=tmp_path).values()
     assert isinstance(kernel.binary, bytes)
@@ -61,7 +60,7 @@ def test_equal_sources_are_built_once_and_then_read(tmp_path: Path) -> None:
 
 
 def test_what_makes_other_code_has_another_name() -> None:
-    names = {source(n).hash(t.name) for n in (32, 64) for t in GPUS}
+    names = {source(n).hash(t.name) for n in (32, 64) for t in GPUS.values()}
     assert len(names) == 2 * len(GPUS)
     assert source(32, TWICE.replace("* 2", "* 3")).hash("cuda:sm_90") not in names
 

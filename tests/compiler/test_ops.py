@@ -17,12 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ingot.compiler.dtypes import FLOATS
 from ingot.compiler.interpret import compute, random_tensor
 from ingot.compiler.ir import Op, Sample, Value
 from ingot.compiler.ops import attention, glu, linear, moe, norm, pointwise, reduce, rope, shape
 from ingot.compiler.ops.leaf import is_literal, literal, param
 from ingot.compiler.torch_types import TORCH_DTYPES, dtype_name, torch_dtype, type_of
-from ingot.compiler.types import FLOATS, TensorType, VerifyError
+from ingot.compiler.types import TensorType, VerifyError
 from op_checks import (
     COUNTS,
     SOME,

@@ -22,7 +22,7 @@ from ingot.compiler.microscaling import decode, encode
 from ingot.compiler.ops.leaf import constant, literal, param
 from ingot.compiler.ops.mxfp4 import mxfp4
 from ingot.compiler.ops.shape import slice_
-from ingot.compiler.target import TARGETS, target_of
+from ingot.compiler.target import GPUS, target_of
 from ingot.compiler.torch_types import dtype_name, type_of
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Entry, Weights
@@ -179,7 +179,7 @@ def check_node(
     return lowered
 
 
-ALL_TARGETS = tuple(name for name, target in TARGETS.items() if target.is_gpu)
+ALL_TARGETS = tuple(GPUS)
 
 
 # For sm_100 ptxas keeps a few bytes in local memory where most registers are free.

@@ -14,19 +14,16 @@ from fake_elf import code_for
 from ingot.codegen.lower import lower
 from ingot.compiler import target as targets
 from ingot.compiler.pipeline import run_pipeline
-from ingot.compiler.types import DTYPE_BITS
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.runtime.devices.check_program import (
-    LIMITS,
-    Limits,
     ProgramError,
     byte_range,
     check_address,
     check_program,
     launch_place,
 )
-from ingot.runtime.dtypes import DTYPES
+from ingot.runtime.devices.device_api import DeviceInfo
 from ingot.runtime.program import Argument, Program, Slice
 from interpreted import InterpretedBackend
 from tiny_ingot import GFX950, program
@@ -243,21 +240,28 @@ def test_what_fits_exactly_is_accepted() -> None:
         check_program(change(program()))
 
 
+def limits(shared_bytes: int, warp: int, *rest: Any, **more: Any) -> DeviceInfo:
+    """Those of a device."""
+    names = dict(zip(("max_threads", "max_grid"), rest, strict=False)) | more
+    most = {"max_threads": 1024, "max_grid": (2**31 - 1, 65535, 65535)}
+    return DeviceInfo(0, "it", "cuda:sm_90", warp, 1 << 30, shared_bytes, **most | names)
+
+
 @pytest.mark.parametrize(
-    ("limits", "refused"),
+    ("device", "refused"),
     [
-        (Limits("it", 1024, 32, 256, (4, 2, 1)), None),
-        (Limits("it", 1023, 32), "gather_kernel: bytes shared on it: .* to 1023, found 1024"),
-        (Limits("it", 1024, 64, 256), "head_kernel: warps on it: .* to 4, found 8"),
-        (Limits("it", 1024, 32, grid=(4, 1, 1)), "launch 1 .* grid y on it: .* to 1, found 2"),
+        (limits(1024, 32, 256, (4, 2, 1)), None),
+        (limits(1023, 32), "gather_kernel: bytes shared on it: .* to 1023, found 1024"),
+        (limits(1024, 64, 256), "head_kernel: warps on it: .* to 4, found 8"),
+        (limits(1024, 32, max_grid=(4, 1, 1)), "launch 1 .* grid y on it: .* to 1, found 2"),
     ],
 )
-def test_a_device_has_limits_of_its_own(limits: Limits, refused: str | None) -> None:
+def test_a_device_has_limits_of_its_own(device: DeviceInfo, refused: str | None) -> None:
     if refused is None:
-        check_program(program(), limits)
+        check_program(program(), device)
         return
     with pytest.raises(ProgramError, match=refused):
-        check_program(program(), limits)
+        check_program(program(), device)
 
 
 def test_real_addresses_are_checked_like_those_of_the_plan() -> None:
@@ -347,14 +351,3 @@ def test_what_codegen_makes_is_as_tight_as_it_can_be() -> None:
     fewer = {id_: kernel for id_, kernel in made.kernels.items() if id_ != used}
     with pytest.raises(ProgramError, match="expected a kernel of the program"):
         check_program(replace(made, kernels=fewer))
-
-
-# ---- what the runtime knows again, because it may not import the compiler
-
-
-def test_the_runtime_knows_the_targets_and_the_dtypes() -> None:
-    gpus = {name: t for name, t in targets.TARGETS.items() if t.is_gpu}
-    assert {n: (x.name, x.warp, x.shared) for n, x in LIMITS.items()} == {
-        n: (n, t.warp, t.shared_bytes) for n, t in gpus.items()
-    }
-    assert {name: d.bits for name, d in DTYPES.items()} == DTYPE_BITS

@@ -6,7 +6,7 @@ import pytest
 import triton
 import triton.language as tl
 from fake_elf import HEADERS, code_for, elf
-from ingot.runtime.devices.check_program import LIMITS
+from ingot.compiler.target import GPUS
 from ingot.runtime.devices.elf import code_target
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -20,11 +20,11 @@ def _increment(x_ptr):
     tl.store(place, tl.load(place) + 1)
 
 
-@pytest.mark.parametrize("target", LIMITS)
+@pytest.mark.parametrize("target", GPUS)
 def test_what_triton_builds(target: str) -> None:
     backend, arch = target.split(":")
     number = int(arch.removeprefix("sm_")) if backend == "cuda" else arch
-    gpu = GPUTarget(backend, number, LIMITS[target].warp)
+    gpu = GPUTarget(backend, number, GPUS[target].warp)
     built = triton.compile(ASTSource(_increment, {"x_ptr": "*i32"}, {}), target=gpu)
     assert code_target(built.asm["cubin" if backend == "cuda" else "hsaco"]) == target
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ingot.compiler.dtypes import dense_bytes
 from ingot.compiler.torch_types import TORCH_DTYPES
 from ingot.runtime.devices.host_arrays import host_array, to_array
 from ingot.runtime.devices.staging import MAX_GAP, lay_out
-from ingot.runtime.dtypes import dense_bytes
 from ingot.runtime.program import Buffer
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import triton
 
-from ....compiler.types import DTYPE_BITS, TensorType
+from ....compiler.dtypes import DTYPES
+from ....compiler.types import TensorType
 from ...kernel_query import LAUNCH_SECONDS, Call, Candidate, KernelQuery, Ref, Result, Temp
 from .attend import attend_kernel, combine_kernel, splits_of
 
@@ -266,7 +267,7 @@ def _widest(job: Attention, query: KernelQuery) -> Tile:
     nvidia = query.target.name.startswith("cuda")
     rows = job.tokens * job.group
     width = max(padded(job.d), padded(job.v))
-    if DTYPE_BITS[job.dtype] == 32:
+    if DTYPES[job.dtype].bits == 32:
         if width <= 128 or not nvidia:
             return Tile(_FEW_ROWS, 32 if width <= 256 else 16, 4, 1)
         return Tile(_FEW_ROWS, 16, 8 if width <= 256 else 16, 1)
@@ -287,7 +288,7 @@ def _widest(job: Attention, query: KernelQuery) -> Tile:
 
 def _seconds(job: Attention, query: KernelQuery) -> float:
     """Queries and results moved once, and a full context of every sequence that there can be."""
-    size = DTYPE_BITS[job.dtype] // 8
+    size = DTYPES[job.dtype].bits // 8
     sequences = min(job.tokens, job.pages.slots) if job.pages else 1
     width = job.kv_heads * (job.d + job.d_rest + (job.v if job.values else 0))
     moved = query.args[0].nbytes + query.results[0].nbytes

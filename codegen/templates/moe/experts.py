@@ -11,8 +11,9 @@ from typing import Any
 
 import triton
 
+from ....compiler.dtypes import DTYPES
 from ....compiler.target import Target
-from ....compiler.types import DTYPE_BITS, TensorType
+from ....compiler.types import TensorType
 from ...kernel_query import (
     LAUNCH_SECONDS,
     Arg,
@@ -298,7 +299,7 @@ def _tile_tokens(have: _Experts, dtype: str) -> int:
 def _tile_block(query: KernelQuery, weight: Operand, shape: Mapping[str, int]) -> int:
     """As much of K at once as 128 bytes of dense elements; twice that where 64 lanes a warp load
     codes, 16 bytes each, if two programs then fit in the shared memory."""
-    bits = DTYPE_BITS[query.args[0].type.dtype]
+    bits = DTYPES[query.args[0].type.dtype].bits
     block = 1024 // bits
     both = (shape["TOKENS"] + shape["ROWS"]) * 2 * block * bits // 8
     wide = weight.packed is not None and query.target.warp == 64 and bits == 16
