@@ -1,9 +1,10 @@
 """Ways in and doors. May import every other room.
 
-The doors: `api` (`compile`, the whole way from model to tokens: read it first), what it gives
-(`model`, `weight_report`; `module` for what is no language model), `aot` (a lowered model to an
-ingot), `loading` (an ingot to tokens; for GPUs without torch) with `relower` (the program of a cpu
-ingot), `drivers` (which target is run by what) and `progress`. Folders: `cli` (the command line
-over `api`), `importers` (a model to a graph), `checkpoints` (weights, read and written) and `text`
+The doors: `api` (`compile`, the whole way from model to tokens: read it first) with `options`,
+`compilation` (a language model through the passes to a program), what they give (`model`,
+`weight_report`; `module` for what is no language model), `aot` (a lowered model to an ingot),
+`loading` (an ingot to tokens; for GPUs without torch) with `relower` (the program of a cpu ingot),
+`drivers` (which target is run by what) and `progress`. Folders: `cli` (the command line over
+`api`), `importers` (a model to a graph), `checkpoints` (weights, read and written) and `text`
 (tokens to text and back).
 """

@@ -95,7 +95,19 @@ def entry_sizes(program: Program) -> tuple[tuple[str, int, int], ...]:
     )
 
 
-class Model(TextModel):
+class Compiled:
+    """What was compiled, with its graph at every stage."""
+
+    graphs: Mapping[str, Graph]
+
+    def graph(self, which: str = "final") -> Graph:
+        """The IR as "traced", "final", or after the pass of that name. KeyError lists the names."""
+        if which not in self.graphs:
+            raise KeyError(f"no graph {which!r}; there are {', '.join(self.graphs)}")
+        return self.graphs[which]
+
+
+class Model(TextModel, Compiled):
     """A compiled causal language model, serving in this process; for one thread at a time."""
 
     def __init__(
@@ -108,12 +120,8 @@ class Model(TextModel):
     ) -> None:
         super().__init__(session, tokenizer, exportable.stop_tokens)
         self._exportable = exportable
-        self._graphs = dict(graphs)
+        self.graphs = graphs
         self.report = report
-
-    def graph(self, which: str = "final") -> Graph:
-        """The IR as "traced", "final", or after the pass of that name. KeyError lists the names."""
-        return _named(self._graphs, which)
 
     def export(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model as an ingot, which `ingot.load` reads: see `export` in `aot`."""
@@ -121,7 +129,7 @@ class Model(TextModel):
 
 
 @dataclass(frozen=True)
-class WrittenIngot:
+class WrittenIngot(Compiled):
     """An ingot that was written, and what the compiler did."""
 
     path: Path
@@ -129,13 +137,9 @@ class WrittenIngot:
     graphs: Mapping[str, Graph]
     report: Report
 
-    def graph(self, which: str = "final") -> Graph:
-        """The IR as "traced", "final", or after the pass of that name. KeyError lists the names."""
-        return _named(self.graphs, which)
-
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Compiled):
     """A model that was compiled to be looked at: nothing of it can run, and no weight was read.
 
     `program` has the kernels of one entry alone, that of the name `entry`; none for the cpu target.
@@ -146,19 +150,5 @@ class Plan:
     graphs: Mapping[str, Graph]
     report: Report
 
-    def graph(self, which: str = "final") -> Graph:
-        """The IR as "traced", "final", or after the pass of that name. KeyError lists the names."""
-        return _named(self.graphs, which)
 
-
-def _named(graphs: Mapping[str, Graph], which: str) -> Graph:
-    if which not in graphs:
-        raise KeyError(f"no graph {which!r}; there are {', '.join(graphs)}")
-    return graphs[which]
-
-
-class NotYetError(NotImplementedError):
-    """Something that this version does not do; says what does."""
-
-
-__all__ = ["Model", "NotYetError", "Plan", "Report", "WrittenIngot", "entry_sizes"]
+__all__ = ["Compiled", "Model", "Plan", "Report", "WrittenIngot", "entry_sizes"]

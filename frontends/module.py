@@ -1,23 +1,31 @@
-"""A compiled module that is no language model: called with tensors, it gives tensors."""
+"""A module that is no language model, compiled: called with tensors, it gives tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.export import export as export_program
 from torch.utils._pytree import tree_unflatten
 
 from ..codegen.entries import Backend, entry_name
 from ..codegen.lower import lower
 from ..compiler.interpret import bind_symbols
 from ..compiler.ir import Graph
-from ..compiler.pipeline import PassResult
+from ..compiler.pipeline import PassContext, PassResult
 from ..compiler.target import Target
 from ..compiler.torch_types import torch_dtype
 from ..compiler.weights import Weights
+from ..passes.pipelines import module
 from ..runtime.driver import Driver, Executable
+from .compilation import graphs_by_stage, kernel_backend, run_passes
+from .importers.torch_export import import_program
+from .model import Compiled
+from .options import CompileOptions
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class ModuleReport:
     seconds: Mapping[str, float]
 
 
-class CompiledModule:
+class CompiledModule(Compiled):
     """Calls the program that fits the shapes of its arguments; one is built for each new binding
     of the dynamic dims.
     """
@@ -47,7 +55,7 @@ class CompiledModule:
     ) -> None:
         """`backend` makes what generates kernels for `target`, None for the cpu; `structure` is
         the pytree spec of what the module returns."""
-        self._graphs = dict(graphs)
+        self.graphs = graphs
         self._weights = weights
         self._target = target
         self._driver = driver
@@ -55,12 +63,6 @@ class CompiledModule:
         self._structure = structure
         self._programs: dict[tuple[int, ...], Executable] = {}
         self.report = report
-
-    def graph(self, which: str = "final") -> Graph:
-        """The IR as "traced", "final", or after the pass of that name. KeyError lists the names."""
-        if which not in self._graphs:
-            raise KeyError(f"no graph {which!r}; there are {', '.join(self._graphs)}")
-        return self._graphs[which]
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """What the module gives for `inputs`. ValueError when they do not fit."""
@@ -89,3 +91,58 @@ class CompiledModule:
 
 def _output_names(graph: Graph) -> Sequence[str]:
     return [f"out.{i}" for i in range(len(graph.outputs))]
+
+
+def compile_module(
+    source: torch.nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    dynamic_shapes: Any,
+    options: CompileOptions,
+    target: Target,
+    driver: Driver,
+    progress: Progress,
+) -> CompiledModule:
+    """Trace `source` with torch.export, to which `dynamic_shapes` goes, and run the passes."""
+    training = source.training
+    try:
+        with progress.timed("trace"), torch.no_grad():
+            program = export_program(
+                source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes
+            )
+            program = program.run_decompositions({})
+    finally:
+        source.train(training)
+    with progress.timed("import"):
+        imported = import_program(program, type(source).__name__, symbols=_bounds(program))
+        held = {n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
+        weights = Weights.of({**held, **program.state_dict}, "the module")
+    passes = module() if options.passes is None else options.passes
+    context = PassContext(target, weights)
+    results = run_passes(imported.graph, passes, context, options, progress)
+    return CompiledModule(
+        graphs_by_stage(imported.graph, results),
+        weights,
+        target,
+        driver,
+        partial(kernel_backend, target, progress),
+        ModuleReport(imported.graph.name, target.name, tuple(results), progress.seconds),
+        program.call_spec.out_spec,
+    )
+
+
+def _bounds(program: Any) -> dict[str, range]:
+    """The ranges of the program's symbols, in order of appearance in its inputs, as s0, s1, ..."""
+    seen: dict[Any, range] = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        for size in value.shape:
+            if isinstance(size, torch.SymInt):
+                for s in size.node.expr.free_symbols:
+                    limits = program.range_constraints.get(s)
+                    low = int(limits.lower) if limits is not None else 1
+                    high = limits.upper if limits is not None else 2**31
+                    top = int(high) if high.is_finite and high < 2**31 else 2**31
+                    seen.setdefault(s, range(max(low, 1), top + 1))
+    return {f"s{i}": bounds for i, bounds in enumerate(seen.values())}

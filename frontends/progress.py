@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Generator
+from contextlib import contextmanager
+from time import perf_counter
 
 from rich import progress
 from rich.console import Console
 
 
-class Progress:
-    """Shows the stage at hand, and how far it is, if `enabled` and stderr is a terminal."""
+class Progress(progress.Progress):
+    """Shows the stage at hand, and how far it is, if `enabled` and stderr is a terminal.
+
+    `seconds` is the wall time of each stage that was timed.
+    """
 
     def __init__(self, *, enabled: bool) -> None:
         console = Console(stderr=True)
-        self._bar = progress.Progress(
+        super().__init__(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -23,32 +28,25 @@ class Progress:
             transient=True,
             disable=not (enabled and console.is_terminal),
         )
-        self._task = self._bar.add_task("compiling", total=None)
+        self._stage = self.add_task("compiling", total=None)
+        self.seconds: dict[str, float] = {}
 
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+    @contextmanager
+    def timed(self, name: str) -> Generator[None]:
+        """A stage, shown and timed."""
+        self.stage(name)
+        start = perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
     def stage(self, name: str) -> None:
         """Say what happens now."""
-        self._bar.reset(self._task, total=None, description=f"compiling: {name}")
-
-    def expect(self, steps: int) -> None:
-        """The stage at hand has this many steps."""
-        self._bar.update(self._task, total=steps, completed=0)
+        self.reset(self._stage, total=None, description=f"compiling: {name}")
 
     def count(self, done: int, steps: int) -> None:
-        """So many of so many steps are done."""
-        self._bar.update(self._task, total=steps, completed=done)
+        """So many of so many steps of the stage are done."""
+        self.update(self._stage, total=steps, completed=done)
 
-    def advance(self) -> None:
-        """One step is done."""
-        self._bar.advance(self._task)
+    def done(self) -> None:
+        """One step more is done."""
+        self.advance(self._stage)

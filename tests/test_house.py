@@ -38,9 +38,11 @@ TOP_FOLDERS = {*ROOMS, "tests", "examples"}
 DOORS = {
     "__init__.py",
     "frontends/api.py",
+    "frontends/compilation.py",
     "frontends/cli/main.py",
     "frontends/drivers.py",
     "frontends/loading.py",
+    "frontends/options.py",
 }
 # The cpu driver computes with torch; the ranks of a tensor-parallel run on it exchange its tensors.
 RUNTIME_WITH_TORCH = {"runtime/devices/cpu.py", "runtime/devices/collectives.py"}

@@ -97,7 +97,7 @@ def _is_usage(error: Exception) -> bool:
         return False
     from ...codegen.lower import UnsupportedTarget
     from ..importers.source_error import SourceError
-    from ..model import NotYetError
+    from ..options import NotYetError
 
     usage = ValueError | NotYetError | UnsupportedTarget
     return isinstance(error, usage) and not isinstance(error, SourceError)

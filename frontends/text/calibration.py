@@ -82,7 +82,7 @@ class TextCalibration:
         return _Spool()
 
     def expect(self, matrices: int) -> None:
-        self.bar.expect(matrices)
+        self.bar.count(0, matrices)
 
     def advance(self) -> None:
-        self.bar.advance()
+        self.bar.done()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.serving.sampling import Sampling
 from ...runtime.serving.session import Session
+from ..options import GenerateKeywords, GenerateOptions, keywords_of
 from .completion import Completion, TextEvent, TextFollower
 from .tokenizer import Tokenizer
 
@@ -52,39 +52,52 @@ class TextModel:
         """The logits float32 [T, vocab] after each of T tokens of one sequence."""
         return self._session.logits(token_ids)
 
+    @overload
+    # A text is one prompt, though a str is an Iterable[str] too.
+    def generate(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        prompts: Prompt,
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateKeywords],
+    ) -> Completion: ...
+    @overload
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | int | Sequence[str | int] = (),
-        stream: bool = False,
+        prompts: Iterable[Prompt],
         *,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        logprobs: int = 0,
-    ) -> Any:
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateKeywords],
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        stream: Literal[True],
+        **options: Unpack[GenerateKeywords],
+    ) -> Iterator[TextEvent]: ...
+    @keywords_of(GenerateOptions)
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        stream: bool = False,
+        **options: Unpack[GenerateKeywords],
+    ) -> Completion | list[Completion] | Iterator[TextEvent]:
         """Continue one prompt or several together.
 
-        A prompt is text or token ids. `temperature` 0 takes the most likely token. `stop` holds
-        strings and token ids that end a completion, beside the model's own end-of-text tokens;
-        neither is part of the text (the tokens that spelled a stop string stay in `tokens`).
-        `logprobs` most likely tokens are reported beside each token.
-
-        One Completion for one prompt, a list for a list, with `stream` an iterator of TextEvent.
+        A prompt is text or token ids. The other keywords are the fields of GenerateOptions. One
+        Completion for one prompt, a list for a list, with `stream` an iterator of TextEvent.
         ValueError for a prompt that cannot be served (empty, unknown ids, too long): none is then.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        chosen = GenerateOptions(**options)
         given: Any = prompts if isinstance(prompts, str) else list(prompts)
         single = _is_prompt(given)
         rows = [self._ids(p) for p in ([given] if single else given)]
-        strings, ids = _split_stops(stop)
-        if strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none")
-        run = _Run(self, rows, max_new_tokens, sampling, strings, ids, logprobs)
+        if chosen.stop_strings and self.tokenizer is None:
+            raise ValueError("stop: strings need a tokenizer, and this model has none")
+        run = _Run(self, rows, chosen)
         if stream:
             return run.events()
         for _ in run.events():
@@ -107,14 +120,6 @@ def _is_prompt(prompts: Any) -> bool:
     return bool(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
 
 
-def _split_stops(stop: Any) -> tuple[list[str], list[int]]:
-    items = [stop] if isinstance(stop, str | int) else list(stop)
-    strings = [s for s in items if isinstance(s, str)]
-    if "" in strings:
-        raise ValueError("an empty stop string would stop everything")
-    return strings, [int(s) for s in items if not isinstance(s, str)]
-
-
 class _Run:
     """One call of generate: the sequences, their text, and their ends."""
 
@@ -122,24 +127,18 @@ class _Run:
         self,
         model: TextModel,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_strings: Sequence[str],
-        stop_ids: Iterable[int],
-        top_logprobs: int,
+        options: GenerateOptions,
     ) -> None:
         self._session = model.session
         self._sequences = self._session.requests(
             prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_tokens={*model.stop_tokens, *stop_ids},
-            top_logprobs=top_logprobs,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            stop_tokens={*model.stop_tokens, *options.stop_tokens},
+            top_logprobs=options.logprobs,
         )
-        tokenizer = model.tokenizer
-        self._followers = [
-            TextFollower(tokenizer.decoder() if tokenizer else None, stop_strings) for _ in prompts
-        ]
+        decoders = [model.tokenizer.decoder() if model.tokenizer else None for _ in prompts]
+        self._followers = [TextFollower(d, options.stop_strings) for d in decoders]
         self._index = {sequence.id: i for i, sequence in enumerate(self._sequences)}
 
     def events(self) -> Iterator[TextEvent]:

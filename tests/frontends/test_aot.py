@@ -30,7 +30,7 @@ from ingot.frontends.aot import export
 from ingot.frontends.cli.main import app
 from ingot.frontends.drivers import NoDriverError, driver_for, present_target
 from ingot.frontends.loading import LoadedModel, load
-from ingot.frontends.model import NotYetError
+from ingot.frontends.options import NotYetError
 from ingot.runtime.artifact import writer as ingot_writer
 from ingot.runtime.artifact.reader import FOLDED_GRAPH, IngotError, open_ingot
 from ingot.runtime.devices.check_program import ProgramError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ingot.codegen.entries import Choice
 from ingot.frontends.importers.torch_export import ImportFailure
-from ingot.frontends.model import NotYetError
+from ingot.frontends.options import NotYetError
 from ingot.runtime.devices.device_api import DriverMissingError
 from tiny_models import tiny_model
 

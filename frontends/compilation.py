@@ -1,0 +1,196 @@
+"""From a language model to a program: trace, passes, lowering; its weights are not loaded yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..codegen.entries import entry_name
+from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
+from ..compiler.ir import Graph
+from ..compiler.pipeline import Pass, PassContext, PassResult, run_pipeline
+from ..compiler.target import Target
+from ..compiler.torch_types import dtype_name, torch_dtype
+from ..compiler.validate import check_rewrite
+from ..passes.pipelines import causal_lm
+from ..passes.serving.insert_kv_cache import InsertKvCache
+from ..passes.serving.sample_on_device import output_names
+from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4
+from ..passes.transforms.shard_tensor_parallel import ShardTensorParallel
+from ..runtime.devices.collectives import ProcessGroup
+from .aot import Exportable
+from .cli.launches import chosen_entry
+from .model import Report, entry_sizes
+from .options import CompileOptions
+from .progress import Progress
+from .text.calibration import TextCalibration
+from .text.tokenizer import Tokenizer
+from .weight_report import PackingErrors, weight_reports
+
+if TYPE_CHECKING:
+    from ..codegen.kernel_backend import KernelBackend
+    from .importers.meta_model import PreTrainedModel
+
+
+def run_passes(
+    graph: Graph,
+    passes: Sequence[Pass],
+    context: PassContext,
+    options: CompileOptions,
+    progress: Progress,
+) -> list[PassResult]:
+    """`passes` in order, each rewritten region checked where the options say so."""
+    check = check_rewrite if options.verify else None
+    with progress.timed("passes"):
+        return run_pipeline(graph, passes, context, check=check, progress=progress.stage)
+
+
+def kernel_backend(
+    target: Target, progress: Progress, only: str | None = None
+) -> KernelBackend | None:
+    """What generates kernels for a GPU, of the entry `only` if one is named; None for the cpu."""
+    if not target.is_gpu:
+        return None
+    from ..codegen.kernel_backend import KernelBackend  # needs triton
+
+    return KernelBackend(target, progress.count, only)
+
+
+def graphs_by_stage(traced: Graph, results: Sequence[PassResult]) -> dict[str, Graph]:
+    """Every stage by name; "final" is the last."""
+    final = results[-1].graph if results else traced
+    return {"traced": traced, **{r.name: r.graph for r in results}, "final": final}
+
+
+@dataclass(frozen=True)
+class LoweredModel:
+    """A language model on its way: all but its weights, which no one has loaded yet."""
+
+    exportable: Exportable
+    graphs: Mapping[str, Graph]
+    tokenizer: Tokenizer | None
+    report: Callable[[], Report]  # with the errors of the weights that were loaded so far
+
+    @property
+    def weight_count(self) -> int:
+        buffers = self.exportable.lowered.program.buffers.values()
+        return sum(b.kind == "weight" for b in buffers)
+
+
+def lower_language_model(
+    source: str | Path | PreTrainedModel,
+    options: CompileOptions,
+    target: Target,
+    progress: Progress,
+    *,
+    group: ProcessGroup | None = None,
+    plan_only: bool = False,
+    entry: str | None = None,
+) -> LoweredModel:
+    """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels,
+    and whose weights need not be there."""
+    from .importers.huggingface import import_hugging_face  # needs transformers, which is an extra
+
+    if group and target.is_gpu:
+        raise UnsupportedTarget(
+            f"tensor_parallel: this version exchanges data between cpu processes only, not on "
+            f"{target.name}"
+        )
+    with progress.timed("trace and import"):
+        model = import_hugging_face(
+            source,
+            dtype=torch_dtype(str(options.dtype)) if options.dtype else None,
+            max_tokens=options.max_tokens_per_sequence,
+            weightless=plan_only,
+        )
+    passes = options.passes
+    if passes is None:
+        passes = causal_lm(
+            max_sequences=options.max_sequences,
+            max_tokens_per_sequence=model.max_tokens,
+            quantize=options.packing,
+            shard=ShardTensorParallel(group.ranks, group.rank) if group else None,
+            sample=target.is_gpu,
+        )
+    directory = None if isinstance(source, torch.nn.Module) else Path(source)
+    tokenizer = Tokenizer.open(directory) if directory else None
+    calibration = TextCalibration(tokenizer, model.max_tokens, progress)
+    context = PassContext(target, model.weights, calibration)
+    results = run_passes(model.graph, passes, context, options, progress)
+    graphs = graphs_by_stage(model.graph, results)
+    final = graphs["final"]
+    if (meta := context.facts.get(InsertKvCache.name)) is None:
+        raise ValueError(f"a serving pipeline has {InsertKvCache.name}, found none in passes=")
+    assert context.weights is not None
+    weights = context.weights
+    errors = PackingErrors()
+    with progress.timed("lower"):
+        bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
+        only = chosen_entry(list(map(entry_name, bindings)), entry) if plan_only else None
+        backend = kernel_backend(target, progress, only)
+        outputs = output_names(final)
+        lowered = lower(
+            final, weights, target, bindings, outputs, meta, errors.observe, group, backend
+        )
+    stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
+    if group:
+        group.agree(_exchanges(final, meta, stops))
+    exportable = Exportable(
+        lowered,
+        final,
+        model.config.model_type,
+        dtype_name(model.dtype),
+        frozenset(stops),
+        tokenizer.files if tokenizer else {},
+    )
+
+    def report() -> Report:
+        buffers = lowered.program.buffers.values()
+        return Report(
+            model_type=exportable.model_type,
+            target=target.name,
+            dtype=exportable.dtype,
+            passes=tuple(results),
+            entries=entry_sizes(lowered.program),
+            weight_bytes=sum(b.nbytes for b in buffers if b.kind == "weight"),
+            state_bytes=sum(b.nbytes for b in buffers if b.kind == "state"),
+            arena_bytes=lowered.program.arena_bytes,
+            unused=model.unused,
+            seconds=progress.seconds,
+            weights=weight_reports(context.facts.get(QuantizeMxfp4.name, ()), errors),
+            choices=tuple(lowered.choices),
+            kernels_built=len(lowered.program.kernels) - backend.from_cache if backend else 0,
+            kernels_cached=backend.from_cache if backend else 0,
+        )
+
+    return LoweredModel(exportable, graphs, tokenizer, report)
+
+
+def _exchanges(final: Graph, meta: Mapping[str, Any], stops: Iterable[int]) -> str:
+    """What must be the same on every rank: the collectives in order, and what steps depend on."""
+    lines = [
+        f"{node.op.name} {node.attrs} {node.types}" for node in final.nodes() if node.op.collective
+    ]
+    return "\n".join([*lines, str(sorted(meta.items())), str(sorted(stops))])
+
+
+def _eos(source: Any, config: Any) -> set[int]:
+    """The end-of-text ids of a model without a tokenizer: its generation config's and its own."""
+    found: set[int] = set()
+    for holder in (getattr(source, "generation_config", None), config, config.get_text_config()):
+        eos = getattr(holder, "eos_token_id", None)
+        found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    return found
+
+
+__all__ = [
+    "LoweredModel",
+    "graphs_by_stage",
+    "kernel_backend",
+    "lower_language_model",
+    "run_passes",
+]
