@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import sympy
 
+from .axes import Axes, AxisRule
 from .dtypes import DTYPES
 from .types import Dim, TensorType, Types, VerifyError, attr_symbols, evaluate, free_symbols
 
@@ -72,6 +73,8 @@ class Op:
     the planner may then donate those arguments' memory.
     `stored`, where given, is the form in which others read the op's result: they are priced by it.
     `domain` says, by position, which numbers stand in integer arguments, where that is not any.
+    `axes`, where given, is how dims of operands and results correspond (see axes.py): an op without
+    is opaque to passes that slice, gather, permute or shard.
     `collective` says that ranks exchange data: `reference` takes a `communicator` beside attrs.
     """
 
@@ -80,6 +83,7 @@ class Op:
     reference: Callable[..., tuple[Any, ...]]
     cost: Callable[..., Cost] = moved_bytes
     samples: tuple[Sample, ...] = ()
+    axes: AxisRule | None = None
     tolerance: Tolerance = Tolerance()
     commutative: bool = False
     inplace: Callable[..., None] | None = None
@@ -162,6 +166,12 @@ class Node:
         """Whether a symbol stands in the node's types or attributes."""
         shapes = any(free_symbols(t.shape) for t in self.types)
         return shapes or any(attr_symbols(v) for v in self.attrs.values())
+
+    @property
+    def axes(self) -> Axes | None:
+        """How dims of operands and results correspond; None for an op without an axis rule."""
+        rule = self.op.axes
+        return rule(tuple(a.type for a in self.args), self.types, self.attrs) if rule else None
 
     @property
     def cost(self) -> Cost:

@@ -17,6 +17,7 @@ from typing import Any
 import sympy
 import torch
 
+from ..axes import AxisRule, elementwise, rule
 from ..ir import Op
 from ..torch_types import torch_dtype, type_of
 from ..types import (
@@ -47,6 +48,18 @@ def overload_of(name: str) -> Any:
     return getattr(packet, parts[2])
 
 
+# Operators whose dims correspond in ways that torch has no tag for.
+_AXES: Mapping[str, AxisRule] = {
+    "aten.polar.default": elementwise,
+    "aten.view_as_complex.default": rule("x[*,c] -> [*]; c whole"),
+    "aten.view_as_real.default": rule("x[*] -> [*,c]; c whole"),
+}
+
+
+def _axes_of(name: str, overload: Any) -> AxisRule | None:
+    return elementwise if torch.Tag.pointwise in overload.tags else _AXES.get(name)
+
+
 @cache
 def aten_op(name: str) -> Op:
     """The op for `aten.<packet>.<overload>`, registered on first use.
@@ -64,7 +77,7 @@ def aten_op(name: str) -> Op:
         device = tensors[0].device if tensors and isinstance(tensors[0], torch.Tensor) else "cpu"
         return _results(_call(overload, iter(tensors), attrs, device))
 
-    return Op(name, infer, reference)
+    return Op(name, infer, reference, axes=_axes_of(name, overload))
 
 
 def _results(result: Any) -> tuple[Any, ...]:

@@ -9,14 +9,16 @@ to nothing (its result is 0).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..axes import Axes, rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
-from ..types import TensorType, Types, VerifyError
+from ..types import Dim, TensorType, Types, VerifyError
 from .linear import product
 
 # Query tokens whose scores are held at once by the references.
@@ -127,6 +129,7 @@ attention = Op(
         Sample((_Q, _K, _V), {"scale": 0.3, "softcap": 2.0}),
         Sample((_Q, _K, _V), {"scale": 0.3, "causal": False}),
     ),
+    axes=rule("q[t,(g r),d] k[s,g,d] v[s,g,v] sinks[(g r)]? -> [t,(g r),v]; t s d whole"),
 )
 
 
@@ -194,6 +197,19 @@ def _append_cost(args: Types, results: Types, **attrs: Any) -> Cost:
     return Cost(0, sum((2 * t.nbytes for t in rows), 0))
 
 
+def _append_axes(args: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    """caches[p,z,...] rows[t,...] slots[t] positions[t] page_table[n,m] -> [p,z,...]"""
+    names = [tuple(f"{i}.{j}" for j in range(cache.rank - 2)) for i, cache in enumerate(results)]
+    caches = tuple(tuple((n,) for n in ("p", "z", *own)) for own in names)
+    rows = tuple(tuple((n,) for n in ("t", *own)) for own in names)
+    sizes: dict[str, Dim] = {}
+    for own, cache in zip(names, results, strict=True):
+        sizes.update(zip(("p", "z", *own), cache.shape, strict=True))
+    sizes.update(t=args[-2].shape[0], n=args[-1].shape[0], m=args[-1].shape[1])
+    index = ((("t",),), (("t",),), (("n",), ("m",)))
+    return Axes((*caches, *rows, *index), caches, sizes, whole=frozenset("pztnm"))
+
+
 _CACHE, _INDEX = TensorType("f32", (6, 4, 2, 8)), TensorType("i32", (7,))
 _TABLE = TensorType("i32", (2, 3))
 kv_append = Op(
@@ -202,6 +218,7 @@ kv_append = Op(
     _append_reference,
     _append_cost,
     inplace=_append_inplace,
+    axes=_append_axes,
 )
 
 
@@ -308,4 +325,13 @@ def _cached_cost(args: Types, results: Types, **attrs: Any) -> Cost:
     return Cost(flops, q.nbytes + results[0].nbytes + cache)
 
 
-cached_attention = Op("cached_attention", _cached_infer, _cached_reference, _cached_cost)
+cached_attention = Op(
+    "cached_attention",
+    _cached_infer,
+    _cached_reference,
+    _cached_cost,
+    axes=rule(
+        "q[t,(g r),d] k_cache[p,z,g,d] v_cache[p,z,g,v] slots[t] positions[t] page_table[n,m] "
+        "sinks[(g r)]? -> [t,(g r),v]; p z n m d whole"
+    ),
+)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..axes import along_dim, elementwise
 from ..dtypes import FLOATS
 from ..ir import Op, Sample
 from ..torch_types import wide
@@ -81,6 +82,7 @@ all_reduce = Op(
     _all_reduce_reference,
     samples=(Sample((_T,), {"ranks": 1}),),
     collective=True,
+    axes=elementwise,
 )
 
 
@@ -106,4 +108,5 @@ all_gather = Op(
     _all_gather_reference,
     samples=(Sample((_T,), {"dim": -1, "ranks": 1}), Sample((_T,), {"dim": 0, "ranks": 1})),
     collective=True,
+    axes=along_dim(),
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
@@ -122,6 +123,10 @@ fused_linear = Op(
     _linear_reference,
     _linear_cost,
     _samples(LINEAR_OPTIONS, _N, {"residual": TensorType("f32", (3, _N))}),
+    axes=rule(
+        "x[*,k] weight[n,k] norm[k]? delta[*,k]? post_norm[k]? +bias[n]? +residual[*,n]? "
+        "-> [*,n], [*,k]; k sum; k whole if norm delta"
+    ),
 )
 
 
@@ -187,6 +192,10 @@ gated_linear = Op(
         *(Sample((_X, TensorType("f32", (2 * _N, _K))), {"activation": a}) for a in ACTIVATIONS),
         *_samples(("norm", "bias"), 2 * _N, {}, activation=CLAMPED, alpha=1.702, limit=7.0),
     ),
+    axes=rule(
+        "x[*,k] weight[(g i),k] norm[k]? delta[*,k]? post_norm[k]? bias[(g i)]? "
+        "-> [*,i], [*,k]; k dot; k whole if norm delta; g whole"
+    ),
 )
 
 
@@ -228,4 +237,5 @@ add_rms_norm = Op(
     _add_norm_cost,
     (Sample((_X, _X, _V), {"eps": 1e-6}),),
     collective=True,
+    axes=rule("x[*,k] delta[*,k] weight[k] -> [*,k], [*,k]; k whole"),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype
@@ -119,5 +120,9 @@ moe_gating = Op(
                 "post_eps": 1e-6,
             },
         ),
+    ),
+    axes=rule(
+        "x[t,k] weight[e,k] norm[k]? delta[t,k]? post_norm[k]? bias[e]? correction[e]? "
+        "-> [t,j], [t,j], [t,k], [t,k]; k dot; k whole if norm delta; e j whole"
     ),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..axes import elementwise
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
@@ -79,4 +80,5 @@ glu = Op(
         *(Sample((_X, _X), {"activation": a}) for a in ACTIVATIONS),
         Sample((_X, _X), {"activation": CLAMPED, "alpha": 1.702, "limit": 7.0}),
     ),
+    axes=elementwise,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
@@ -52,4 +53,5 @@ hadamard = Op(
         Sample((TensorType("bf16", (2, 3, 8)),), {"block": 4}),
         Sample((TensorType("f32", (5,)),), {"block": 1}),
     ),
+    axes=rule("x[*,(b block)] -> [*,(b block)]; block whole"),
 )

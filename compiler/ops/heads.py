@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..axes import Axes, rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
@@ -148,6 +150,18 @@ def _heads_cost(args: Types, results: Types, **attrs: Any) -> Cost:
     return Cost(dim(flops), sum((t.nbytes for t in (*args, *results)), 0))
 
 
+def _heads_axes(args: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    """x[t,k] weight[n,k] … -> [t,h,d] of each part, then s [t,k]."""
+    parts = range(len(attrs["heads"]))
+    norms = " ".join(f"norm_{i}[w{i}]?" for i in parts)
+    made = ", ".join((*(f"[t,h{i},d{i}]" for i in parts), "[t,k]"))
+    own = " ".join(f"h{i} d{i} w{i}" for i in parts)
+    return rule(
+        f"x[t,k] weight[n,k] norm[k]? delta[t,k]? post_norm[k]? bias[n]? {norms} cos[t,r]? "
+        f"sin[t,r]? -> {made}; k dot; k whole if norm delta; n r {own} whole"
+    )(args, results, attrs)
+
+
 _X, _W = TensorType("f32", (5, 8)), TensorType("f32", (24, 8))
 _K, _D, _N, _TABLE = (TensorType("f32", s) for s in ((8,), (4,), (24,), (5, 2)))
 _QKV = {"heads": (3, 2, 1), "dims": (4, 4, 4)}
@@ -200,4 +214,5 @@ project_heads = Op(
             },
         ),
     ),
+    axes=_heads_axes,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..axes import batched_matmul, rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
@@ -76,6 +77,7 @@ linear = Op(
         Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)))),
         Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)), TensorType("f32", (5,)))),
     ),
+    axes=rule("x[*,k] weight[n,k] +bias[n]? -> [*,n]; k sum"),
 )
 
 
@@ -102,6 +104,7 @@ head_linear = Op(
     _head_linear_reference,
     _linear_cost,
     (Sample((TensorType("f32", (5, 3, 8)), TensorType("f32", (3, 6, 8)))),),
+    axes=rule("x[t,h,k] weight[h,n,k] -> [t,h,n]; k sum"),
 )
 
 
@@ -130,6 +133,7 @@ matmul = Op(
     _matmul_reference,
     _matmul_cost,
     (Sample((TensorType("f32", (2, 3, 4)), TensorType("f32", (2, 4, 5)))),),
+    axes=batched_matmul,
 )
 
 
@@ -155,4 +159,5 @@ embedding = Op(
     _embedding_reference,
     _embedding_cost,
     (Sample((TensorType("i32", (3,)), TensorType("f32", (7, 4))), high=7),),
+    axes=rule("ids[*] table[v,d] -> [*,d]; v by ids"),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..types import TensorType, Types, VerifyError
@@ -81,6 +82,7 @@ mla_attention = Op(
             (TensorType("f32", (7, 1, 3)), TensorType("f32", (7, 1, 2)), _WIDE_ROWS), {"scale": 1.0}
         ),
     ),
+    axes=rule("q_latent[t,h,r] q_pe[t,h,p] latent[s,c] -> [t,h,r]; t s r p c whole"),
 )
 
 
@@ -132,7 +134,16 @@ def _cached_cost(args: Types, results: Types, **attrs: Any) -> Cost:
     return Cost(_flops(args, results, page_table.shape[1] * cache.shape[1]), moved)
 
 
-cached_mla_attention = Op("cached_mla_attention", _cached_infer, _cached_reference, _cached_cost)
+cached_mla_attention = Op(
+    "cached_mla_attention",
+    _cached_infer,
+    _cached_reference,
+    _cached_cost,
+    axes=rule(
+        "q_latent[t,h,r] q_pe[t,h,q] cache[p,z,c] slots[t] positions[t] page_table[n,m] "
+        "-> [t,h,r]; p z n m r q c whole"
+    ),
+)
 
 
 # ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe) of c_kv ‖ k_pe, each rounded once
@@ -190,4 +201,5 @@ mla_latent = Op(
     _latent_reference,
     _latent_cost,
     tuple(Sample((_KV, _NORM, _TABLE, _TABLE), {"eps": 1e-6, "form": form}) for form in FORMS),
+    axes=rule("kv[t,c] norm_weight[r] cos[t,f] sin[t,f] -> [t,c]; c r f whole"),
 )

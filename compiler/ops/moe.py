@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype, wide
@@ -134,6 +135,7 @@ router = Op(
             },
         ),
     ),
+    axes=rule("logits[t,e] bias[e]? -> [t,j], [t,j]; e j whole"),
 )
 
 
@@ -274,5 +276,9 @@ experts = Op(
             {"activation": "gelu_tanh", "residual": True},
             high=4,
         ),
+    ),
+    axes=rule(
+        "x[t,c] weights[t,j] indices[t,j] gate_up[e,(g i),c] down[e,d,i] gate_up_bias[e,(g i)]? "
+        "+down_bias[e,d]? +residual[t,d]? -> [t,d]; i sum; c dot; d g j whole; e by indices"
     ),
 )

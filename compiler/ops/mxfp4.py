@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Node, Op, Sample, Tolerance
 from ..microscaling import GROUPS, SCALE_RULES, decode, encode
@@ -74,6 +75,7 @@ mxfp4 = Op(
     stored=_stored,
     # Any two codes; of the scales those of weights, 2^-6 to 1.
     domain={0: range(256), 1: range(121, 128)},
+    axes=rule("codes[*,(b c)] scales[*,b] -> [*,(b w)]; c w whole"),
 )
 
 
@@ -107,4 +109,5 @@ mxfp4_encode = Op(
     # Of what the codes stand for: an element is off by a sixth of its block's largest at most, or a
     # quarter where that is cut.
     tolerance=Tolerance(f64=0.033, f32=0.033, f16=0.033, bf16=0.033),
+    axes=rule("w[*,(b w)] -> [*,(b c)], [*,b]; w c whole"),
 )

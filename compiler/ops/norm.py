@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..torch_types import wide
@@ -56,6 +57,7 @@ rms_norm = Op(
     _rms_norm_reference,
     _norm_cost,
     (Sample((_X, _W), {"eps": 1e-6}), Sample((_X,), {"eps": 1e-5})),
+    axes=rule("x[*,d] weight[d]? -> [*,d]; d whole"),
 )
 
 
@@ -86,4 +88,5 @@ layer_norm = Op(
     _layer_norm_reference,
     _norm_cost,
     (Sample((_X, _W, _W), {"eps": 1e-5}), Sample((_X, _W), {"eps": 1e-5})),
+    axes=rule("x[*,d] weight[d]? bias[d]? -> [*,d]; d whole"),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..axes import elementwise
 from ..dtypes import DTYPES, FLOATS, INTEGERS
 from ..ir import Cost, Op, Sample, Tolerance
 from ..torch_types import torch_dtype, wide
@@ -53,7 +54,9 @@ def _unary(name: str, torch_op: Callable[[Any], Any], **options: Any) -> Op:
     def reference(x: Any) -> tuple[Any, ...]:
         return (torch_op(x),)
 
-    return Op(name, _unary_infer(name), reference, _cost, (Sample((_T,)),), **options)
+    return Op(
+        name, _unary_infer(name), reference, _cost, (Sample((_T,)),), axes=elementwise, **options
+    )
 
 
 # torch computes sigmoid, silu and gelu in other code for the numbers left over after the last full
@@ -115,6 +118,7 @@ gelu = Op(
     _gelu_reference,
     _cost,
     (Sample((_T,), {"approximate": "tanh"}), Sample((_T,), {"approximate": "none"})),
+    axes=elementwise,
 )
 
 
@@ -134,6 +138,7 @@ clamp = Op(
     _clamp_reference,
     _cost,
     (Sample((_T,), {"min": -0.5, "max": 0.5}), Sample((_T,), {"min": 0.0, "max": math.inf})),
+    axes=elementwise,
 )
 
 
@@ -153,6 +158,7 @@ cast = Op(
     _cast_reference,
     _cost,
     (Sample((_T,), {"dtype": "bf16"}), Sample((TensorType("i64", (4,)),), {"dtype": "f32"})),
+    axes=elementwise,
 )
 
 
@@ -167,7 +173,12 @@ def _not_reference(x: torch.Tensor) -> tuple[torch.Tensor]:
 
 
 logical_not = Op(
-    "logical_not", _not_infer, _not_reference, _cost, (Sample((TensorType("bool", (4,)),)),)
+    "logical_not",
+    _not_infer,
+    _not_reference,
+    _cost,
+    (Sample((TensorType("bool", (4,)),)),),
+    axes=elementwise,
 )
 
 
@@ -203,7 +214,7 @@ def _binary(
         return (torch_op(x, y),)
 
     infer = _binary_infer(name, compare, dtypes)
-    return Op(name, infer, reference, _cost, samples, commutative=commutative)
+    return Op(name, infer, reference, _cost, samples, axes=elementwise, commutative=commutative)
 
 
 _BOOLS = (Sample((TensorType("bool", (3, 5)), TensorType("bool", (5,)))),)
@@ -260,6 +271,7 @@ where = Op(
     _where_reference,
     _cost,
     (Sample((TensorType("bool", (3, 5)), _T, _ROW)),),
+    axes=elementwise,
 )
 
 UNARY = (neg, abs_, exp, log, sqrt, rsqrt, sin, cos, tanh, sigmoid, silu, relu)

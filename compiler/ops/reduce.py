@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..axes import AxisRule, along_dim
 from ..dtypes import FLOATS, INTEGERS
 from ..ir import Cost, Op, Sample
 from ..types import TensorType, Types, VerifyError
@@ -30,17 +31,17 @@ def _reduce_infer(name: str) -> Callable[..., Types]:
     return infer
 
 
-def _reduce(name: str, torch_op: Callable[..., Any]) -> Op:
+def _reduce(name: str, torch_op: Callable[..., Any], axes: AxisRule) -> Op:
     def reference(x: torch.Tensor, *, dim: int, keepdim: bool) -> tuple[torch.Tensor]:
         return (torch_op(x, dim=dim, keepdim=keepdim),)
 
     samples = tuple(Sample((_T,), {"dim": d, "keepdim": k}) for d, k in ((-1, True), (0, False)))
-    return Op(name, _reduce_infer(name), reference, _cost, samples)
+    return Op(name, _reduce_infer(name), reference, _cost, samples, axes=axes)
 
 
-sum_ = _reduce("sum", torch.sum)
-mean = _reduce("mean", torch.mean)
-amax = _reduce("amax", torch.amax)
+sum_ = _reduce("sum", torch.sum, along_dim("sum"))
+mean = _reduce("mean", torch.mean, along_dim())
+amax = _reduce("amax", torch.amax, along_dim())
 
 
 def _softmax_infer(x: TensorType, *, dim: int) -> Types:
@@ -54,7 +55,14 @@ def _softmax_reference(x: torch.Tensor, *, dim: int) -> tuple[torch.Tensor]:
     return (torch.softmax(x, dim),)
 
 
-softmax = Op("softmax", _softmax_infer, _softmax_reference, _cost, (Sample((_T,), {"dim": -1}),))
+softmax = Op(
+    "softmax",
+    _softmax_infer,
+    _softmax_reference,
+    _cost,
+    (Sample((_T,), {"dim": -1}),),
+    axes=along_dim(),
+)
 
 
 def _topk_infer(x: TensorType, *, k: int, dim: int) -> Types:
@@ -73,4 +81,11 @@ def _topk_reference(x: torch.Tensor, *, k: int, dim: int) -> tuple[torch.Tensor,
     return tuple(torch.topk(x, k, dim))
 
 
-topk = Op("topk", _topk_infer, _topk_reference, _cost, (Sample((_T,), {"k": 2, "dim": -1}),))
+topk = Op(
+    "topk",
+    _topk_infer,
+    _topk_reference,
+    _cost,
+    (Sample((_T,), {"k": 2, "dim": -1}),),
+    axes=along_dim(),
+)

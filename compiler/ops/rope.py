@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample, Tolerance
 from ..torch_types import torch_dtype, wide
@@ -54,6 +55,7 @@ rope_tables = Op(
         ),
     ),
     tolerance=Tolerance(f32=1e-4),
+    axes=rule("positions[t] inv_freq[f] -> [t,f], [t,f]"),
 )
 
 
@@ -111,4 +113,5 @@ rope = Op(
         ),
         Sample((TensorType("f32", (5, 8)), _TABLE, _TABLE), {"form": "deinterleaved"}),
     ),
+    axes=rule("x[t,*,d] cos[t,r] sin[t,r] -> [t,*,d]; d r whole"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Sample
 from ..types import TensorType, Types, VerifyError, dim
@@ -153,5 +154,9 @@ sample = Op(
         Sample(_row_types("f32", 9, 40), {"candidates": 5}, high=8),
         Sample(_row_types("bf16", 4, 7), {"candidates": 7}, high=2**31 - 1),
         Sample(_row_types("f32", 6, 32), {}, high=3),
+    ),
+    axes=rule(
+        "logits[l,v] temperature[l] top_k[l] top_p[l] min_p[l] penalty[l] draw[l] seen[l,w] top[l] "
+        "-> [l], [l], [l,c], [l,c]; v w c whole"
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..axes import along_dim, elementwise, permuted, reshaped, rule
 from ..dtypes import DTYPES, FLOATS, INTEGERS
 from ..ir import Cost, Op, Sample
 from ..torch_types import torch_dtype
@@ -44,7 +45,14 @@ def _view_reference(x: torch.Tensor, *, shape: tuple[int, ...]) -> tuple[torch.T
     return (x.reshape(shape),)
 
 
-view = Op("view", _view_infer, _view_reference, _free, (Sample((_T,), {"shape": (2, 2, 6)}),))
+view = Op(
+    "view",
+    _view_infer,
+    _view_reference,
+    _free,
+    (Sample((_T,), {"shape": (2, 2, 6)}),),
+    axes=reshaped,
+)
 
 
 # ---- permute
@@ -61,7 +69,11 @@ def _permute_reference(x: torch.Tensor, *, dims: tuple[int, ...]) -> tuple[torch
 
 
 permute = Op(
-    "permute", _permute_infer, _permute_reference, samples=(Sample((_T,), {"dims": (1, 0)}),)
+    "permute",
+    _permute_infer,
+    _permute_reference,
+    samples=(Sample((_T,), {"dims": (1, 0)}),),
+    axes=permuted,
 )
 
 
@@ -84,6 +96,7 @@ expand = Op(
     _expand_infer,
     _expand_reference,
     samples=(Sample((TensorType("f32", (4, 1)),), {"shape": (2, 4, 3)}),),
+    axes=elementwise,
 )
 
 
@@ -131,6 +144,7 @@ slice_ = Op(
         Sample((_T,), {"dim": 1, "start": 1, "stop": 5}),
         Sample((_T,), {"dim": 1, "start": 0, "stop": 6, "step": 2}),
     ),
+    axes=along_dim(),
 )
 
 
@@ -157,6 +171,7 @@ slice_scatter = Op(
     _scatter_infer,
     _scatter_reference,
     samples=(Sample((_T, TensorType("f32", (4, 2))), {"dim": 1, "start": 1, "stop": 3}),),
+    axes=along_dim(),
 )
 
 
@@ -179,7 +194,13 @@ def _cat_reference(*xs: torch.Tensor, dim: int) -> tuple[torch.Tensor]:
     return (torch.cat(xs, dim),)
 
 
-cat = Op("cat", _cat_infer, _cat_reference, samples=(Sample((_T, _T), {"dim": -1}),))
+cat = Op(
+    "cat",
+    _cat_infer,
+    _cat_reference,
+    samples=(Sample((_T, _T), {"dim": -1}),),
+    axes=along_dim(),
+)
 
 
 # ---- tensors out of nothing
@@ -200,6 +221,7 @@ full = Op(
     _full_infer,
     _full_reference,
     samples=(Sample((), {"value": 2.5, "shape": (2, 3), "dtype": "f32"}),),
+    axes=elementwise,
 )
 
 
@@ -218,6 +240,7 @@ arange = Op(
     _arange_infer,
     _arange_reference,
     samples=(Sample((), {"start": 0, "stop": 5, "step": 1, "dtype": "i64"}),),
+    axes=rule("-> [n]; n whole"),
 )
 
 
@@ -244,6 +267,7 @@ take = Op(
     _take_reference,
     _take_cost,
     (Sample((_T, TensorType("i32", (3,))), high=4),),
+    axes=rule("x[v,*] rows[n] -> [n,*]; v by rows"),
 )
 
 
@@ -266,4 +290,5 @@ gather = Op(
     _gather_infer,
     _gather_reference,
     samples=(Sample((_T, TensorType("i64", (4, 2))), {"dim": -1}, high=6),),
+    axes=along_dim(),
 )

@@ -6,46 +6,17 @@ attention is token-wise. What counts rows, shifts them or sums over them would b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...compiler.axes import Dims
 from ...compiler.interpret import compute, random_tensor
-from ...compiler.ir import Node, Op, Value
-from ...compiler.ops import (
-    collective,
-    fused,
-    gating,
-    glu,
-    hadamard,
-    heads,
-    linear,
-    mla,
-    moe,
-    norm,
-    pointwise,
-    reduce,
-    rope,
-    shape,
-)
+from ...compiler.ir import Node, Value
 from ...compiler.ops.leaf import param
 from ...compiler.types import TensorType, VerifyError, free_symbols
 
-# Each row of these is made of the operands' rows, wherever those have rows at all.
-_ROW_BY_ROW: frozenset[Op] = pointwise.POINTWISE | {
-    *(shape.view, shape.permute, shape.expand, shape.full),
-    *(linear.linear, linear.head_linear, linear.matmul, norm.rms_norm, norm.layer_norm, glu.glu),
-    *(rope.rope, rope.rope_tables, mla.mla_latent, moe.router, moe.experts),
-    *(fused.fused_linear, fused.gated_linear, fused.add_rms_norm),
-    *(heads.project_heads, gating.moe_gating, collective.all_reduce),
-    hadamard.hadamard,
-}
-# These work along attrs["dim"], those look up rows of their table.
-_ALONG: frozenset[Op] = frozenset(
-    (reduce.mean, reduce.sum_, reduce.amax, reduce.softmax, reduce.topk)
-    + (shape.slice_, shape.slice_scatter, shape.cat, shape.gather, collective.all_gather)
-)
-_TABLE = {linear.embedding: 1, shape.take: 0}
 _PROBE_TOKENS = 5
 
 
@@ -53,7 +24,7 @@ def mixes_tokens(node: Node, tokens: str) -> str | None:
     """Why `node` may mix tokens or count them, None if it works on each alone.
 
     `tokens` is the symbol T. A value with tokens has them as its first dim, but for unit dims; one
-    without does not speak of T.
+    without does not speak of T. An op without an axis rule is tried on numbers.
     """
     if node.op is param:
         return None
@@ -65,15 +36,23 @@ def mixes_tokens(node: Node, tokens: str) -> str | None:
         return None
     if not all(_has_rows(t, tokens) for t in results):
         return "its result is over all tokens"
-    if node.op in _ROW_BY_ROW:
-        return None
-    if node.op in _ALONG:
-        along = node.attrs["dim"] % operands[0].rank
-        return "it works along the tokens" if along == _axis(operands[0], tokens) else None
-    if node.op in _TABLE:
-        table = operands[_TABLE[node.op]]
-        return "it looks tokens up in other tokens" if _has_rows(table, tokens) else None
-    return _probed(node, tokens)
+    axes = node.axes
+    if axes is None:
+        return _probed(node, tokens)
+    read = _labels(operands, axes.operands, tokens)
+    made = _labels(results, axes.results, tokens)
+    if read & axes.by.keys():
+        return "it looks tokens up in other tokens"
+    if read & (axes.whole | axes.sums):
+        return "it works along the tokens"
+    alone = len(made) == 1 and made >= read and all(map(axes.is_plain, made))
+    return None if alone else "its rows depend on one another or on their number"
+
+
+def _labels(types: Sequence[TensorType], dims: Sequence[Dims], tokens: str) -> set[str]:
+    """The labels of the dims that count the tokens."""
+    axes = ((d, _axis(t, tokens)) for t, d in zip(types, dims, strict=True) if _has_rows(t, tokens))
+    return {label for d, axis in axes if axis is not None for label in d[axis]}
 
 
 def _has_rows(type_: TensorType, tokens: str) -> bool:

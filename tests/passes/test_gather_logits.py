@@ -90,7 +90,7 @@ def test_moves_before_both_operands() -> None:
 def test_moves_before_experts() -> None:
     lines = "%w = softmax(%z, dim=1)\n%r = experts(%x, %w, %i, @up, @down, activation='silu')"
     after, _ = gathered("%z = slice(%y, dim=1, start=0, stop=2)\n" + lines)
-    assert taken(after) == ["i", "softmax", "x"]
+    assert taken(after) == ["i", "x", "y"]
 
 
 def test_stops_at_attention() -> None:
@@ -103,10 +103,19 @@ def test_stops_at_attention() -> None:
     ("lines", "reason"),
     [
         ("%a = view(%x, shape=[4*T, 2])\n%r = exp(%a)", "does not keep the rows"),
+        (
+            "%a = view(%x, shape=[4*T, 2])\n%b = exp(%a)\n%r = view(%b, shape=[T, 8])",
+            "does not keep the rows",
+        ),
         ("%a = slice(%x, dim=0, start=0, stop=1)\n%r = add(%a, %y)", "does not have the rows"),
         ("%r = slice(%x, dim=0, start=0, stop=T)", "it works along the rows"),
     ],
-    ids=["a view that mixes rows", "an operand without the rows", "a slice of rows"],
+    ids=[
+        "a view that mixes rows",
+        "a view that makes rows of several",
+        "an operand without the rows",
+        "a slice of rows",
+    ],
 )
 def test_declines(lines: str, reason: str) -> None:
     after, declined = gathered(lines)

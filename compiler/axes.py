@@ -1,0 +1,351 @@
+"""Axis rules: how the dims of an op's operands and results correspond, as an einsum says it.
+
+    x[*,k] weight[n,k] +bias[n]? -> [*,n]; k sum
+
+gives each operand and each result a label a dim. A label is *plain* unless a clause says otherwise:
+index i of a result is computed from index i of operands, so that the dim may be sliced, gathered
+and permuted. `*` is any number of dims, plain and *free*: the op takes any number of them, so that
+unit dims among them may be left out. `(a b)` is a dim made of two, a major: rows of gates and then
+of ups are `(g i)`, query heads that share key/value heads `(g r)`. `?` is an operand that may be
+absent. Clauses:
+
+    k sum        contracted: results of parts of k add up to the result, where an operand marked `+`
+                 (a bias) takes part in one of them alone
+    k dot        contracted, with something behind it that is not linear
+    k whole      the op works along it: a norm, a softmax, a sort, positions that attend to others
+    v by ids     indices of it stand in the operand `ids`
+    k whole if norm    a clause for nodes that have this operand
+
+The size of a label is that of its dims; in a dim made of several it follows from the others, or
+from an integer attribute of that name. Where dims follow from attributes, a function is the rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd, prod
+from typing import Any
+
+import sympy
+
+from .types import Dim, Shape, Types, dim
+
+# The labels that a dim is made of, major first; none for a unit dim that corresponds to nothing.
+# `~x` is a unit dim that is broadcast along x.
+Factors = tuple[str, ...]
+Dims = tuple[Factors, ...]
+_TERM = re.compile(r"(\+?)(\w*)\[([^\]]*)\](\??)")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How the dims of one node correspond.
+
+    `along` is the label of the dim that the attribute `dim` counts to.
+    """
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    sizes: Mapping[str, Dim]
+    sums: frozenset[str] = frozenset()
+    dots: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    free: frozenset[str] = frozenset()
+    by: Mapping[str, int] = field(default_factory=dict[str, int])
+    added: frozenset[int] = frozenset()
+    along: str | None = None
+
+    def is_plain(self, label: str) -> bool:
+        """Whether each index of `label` is computed by itself."""
+        special = label in self.sums or label in self.dots or label in self.whole
+        return not special and label not in self.by and not label.startswith("~")
+
+    def size(self, factors: Factors) -> Dim:
+        return dim(prod(self.sizes[f] for f in factors))
+
+
+AxisRule = Callable[[Types, Types, Mapping[str, Any]], Axes]
+
+
+def position(dims: Dims, label: str) -> int | None:
+    """The dim that `label` is a factor of."""
+    return next((i for i, factors in enumerate(dims) if label in factors), None)
+
+
+@dataclass(frozen=True)
+class _Term:
+    name: str
+    dims: tuple[str, ...]
+    optional: bool
+    added: bool
+
+
+def _terms(text: str) -> tuple[_Term, ...]:
+    if _TERM.sub("", text).strip(" ,"):
+        raise ValueError(f"axis rule: expected name[labels] …, found {text.strip()!r}")
+    return tuple(
+        _Term(
+            name, tuple(d.strip() for d in dims.split(",") if d.strip()), bool(optional), bool(plus)
+        )
+        for plus, name, dims, optional in _TERM.findall(text)
+    )
+
+
+def rule(text: str) -> AxisRule:
+    """The rule that `text` says; ValueError where it is none."""
+    head, *clauses = (part.strip() for part in text.split(";"))
+    operands, results = map(_terms, head.split("->"))
+    kinds: list[tuple[str, str, str]] = []
+    for clause in clauses:
+        found = re.fullmatch(r"([\w ]+?) (?:(sum|dot|whole)|by (\w+))(?: if ([\w ]+))?", clause)
+        if not found:
+            raise ValueError(
+                f"axis rule: expected '<labels> sum | dot | whole | by <operand>', found {clause!r}"
+            )
+        labels, kind, table, condition = found.groups()
+        kinds += [(n, kind or f"by {table}", condition or "") for n in labels.split()]
+
+    def axes(types: Types, given: Types, attrs: Mapping[str, Any]) -> Axes:
+        present = _present(operands, types, attrs)
+        stars = _stars(present, types)
+        read = [_dims(t.dims, stars) for t in present]
+        made = [_dims(t.dims, stars) for t in results[: len(given)]]
+        names = [t.name for t in present]
+        by_kind: dict[str, set[str]] = {"sum": set(), "dot": set(), "whole": set()}
+        by: dict[str, int] = {}
+        for label, kind, condition in kinds:
+            if condition and not any(n in names for n in condition.split()):
+                continue
+            for others in by_kind.values():
+                others.discard(label)
+            if kind in by_kind:
+                by_kind[kind].add(label)
+            else:
+                by[label] = names.index(kind.removeprefix("by "))
+        return Axes(
+            tuple(read),
+            tuple(made),
+            _sizes(zip((*read, *made), (*types, *given), strict=True), attrs),
+            sums=frozenset(by_kind["sum"]),
+            dots=frozenset(by_kind["dot"]),
+            whole=frozenset(by_kind["whole"]),
+            free=frozenset(map(_star, range(stars))),
+            by=by,
+            added=frozenset(i for i, t in enumerate(present) if t.added),
+        )
+
+    return axes
+
+
+def _present(terms: tuple[_Term, ...], types: Types, attrs: Mapping[str, Any]) -> list[_Term]:
+    """The operands that a node has."""
+    required = [t for t in terms if not t.optional]
+    optional = [t for t in terms if t.optional]
+    if "optional" in attrs:
+        named = {t.name: t for t in optional}
+        return [*required, *(named[name] for name in attrs["optional"])]
+    if attrs.get("residual"):
+        return [*required, *optional[: len(types) - len(required) - 1], optional[-1]]
+    return [*required, *optional[: len(types) - len(required)]]
+
+
+def _star(i: int) -> str:
+    return f"*{i}"
+
+
+def _stars(terms: Sequence[_Term], types: Types) -> int:
+    counts = [x.rank - len(t.dims) + 1 for t, x in zip(terms, types, strict=True) if "*" in t.dims]
+    return counts[0] if counts else 0
+
+
+def _dims(labels: tuple[str, ...], stars: int) -> Dims:
+    dims: list[Factors] = []
+    for label in labels:
+        if label == "*":
+            dims += [(_star(i),) for i in range(stars)]
+        else:
+            dims.append(tuple(label.strip("()").split()))
+    return tuple(dims)
+
+
+def _sizes(pairs: Any, attrs: Mapping[str, Any]) -> dict[str, Dim]:
+    """The size of every label, of dims in order; ValueError for dims that do not fit each other."""
+    known = [(f, d) for dims, type_ in pairs for f, d in zip(dims, type_.shape, strict=True)]
+    sizes: dict[str, Dim] = {f[0]: d for f, d in known if len(f) == 1}
+    several = [(f, d) for f, d in known if len(f) > 1]
+    for factors, _ in several:
+        sizes.update({n: attrs[n] for n in factors if isinstance(attrs.get(n), int)})
+    for factors, size in several:
+        missing = [n for n in factors if n not in sizes]
+        if len(missing) == 1:
+            rest = _quotient(size, dim(prod(sizes[n] for n in factors if n in sizes)))
+            if rest is None:
+                raise ValueError(f"axis rule: {size} is not made of {factors}")
+            sizes[missing[0]] = rest
+    return sizes
+
+
+def _quotient(a: Dim, b: Dim) -> Dim | None:
+    """a / b where that is a polynomial of integers, None otherwise."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    found: Any = sympy.cancel(sympy.sympify(a) / b)
+    numerator, denominator = sympy.fraction(sympy.together(found))
+    return dim(numerator) if denominator == 1 else None
+
+
+# ---- rules of ops whose dims follow from attributes or from broadcasting
+
+
+def _labels(rank: int) -> tuple[str, ...]:
+    return tuple(map(_star, range(rank)))
+
+
+def _aligned(shape: Shape, result: Shape) -> Dims:
+    """The dims of an operand that broadcasts against `result`, aligned at the right."""
+    first = len(result) - len(shape)
+    return tuple(
+        (_star(first + i) if size == result[first + i] else f"~{_star(first + i)}",)
+        for i, size in enumerate(shape)
+    )
+
+
+def elementwise(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    """Operands broadcast against the result, at the same place or expanded."""
+    shape, labels = results[0].shape, _labels(results[0].rank)
+    sizes = dict(zip(labels, shape, strict=True))
+    dims = tuple(_aligned(x.shape, shape) for x in operands)
+    return Axes(dims, (tuple((n,) for n in labels),), sizes, free=frozenset(labels))
+
+
+def along_dim(kind: str = "whole") -> AxisRule:
+    """All operands and results have the same dims, and the op works along attrs["dim"].
+
+    Results that lack that dim are reductions over it. `kind` "sum": partial results add up.
+    """
+
+    def axes(given: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+        rank = given[0].rank
+        at = attrs["dim"] % rank
+        names = (*_labels(rank)[:at], "s", *_labels(rank)[at + 1 :])
+        full: Dims = tuple((n,) for n in names)
+        reduced = (*full[:at], *full[at + 1 :])
+        made = tuple(full if t.rank == rank else reduced for t in results)
+        own = frozenset("s")
+        return Axes(
+            (full,) * len(given),
+            made,
+            dict(zip(names, given[0].shape, strict=True)),
+            sums=own if kind == "sum" else frozenset(),
+            whole=own if kind == "whole" else frozenset(),
+            free=frozenset(names) - own,
+            along="s",
+        )
+
+    return axes
+
+
+def permuted(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    labels = _labels(operands[0].rank)
+    made = tuple((labels[d],) for d in attrs["dims"])
+    sizes = dict(zip(labels, operands[0].shape, strict=True))
+    return Axes((tuple((n,) for n in labels),), (made,), sizes, free=frozenset(labels))
+
+
+def batched_matmul(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    """x [..., m, k] · y [..., k, n], the dims before these broadcast."""
+    (x, y), (result,) = operands, results
+    batch = result.shape[:-2]
+    dims = [_aligned(t.shape[:-2], batch) for t in operands]
+    labels = _labels(len(batch))
+    sizes = dict(zip(labels, batch, strict=True))
+    sizes.update(m=x.shape[-2], k=x.shape[-1], n=y.shape[-1])
+    return Axes(
+        ((*dims[0], ("m",), ("k",)), (*dims[1], ("k",), ("n",))),
+        ((*((n,) for n in labels), ("m",), ("n",)),),
+        sizes,
+        sums=frozenset("k"),
+        free=frozenset(labels),
+    )
+
+
+def reshaped(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    """Both shapes as products of common factors; what has none is whole."""
+    old, new = operands[0].shape, results[0].shape
+    made: tuple[list[list[str]], list[list[str]]] = ([[] for _ in old], [[] for _ in new])
+    sizes: dict[str, Dim] = {}
+    opaque: set[str] = set()
+    if 0 in (*old, *new):
+        return _unrelated(old, new)
+    shapes, at = (old, new), [0, 0]
+    left: list[Dim] = [1, 1]
+
+    def take(side: int, size: Dim, label: str) -> None:
+        made[side][at[side] - 1].append(label)
+        rest = _quotient(left[side], size)
+        assert rest is not None
+        left[side] = rest
+
+    while True:
+        for side in (0, 1):
+            while left[side] == 1 and at[side] < len(shapes[side]):
+                left[side] = shapes[side][at[side]]
+                at[side] += 1
+        if left[0] == left[1] == 1:
+            break
+        label = f"d{len(sizes)}"
+        common = _common(left[0], left[1])
+        if common is not None:
+            sizes[label] = common
+            for side in (0, 1):
+                take(side, common, label)
+            continue
+        # Rows of 3 · 2 as rows of 2 · 3: nothing corresponds until the products meet again.
+        totals: list[Dim] = list(left)
+        ends: list[int] = list(at)
+        while totals[0] != totals[1]:
+            side = _shorter(totals, ends, shapes)
+            totals[side] = dim(totals[side] * shapes[side][ends[side]])
+            ends[side] += 1
+        for side in (0, 1):
+            for i in range(at[side] - 1, ends[side]):
+                name = f"d{len(sizes)}"
+                sizes[name] = left[side] if i == at[side] - 1 else shapes[side][i]
+                opaque.add(name)
+                made[side][i].append(name)
+            at[side], left[side] = ends[side], 1
+    return Axes(
+        (tuple(map(tuple, made[0])),),
+        (tuple(map(tuple, made[1])),),
+        sizes,
+        whole=frozenset(opaque),
+    )
+
+
+def _unrelated(old: Shape, new: Shape) -> Axes:
+    names = [f"d{i}" for i in range(len(old) + len(new))]
+    dims = tuple((n,) for n in names)
+    sizes = dict(zip(names, (*old, *new), strict=True))
+    return Axes((dims[: len(old)],), (dims[len(old) :],), sizes, whole=frozenset(names))
+
+
+def _common(a: Dim, b: Dim) -> Dim | None:
+    """The largest leading factor that splits both; None where they share none."""
+    if _quotient(a, b) is not None:
+        return b
+    if _quotient(b, a) is not None:
+        return a
+    if isinstance(a, int) and isinstance(b, int) and gcd(a, b) > 1:
+        return gcd(a, b)
+    return None
+
+
+def _shorter(totals: list[Dim], ends: list[int], shapes: tuple[Shape, Shape]) -> int:
+    """The side to go on with: the smaller, where that can be said, that has dims left."""
+    left = [s for s in (0, 1) if ends[s] < len(shapes[s])]
+    smaller = 0 if _quotient(totals[1], totals[0]) is not None else 1
+    if all(isinstance(t, int) for t in totals):
+        smaller = 0 if totals[0] < totals[1] else 1
+    return smaller if smaller in left else left[0]
