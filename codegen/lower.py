@@ -81,14 +81,16 @@ def lower(
 
 
 def serving_bindings(
-    max_sequences: int, max_tokens: int, largest: int = 2048
+    max_sequences: int, max_tokens: int, largest: int = 2048, *, rows: int | None = None
 ) -> list[dict[str, int]]:
-    """Buckets of T tokens and L logit rows: powers of two up to `largest` or `max_tokens`.
+    """Buckets of T tokens and L result rows: powers of two up to `largest` or `max_tokens`.
 
-    The largest bucket takes a whole chunk of prefill; L is as many rows as a step can need.
+    The largest bucket takes a whole chunk of prefill. `rows` bounds L; None is a row a sequence.
+    Verification of drafts takes one more row for each token that is drafted.
     """
+    rows = max_sequences if rows is None else rows
     top = max(min(largest, max_tokens), max_sequences)
     sizes = [1]
     while sizes[-1] < top:
         sizes.append(min(sizes[-1] * 2, top))
-    return [{"T": t, "L": min(t, max_sequences)} for t in sizes]
+    return [{"T": t, "L": min(t, rows)} for t in sizes]

@@ -20,7 +20,7 @@ from ..runtime.artifact.reader import FOLDED_GRAPH, Artifact, check_manifest
 from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import WeightLoader
 from ..runtime.program import Buffer, Program
-from ..runtime.serving.buckets import Buckets
+from ..runtime.serving.abi import ServingAbi
 
 # Operators that reach outside the program: a model has none, and text may come from anywhere.
 _OUTSIDE = re.compile(r"\baten\.(from_file|_?save|_?load)\w*")
@@ -54,7 +54,7 @@ def cpu_program(artifact: Artifact) -> Program:
             raise IngotError(f"expected symbols {dict(manifest.symbols)}, found {ranges}")
         bindings = [entry.symbols for entry in manifest.entries]
         program = lower(graph, Weights({}), CPU, bindings, ["logits"], manifest.meta).program
-        Buckets(program)
+        ServingAbi(program)
     except _BROKEN as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise IngotError(f"{where}: {first}") from error

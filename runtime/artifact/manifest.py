@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from ..serving.buckets import ServingMeta
+from ..serving.abi import ServingMeta
 from .strict_json import (
     IngotError,
     each,

@@ -18,7 +18,7 @@ from typing import Any
 from ..devices.check_program import check_program
 from ..driver import WeightLoader
 from ..program import Buffer, Program
-from ..serving.buckets import Buckets
+from ..serving.abi import ServingAbi
 from .files import Files, open_files
 from .manifest import MANIFEST, FileFact, Manifest, read_manifest
 from .plan_json import read_program
@@ -230,7 +230,7 @@ def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, b
     program = read_program(target, plan(SHARED_PLAN), entries, binary, SHARED_PLAN)
     try:
         check_program(program)
-        Buckets(program)
+        ServingAbi(program)
     except ValueError as error:  # a ProgramError, or a program that serves no text
         raise IngotError(f"plan: {error}") from error
     check_manifest(manifest, program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from .buckets import Chunk
+from .abi import Chunk
 from .kv_cache import CacheFullError, KVCache
 from .sequence import Sequence
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ..driver import Array, Driver, WeightLoader
 from ..program import Program
-from .buckets import Buckets, Chunk, replay_inputs, serving_outputs
-from .choosing import Choice, DeviceSampling, choose, chosen
+from .abi import Chunk, ServingAbi, replay_inputs, serving_outputs
 from .kv_cache import KVCache
+from .row_sampling import Choice, DeviceSampling, choose, chosen
 from .sampling import GREEDY, Sampling
 from .scheduler import Scheduler
 from .sequence import Event, FinishReason, Sequence, SequenceStats, SessionStats
@@ -62,8 +62,8 @@ class Session:
 
         ValueError when the program is no serving program or `pages` is out of range.
         """
-        self._buckets = Buckets(program)
-        self.meta = self._buckets.meta
+        self._abi = ServingAbi(program)
+        self.meta = self._abi.meta
         pages = self.meta.pages if pages is None else pages
         if not 1 <= pages <= self.meta.pages:
             raise ValueError(f"pages: expected 1 to {self.meta.pages}, found {pages}")
@@ -73,10 +73,8 @@ class Session:
             slots=self.meta.max_sequences,
             tokens_per_slot=self.meta.max_tokens_per_sequence,
         )
-        self._scheduler = Scheduler(
-            self._cache, tokens=self._buckets.tokens, sequences=self._buckets.rows
-        )
-        candidates = self._buckets.candidates
+        self._scheduler = Scheduler(self._cache, tokens=self._abi.tokens, sequences=self._abi.rows)
+        candidates = self._abi.candidates
         self._device = (
             None if candidates is None else DeviceSampling(self.meta.vocab_size, candidates)
         )
@@ -224,8 +222,9 @@ class Session:
         slot = self._scheduler.borrow(len(ids))
         try:
             parts: list[NDArray[np.float32]] = []
-            for start in range(0, len(ids), self._buckets.rows):
-                chunk = Chunk(slot, start, ids[start : start + self._buckets.rows])
+            most = min(self._abi.tokens, self._abi.rows)
+            for start in range(0, len(ids), most):
+                chunk = Chunk(slot, start, ids[start : start + most])
                 rows = list(range(len(chunk.tokens)))
                 parts.append(self._replay([chunk], rows, [None] * len(rows), ["logits"])["logits"])
             return np.concatenate(parts)
@@ -355,7 +354,7 @@ class Session:
         A row's next token is that of its sequence in `takers`, where the device chooses it. Any
         failure of the device ends the session and is raised as SessionEndedError.
         """
-        entry = self._buckets.smallest(sum(len(chunk.tokens) for chunk in chunks))
+        entry = self._abi.smallest(sum(len(chunk.tokens) for chunk in chunks), len(rows))
         inputs: dict[str, Array] = {
             **replay_inputs(entry, chunks, rows, self._cache.page_table),
             **(self._device.inputs(entry.symbols["L"], takers) if self._device else {}),

@@ -449,3 +449,5 @@ graph @outs(%x: f32[T, 4]) T=1..8 {
 def test_buckets(sequences: int, tokens: int, largest: int, sizes: Sequence[int]) -> None:
     found = serving_bindings(sequences, tokens, largest)
     assert found == [{"T": t, "L": min(t, sequences)} for t in sizes]
+    found = serving_bindings(sequences, tokens, largest, rows=5)
+    assert found == [{"T": t, "L": min(t, 5)} for t in sizes]

@@ -3,7 +3,7 @@
 The model's logits are a hash of every token up to the row, each with its position, computed in
 integers: the result is the same in every batch and every bucket, and changes when one position is
 missing, stale, doubled or out of order. The device reaches the context only through its own paged
-cache, whose cells start as poison, and refuses every input that breaks the serving contract.
+cache, whose cells start as poison, and refuses every input that breaks the serving ABI.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ingot.runtime.driver import Array, WeightLoader
 from ingot.runtime.program import Buffer, Entry, Program
-from ingot.runtime.serving.buckets import sampling_inputs
+from ingot.runtime.serving.abi import sampling_inputs
 from ingot.runtime.serving.sampling import Sampling, most_likely, sample, uniform
 from numpy.typing import NDArray
 
@@ -75,34 +75,35 @@ def serving_program(
     max_tokens_per_sequence: int = 64,
     pages: int = 128,
     candidates: int | None = None,
+    rows: int | None = None,
 ) -> Program:
-    """A program of the serving contract with nothing in it to launch.
+    """A program of the serving ABI with nothing in it to launch.
 
-    With `candidates` its device chooses the tokens.
+    With `candidates` its device samples. Entries have up to `rows` rows, by default a sequence one.
     """
     table = (max_sequences, -(-max_tokens_per_sequence // page_size))
     entries: list[Entry] = []
     for size in buckets:
-        rows = min(size, max_sequences)
+        result_rows = min(size, rows or max_sequences)
         inputs = {
             "tokens": (size,),
             "positions": (size,),
             "slots": (size,),
             "page_table": table,
-            "logit_rows": (rows,),
+            "logit_rows": (result_rows,),
         }
         buffers = [Buffer(name, "i32", shape, "input", 0, 0) for name, shape in inputs.items()]
-        buffers.append(Buffer("logits", "f32", (rows, vocab_size), "output", 0, 0))
+        buffers.append(Buffer("logits", "f32", (result_rows, vocab_size), "output", 0, 0))
         if candidates is not None:
-            more = sampling_inputs(rows, vocab_size)
+            more = sampling_inputs(result_rows, vocab_size)
             buffers += [Buffer(n, d, shape, "input", 0, 0) for n, (d, shape) in more.items()]
-            buffers.append(Buffer("token", "i32", (rows,), "output", 0, 0))
-            buffers.append(Buffer("logprob", "f32", (rows,), "output", 0, 0))
+            buffers.append(Buffer("token", "i32", (result_rows,), "output", 0, 0))
+            buffers.append(Buffer("logprob", "f32", (result_rows,), "output", 0, 0))
         if candidates:
-            shape = (rows, candidates)
+            shape = (result_rows, candidates)
             buffers.append(Buffer("top_tokens", "i32", shape, "output", 0, 0))
             buffers.append(Buffer("top_logprobs", "f32", shape, "output", 0, 0))
-        entries.append(Entry(f"t{size}", {"T": size, "L": rows}, tuple(buffers), (), ()))
+        entries.append(Entry(f"t{size}", {"T": size, "L": result_rows}, tuple(buffers), (), ()))
     meta = {
         "vocab_size": vocab_size,
         "page_size": page_size,

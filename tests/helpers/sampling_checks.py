@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from ingot.compiler.ops.sampling import SETTINGS
-from ingot.runtime.serving.choosing import DeviceSampling
+from ingot.runtime.serving.row_sampling import DeviceSampling
 from ingot.runtime.serving.sampling import Sampling, distribution, log_softmax, most_likely
 from ingot.runtime.serving.sampling import sample as on_host
 from ingot.runtime.serving.sequence import Sequence, SequenceStats

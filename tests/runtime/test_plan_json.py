@@ -18,7 +18,7 @@ from ingot.runtime.artifact.plan_json import (
 from ingot.runtime.artifact.strict_json import IngotError, read_json, write_json
 from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
-from ingot.runtime.serving.buckets import Buckets
+from ingot.runtime.serving.abi import ServingAbi
 from tiny_ingot import GFX950, program
 
 # ---- the round trip
@@ -92,7 +92,7 @@ def test_any_program_comes_back_equal(made: Program) -> None:
 def test_the_tiny_program_comes_back_and_may_run() -> None:
     assert through_json(program()) == program()
     check_program(program())
-    Buckets(program())
+    ServingAbi(program())
     check_program(program("hip:gfx950", GFX950))
 
 

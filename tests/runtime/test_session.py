@@ -81,8 +81,10 @@ def check_events(events: list[Event], sequences: list[Sequence]) -> None:
         {"pages": 20},
         {"buckets": (5,), "max_sequences": 3},
         {"buckets": (1, 7), "max_sequences": 16, "page_size": 1, "pages": 100},
+        {"rows": 3},
+        {"rows": 20, "max_sequences": 4},
     ],
-    ids=["roomy", "few-pages", "one-bucket", "more-slots-than-tokens"],
+    ids=["roomy", "few-pages", "one-bucket", "more-slots-than-tokens", "few-rows", "many-rows"],
 )
 def test_64_prompts_together_give_what_each_gives_alone(
     sampling: Sampling, shape: dict[str, Any]
@@ -511,8 +513,18 @@ def without(program: Program, name: str) -> Program:
             r"entry t1: expected outputs {'logits': \(1, 50\)}, found",
         ),
         (
+            lambda p: replace(p, entries=(replace(p.entries[3], symbols={"T": 8, "L": 0}),)),
+            "entry t8: expected symbols T ≥ 1 and L ≥ 1, found",
+        ),
+        (
             lambda p: replace(p, entries=(replace(p.entries[3], symbols={"T": 8, "L": 4}),)),
-            r"entry t8: expected symbols T ≥ 1 and L = min\(T, 8\), found",
+            r"entry t8: expected inputs .*'logit_rows': \('i32', \(4,\)\)}, found",
+        ),
+        (
+            lambda p: replace(
+                p, entries=(serving_program(rows=4).entries[-1], p.entries[3], p.entries[0])
+            ),
+            r"expected t32, .* to have the most rows, found more in \['t8'\]",
         ),
     ],
 )

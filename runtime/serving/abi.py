@@ -1,6 +1,6 @@
-"""The serving contract: what a program's entries take and give, and what goes into a replay.
+"""The serving ABI: what a program's entries take and give.
 
-Every entry is one bucket of T tokens and L = min(T, max_sequences) rows of logits:
+Every entry is one bucket of T tokens and L result rows, two independent sizes:
 
     tokens i32[T]  positions i32[T]  slots i32[T]  logit_rows i32[L]
     page_table i32[max_sequences, pages_per_slot]               →  logits [L, vocab_size]
@@ -8,14 +8,14 @@ Every entry is one bucket of T tokens and L = min(T, max_sequences) rows of logi
 Token t of slot slots[t] (-1 is padding) sits at positions[t] and sees the cache of its slot up to
 there, the tokens of this replay included. Row j of the logits is that of token logit_rows[j].
 
-A program may choose the next tokens of the rows too. Then every entry has besides
+A program may sample the rows too. Then every entry has besides
 
     temperature f32[L]  top_k i32[L]  top_p f32[L]  min_p f32[L]  penalty f32[L]  draw f32[L]
     seen i32[L, ceil(vocab_size / 32)]  top i32[L]
         →  token i32[L]  logprob f32[L]  top_tokens i32[L, C]  top_logprobs f32[L, C]
 
-(without the last two where C is 0). Bit v % 32 of word v // 32 of `seen` says that token v is part
-of prompt or output, which only rows with a `penalty` other than 1 need; `draw` is the randomness in
+(without the last two where C is 0). Bit v % 32 of word v // 32 of `seen` says that token v occurs
+before the result, which only rows with a `penalty` other than 1 need; `draw` is the randomness in
 [0, 1). Temperature 0 is greedy, and `top` ≤ C is how many most likely tokens are asked for; the
 other meanings are those of `sampling.Sampling`, and `sampling.sample` gives the same. The token of
 a row whose logits are broken is -1, and its logprob their maximum.
@@ -73,11 +73,11 @@ class Chunk:
         return self.start + len(self.tokens)
 
 
-class Buckets:
+class ServingAbi:
     """The entries of a serving program, by size."""
 
     def __init__(self, program: Program) -> None:
-        """ValueError says which part of the contract `program` does not keep."""
+        """ValueError says which part of the ABI `program` does not keep."""
         self.meta = ServingMeta.of(program.meta)
         if not program.entries:
             raise ValueError("program: expected at least one entry, found none")
@@ -88,21 +88,19 @@ class Buckets:
             raise ValueError(f"program: expected entries that sample alike, found {counts}")
         # How many most likely tokens the device can give; None where it does not sample.
         (self.candidates,) = counts
-        self._entries = sorted(program.entries, key=lambda entry: entry.symbols["T"])
+        self._entries = sorted(program.entries, key=_size)
+        # The most tokens and the most rows of one replay: the largest entry takes any batch.
+        self.tokens, self.rows = _size(self._entries[-1])
+        if more := [e.name for e in self._entries if e.symbols["L"] > self.rows]:
+            raise ValueError(
+                f"program: expected {self._entries[-1].name}, the entry of the most tokens, to "
+                f"have the most rows, found more in {more}"
+            )
 
-    @property
-    def tokens(self) -> int:
-        """The most tokens that one replay takes."""
-        return self._entries[-1].symbols["T"]
-
-    @property
-    def rows(self) -> int:
-        """The most rows of logits that one replay gives."""
-        return self._entries[-1].symbols["L"]
-
-    def smallest(self, tokens: int) -> Entry:
-        """The smallest entry that takes `tokens` ≤ `self.tokens` tokens, of up to `rows` slots."""
-        return next(entry for entry in self._entries if entry.symbols["T"] >= tokens)
+    def smallest(self, tokens: int, rows: int) -> Entry:
+        """The smallest entry for `tokens` ≤ `self.tokens` tokens and `rows` ≤ `self.rows` rows."""
+        fits = (e for e in self._entries if e.symbols["T"] >= tokens and e.symbols["L"] >= rows)
+        return next(fits)
 
 
 def replay_inputs(
@@ -169,14 +167,16 @@ def serving_outputs(entry: Entry, meta: ServingMeta) -> dict[str, tuple[str, tup
     return expected
 
 
+def _size(entry: Entry) -> tuple[int, int]:
+    return entry.symbols["T"], entry.symbols["L"]
+
+
 def _check_entry(entry: Entry, meta: ServingMeta) -> None:
-    size = entry.symbols.get("T", 0)
-    rows = min(size, meta.max_sequences)
-    if size < 1 or entry.symbols.get("L") != rows:
+    if entry.symbols.keys() != {"T", "L"} or min(entry.symbols.values()) < 1:
         raise ValueError(
-            f"entry {entry.name}: expected symbols T ≥ 1 and L = min(T, {meta.max_sequences}), "
-            f"found {dict(entry.symbols)}"
+            f"entry {entry.name}: expected symbols T ≥ 1 and L ≥ 1, found {dict(entry.symbols)}"
         )
+    size, rows = _size(entry)
     expected = {
         "tokens": ("i32", (size,)),
         "positions": ("i32", (size,)),
@@ -197,8 +197,8 @@ def _check_entry(entry: Entry, meta: ServingMeta) -> None:
 
 __all__ = [
     "SEEN_BITS",
-    "Buckets",
     "Chunk",
+    "ServingAbi",
     "ServingMeta",
     "replay_inputs",
     "sampling_inputs",

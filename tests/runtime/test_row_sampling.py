@@ -11,8 +11,8 @@ import pytest
 from fake_device import FakeDriver, FakeExecutable, expected_logits, serving_program
 from hypothesis import given
 from hypothesis import strategies as st
-from ingot.runtime.serving.buckets import Buckets
-from ingot.runtime.serving.choosing import DeviceSampling
+from ingot.runtime.serving.abi import ServingAbi
+from ingot.runtime.serving.row_sampling import DeviceSampling
 from ingot.runtime.serving.sampling import Sampling, uniform
 from ingot.runtime.serving.sequence import Sequence, SequenceStats
 from ingot.runtime.serving.session import Session
@@ -106,13 +106,13 @@ def test_sampling_is_all_or_nothing(missing: str) -> None:
         for e in program.entries
     )
     with pytest.raises(ValueError, match="entry t1: expected"):
-        Buckets(replace(program, entries=entries))
+        ServingAbi(replace(program, entries=entries))
 
 
 def test_entries_sample_alike() -> None:
     some, all_ = serving_program(buckets=(1,)), serving_program(buckets=(2,), candidates=3)
     with pytest.raises(ValueError, match="expected entries that sample alike"):
-        Buckets(replace(some, entries=(*some.entries, *all_.entries)))
+        ServingAbi(replace(some, entries=(*some.entries, *all_.entries)))
 
 
 # ---- the inputs

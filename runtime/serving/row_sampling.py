@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...compiler.dtypes import DTYPES
 from ..driver import Array
-from .buckets import SEEN_BITS, sampling_inputs
+from .abi import SEEN_BITS, sampling_inputs
 from .sampling import Sampling, broken_logits, most_likely, sample, uniform
 from .sequence import Sequence as Request
 
