@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from ...runtime.serving.sequence import Request
 from ..model import Model
 from ..text.tokenizer import Tokenizer
 
@@ -188,7 +189,8 @@ def check_model(
 
     RuntimeError where a sequence ended with an error.
     """
-    sequences = model.session.requests(prompts, max_new_tokens=steps, top_logprobs=top)
+    request = Request(max_new_tokens=steps, top_logprobs=top)
+    sequences = model.session.requests(prompts, request)
     for event in model.session.events(sequences):
         if event.finish_reason == "error":
             raise RuntimeError(f"generation failed: {event.message}")

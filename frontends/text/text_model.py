@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ...runtime.serving.sequence import Request
 from ...runtime.serving.session import Session
 from ..options import GenerateKeywords, GenerateOptions, keywords_of
 from .completion import Completion, TextEvent, TextFollower
@@ -130,13 +131,9 @@ class _Run:
         options: GenerateOptions,
     ) -> None:
         self._session = model.session
-        self._sequences = self._session.requests(
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            sampling=options.sampling,
-            stop_tokens={*model.stop_tokens, *options.stop_tokens},
-            top_logprobs=options.logprobs,
-        )
+        stops = model.stop_tokens.union(options.stop_tokens)
+        request = Request(options.max_new_tokens, options.sampling, stops, options.logprobs)
+        self._sequences = self._session.requests(prompts, request)
         decoders = [model.tokenizer.decoder() if model.tokenizer else None for _ in prompts]
         self._followers = [TextFollower(d, options.stop_strings) for d in decoders]
         self._index = {sequence.id: i for i, sequence in enumerate(self._sequences)}

@@ -1,6 +1,7 @@
 """Serving: continuous batching over any driver.
 
 `abi` (what entries take and give), `kv_cache` (pages and slots), `sampling` (one row on the host),
-`sequence` (one request), `row_sampling` (next tokens, by the host or by the device), `scheduler`
-(who runs next), `session` (continuous batching over all of these).
+`sequence` (one request), `batch` (chunks and result rows of a step), `row_sampling` (next tokens by
+the host or by the device), `speculation` (drafted tokens and their verification), `scheduler` (who
+runs next: plan and commit), `session` (continuous batching over all of these).
 """

@@ -23,12 +23,9 @@ a row whose logits are broken is -1, and its logprob their maximum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..program import Entry, Program
 
@@ -60,19 +57,6 @@ class ServingMeta:
         return -(-self.max_tokens_per_sequence // self.page_size)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive tokens of one slot, the first at position `start`."""
-
-    slot: int
-    start: int
-    tokens: Sequence[int]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-
 class ServingAbi:
     """The entries of a serving program, by size."""
 
@@ -101,32 +85,6 @@ class ServingAbi:
         """The smallest entry for `tokens` ≤ `self.tokens` tokens and `rows` ≤ `self.rows` rows."""
         fits = (e for e in self._entries if e.symbols["T"] >= tokens and e.symbols["L"] >= rows)
         return next(fits)
-
-
-def replay_inputs(
-    entry: Entry, chunks: Sequence[Chunk], rows: Sequence[int], page_table: NDArray[np.int32]
-) -> dict[str, NDArray[np.int32]]:
-    """The inputs of `entry` for `chunks` one after the other, with the logits of tokens `rows`."""
-    size = entry.symbols["T"]
-    tokens = np.zeros(size, np.int32)
-    positions = np.zeros(size, np.int32)
-    slots = np.full(size, -1, np.int32)
-    logit_rows = np.zeros(entry.symbols["L"], np.int32)
-    at = 0
-    for chunk in chunks:
-        here = slice(at, at + len(chunk.tokens))
-        tokens[here] = chunk.tokens
-        positions[here] = np.arange(chunk.start, chunk.end)
-        slots[here] = chunk.slot
-        at = here.stop
-    logit_rows[: len(rows)] = rows
-    return {
-        "tokens": tokens,
-        "positions": positions,
-        "slots": slots,
-        "page_table": page_table,
-        "logit_rows": logit_rows,
-    }
 
 
 def sampling_inputs(rows: int, vocab: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -172,7 +130,7 @@ def _size(entry: Entry) -> tuple[int, int]:
 
 
 def _check_entry(entry: Entry, meta: ServingMeta) -> None:
-    if entry.symbols.keys() != {"T", "L"} or min(entry.symbols.values()) < 1:
+    if min(entry.symbols.get(name, 0) for name in ("T", "L")) < 1:
         raise ValueError(
             f"entry {entry.name}: expected symbols T ≥ 1 and L ≥ 1, found {dict(entry.symbols)}"
         )
@@ -197,10 +155,8 @@ def _check_entry(entry: Entry, meta: ServingMeta) -> None:
 
 __all__ = [
     "SEEN_BITS",
-    "Chunk",
     "ServingAbi",
     "ServingMeta",
-    "replay_inputs",
     "sampling_inputs",
     "serving_outputs",
 ]

@@ -63,8 +63,13 @@ class KVCache:
         self._held[slot] = 0
         return slot
 
-    def grow(self, slot: int, tokens: int) -> None:
-        """Make room for positions 0 … tokens-1 of `slot`; what it holds already stays.
+    def room(self, slot: int) -> int:
+        """The most tokens that `resize` could make room for now; ValueError as there."""
+        pages = self._pages_held(slot) + self.free_pages
+        return min(pages * self.page_size, self.tokens_per_slot)
+
+    def resize(self, slot: int, tokens: int) -> None:
+        """Hold the pages of positions 0 … tokens-1 of `slot`: take missing ones, free the rest.
 
         CacheFullError when too few pages are free: then none was taken. ValueError when the slot
         is not open or `tokens` exceeds `tokens_per_slot`.
@@ -74,20 +79,22 @@ class KVCache:
             raise ValueError(
                 f"slot {slot}: expected at most {self.tokens_per_slot} tokens, found {tokens}"
             )
-        missing = self.pages_for(tokens) - held
-        if missing > self.free_pages:
+        needed = self.pages_for(tokens)
+        if needed - held > self.free_pages:
             raise CacheFullError(
-                f"slot {slot}: {tokens} tokens need {missing} more pages of {self.page_size} "
-                f"tokens, {self.free_pages} of {self.pages} are free"
+                f"slot {slot}: {tokens} tokens need {needed - held} more pages of "
+                f"{self.page_size} tokens, {self.free_pages} of {self.pages} are free"
             )
-        for index in range(held, held + missing):
-            self.page_table[slot, index] = self._free_pages.pop()
-            self._held[slot] = index + 1
+        row = self.page_table[slot]
+        for place in range(held, needed):
+            row[place] = self._free_pages.pop()
+        self._free_pages.extend(reversed(row[needed:held].tolist()))
+        row[needed:held] = 0
+        self._held[slot] = needed
 
     def close(self, slot: int) -> None:
         """Give back the slot and its pages; ValueError when it is not open."""
-        self._free_pages.extend(reversed(self.pages_of(slot)))
-        self.page_table[slot] = 0
+        self.resize(slot, 0)
         del self._held[slot]
         self._free_slots.append(slot)
 

@@ -1,8 +1,8 @@
-"""Choosing the next tokens of a step: on the host from logits, or as the device chose already."""
+"""The next tokens of result rows: sampled on the host from logits, or by the device already."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from weakref import WeakKeyDictionary
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from ...compiler.dtypes import DTYPES
 from ..driver import Array
 from .abi import SEEN_BITS, sampling_inputs
+from .batch import Row
 from .sampling import Sampling, broken_logits, most_likely, sample, uniform
-from .sequence import Sequence as Request
+from .sequence import Sequence as ServedSequence
+from .sequence import TopLogprobs
 
 # Numbers that a device computes with lie in here: nothing beyond them changes a choice.
 _LEAST, _MOST = np.float32(1e-30), np.float32(1e30)
@@ -26,27 +28,7 @@ class Choice:
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-def choose(sequence: Request, logits: NDArray[np.float32]) -> Choice:
-    """The next token of `sequence` from logits f32[V]; ValueError as `sampling.sample`."""
-    sampling = sequence.sampling
-    draw = uniform(sequence.seed, sequence.generated) if sampling.temperature > 0 else 0.0
-    token, logprob = sample(logits, sampling, sequence.history, draw)
-    return Choice(token, logprob, most_likely(logits, sequence.top_count))
-
-
-def chosen(sequence: Request, found: Mapping[str, Array], row: int) -> Choice:
-    """What a device chose for `sequence` in a row of its outputs; ValueError as `choose`."""
-    token, logprob = int(found["token"][row]), float(found["logprob"][row])
-    if token < 0 or not isfinite(logprob):
-        raise broken_logits(logprob)
-    if not sequence.top_count:
-        return Choice(token, logprob, ())
-    tokens = found["top_tokens"][row, : sequence.top_count].tolist()
-    logprobs = found["top_logprobs"][row, : sequence.top_count].tolist()
-    return Choice(token, logprob, tuple(zip(tokens, logprobs, strict=True)))
+    top: TopLogprobs
 
 
 @dataclass
@@ -61,56 +43,79 @@ class _Seen:
 class _Settings:
     """The settings of rows as they were last given, and what they were made of."""
 
-    key: tuple[tuple[Sampling, int] | None, ...]
+    key: tuple[tuple[Sampling, int], ...]
     arrays: Mapping[str, Array]
 
 
 @dataclass
-class DeviceSampling:
-    """Makes the inputs by which a device samples, for a vocabulary and up to `candidates` tops.
+class RowSampler:
+    """Samples rows over a vocabulary, by the device where that gives up to `candidates` tops.
 
-    What does not change from step to step is given as the same read-only arrays again.
+    With `candidates` None the device gives logits alone. What does not change from step to step
+    goes to the device as the same read-only arrays again.
     """
 
     vocab: int
-    candidates: int
+    candidates: int | None
     _idle: dict[int, dict[str, Array]] = field(default_factory=dict[int, dict[str, Array]])
     _last: dict[int, _Settings] = field(default_factory=dict[int, _Settings])
-    _histories: WeakKeyDictionary[Request, _Seen] = field(
-        default_factory=WeakKeyDictionary[Request, _Seen]
+    _histories: WeakKeyDictionary[ServedSequence, _Seen] = field(
+        default_factory=WeakKeyDictionary[ServedSequence, _Seen]
     )
 
-    def takes(self, sequence: Request) -> bool:
-        """Whether the device can choose for `sequence`."""
-        return sequence.top_count <= self.candidates
+    def outputs(self, rows: Sequence[Row]) -> list[str]:
+        """The outputs of the device that `choose` needs for `rows`."""
+        on_device = [row.sequence.request.top_logprobs for row in rows if self._on_device(row)]
+        names = ["token", "logprob"] if on_device else []
+        names += ["top_tokens", "top_logprobs"] if any(on_device) else []
+        return [*names, "logits"] if len(on_device) < len(rows) else names
 
-    def outputs(self, sequences: Collection[Request]) -> list[str]:
-        """The names of the outputs that hold the choices for `sequences`."""
-        tops = ["top_tokens", "top_logprobs"] if any(s.top_count for s in sequences) else []
-        return ["token", "logprob", *tops]
+    def choose(self, row: Row, found: Mapping[str, Array], at: int) -> Choice:
+        """The token behind `row`, row `at` of what the device gave; ValueError as `sample`."""
+        sequence, request = row.sequence, row.sequence.request
+        count = request.top_logprobs
+        if not self._on_device(row):
+            sampling, logits = request.sampling, found["logits"][at]
+            draw = uniform(sequence.seed, row.step) if sampling.temperature > 0 else 0.0
+            token, logprob = sample(logits, sampling, row.history, draw)
+            return Choice(token, logprob, most_likely(logits, count))
+        token, logprob = int(found["token"][at]), float(found["logprob"][at])
+        if token < 0 or not isfinite(logprob):
+            raise broken_logits(logprob)
+        if not count:
+            return Choice(token, logprob, ())
+        tokens = found["top_tokens"][at, :count].tolist()
+        logprobs = found["top_logprobs"][at, :count].tolist()
+        return Choice(token, logprob, tuple(zip(tokens, logprobs, strict=True)))
 
-    def inputs(self, rows: int, sequences: Sequence[Request | None]) -> dict[str, Array]:
-        """The inputs of an entry of `rows` rows; those without a sequence are greedy."""
-        idle = self._idle_inputs(rows)
-        key = tuple(s and (s.sampling, s.top_count) for s in sequences)
-        last = self._last.get(rows)
+    def inputs(self, count: int, rows: Sequence[Row]) -> dict[str, Array]:
+        """The inputs by which the device samples `rows` in an entry of `count` rows.
+
+        What is left of the entry is greedy.
+        """
+        if self.candidates is None:
+            return {}
+        idle = self._idle_inputs(count)
+        key = tuple((r.sequence.request.sampling, r.sequence.request.top_logprobs) for r in rows)
+        last = self._last.get(count)
         if last is None or last.key != key:
-            last = self._last[rows] = _Settings(key, self._settings(idle, key))
+            last = self._last[count] = _Settings(key, self._settings(idle, key))
         made = {**idle, **last.arrays}
-        drawing = [(i, s) for i, s in enumerate(sequences) if s and s.sampling.temperature > 0]
+        drawing = [(i, row) for i, row in enumerate(rows) if key[i][0].temperature > 0]
         if drawing:
-            made["draw"] = np.zeros(rows, np.float32)
-            for i, s in drawing:
-                made["draw"][i] = _below(uniform(s.seed, s.generated))
-        penalized = [
-            (i, s) for i, s in enumerate(sequences) if s and s.sampling.repetition_penalty != 1
-        ]
+            made["draw"] = np.zeros(count, np.float32)
+            for i, row in drawing:
+                made["draw"][i] = _below(uniform(row.sequence.seed, row.step))
+        penalized = [(i, row) for i, row in enumerate(rows) if key[i][0].repetition_penalty != 1]
         if penalized:
             seen = np.zeros(idle["seen"].shape, np.uint32)
-            for i, s in penalized:
-                seen[i] = self._seen(s)
+            for i, row in penalized:
+                seen[i] = self._seen(row)
             made["seen"] = seen.view(np.int32)
         return made
+
+    def _on_device(self, row: Row) -> bool:
+        return self.candidates is not None and row.sequence.request.top_logprobs <= self.candidates
 
     def _idle_inputs(self, rows: int) -> dict[str, Array]:
         """Every row greedy, nothing seen, nothing asked for."""
@@ -123,34 +128,41 @@ class DeviceSampling:
         return self._idle[rows]
 
     def _settings(
-        self, idle: Mapping[str, Array], key: tuple[tuple[Sampling, int] | None, ...]
+        self, idle: Mapping[str, Array], key: tuple[tuple[Sampling, int], ...]
     ) -> Mapping[str, Array]:
         names = ("temperature", "top_k", "top_p", "min_p", "penalty", "top")
         arrays = {name: idle[name].copy() for name in names}
-        for i, given in enumerate(key):
-            if given is None:
-                continue
-            sampling, top = given
+        for i, (sampling, top) in enumerate(key):
             if sampling.temperature > 0:
                 arrays["temperature"][i] = np.clip(sampling.temperature, _LEAST, _MOST)
             arrays["top_k"][i] = min(sampling.top_k, self.vocab)
             arrays["top_p"][i] = sampling.top_p
             arrays["min_p"][i] = sampling.min_p
             arrays["penalty"][i] = np.clip(sampling.repetition_penalty, _LEAST, _MOST)
-            arrays["top"][i] = top if top <= self.candidates else 0
+            arrays["top"][i] = top if top <= (self.candidates or 0) else 0
         return {
             name: idle[name] if np.array_equal(array, idle[name]) else _constant(array)
             for name, array in arrays.items()
         }
 
-    def _seen(self, sequence: Request) -> NDArray[np.uint32]:
-        """A bit for every token of the history, brought up to date."""
+    def _seen(self, row: Row) -> NDArray[np.uint32]:
+        """A bit for every token before the result of `row`."""
+        sequence, chunk = row.sequence, row.chunk
         words = -(-self.vocab // SEEN_BITS)
         seen = self._histories.setdefault(sequence, _Seen(np.zeros(words, np.uint32)))
-        new = np.array(sequence.history[seen.count :], np.uint32)
-        np.bitwise_or.at(seen.bits, new // SEEN_BITS, np.uint32(1) << new % SEEN_BITS)
-        seen.count = len(sequence.history)
-        return seen.bits
+        _mark(seen.bits, sequence.history[seen.count :])
+        seen.count = sequence.length
+        drafted = chunk.tokens[sequence.length - chunk.start : row.offset + 1]
+        if not drafted:
+            return seen.bits
+        bits = seen.bits.copy()
+        _mark(bits, drafted)
+        return bits
+
+
+def _mark(bits: NDArray[np.uint32], tokens: Sequence[int]) -> None:
+    ids = np.array(tokens, np.uint32)
+    np.bitwise_or.at(bits, ids // SEEN_BITS, np.uint32(1) << ids % SEEN_BITS)
 
 
 def _below(draw: float) -> np.float32:
@@ -164,4 +176,4 @@ def _constant(array: Array) -> Array:
     return array
 
 
-__all__ = ["Choice", "DeviceSampling", "choose", "chosen"]
+__all__ = ["Choice", "RowSampler"]

@@ -1,21 +1,14 @@
-"""Which sequences run, and which of their tokens go into the next step."""
+"""Which sequences run, which of their tokens go into the next step, and what came of them."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 
-from .abi import Chunk
+from .batch import Batch, Chunk, Row
 from .kv_cache import CacheFullError, KVCache
 from .sequence import Sequence
-
-
-@dataclass(frozen=True)
-class Step:
-    """The chunks of one replay with their sequences, and the sequences that cannot go on."""
-
-    chunks: tuple[tuple[Sequence, Chunk], ...]
-    failures: tuple[tuple[Sequence, str], ...]
+from .speculation import Drafter
 
 
 class Scheduler:
@@ -24,19 +17,26 @@ class Scheduler:
     Sequences wait first in, first out for a slot and for the pages of their whole history.
     A running sequence always holds the pages of its history; when none is free for its next token,
     the youngest running sequence loses its own and waits again, before all others, to be
-    recomputed; one that the whole cache could not hold fails instead. Hence every running sequence
-    is older than every waiting one, and the oldest always advances.
+    recomputed. Hence every running sequence is older than every waiting one, and the oldest always
+    advances. What a drafter proposes takes only tokens, rows and pages that nobody else wants.
     """
 
-    def __init__(self, cache: KVCache, *, tokens: int, sequences: int) -> None:
-        """A step takes at most `tokens` tokens of at most `sequences` sequences."""
+    def __init__(
+        self, cache: KVCache, *, tokens: int, rows: int, drafter: Drafter | None = None
+    ) -> None:
+        """A step takes at most `tokens` tokens and gives at most `rows` rows."""
         self.cache = cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._tokens = tokens
+        self._rows = rows
+        self._drafter = drafter
         # With no more sequences than tokens, decoding leaves a token for whoever is in prefill.
-        self._sequences = min(sequences, tokens, cache.slots)
+        self._sequences = min(rows, tokens, cache.slots)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self.running or sequence in self.waiting
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a new sequence; its prompt must fit into an empty cache."""
@@ -46,95 +46,116 @@ class Scheduler:
         """Forget a sequence and free its slot and pages; ValueError when it is not here."""
         if sequence.slot is None:
             self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        self._release(sequence)
+        else:
+            self.running.remove(sequence)
+            self.release(sequence)
 
-    def plan(self) -> Step:
-        """The next step: one token of every decoding sequence, then prefill as far as it fits.
+    def plan(self) -> Batch:
+        """The next step: one token of every decoding sequence, then prefill, then drafted tokens.
 
-        Admits and preempts as needed. Sequences in `failures` were removed already; `chunks` is
-        empty only when nothing is left to do.
+        Admits and preempts as needed; empty only when nothing is left to do. A chunk that reaches
+        the end of its history has a row for it and for every drafted token.
         """
         self._reserve()
-        failures = self._admit()
-        budget = self._tokens
-        chunks: list[tuple[Sequence, Chunk]] = []
+        self._admit()
+        tokens = self._tokens
+        counts: dict[Sequence, int] = {}
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
-            if sequence.slot is None or not budget:
+            counts[sequence] = min(sequence.pending, tokens)
+            tokens -= counts[sequence]
+        rows = self._rows - sum(count == s.pending for s, count in counts.items())
+        chunks: list[Chunk] = []
+        wanted: list[Row] = []
+        for sequence, count in counts.items():
+            end = sequence.cached_length + count
+            drafted = self._draft(sequence, min(tokens, rows)) if end == sequence.length else []
+            tokens -= len(drafted)
+            rows -= len(drafted)
+            made = (*sequence.history[sequence.cached_length : end], *drafted)
+            if not made:
                 continue
-            count = min(sequence.pending, budget)
-            tokens = sequence.history[sequence.cached : sequence.cached + count]
-            chunks.append((sequence, Chunk(sequence.slot, sequence.cached, tokens)))
-            budget -= count
-        return Step(tuple(chunks), tuple(failures))
+            chunks.append(Chunk(sequence, sequence.cached_length, made))
+            if end == sequence.length:
+                wanted += (Row(chunks[-1], i) for i in range(count - 1, len(made)))
+        return Batch(tuple(chunks), tuple(wanted))
 
-    def borrow(self, tokens: int) -> int:
-        """A slot of its own with room for `tokens`, preempting the youngest as far as needed.
+    def commit(self, batch: Batch, accepted: Iterable[list[int]]) -> None:
+        """Move the sequences of `batch` forward, each by the tokens that its rows gave it.
 
-        To be given back with `cache.close`. CacheFullError when an empty cache has no such room.
+        All but the last of them were drafted and lie in the cache. Nothing is left of what was
+        drafted beyond them: neither its length nor its pages.
         """
-        while True:
-            if self.cache.free_slots and self.cache.free_pages >= self.cache.pages_for(tokens):
-                slot = self.cache.open()
-                self.cache.grow(slot, tokens)
-                return slot
+        for chunk, tokens in zip(batch.chunks, accepted, strict=True):
+            sequence = chunk.sequence
+            kept = sequence.length + max(len(tokens) - 1, 0)
+            sequence.cached_length = min(chunk.end, kept)
+            sequence.history += tokens
+            if sequence.slot is not None:
+                self.cache.resize(sequence.slot, kept)
+
+    def borrow(self, sequence: Sequence) -> None:
+        """Give a sequence that is not queued a slot and pages, preempting the youngest as needed.
+
+        To be given back with `release`. CacheFullError when an empty cache has no such room.
+        """
+        while not self._open(sequence):
             if not self.running:
                 raise CacheFullError(
-                    f"{tokens} tokens need {self.cache.pages_for(tokens)} pages, "
+                    f"{sequence.length} tokens need {self.cache.pages_for(sequence.length)} pages, "
                     f"the cache has {self.cache.pages}"
                 )
             self._preempt_youngest()
+
+    def release(self, sequence: Sequence) -> None:
+        """Free the slot and the pages of a sequence, if it has any."""
+        if sequence.slot is not None:
+            self.cache.close(sequence.slot)
+            sequence.slot = None
+        sequence.cached_length = 0
 
     def _reserve(self) -> None:
         """Pages for the next token of every running sequence, oldest first."""
         for sequence in tuple(self.running):
             while sequence.slot is not None:
                 try:
-                    self.cache.grow(sequence.slot, len(sequence.history))
+                    self.cache.resize(sequence.slot, sequence.length)
                     break
                 except CacheFullError:
                     self._preempt_youngest()
 
-    def _admit(self) -> list[tuple[Sequence, str]]:
-        """Slots and pages for those who wait, until there are none for the first of them.
-
-        Returns those whom the whole cache could not hold: they ran alone until their pages ran out.
-        """
-        failures: list[tuple[Sequence, str]] = []
-        while self.waiting and len(self.running) < self._sequences:
-            sequence = self.waiting[0]
-            pages = self.cache.pages_for(len(sequence.history))
-            if pages > self.cache.pages:
-                self.remove(sequence)
-                failures.append((sequence, self._too_long(sequence)))
-                continue
-            if pages > self.cache.free_pages:
-                break
-            sequence.slot = self.cache.open()
-            self.cache.grow(sequence.slot, len(sequence.history))
+    def _admit(self) -> None:
+        """Slots and pages for those who wait, until there are none for the first of them."""
+        while self.waiting and len(self.running) < self._sequences and self._open(self.waiting[0]):
             self.running.append(self.waiting.popleft())
-        return failures
+
+    def _open(self, sequence: Sequence) -> bool:
+        """A slot with pages for the history of `sequence`, if they are free."""
+        cache = self.cache
+        if not cache.free_slots or cache.pages_for(sequence.length) > cache.free_pages:
+            return False
+        sequence.slot = cache.open()
+        cache.resize(sequence.slot, sequence.length)
+        return True
+
+    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        """Up to `most` drafted tokens behind the history of `sequence`, with pages for them."""
+        if self._drafter is None or sequence.slot is None:
+            return []
+        room = self.cache.room(sequence.slot) - sequence.length
+        # The row behind the last drafted token gives one more.
+        most = min(most, room, sequence.request.max_new_tokens - sequence.generated - 1)
+        drafted = list(self._drafter.draft(sequence, most)) if most > 0 else []
+        if len(drafted) > max(most, 0):
+            raise ValueError(f"draft: expected at most {most} tokens, found {len(drafted)}")
+        self.cache.resize(sequence.slot, sequence.length + len(drafted))
+        return drafted
 
     def _preempt_youngest(self) -> None:
         sequence = self.running.pop()
-        self._release(sequence)
-        sequence.cached = 0
+        self.release(sequence)
         self.preemptions += 1
-        sequence.stats = replace(sequence.stats, preemptions=sequence.stats.preemptions + 1)
+        sequence.stats.preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.slot is not None:
-            self.cache.close(sequence.slot)
-            sequence.slot = None
 
-    def _too_long(self, sequence: Sequence) -> str:
-        return (
-            f"out of pages: {len(sequence.history)} tokens need "
-            f"{self.cache.pages_for(len(sequence.history))} pages of {self.cache.page_size} "
-            f"tokens, the cache has {self.cache.pages} in all"
-        )
-
-
-__all__ = ["Scheduler", "Step"]
+__all__ = ["Scheduler"]

@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import index
 from typing import Literal
 
-from .sampling import Sampling
+from .sampling import GREEDY, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+# The most likely (token, log-probability) pairs, most likely first.
+TopLogprobs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class SequenceStats:
-    """Figures of one sequence; times are wall-clock seconds.
+class Request:
+    """What is asked of a sequence; ValueError where `max_new_tokens` < 1.
 
-    `steps` counts the replays it took part in, `prefill_seconds` and `decode_seconds` are their
-    durations: prefill while more than one of its tokens was missing from the cache (also when
-    recomputed after preemption) or its first token was awaited, decode otherwise.
-    `time_to_first_token` runs from submission; None before the first token.
+    `top_logprobs` most likely tokens are reported with each token. A token of `stop_tokens` ends
+    the sequence and is not part of it.
     """
 
-    prompt_tokens: int
-    generated_tokens: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    time_to_first_token: float | None = None
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_tokens: frozenset[int] = frozenset()
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        if index(self.max_new_tokens) < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
 
 
-@dataclass(frozen=True)
-class SessionStats:
-    """Figures of a session; times are wall-clock seconds.
+@dataclass
+class Stats:
+    """Figures of what was served; times are wall-clock seconds."""
 
-    `prompt_tokens` counts the prompts that were computed to their end, `generated_tokens` every
-    token handed out. A step (one replay) with any prefill in it counts to `prefill_seconds`,
-    otherwise to `decode_seconds`. `time_to_first_token` is the mean over the sequences that got
-    one; None before that. `Session.logits` counts nowhere.
-    """
-
-    sequences: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
@@ -48,36 +43,72 @@ class SessionStats:
     decode_seconds: float = 0.0
     time_to_first_token: float | None = None
 
+    def count_step(self, decode: bool, seconds: float) -> None:
+        """Count one replay."""
+        self.steps += 1
+        if decode:
+            self.decode_seconds += seconds
+        else:
+            self.prefill_seconds += seconds
+
+
+@dataclass
+class SequenceStats(Stats):
+    """Figures of one sequence.
+
+    `steps` counts the replays it took part in, `prefill_seconds` and `decode_seconds` are their
+    durations: prefill while more than one of its tokens was missing from the cache (also when
+    recomputed after preemption) or its first token was awaited, decode otherwise.
+    `time_to_first_token` runs from submission; None before the first token.
+    """
+
+
+@dataclass
+class SessionStats(Stats):
+    """Figures of a session.
+
+    `prompt_tokens` counts the prompts that were computed to their end, `generated_tokens` every
+    token handed out. A step (one replay) with any prefill in it counts to `prefill_seconds`,
+    otherwise to `decode_seconds`. `time_to_first_token` is the mean over the sequences that got
+    one; None before that. `Session.logits` counts nowhere.
+    """
+
+    sequences: int = 0
+
 
 @dataclass(eq=False)
 class Sequence:
     """One request. Its session writes it; everyone else reads it.
 
     `history` holds prompt and generated tokens, `logprobs` and `top_logprobs` one item a generated
-    token. `seed` is the one in effect, also when `sampling.seed` is None. `finish_reason` is None
-    while it waits or runs; `message` says what went wrong when it is "error". `slot` is its row of
-    the page table while it runs, `cached` how many tokens of `history` the cache holds,
-    `submitted` the clock at its submission (`perf_counter` seconds).
+    token. `seed` is the one in effect, also when `request.sampling.seed` is None. `finish_reason`
+    is None while it waits or runs; `message` says what went wrong when it is "error". `slot` is its
+    row of the page table while it runs; the cache holds the first `cached_length` tokens of
+    `history`. `submitted` is the clock at its submission (`perf_counter` seconds).
     """
 
     id: int
     prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling
+    request: Request
     seed: int
-    stop_tokens: frozenset[int]
-    top_count: int
-    stats: SequenceStats
-    history: list[int] = field(default_factory=list[int])
+    history: list[int] = field(init=False)
     logprobs: list[float] = field(default_factory=list[float])
-    top_logprobs: list[tuple[tuple[int, float], ...]] = field(
-        default_factory=list[tuple[tuple[int, float], ...]]
-    )
+    top_logprobs: list[TopLogprobs] = field(default_factory=list[TopLogprobs])
+    stats: SequenceStats = field(default_factory=SequenceStats)
     finish_reason: FinishReason | None = None
     message: str = ""
     slot: int | None = None
-    cached: int = 0
+    cached_length: int = 0
     submitted: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.history = list(self.prompt)
+        self.stats.prompt_tokens = len(self.prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output so far."""
+        return len(self.history)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -92,7 +123,7 @@ class Sequence:
     @property
     def pending(self) -> int:
         """Tokens of `history` that the cache does not hold yet; 1 while decoding."""
-        return len(self.history) - self.cached
+        return len(self.history) - self.cached_length
 
 
 @dataclass(frozen=True)
@@ -107,9 +138,9 @@ class Event:
     sequence: Sequence
     token: int | None = None
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    top_logprobs: TopLogprobs = ()
     finish_reason: FinishReason | None = None
     message: str = ""
 
 
-__all__ = ["Event", "FinishReason", "Sequence", "SequenceStats", "SessionStats"]
+__all__ = ["Event", "FinishReason", "Request", "Sequence", "SequenceStats", "SessionStats"]

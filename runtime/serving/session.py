@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, count
+from itertools import count, groupby
 from operator import index
 from time import perf_counter
 from types import TracebackType
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..driver import Array, Driver, WeightLoader
 from ..program import Program
-from .abi import Chunk, ServingAbi, replay_inputs, serving_outputs
+from .abi import ServingAbi, serving_outputs
+from .batch import Batch, Chunk, Row
 from .kv_cache import KVCache
-from .row_sampling import Choice, DeviceSampling, choose, chosen
+from .row_sampling import Choice, RowSampler
 from .sampling import GREEDY, Sampling
 from .scheduler import Scheduler
-from .sequence import Event, FinishReason, Sequence, SequenceStats, SessionStats
-
-Stats = TypeVar("Stats", SequenceStats, SessionStats)
+from .sequence import Event, FinishReason, Request, Sequence, SequenceStats, SessionStats
+from .speculation import Drafter, verify
 
 
 class SessionEndedError(Exception):
@@ -37,7 +36,7 @@ class Session:
     `step` runs one replay: a token of every decoding sequence and chunks of prompts as far as the
     largest bucket goes, in the smallest bucket that takes them. What is batched together never
     changes which logits a sequence asks for nor the draws it makes from them. Where the program
-    chooses tokens itself, logits come to the host only for what it cannot give.
+    samples by itself, logits come to the host only for what it cannot give.
 
     A sequence ends with "stop" (a stop token came; it is not part of the tokens), "length"
     (`max_new_tokens` reached, or its next token has no position below `max_tokens_per_sequence`),
@@ -54,11 +53,14 @@ class Session:
         *,
         pages: int | None = None,
         draw_seed: Callable[[], int] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """Load `program`. `pages` uses fewer of the program's KV pages than there are.
 
         `draw_seed` gives a number in [0, 2^64) for sampling that fixes none, by default from the
         operating system; processes that serve the same sequences together must draw the same.
+        What `drafter` proposes is verified in the rows that a step has left, and changes nothing
+        but how many tokens a step gives.
 
         ValueError when the program is no serving program or `pages` is out of range.
         """
@@ -73,11 +75,10 @@ class Session:
             slots=self.meta.max_sequences,
             tokens_per_slot=self.meta.max_tokens_per_sequence,
         )
-        self._scheduler = Scheduler(self._cache, tokens=self._abi.tokens, sequences=self._abi.rows)
-        candidates = self._abi.candidates
-        self._device = (
-            None if candidates is None else DeviceSampling(self.meta.vocab_size, candidates)
+        self._scheduler = Scheduler(
+            self._cache, tokens=self._abi.tokens, rows=self._abi.rows, drafter=drafter
         )
+        self._sampler = RowSampler(self.meta.vocab_size, self._abi.candidates)
         self._draw_seed = draw_seed or partial(secrets.randbits, 64)
         self._ids = count(1)
         self._events: list[Event] = []
@@ -123,8 +124,8 @@ class Session:
         never hold, `max_new_tokens` < 1 or `top_logprobs` outside [0, vocab_size]: nothing is
         queued then.
         """
-        self._check_open()
-        sequence = self._sequence(tokens, max_new_tokens, sampling, stop_tokens, top_logprobs)
+        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
+        (sequence,) = self.requests([tokens], request)
         self._enqueue(sequence)
         return sequence
 
@@ -141,14 +142,23 @@ class Session:
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence with "cancelled" and free its slot and pages at once.
 
-        Its last event comes with the next step. Nothing happens when it has ended already;
-        ValueError when it belongs to another session.
+        Tokens that came of a step but were not handed out yet are taken back. Its last event comes
+        with the next step. Nothing happens when that was handed out already; ValueError when the
+        sequence belongs to another session.
         """
-        if sequence.finish_reason is not None:
-            return
-        if sequence not in self._scheduler.running and sequence not in self._scheduler.waiting:
+        unseen = [event for event in self._events if event.sequence is sequence]
+        if sequence in self._scheduler:
+            self._scheduler.remove(sequence)
+        elif sequence.finish_reason is None:
             raise ValueError(f"sequence {sequence.id} belongs to another session")
-        self._scheduler.remove(sequence)
+        elif not unseen:
+            return
+        self._events = [event for event in self._events if event.sequence is not sequence]
+        if dropped := sum(event.token is not None for event in unseen):
+            for reported in (sequence.history, sequence.logprobs, sequence.top_logprobs):
+                del reported[-dropped:]
+            sequence.stats.generated_tokens -= dropped
+            self._stats.generated_tokens -= dropped
         self._finish(sequence, "cancelled")
 
     def stream(
@@ -166,15 +176,8 @@ class Session:
         starts with the first `next`. Closing the iterator cancels what is left. Sequences of other
         callers go on meanwhile; their events wait for their own `stream` or for `step`.
         """
-        return self.events(
-            self.requests(
-                prompts,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                stop_tokens=stop_tokens,
-                top_logprobs=top_logprobs,
-            )
-        )
+        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
+        return self.events(self.requests(prompts, request))
 
     def generate(
         self,
@@ -186,30 +189,51 @@ class Session:
         top_logprobs: int = 0,
     ) -> list[Sequence]:
         """As `stream`, run to the end: the finished sequences in the order of their prompts."""
-        sequences = self.requests(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_tokens=stop_tokens,
-            top_logprobs=top_logprobs,
-        )
+        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
+        sequences = self.requests(prompts, request)
         for _ in self.events(sequences):
             pass
         return sequences
 
-    def requests(
-        self,
-        prompts: Iterable[Iterable[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
-        top_logprobs: int = 0,
-    ) -> list[Sequence]:
+    def requests(self, prompts: Iterable[Iterable[int]], request: Request) -> list[Sequence]:
         """One checked sequence a prompt, for `events` to queue. ValueError as `submit`."""
         self._check_open()
-        stops = frozenset(stop_tokens)
-        return [self._sequence(p, max_new_tokens, sampling, stops, top_logprobs) for p in prompts]
+        if not 0 <= request.top_logprobs <= self.meta.vocab_size:
+            raise ValueError(
+                f"top_logprobs: expected 0 to {self.meta.vocab_size}, found {request.top_logprobs}"
+            )
+        checked = [self._check_tokens(tokens) for tokens in prompts]
+        fixed = request.sampling.seed
+        return [
+            Sequence(
+                next(self._ids), tokens, request, self._draw_seed() if fixed is None else fixed
+            )
+            for tokens in checked
+        ]
+
+    def events(self, sequences: list[Sequence]) -> Generator[Event]:
+        """Queue `sequences` of `requests` and step until all have ended; see `stream`."""
+        unfinished = set(sequences)
+        try:
+            self._check_open()
+            for sequence in sequences:
+                self._enqueue(sequence)
+            while unfinished:
+                event = next((e for e in self._events if e.sequence in unfinished), None)
+                if event is not None:
+                    self._events.remove(event)
+                    if event.finish_reason is not None:
+                        unfinished.remove(event.sequence)
+                    yield event
+                elif all(sequence.finish_reason for sequence in unfinished):
+                    return  # `step` handed out the rest
+                else:
+                    self._advance()
+        finally:
+            for sequence in unfinished:
+                if sequence in self._scheduler or sequence.finish_reason is not None:
+                    self.cancel(sequence)
+            self._events = [event for event in self._events if event.sequence not in unfinished]
 
     def logits(self, tokens: Iterable[int]) -> NDArray[np.float32]:
         """The logits f32[T, vocab] of one sequence at every position.
@@ -218,18 +242,18 @@ class Session:
         free, the youngest running sequences are preempted. ValueError as `submit`.
         """
         self._check_open()
-        ids = self._check_tokens(tokens)
-        slot = self._scheduler.borrow(len(ids))
+        scored = Sequence(0, self._check_tokens(tokens), Request(max_new_tokens=1), seed=0)
+        self._scheduler.borrow(scored)
+        most = min(self._abi.tokens, self._abi.rows)
         try:
             parts: list[NDArray[np.float32]] = []
-            most = min(self._abi.tokens, self._abi.rows)
-            for start in range(0, len(ids), most):
-                chunk = Chunk(slot, start, ids[start : start + most])
-                rows = list(range(len(chunk.tokens)))
-                parts.append(self._replay([chunk], rows, [None] * len(rows), ["logits"])["logits"])
+            for start in range(0, scored.length, most):
+                chunk = Chunk(scored, start, scored.prompt[start : start + most])
+                rows = tuple(Row(chunk, offset) for offset in range(len(chunk.tokens)))
+                parts.append(self._replay(Batch((chunk,), rows), ["logits"])["logits"])
             return np.concatenate(parts)
         finally:
-            self._cache.close(slot)
+            self._scheduler.release(scored)
 
     def close(self) -> None:
         """Free the device; unfinished sequences end with "cancelled". Twice is once."""
@@ -239,125 +263,98 @@ class Session:
         self._end("closed", "cancelled")
         self._executable.close()
 
-    def events(self, sequences: list[Sequence]) -> Generator[Event]:
-        unfinished = set(sequences)
-        try:
-            self._check_open()
-            for sequence in sequences:
-                self._enqueue(sequence)
-            while unfinished:
-                mine = [event for event in self._events if event.sequence in unfinished]
-                if not mine:
-                    if all(sequence.finish_reason for sequence in unfinished):
-                        return  # `step` handed out the rest
-                    self._advance()
-                    continue
-                self._events = [event for event in self._events if event.sequence not in unfinished]
-                for event in mine:
-                    if event.finish_reason is not None:
-                        unfinished.remove(event.sequence)
-                    yield event
-        finally:
-            for sequence in unfinished:
-                if sequence in self._scheduler.running or sequence in self._scheduler.waiting:
-                    self.cancel(sequence)
-            self._events = [event for event in self._events if event.sequence not in unfinished]
-
     def _advance(self) -> None:
-        """One replay; what came of it is appended to `_events`."""
+        """Plan, replay and commit one batch; what came of it is appended to `_events`."""
         self._check_open()
         started = perf_counter()
-        step = self._scheduler.plan()
-        for sequence, message in step.failures:
-            self._finish(sequence, "error", message)
-        if not step.chunks:
+        batch = self._scheduler.plan()
+        if not batch.chunks:
             return
-        ends = accumulate(len(chunk.tokens) for _, chunk in step.chunks)
-        rows = [end - 1 for end in ends]
-        # A prompt that is not at its end yet has no next token.
-        takers = [s if chunk.end == len(s.history) else None for s, chunk in step.chunks]
-        device = self._device
-        on_device = {s for s in takers if s and device and device.takes(s)}
-        outputs = device.outputs(on_device) if device else []
-        if any(s and s not in on_device for s in takers) or not outputs:
-            outputs.append("logits")
         try:
-            found = self._replay([chunk for _, chunk in step.chunks], rows, takers, outputs)
+            found = self._replay(batch, self._sampler.outputs(batch.rows))
         except SessionEndedError:
             return
+        sequences = [chunk.sequence for chunk in batch.chunks]
+        decoding = [s.pending == 1 and s.generated > 0 for s in sequences]
+        numbered = groupby(enumerate(batch.rows), lambda numbered: numbered[1].chunk)
+        rows = {chunk: list(of_chunk) for chunk, of_chunk in numbered}
+        results = [self._accept(c.sequence, rows.get(c, []), found) for c in batch.chunks]
+        self._scheduler.commit(batch, [[c.token for c in choices] for choices, _ in results])
+        for chunk, (choices, end) in zip(batch.chunks, results, strict=True):
+            if chunk in rows:
+                self._report(chunk.sequence, choices, end)
+        seconds = perf_counter() - started
+        for sequence, decode in zip(sequences, decoding, strict=True):
+            sequence.stats.count_step(decode, seconds)
+        self._stats.count_step(all(decoding), seconds)
 
-        decoding = {s for s, _ in step.chunks if s.pending == 1 and s.generated}
-        for row, (sequence, chunk) in enumerate(step.chunks):
-            sequence.cached = chunk.end
-            if sequence in on_device:
-                self._take(sequence, partial(chosen, sequence, found, row))
-            elif not sequence.pending:
-                self._take(sequence, partial(choose, sequence, found["logits"][row]))
-        self._count_step([s for s, _ in step.chunks], decoding, perf_counter() - started)
-
-    def _take(self, sequence: Sequence, choice: Callable[[], Choice]) -> None:
-        """Give `sequence` its next token; ends it where due."""
-        if not sequence.generated:
-            prompt_tokens = self._stats.prompt_tokens + len(sequence.prompt)
-            self._stats = replace(self._stats, prompt_tokens=prompt_tokens)
+    def _accept(
+        self, sequence: Sequence, rows: list[tuple[int, Row]], found: Mapping[str, Array]
+    ) -> tuple[list[Choice], tuple[FinishReason, str] | None]:
+        """The tokens that `rows` give to `sequence`, and its end with a message where due."""
+        request, cache = sequence.request, self._cache
+        choices = (self._sampler.choose(row, found, at) for at, row in rows)
+        accepted: list[Choice] = []
         try:
-            made = choice()
+            for choice in verify((row for _, row in rows), choices):
+                if choice.token in request.stop_tokens:
+                    return accepted, ("stop", "")
+                accepted.append(choice)
+                length = sequence.length + len(accepted)
+                if (
+                    length == len(sequence.prompt) + request.max_new_tokens
+                    or length > self.meta.max_tokens_per_sequence
+                ):
+                    return accepted, ("length", "")
+                if (pages := cache.pages_for(length)) > cache.pages:
+                    message = (
+                        f"out of pages: {length} tokens need {pages} pages of {cache.page_size} "
+                        f"tokens, the cache has {cache.pages} in all"
+                    )
+                    return accepted, ("error", message)
         except ValueError as error:
-            self._scheduler.remove(sequence)
-            self._finish(sequence, "error", str(error))
-            return
-        token, logprob, top = made.token, made.logprob, made.top
-        if token in sequence.stop_tokens:
-            self._scheduler.remove(sequence)
-            self._finish(sequence, "stop")
-            return
+            return accepted, ("error", str(error))
+        return accepted, None
 
-        sequence.history.append(token)
-        sequence.logprobs.append(logprob)
-        sequence.top_logprobs.append(top)
-        self._count_token(sequence)
-        if (
-            sequence.generated == sequence.max_new_tokens
-            or len(sequence.history) > self.meta.max_tokens_per_sequence
-        ):
-            self._scheduler.remove(sequence)
-            sequence.finish_reason = "length"
-        self._events.append(Event(sequence, token, logprob, top, sequence.finish_reason))
-
-    def _count_step(
-        self, sequences: list[Sequence], decoding: set[Sequence], seconds: float
+    def _report(
+        self, sequence: Sequence, choices: list[Choice], end: tuple[FinishReason, str] | None
     ) -> None:
-        for sequence in sequences:
-            sequence.stats = _with_step(sequence.stats, sequence in decoding, seconds)
-        self._stats = _with_step(self._stats, len(decoding) == len(sequences), seconds)
+        """Hand out the tokens that a step gave to a sequence, and its end."""
+        stats, total = sequence.stats, self._stats
+        if sequence.generated == len(choices):
+            total.prompt_tokens += len(sequence.prompt)
+            if choices:
+                stats.time_to_first_token = perf_counter() - sequence.submitted
+                self._first_tokens += 1
+                mean = total.time_to_first_token or 0.0
+                mean += (stats.time_to_first_token - mean) / self._first_tokens
+                total.time_to_first_token = mean
+        stats.generated_tokens += len(choices)
+        total.generated_tokens += len(choices)
+        for choice in choices:
+            sequence.logprobs.append(choice.logprob)
+            sequence.top_logprobs.append(choice.top)
+            self._events.append(Event(sequence, choice.token, choice.logprob, choice.top))
+        if end is None:
+            return
+        self._scheduler.remove(sequence)
+        reason, message = end
+        if reason == "length":
+            sequence.finish_reason = reason
+            self._events[-1] = replace(self._events[-1], finish_reason=reason)
+        else:
+            self._finish(sequence, reason, message)
 
-    def _count_token(self, sequence: Sequence) -> None:
-        stats = replace(sequence.stats, generated_tokens=sequence.generated)
-        total = replace(self._stats, generated_tokens=self._stats.generated_tokens + 1)
-        if sequence.generated == 1:
-            first = perf_counter() - sequence.submitted
-            stats = replace(stats, time_to_first_token=first)
-            summed = (total.time_to_first_token or 0.0) * self._first_tokens + first
-            self._first_tokens += 1
-            total = replace(total, time_to_first_token=summed / self._first_tokens)
-        sequence.stats, self._stats = stats, total
+    def _replay(self, batch: Batch, outputs: list[str]) -> dict[str, Array]:
+        """Run `batch` in the smallest entry that takes it; `outputs` by name, its rows of each.
 
-    def _replay(
-        self,
-        chunks: list[Chunk],
-        rows: list[int],
-        takers: list[Sequence | None],
-        outputs: list[str],
-    ) -> dict[str, Array]:
-        """Run `chunks` in the smallest entry; `outputs` by name, a row for each token of `rows`.
-
-        A row's next token is that of its sequence in `takers`, where the device chooses it. Any
-        failure of the device ends the session and is raised as SessionEndedError.
+        Any failure of the device ends the session and is raised as SessionEndedError.
         """
-        entry = self._abi.smallest(sum(len(chunk.tokens) for chunk in chunks), len(rows))
+        entry = self._abi.smallest(batch.tokens, len(batch.rows))
+        size, rows = entry.symbols["T"], entry.symbols["L"]
         inputs: dict[str, Array] = {
-            **replay_inputs(entry, chunks, rows, self._cache.page_table),
-            **(self._device.inputs(entry.symbols["L"], takers) if self._device else {}),
+            **batch.inputs(size, rows, self._cache.page_table),
+            **self._sampler.inputs(rows, batch.rows),
         }
         expected = serving_outputs(entry, self.meta)
         # A device may fail in any way, and after none is the state of the cache known.
@@ -374,38 +371,11 @@ class Session:
         except Exception as error:
             self._end(f"{type(error).__name__}: {error}", "error")
             raise SessionEndedError(f"the session ended: {self._ended}") from error
-        return {name: found[name][: len(rows)] for name in outputs}
-
-    def _sequence(
-        self,
-        tokens: Iterable[int],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_tokens: Iterable[int],
-        top_logprobs: int,
-    ) -> Sequence:
-        prompt = self._check_tokens(tokens)
-        if index(max_new_tokens) < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-        if not 0 <= top_logprobs <= self.meta.vocab_size:
-            raise ValueError(
-                f"top_logprobs: expected 0 to {self.meta.vocab_size}, found {top_logprobs}"
-            )
-        return Sequence(
-            id=next(self._ids),
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=self._draw_seed() if sampling.seed is None else sampling.seed,
-            stop_tokens=frozenset(stop_tokens),
-            top_count=top_logprobs,
-            stats=SequenceStats(prompt_tokens=len(prompt)),
-            history=list(prompt),
-        )
+        return {name: found[name][: len(batch.rows)] for name in outputs}
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.submitted = perf_counter()
-        self._stats = replace(self._stats, sequences=self._stats.sequences + 1)
+        self._stats.sequences += 1
         self._scheduler.submit(sequence)
 
     def _check_tokens(self, tokens: Iterable[int]) -> tuple[int, ...]:
@@ -449,11 +419,4 @@ class Session:
         self._events.append(Event(sequence, finish_reason=reason, message=message))
 
 
-def _with_step(stats: Stats, decode: bool, seconds: float) -> Stats:
-    """`stats` after one more step that counts as decode or as prefill."""
-    if decode:
-        return replace(stats, steps=stats.steps + 1, decode_seconds=stats.decode_seconds + seconds)
-    return replace(stats, steps=stats.steps + 1, prefill_seconds=stats.prefill_seconds + seconds)
-
-
-__all__ = ["Event", "Sequence", "SequenceStats", "Session", "SessionEndedError", "SessionStats"]
+__all__ = ["Event", "Request", "Sequence", "SequenceStats", "Session", "SessionEndedError"]

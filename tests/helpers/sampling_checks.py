@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from ingot.compiler.ops.sampling import SETTINGS
-from ingot.runtime.serving.row_sampling import DeviceSampling
+from ingot.runtime.serving.batch import Chunk, Row
+from ingot.runtime.serving.row_sampling import RowSampler
 from ingot.runtime.serving.sampling import Sampling, distribution, log_softmax, most_likely
 from ingot.runtime.serving.sampling import sample as on_host
-from ingot.runtime.serving.sequence import Sequence, SequenceStats
+from ingot.runtime.serving.sequence import Request, Sequence
 
 # A cumulative mass this close to an edge may fall on either side of it.
 CLOSE = 1e-5
@@ -32,9 +33,13 @@ options = st.builds(
 
 
 def request(sampling: Sampling, history: list[int], top: int = 0) -> Sequence:
-    stats = SequenceStats(prompt_tokens=len(history))
-    seed = sampling.seed or 0
-    return Sequence(0, tuple(history), 9, sampling, seed, frozenset(), top, stats, list(history))
+    asked = Request(max_new_tokens=9, sampling=sampling, top_logprobs=top)
+    return Sequence(0, tuple(history), asked, sampling.seed or 0)
+
+
+def row_of(sequence: Sequence) -> Row:
+    """The row behind the last token of `sequence`."""
+    return Row(Chunk(sequence, 0, tuple(sequence.history)), sequence.length - 1)
 
 
 def requests_of(rows: Rows[Sampling], vocab: int, top: int, seed: int = 0) -> list[Sequence]:
@@ -47,7 +52,8 @@ def requests_of(rows: Rows[Sampling], vocab: int, top: int, seed: int = 0) -> li
 
 def operands(vocab: int, requests: list[Sequence], candidates: int) -> list[torch.Tensor]:
     """What `sample` takes behind the logits."""
-    made = DeviceSampling(vocab, candidates).inputs(len(requests), requests)
+    rows = [row_of(sequence) for sequence in requests]
+    made = RowSampler(vocab, candidates).inputs(len(rows), rows)
     return [torch.tensor(made[name]) for name in ORDER]
 
 
@@ -68,26 +74,29 @@ def check_choices(
     for i, asked in enumerate(requests):
         row = logits[i].float().numpy()
         if not near_an_edge(row, asked):
-            assert int(token[i]) in _allowed(row, asked, float(draws[i])), (i, asked.sampling)
+            assert int(token[i]) in _allowed(row, asked, float(draws[i])), (
+                i,
+                asked.request.sampling,
+            )
         raw = log_softmax(row)
         np.testing.assert_allclose(float(logprob[i]), raw[int(token[i])], atol=tolerance)
-        best = most_likely(row, asked.top_count)
-        assert tokens[i, : asked.top_count].tolist() == [t for t, _ in best]
-        assert (tokens[i, asked.top_count :] == -1).all()
+        best = most_likely(row, asked.request.top_logprobs)
+        assert tokens[i, : asked.request.top_logprobs].tolist() == [t for t, _ in best]
+        assert (tokens[i, asked.request.top_logprobs :] == -1).all()
         np.testing.assert_allclose(
-            logprobs[i, : asked.top_count].numpy(), [p for _, p in best], atol=tolerance
+            logprobs[i, : asked.request.top_logprobs].numpy(), [p for _, p in best], atol=tolerance
         )
 
 
 def _allowed(logits: Any, asked: Sequence, draw: float) -> set[int]:
     """The tokens that may be chosen when sums are off by CLOSE."""
     shifted = (min(max(draw + shift, 0), 1 - 2**-53) for shift in (-CLOSE, 0, CLOSE))
-    return {on_host(logits, asked.sampling, asked.history, d)[0] for d in shifted}
+    return {on_host(logits, asked.request.sampling, asked.history, d)[0] for d in shifted}
 
 
 def near_an_edge(logits: Any, asked: Sequence) -> bool:
     """Whether what is kept hangs on a rounding."""
-    sampling = asked.sampling
+    sampling = asked.request.sampling
     if sampling.temperature == 0:
         return False
     kept = distribution(logits, replace(sampling, top_p=1.0, min_p=0.0), asked.history)

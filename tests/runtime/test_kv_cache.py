@@ -10,7 +10,7 @@ from ingot.runtime.serving.kv_cache import CacheFullError, KVCache
 
 
 class KVCacheMachine(RuleBasedStateMachine):
-    """Random opens, growths and closes against a model that only knows token counts."""
+    """Random opens, growths, shrinkings and closes against a model that only knows token counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,18 +35,22 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), tokens=st.integers(0, 18))
-    def grow(self, data: st.DataObject, tokens: int) -> None:
+    def resize(self, data: st.DataObject, tokens: int) -> None:
         slot = data.draw(st.sampled_from(sorted(self.tokens)))
         before = dict(self.tokens)
-        self.tokens[slot] = max(self.tokens[slot], tokens)
+        room = self.cache.room(slot)
+        self.tokens[slot] = tokens
         if self.needed() > 7:
+            assert tokens > room
             self.tokens = before
             with pytest.raises(CacheFullError, match="of 7 are free"):
-                self.cache.grow(slot, tokens)
+                self.cache.resize(slot, tokens)
             return
-        self.cache.grow(slot, tokens)
+        assert tokens <= room
+        self.cache.resize(slot, tokens)
         held = self.cache.pages_of(slot)
-        assert held[: len(self.pages[slot])] == self.pages[slot]
+        both = min(len(held), len(self.pages[slot]))
+        assert held[:both] == self.pages[slot][:both]
         self.pages[slot] = held
 
     @precondition(lambda self: self.tokens)
@@ -82,7 +86,7 @@ def test_freed_pages_serve_again() -> None:
     cache = KVCache(pages=5, page_size=64, slots=2, tokens_per_slot=320)
     for _ in range(20):
         slot = cache.open()
-        cache.grow(slot, 320)
+        cache.resize(slot, 320)
         assert sorted(cache.pages_of(slot)) == [0, 1, 2, 3, 4]
         cache.close(slot)
     assert cache.free_pages == 5
@@ -91,10 +95,10 @@ def test_freed_pages_serve_again() -> None:
 def test_a_refused_growth_takes_nothing() -> None:
     cache = KVCache(pages=4, page_size=64, slots=2, tokens_per_slot=320)
     first, second = cache.open(), cache.open()
-    cache.grow(first, 129)
+    cache.resize(first, 129)
     with pytest.raises(CacheFullError, match=r"65 tokens need 2 more pages.*1 of 4 are free"):
-        cache.grow(second, 65)
-    cache.grow(second, 64)
+        cache.resize(second, 65)
+    cache.resize(second, 64)
     assert len(cache.pages_of(second)) == 1
 
 
@@ -102,7 +106,7 @@ def test_growth_beyond_the_slot_is_refused() -> None:
     cache = KVCache(pages=4, page_size=64, slots=1, tokens_per_slot=100)
     slot = cache.open()
     with pytest.raises(ValueError, match="expected at most 100 tokens, found 101"):
-        cache.grow(slot, 101)
+        cache.resize(slot, 101)
 
 
 @pytest.mark.parametrize("name", ["pages", "page_size", "slots", "tokens_per_slot"])

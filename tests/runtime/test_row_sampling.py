@@ -12,10 +12,12 @@ from fake_device import FakeDriver, FakeExecutable, expected_logits, serving_pro
 from hypothesis import given
 from hypothesis import strategies as st
 from ingot.runtime.serving.abi import ServingAbi
-from ingot.runtime.serving.row_sampling import DeviceSampling
+from ingot.runtime.serving.batch import Chunk, Row
+from ingot.runtime.serving.row_sampling import RowSampler
 from ingot.runtime.serving.sampling import Sampling, uniform
-from ingot.runtime.serving.sequence import Sequence, SequenceStats
+from ingot.runtime.serving.sequence import Sequence
 from ingot.runtime.serving.session import Session
+from sampling_checks import request, row_of
 
 HOT = Sampling(temperature=0.7, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.25)
 # Settings that f32 holds exactly: the two sides then choose from the same numbers.
@@ -80,8 +82,9 @@ def test_only_what_is_needed_is_fetched() -> None:
     session.generate([[1]], max_new_tokens=1, sampling=HOT, top_logprobs=3)
     session.generate([[1]], max_new_tokens=1, top_logprobs=4)
     tops = ["logprob", "token", "top_logprobs", "top_tokens"]
-    alone = ["logits", "logprob", "token"]
-    assert device.fetched == [["logprob", "token"]] * 2 + [tops, alone]
+    assert device.fetched == [["logprob", "token"]] * 2 + [tops, ["logits"]]
+    session.generate([range(40)], max_new_tokens=1)
+    assert device.fetched[-2:] == [[], ["logprob", "token"]]
     found = session.logits([1, 2, 3])
     assert device.fetched[-1] == ["logits"]
     np.testing.assert_array_equal(found, expected_logits([1, 2, 3], 50))
@@ -118,60 +121,62 @@ def test_entries_sample_alike() -> None:
 # ---- the inputs
 
 
-def sequence_of(sampling: Sampling, history: list[int], top: int = 0) -> Sequence:
-    return Sequence(
-        id=0,
-        prompt=tuple(history),
-        max_new_tokens=99,
-        sampling=sampling,
-        seed=sampling.seed or 0,
-        stop_tokens=frozenset(),
-        top_count=top,
-        stats=SequenceStats(prompt_tokens=len(history)),
-        history=list(history),
-    )
-
-
 def bits_of(words: Any) -> list[int]:
     return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
 
 
 def test_what_does_not_change_is_the_same_object() -> None:
-    device = DeviceSampling(vocab=100, candidates=4)
-    cold, hot = sequence_of(Sampling(), [1]), sequence_of(HOT, [1, 99, 32])
-    idle = device.inputs(2, [None, None])
-    greedy = device.inputs(2, [cold])
+    device = RowSampler(vocab=100, candidates=4)
+    cold, hot = request(Sampling(), [1]), request(HOT, [1, 99, 32])
+    idle = device.inputs(2, [])
+    greedy = device.inputs(2, [row_of(cold)])
     assert all(greedy[name] is idle[name] for name in idle)
     assert not any(array.flags.writeable for array in idle.values())
-    first = device.inputs(2, [cold, hot])
+    first = device.inputs(2, [row_of(cold), row_of(hot)])
     hot.history.append(64)
-    second = device.inputs(2, [cold, hot])
+    second = device.inputs(2, [row_of(cold), row_of(hot)])
     changing = {name for name in first if first[name] is not second[name]}
     assert changing == {"draw", "seen"}
     assert bits_of(first["seen"][1]) == [1, 32, 99]
     assert bits_of(second["seen"][1]) == [1, 32, 64, 99]
     assert not second["seen"][0].any()
-    assert device.inputs(2, [hot, cold])["temperature"].tolist() == [np.float32(0.7), 0]
+    assert device.inputs(2, [row_of(hot), row_of(cold)])["temperature"].tolist() == [
+        np.float32(0.7),
+        0,
+    ]
+
+
+def test_drafted_tokens_are_seen_by_the_rows_behind_them_alone() -> None:
+    device = RowSampler(vocab=100, candidates=0)
+    hot = request(replace(HOT, seed=9), [1, 99])
+    chunk = Chunk(hot, 1, (99, 5, 64))
+    rows = [Row(chunk, offset) for offset in range(3)]
+    made = device.inputs(4, rows)
+    assert [bits_of(words) for words in made["seen"]] == [[1, 99], [1, 5, 99], [1, 5, 64, 99], []]
+    np.testing.assert_allclose(made["draw"], [*(uniform(9, step) for step in range(3)), 0])
+    # Nothing stays of what was not accepted.
+    hot.history.append(7)
+    assert bits_of(device.inputs(1, [row_of(hot)])["seen"][0]) == [1, 7, 99]
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 50))
 def test_draws_are_rounded_down(seed: int, step: int) -> None:
-    device = DeviceSampling(vocab=8, candidates=0)
-    sequence = sequence_of(Sampling(temperature=1.0, seed=seed), [1])
+    device = RowSampler(vocab=8, candidates=0)
+    sequence = request(Sampling(temperature=1.0, seed=seed), [1])
     sequence.history += [0] * step
-    (draw,) = device.inputs(1, [sequence])["draw"]
+    (draw,) = device.inputs(1, [row_of(sequence)])["draw"]
     exact = uniform(seed, step)
     assert draw.dtype == np.float32
     assert draw <= exact < np.nextafter(draw, np.float32(2))
 
 
 def test_numbers_beyond_f32_stay_what_they_mean() -> None:
-    device = DeviceSampling(vocab=8, candidates=2)
+    device = RowSampler(vocab=8, candidates=2)
     extreme = (
         Sampling(temperature=5e-324, top_k=2**40),
         Sampling(temperature=1e300, repetition_penalty=1e-300),
     )
-    made = device.inputs(2, [sequence_of(s, [1], top=9) for s in extreme])
+    made = device.inputs(2, [row_of(request(s, [1], top=9)) for s in extreme])
     assert (made["temperature"] > 0).all() and np.isfinite(made["temperature"]).all()
     assert made["top_k"].tolist() == [8, 0]
     assert (made["penalty"] > 0).all() and np.isfinite(made["penalty"]).all()

@@ -54,7 +54,7 @@ def prompts_of(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 
 def check_tokens(sequence: Sequence, count: int | None = None) -> None:
     """The sequence has the tokens and log-probabilities that the bare model gives."""
-    sampling = replace(sequence.sampling, seed=sequence.seed)
+    sampling = replace(sequence.request.sampling, seed=sequence.seed)
     tokens, logprobs = expected_tokens(sequence.prompt, sequence.generated, sampling, VOCAB)
     assert list(sequence.tokens) == tokens
     assert sequence.logprobs == logprobs
@@ -101,7 +101,7 @@ def test_64_prompts_together_give_what_each_gives_alone(
     events += run_out(session)
     for sequence in sequences:
         assert sequence.finish_reason == "length"
-        check_tokens(sequence, min(sequence.max_new_tokens, 65 - len(sequence.prompt)))
+        check_tokens(sequence, min(sequence.request.max_new_tokens, 65 - len(sequence.prompt)))
     check_events(events, sequences)
     if "pages" in shape:
         assert session.stats.preemptions > 0
@@ -160,7 +160,7 @@ def test_admission_waits_for_the_pages_of_the_whole_prompt() -> None:
     assert [e.sequence for e in events if e.finish_reason] == [first, second, third]
     assert session.stats.preemptions == 0
     for sequence in (first, second, third):
-        check_tokens(sequence, sequence.max_new_tokens)
+        check_tokens(sequence, sequence.request.max_new_tokens)
 
 
 def test_the_youngest_is_preempted_and_comes_back_the_same() -> None:
@@ -606,15 +606,15 @@ class SessionMachine(RuleBasedStateMachine):
 
     def check_end(self, sequence: Sequence) -> None:
         """The reason is right: recomputed from the bare model's next token and the limits."""
-        assert not set(sequence.tokens) & sequence.stop_tokens
+        assert not set(sequence.tokens) & sequence.request.stop_tokens
         if sequence.finish_reason == "length":
             room = 25 - len(sequence.prompt)
-            assert sequence.generated == min(sequence.max_new_tokens, room)
+            assert sequence.generated == min(sequence.request.max_new_tokens, room)
         elif sequence.finish_reason == "stop":
             tokens, _ = expected_tokens(
-                sequence.prompt, sequence.generated + 1, sequence.sampling, VOCAB
+                sequence.prompt, sequence.generated + 1, sequence.request.sampling, VOCAB
             )
-            assert tokens[-1] in sequence.stop_tokens
+            assert tokens[-1] in sequence.request.stop_tokens
         elif sequence.finish_reason == "error":
             assert len(sequence.history) == 4 * self.pages + 1
             assert sequence.message.startswith("out of pages")
