@@ -7,7 +7,7 @@ memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,7 @@ import torch
 
 from ..codegen.constants import folded_graph
 from ..codegen.lower import Lowered
-from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Graph
-from ..compiler.torch_types import type_of
 from ..compiler.types import TensorType
 from ..runtime.artifact.manifest import EntryFact, Manifest, is_file_name
 from ..runtime.artifact.plan_json import binary_name, entry_data, program_data
@@ -32,15 +30,15 @@ from ..runtime.artifact.reader import (
     code_name,
     plan_name,
 )
+from ..runtime.artifact.safetensors_file import Item, ShardWriter, shards_of
 from ..runtime.artifact.strict_json import write_json
 from ..runtime.artifact.writer import IngotWriter
 from ..runtime.devices.check_program import check_program
 from ..runtime.program import Buffer, Program
+from .checkpoints.safetensors_files import torch_item
 
 # A loader proves shards beside each other: several, so that a large model does not wait for one.
 SHARD_BYTES = 1 << 29
-# A zip can hold any sizes; where weights start in a shard is a multiple of this many bytes.
-_ALIGNMENT = 64
 # What generation_config.json may say of sampling that Ingot knows too.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -91,9 +89,11 @@ def export(
             _write_plan(out, program)
         for name, data in _kept(what.model_files).items():
             out.add(name, data)
-        weights = [b for b in program.buffers.values() if b.kind == "weight"]
-        for i, shard in enumerate(_shards(weights, shard_bytes), 1):
-            _write_shard(out, f"weights/{i:05}.safetensors", shard, what.lowered, written)
+        weights = [_item(b, what.lowered) for b in program.buffers.values() if b.kind == "weight"]
+        for i, items in enumerate(shards_of(weights, shard_bytes), 1):
+            shard = ShardWriter(items)
+            with out.file(f"weights/{i:05}.safetensors", shard.nbytes) as write:
+                shard.write(write, written)
         return out.finish(_manifest(what))
 
 
@@ -143,56 +143,9 @@ def _generation(model_files: Mapping[str, bytes]) -> dict[str, float]:
     }
 
 
-# ---- weights
-
-
-def _shards(buffers: Sequence[Buffer], shard_bytes: int) -> list[list[Buffer]]:
-    """`buffers` in order, cut where a shard would grow over `shard_bytes`."""
-    shards: list[list[Buffer]] = []
-    size = 0
-    for buffer in buffers:
-        if not shards or size + buffer.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(buffer)
-        size += buffer.nbytes
-    return shards
-
-
-def _write_shard(
-    out: IngotWriter,
-    name: str,
-    buffers: Sequence[Buffer],
-    lowered: Lowered,
-    written: Callable[[int], None],
-) -> None:
-    """One safetensors file. Wide dtypes come first: each lies on a multiple of its element."""
-    ordered = sorted(buffers, key=lambda b: -DTYPES[b.dtype].bits)
-    header: dict[str, Any] = {}
-    end = 0
-    for buffer in ordered:
-        if DTYPES[buffer.dtype].safetensors is None:
-            raise ValueError(f"weight {buffer.name}: an ingot holds no {buffer.dtype}")
-        start, end = end, end + buffer.nbytes
-        header[buffer.name] = {
-            "dtype": DTYPES[buffer.dtype].safetensors,
-            "shape": list(buffer.shape),
-            "data_offsets": [start, end],
-        }
-    text = write_json(header).rstrip()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with out.file(name, 8 + len(text) + end) as write:
-        write(len(text).to_bytes(8, "little") + text)
-        for buffer in ordered:
-            write(_content(lowered.load_weight(buffer.name), buffer))
-            written(buffer.nbytes)
-
-
-def _content(tensor: torch.Tensor, buffer: Buffer) -> memoryview:
-    expected = TensorType(buffer.dtype, buffer.shape)
-    if type_of(tensor) != expected:
-        raise TypeError(f"weight {buffer.name}: expected {expected}, found {type_of(tensor)}")
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+def _item(buffer: Buffer, lowered: Lowered) -> Item:
+    type_ = TensorType(buffer.dtype, buffer.shape)
+    return torch_item({buffer.name: type_}, lambda: [lowered.load_weight(buffer.name)])
 
 
 __all__ = ["SHARD_BYTES", "Exportable", "export"]

@@ -26,6 +26,7 @@ from ...compiler.torch_types import torch_dtype
 from ...compiler.types import TensorType
 from ...passes.pipelines import RAISING
 from ...passes.transforms.mxfp4_policy import MXFP4, find_sites
+from ...runtime.artifact.safetensors_file import Item
 from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import MetaModel, build_meta_model, read_config
 from ..importers.source_error import SourceError
@@ -34,8 +35,7 @@ from .conversions import Place, places_of
 from .dequantize import Dequantized
 from .quantization_config import quantization_of
 from .quantized import Packed, Source, sources_of
-from .safetensors_files import Stored
-from .safetensors_writer import Item, write_checkpoint
+from .safetensors_files import Stored, torch_item, write_checkpoint
 
 COMPRESSED_TENSORS, GPT_OSS = "compressed-tensors", "gpt-oss"
 FORMATS = (COMPRESSED_TENSORS, GPT_OSS)
@@ -174,11 +174,11 @@ class _Plan:
         if place is not None and (place.name in self.decisions or self._is_linear(place)):
             self.kept[name] = reason
         if not isinstance(source, Dequantized):
-            return Item({name: source.type}, lambda: [source.read()])
+            return torch_item({name: source.type}, lambda: [source.read()])
         # Nobody would read it as it was stored, beside a config that speaks of MXFP4.
         type_ = self.meta.types()[place.name] if place else source.type.with_dtype("bf16")
         type_ = source.type.with_dtype(type_.dtype)
-        return Item({name: type_}, lambda: [source.read_as(torch_dtype(type_.dtype))])
+        return torch_item({name: type_}, lambda: [source.read_as(torch_dtype(type_.dtype))])
 
     def _reason(self, type_: TensorType, place: Place | None) -> str:
         """Why a stored tensor is not quantized, "" if it is."""
@@ -248,7 +248,7 @@ def _compressed_tensors(name: str, source: Stored | Dequantized, options: MXFP4)
         f"{name}_packed": TensorType("u8", (rows, width // 2)),
         f"{name}_scale": TensorType("u8", (rows, width // options.group)),
     }
-    return Item(types, lambda: _encoded(name, _dense(source), options))
+    return torch_item(types, lambda: _encoded(name, _dense(source), options))
 
 
 def _gpt_oss(name: str, source: Stored | Dequantized, options: MXFP4) -> Item:
@@ -268,7 +268,7 @@ def _gpt_oss(name: str, source: Stored | Dequantized, options: MXFP4) -> Item:
             scales.append(of_one)
         return codes.view(*groups, 16), torch.stack(scales)
 
-    return Item(types, load)
+    return torch_item(types, load)
 
 
 def _dense(source: Stored | Dequantized) -> torch.Tensor:

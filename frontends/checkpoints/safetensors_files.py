@@ -1,4 +1,6 @@
-"""Safetensors files: which of a directory's to read, their headers, and their data as mappings."""
+"""A checkpoint's safetensors files: which of a directory's to read, tensors over mappings of them,
+and the way out.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,19 @@ import json
 import mmap
 import os
 import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ...compiler.dtypes import DTYPES, dense_bytes
+from ...compiler.dtypes import DTYPES
 from ...compiler.torch_types import torch_dtype, type_of
 from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, within
+from ...runtime.artifact.safetensors_file import Item, ShardWriter, read_spans, shards_of
+from ...runtime.artifact.strict_json import IngotError
 from ..importers.source_error import SourceError
 
 INDEX = "model.safetensors.index.json"
@@ -24,9 +28,6 @@ SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *_PICKLES)
 _MAX_NAMES = 5  # names that an error lists before it only counts
-
-# The format's dtype names (safetensors, `Dtype`) that the IR has a name for.
-_DTYPES = {dtype.safetensors: name for name, dtype in DTYPES.items() if dtype.safetensors}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,26 +103,20 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, Stored] = {}
+        size = 0
         try:
-            with safe_open(path, framework="pt") as file, path.open("rb") as raw:
-                # The library has proved the header: tensors lie end to end and fill the file.
-                offset = 8 + int.from_bytes(raw.read(8), "little")
-                for name in file.offset_keys():
-                    header = file.get_slice(name)
-                    shape = tuple(header.get_shape())
-                    stored_as = str(header.get_dtype())
-                    dtype = _DTYPES.get(stored_as, stored_as)
-                    if dtype not in DTYPES:
-                        raise SourceError(f"{path.name}: {name!r} has unsupported dtype {dtype}")
-                    nbytes = dense_bytes(dtype, shape)
-                    self.tensors[name] = Stored(self, dtype, shape, offset, nbytes)
-                    offset += nbytes
-                if offset != path.stat().st_size:
-                    raise SourceError(
-                        f"{path}: {offset} bytes described, {path.stat().st_size} held"
+            with path.open("rb") as raw:
+                size = os.fstat(raw.fileno()).st_size
+
+                def read(start: int, stop: int) -> bytes:
+                    raw.seek(start)
+                    return raw.read(stop - start)
+
+                for name, span in read_spans(read, size, path.name).items():
+                    self.tensors[name] = Stored(
+                        self, span.dtype, span.shape, span.start, span.nbytes
                     )
-        except (SafetensorError, OSError) as error:
-            size = path.stat().st_size if path.exists() else 0
+        except (IngotError, OSError) as error:
             raise SourceError(
                 f"{path}: not a complete safetensors file ({size} bytes): {error}"
             ) from error
@@ -200,6 +195,48 @@ def _inside(directory: Path, name: str) -> Path:
     if real.parent not in allowed:
         raise SourceError(f"{path}: links to {real}, outside the checkpoint directory")
     return path
+
+
+# ---- writing
+
+
+def torch_item(types: Mapping[str, TensorType], load: Callable[[], Sequence[torch.Tensor]]) -> Item:
+    """Tensors of `types`, which `load` makes together, as a file takes them.
+
+    TypeError, when they are loaded, for one of another type.
+    """
+
+    def contents() -> Iterator[memoryview]:
+        for (name, type_), tensor in zip(types.items(), load(), strict=True):
+            if type_of(tensor) != type_:
+                raise TypeError(f"{name}: expected {type_}, found {type_of(tensor)}")
+            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+    return Item({n: (t.dtype, tuple(map(int, t.shape))) for n, t in types.items()}, contents)
+
+
+def write_checkpoint(
+    directory: Path, items: Sequence[Item], shard_bytes: int, written: Callable[[int], None]
+) -> None:
+    """model.safetensors, or shards of about `shard_bytes` and their index. ValueError for none.
+
+    `written` is told the bytes of each item after it is written.
+    """
+    if not items:
+        raise ValueError("expected tensors to write, found none")
+    shards = shards_of(items, shard_bytes)
+    names = [SINGLE]
+    if (total := len(shards)) > 1:
+        names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        with (directory / name).open("xb") as file:
+            ShardWriter(shard).write(file.write, written)
+    if len(shards) == 1:
+        return
+    files = {n: f for f, shard in zip(names, shards, strict=True) for i in shard for n in i.types}
+    size = sum(item.nbytes for item in items)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def listed(names: list[str]) -> str:

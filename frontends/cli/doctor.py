@@ -19,6 +19,8 @@ from ..drivers import present_target
 _REQUIRED = (
     "torch",
     "triton",
+    "filelock",
+    "msgspec",
     "networkx",
     "sympy",
     "numpy",

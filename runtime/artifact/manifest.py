@@ -11,13 +11,13 @@ from typing import Any
 from ..serving.abi import ServingMeta
 from .strict_json import (
     IngotError,
+    decode,
     each,
     fields,
     integer,
     items,
     mapping,
     one_of,
-    read_json,
     text,
     write_json,
 )
@@ -110,7 +110,7 @@ def is_file_name(name: str) -> bool:
 def read_manifest(data: bytes | memoryview) -> Manifest:
     """The manifest in `data`; IngotError says what is wrong with it."""
     where = MANIFEST
-    given = mapping(read_json(data, where, _MAX_BYTES), where, 64)
+    given = mapping(decode(data, dict[str, Any], where, _MAX_BYTES), where, 64)
     one_of(given.get("format"), f"{where}: format", [FORMAT])
     one_of(given.get("version"), f"{where}: version", [VERSION])
     names = ["format", "version", "made_with", "target", "model_type", "dtype", "symbols"]

@@ -22,8 +22,8 @@ from ..serving.abi import ServingAbi
 from .files import Files, open_files
 from .manifest import MANIFEST, FileFact, Manifest, read_manifest
 from .plan_json import read_program
-from .safetensors_data import Tensor, read_tensors
-from .strict_json import IngotError, read_json, shown
+from .safetensors_file import Tensor, read_tensors
+from .strict_json import IngotError, decode, shown
 
 CPU = "cpu"
 SHARED_PLAN = "plan/program.json"
@@ -216,7 +216,7 @@ def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, b
         if name not in content:
             raise IngotError(f"{name}: expected this file of a {target} ingot, found none")
         rest.pop(name, None)
-        return read_json(content[name], name, _MAX_PLAN)
+        return decode(content[name], dict[str, Any], name, _MAX_PLAN)
 
     def binary(sha256: str) -> bytes:
         name = code_name(target, sha256)

@@ -1,4 +1,4 @@
-"""JSON from strangers: read within bounds, and taken apart by checks that name what is wrong."""
+"""JSON from strangers: read within bounds, and decoded by msgspec into structs that say theirs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,28 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 # The largest size, offset or count that a file may state: no sum of a few of them is near 2^64.
 LARGEST = 2**48
 _MAX_DEPTH = 32
 _MAX_SHOWN = 60
-_MAX_KEYS = 64  # of an object whose keys are given
+_MAX_WORDS = 200
+_MAX_KEYS = 64
 
 T = TypeVar("T")
+Size = Annotated[int, Meta(ge=0, le=LARGEST)]
+Text = Annotated[str, Meta(max_length=1024)]
+LongText = Annotated[str, Meta(max_length=4096)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An object with exactly its fields."""
 
 
 class IngotError(ValueError):
@@ -25,14 +38,41 @@ def shown(value: Any) -> str:
     """`value` on one line, cut where it is long."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = repr(value[: _MAX_SHOWN + 1] if isinstance(value, str) else value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
+    return _cut(repr(value[: _MAX_SHOWN + 1] if isinstance(value, str) else value), _MAX_SHOWN)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def decode(data: bytes | memoryview, kind: type[T], where: str, most: int) -> T:
+    """The `kind` in `data`, at most `most` bytes of JSON; IngotError says where it is not one.
+
+    Beside what `read_json` and `typed` demand, all text is printable, and nothing is nested deeper
+    than 32 levels.
+    """
+    value = read_json(data, where, most)
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        for item in level:
+            if isinstance(item, str) and not item.isprintable():
+                raise IngotError(f"{where}: expected printable text, found {shown(item)}")
+        level = [inner for item in level for inner in _inside(item)]
+    if level:
+        raise IngotError(f"{where}: expected at most {_MAX_DEPTH} levels of JSON, found more")
+    return typed(value, kind, where)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else ()
 
 
 def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
     """The value in `data`, of at most `most` bytes; IngotError for what is not plain JSON.
 
-    Keys stand once, numbers are finite, and nothing is nested deeper than 32 levels.
+    Keys stand once and numbers are finite, which msgspec's own reader would not tell.
     """
     if len(data) > most:
         raise IngotError(f"{where}: expected at most {most} bytes of JSON, found {len(data)}")
@@ -52,30 +92,36 @@ def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
 
     try:
         text = bytes(data).decode("utf-8")
-        value = json.loads(
+        return json.loads(
             text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
         )
     except IngotError:
         raise
     except (ValueError, RecursionError) as error:
         raise IngotError(f"{where}: expected JSON, found none: {error}") from error
-    _check_depth(value, where)
-    return value
 
 
-def _check_depth(value: Any, where: str) -> None:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        if not inner:
-            return
-        level = inner
-    raise IngotError(f"{where}: expected at most {_MAX_DEPTH} levels of JSON, found more")
+def typed(value: Any, kind: type[T], where: str) -> T:
+    """The JSON value as a `kind`; IngotError names the place in it that does not fit."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise IngotError(f"{where}: {_refusal(str(error), value)}") from error
+
+
+def _refusal(said: str, value: Any) -> str:
+    """msgspec's "Expected `int` >= 0 - at `$.size`" as "size: expected int >= 0, found -1"."""
+    parts = re.fullmatch(r"(.*?)(?: - at (?:`key` in )?`\$\.?([^`]*)`)?", said, re.DOTALL)
+    assert parts is not None
+    words, path = parts[1].replace("`", "").replace(", got ", ", found "), parts[2] or ""
+    if ", found " not in words:
+        with suppress(KeyError, IndexError, TypeError, ValueError):  # the keys of a dict stay "..."
+            for key in re.findall(r"[^.\[\]]+", path.replace("...", "\0")):
+                value = value[int(key) if isinstance(value, list) else key]
+            words += f", found {shown(value)}"
+    words = words[0].lower() + words[1:]
+    words = _cut(f"{path}: {words}" if path else words, _MAX_WORDS)
+    return words if words.isprintable() else ascii(words)[1:-1]
 
 
 def write_json(value: Any) -> bytes:
@@ -155,7 +201,13 @@ def each(values: list[Any], where: str, read: Callable[[Any, str], T]) -> tuple[
 __all__ = [
     "LARGEST",
     "IngotError",
+    "LongText",
+    "Sha256",
+    "Size",
+    "Strict",
+    "Text",
     "boolean",
+    "decode",
     "each",
     "fields",
     "integer",
@@ -165,5 +217,6 @@ __all__ = [
     "read_json",
     "shown",
     "text",
+    "typed",
     "write_json",
 ]

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from ingot.compiler.microscaling import decode, encode
-from ingot.frontends.checkpoints import export_quantized, safetensors_writer
+from ingot.frontends.checkpoints import export_quantized, safetensors_files
 from ingot.frontends.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ingot.frontends.checkpoints.export_quantized import Exported, quantize_directory
 from ingot.frontends.cli.main import app
@@ -217,7 +217,7 @@ def test_one_tensor_at_a_time(
         monkeypatch.setattr(owner, name, lambda *a: events.append(name) or real(*a))
 
     noted(export_quantized, "_encoded")
-    noted(safetensors_writer, "type_of")
+    noted(safetensors_files, "type_of")
     quantize_directory(saved("llama"), tmp_path / "out", MXFP4())
     packed = "".join("E" if e == "_encoded" else "w" for e in events).lstrip("w")
     assert packed == "Eww" * 14

@@ -19,11 +19,13 @@ import tiny_ingot
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ingot.compiler.dtypes import DTYPES
 from ingot.runtime.artifact import manifest as manifests
 from ingot.runtime.artifact.manifest import MANIFEST
 from ingot.runtime.artifact.reader import IngotError, open_ingot
-from ingot.runtime.artifact.safetensors_data import read_tensors
+from ingot.runtime.artifact.safetensors_file import read_tensors
 from ingot.runtime.artifact.writer import IngotWriter
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 from tiny_ingot import edit, rewrite
 
@@ -211,7 +213,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "version of another type": (manifest(lambda m: m.update(version=True)), "found True"),
     "manifest lacks a key": (manifest(lambda m: m.pop("meta")), "expected 'meta'"),
     "manifest has a key more": (manifest(lambda m: m.update(run="sh")), "found 'run'"),
-    "manifest is a list": (lambda p: (p / MANIFEST).write_bytes(b"[]"), "expected an object"),
+    "manifest is a list": (
+        lambda p: (p / MANIFEST).write_bytes(b"[]"),
+        "expected object, found array",
+    ),
     "no such target": (manifest(lambda m: m.update(target="tpu:v5")), "expected cpu, cuda"),
     "target of its kind": (
         manifest(lambda m: m.update(target="cuda:sm_70")),
@@ -228,7 +233,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "dots alone": (manifest(renamed("graphs/..")), "expected flat names"),
     "hidden": (manifest(renamed("graphs/.x")), "expected flat names"),
     "name with a backslash": (manifest(renamed("graphs\\x")), "expected flat names"),
-    "name with a null": (manifest(renamed("graphs/x\0")), "expected flat names"),
+    "name with a null": (manifest(renamed("graphs/x\0")), "expected printable text, found"),
     "name in a folder of its own": (manifest(renamed("bin/x")), "expected flat names"),
     "manifest lists itself": (manifest(renamed(MANIFEST)), "expected flat names"),
     "negative size": (
@@ -331,7 +336,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         tensors(lambda h: h["@codes"].update(shape=[2**40, 2**40])),
         "found 256",
     ),
-    "tensor before the data": (tensors(offsets("@codes", -4, 252)), "expected an integer from 0"),
+    "tensor before the data": (
+        tensors(offsets("@codes", -4, 252)),
+        "data_offsets[0]: expected int >= 0, found -4",
+    ),
     "tensor beyond the data": (
         tensors(offsets("@codes", 2**40, 2**40 + 256)),
         "expected it at byte",
@@ -344,7 +352,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard of nothing": (lambda p: rewrite(p, SHARD, b""), "expected a safetensors file, found 0"),
     "metadata of another kind": (
         tensors(lambda h: h.update(__metadata__={"format": ["pt"]})),
-        "expected printable text",
+        "__metadata__: [...]: expected str, found array",
     ),
 }
 
@@ -604,6 +612,32 @@ def test_fuzzed_zip_is_an_ingot_or_an_error(
 @given(st.binary(max_size=64) | st.builds(lambda b: len(b).to_bytes(8, "little") + b, st.binary()))
 def test_fuzzed_safetensors(data: bytes) -> None:
     assert "\n" not in refusal(lambda: read_tensors(memoryview(data), "x"))
+
+
+described = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "U8", "BF16", "F4", "U16", "X"]),
+        "shape": st.lists(st.integers(-1, 3), max_size=3),
+        "data_offsets": st.lists(st.integers(-1, 24), min_size=2, max_size=2),
+    },
+    optional={"more": st.just(1)},
+)
+
+
+@settings(max_examples=400)
+@given(st.dictionaries(st.sampled_from("abc"), described, max_size=3), st.integers(0, 24))
+def test_what_the_library_refuses_is_refused(header: dict[str, Any], size: int) -> None:
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + bytes(size)
+    try:
+        known = {name: (t["dtype"], t["shape"]) for name, t in deserialize(data)}
+    except SafetensorError:
+        assert refusal(lambda: read_tensors(memoryview(data), "x"))
+        return
+    if not refusal(lambda: read_tensors(memoryview(data), "x")):
+        found = read_tensors(memoryview(data), "x")
+        stored = {n: (DTYPES[t.dtype].safetensors, [*t.shape]) for n, t in found.items()}
+        assert stored == known
 
 
 def test_safetensors_of_the_library(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ingot.runtime.artifact.plan_json import (
     program_data,
     read_program,
 )
-from ingot.runtime.artifact.strict_json import IngotError, read_json, write_json
+from ingot.runtime.artifact.strict_json import IngotError, decode, read_json, write_json
 from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
 from ingot.runtime.serving.abi import ServingAbi
@@ -122,7 +122,7 @@ JSON: dict[str, tuple[bytes, str]] = {
 def test_json_is_refused(case: str) -> None:
     data, expected = JSON[case]
     with pytest.raises(IngotError, match="^file: ") as caught:
-        read_json(data, "file", 1 << 20)
+        decode(data, Any, "file", 1 << 20)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 

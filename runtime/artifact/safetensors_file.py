@@ -1,0 +1,183 @@
+"""Safetensors files: headers read and proved, arrays over mapped files, and files written one
+tensor at a time. Who needs torch's tensors makes them of the spans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from ...compiler.dtypes import DTYPES, dense_bytes
+from .strict_json import IngotError, Size, Strict, Text, read_json, typed
+
+MAX_HEADER = 100_000_000  # as the format's own library
+_METADATA = "__metadata__"
+_ALIGNMENT = 64  # of the data in the files that are written
+_NAMES = {dtype.safetensors: name for name, dtype in DTYPES.items() if dtype.safetensors}
+
+
+class _Described(Strict, frozen=True):
+    dtype: Text
+    shape: Annotated[tuple[Size, ...], Meta(max_length=16)]
+    data_offsets: tuple[Size, Size]
+
+
+@dataclass(frozen=True)
+class Span:
+    """`dtype[shape]` (the names of DTYPES), and its bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_spans(read: Callable[[int, int], Any], size: int, where: str) -> dict[str, Span]:
+    """Every tensor of a file of `size` bytes by name, in the order of their data.
+
+    `read(start, stop)` gives bytes of it. IngotError unless the tensors fill the file exactly, end
+    to end.
+    """
+    if size < 8:
+        raise IngotError(f"{where}: expected a safetensors file, found {size} bytes")
+    length = int.from_bytes(read(0, 8), "little")
+    if length > (most := min(MAX_HEADER, size - 8)):
+        raise IngotError(f"{where}: expected a header of at most {most} bytes, found {length}")
+    header = read_json(read(8, 8 + length), where, MAX_HEADER)
+    if not isinstance(header, dict):
+        raise IngotError(f"{where}: expected an object, found another kind of JSON")
+    typed(header.pop(_METADATA, {}), dict[str, str], f"{where}: {_METADATA}")
+    found: dict[str, Span] = {}
+    for name, value in header.items():
+        place = f"{where}: {name[:80]!r}"
+        given = typed(value, _Described, place)
+        if given.dtype not in _NAMES:
+            known = ", ".join(_NAMES)
+            raise IngotError(f"{place}: expected a dtype of {known}; found {given.dtype[:60]!r}")
+        dtype, (start, end) = _NAMES[given.dtype], given.data_offsets
+        if end - start != (nbytes := dense_bytes(dtype, given.shape)):
+            raise IngotError(
+                f"{place}: expected {nbytes} bytes for {dtype}{list(given.shape)}, "
+                f"found {end - start}"
+            )
+        found[name] = Span(dtype, given.shape, 8 + length + start, nbytes)
+    found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)))
+    at = 8 + length
+    for name, span in found.items():
+        if span.start != at:
+            raise IngotError(
+                f"{where}: {name[:80]!r}: expected it at byte {at - 8 - length} of the data, "
+                f"found it at {span.start - 8 - length}"
+            )
+        at += span.nbytes
+    if at != size:
+        raise IngotError(
+            f"{where}: expected {at - 8 - length} bytes of tensors, found {size - 8 - length}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """`dtype[shape]` and the bytes that hold it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def array(self) -> NDArray[Any]:
+        """The tensor over the same memory, in what numpy holds the dtype as.
+
+        Pairs of four-bit numbers are one item of the last dim.
+        """
+        dtype = DTYPES[self.dtype]
+        shape = self.shape
+        if dtype.bits < 8:
+            if not shape or shape[-1] % 2:
+                raise IngotError(f"expected whole bytes of {self.dtype}, found {list(shape)}")
+            shape = (*shape[:-1], shape[-1] // 2)
+        if not len(self.data):
+            return np.empty(shape, dtype.numpy)
+        return np.frombuffer(self.data, np.uint8).view(dtype.numpy).reshape(shape)
+
+
+def read_tensors(data: memoryview, where: str) -> Mapping[str, Tensor]:
+    """Every tensor of the file in `data`; IngotError as `read_spans`."""
+    spans = read_spans(lambda start, stop: data[start:stop], len(data), where)
+    return {
+        name: Tensor(span.dtype, span.shape, data[span.start : span.start + span.nbytes])
+        for name, span in spans.items()
+    }
+
+
+# ---- writing
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tensors that are made together: dtypes and shapes by name, and what makes their bytes, in
+    that order.
+    """
+
+    types: Mapping[str, tuple[str, tuple[int, ...]]]
+    load: Callable[[], Iterable[memoryview]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(dense_bytes(*type_) for type_ in self.types.values())
+
+
+def shards_of(items: Iterable[Item], shard_bytes: int) -> list[list[Item]]:
+    """`items` in order, cut where a shard would grow over `shard_bytes`."""
+    shards: list[list[Item]] = []
+    size = 0
+    for item in items:
+        if not shards or size + item.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    return shards
+
+
+class ShardWriter:
+    """One file of `nbytes` bytes. Wide dtypes come first: each lies on a multiple of its element.
+
+    ValueError for a dtype that the format does not have.
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        def narrowest(item: Item) -> int:
+            return min(DTYPES[dtype].bits for dtype, _ in item.types.values())
+
+        self._items = sorted(items, key=narrowest, reverse=True)
+        header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in (t for item in self._items for t in item.types.items()):
+            if DTYPES[dtype].safetensors is None:
+                raise ValueError(f"{name}: a safetensors file holds no {dtype}")
+            start, end = end, end + dense_bytes(dtype, shape)
+            stored = DTYPES[dtype].safetensors
+            header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        self._header = text + b" " * (-(8 + len(text)) % _ALIGNMENT)
+        self.nbytes = 8 + len(self._header) + end
+
+    def write(
+        self, write: Callable[[bytes | memoryview], object], written: Callable[[int], None]
+    ) -> None:
+        """Give `write` the file piece by piece; `written` is told the bytes of each item."""
+        write(len(self._header).to_bytes(8, "little") + self._header)
+        for item in self._items:
+            for data in item.load():
+                write(data)
+            written(item.nbytes)
+
+
+__all__ = ["Item", "ShardWriter", "Span", "Tensor", "read_spans", "read_tensors", "shards_of"]
