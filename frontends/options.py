@@ -196,6 +196,11 @@ class GenerateOptions:
     repetition_penalty: float = field(default=1.0, metadata=_flag("1 is off."))
     logprobs: int = 0
 
+    def keywords(self) -> GenerateKeywords:
+        """The options as keywords of `generate`."""
+        found: Any = {f.name: getattr(self, f.name) for f in fields(self)}
+        return found
+
     def __post_init__(self) -> None:
         _at_least("max_new_tokens", self.max_new_tokens, 1)
         _at_least("logprobs", self.logprobs, 0)
@@ -258,6 +263,7 @@ def keywords_of(options: type) -> Callable[[F], F]:
 
 
 __all__ = [
+    "AUTO",
     "CompileKeywords",
     "CompileOptions",
     "GenerateKeywords",

@@ -1,6 +1,7 @@
-"""The command line: `main` over `api`, one file a command.
+"""The command line: `main` over the `commands`, one file each.
 
-`run`, `chat`, `ingot`, `report`, `graph`, `kernels`, `verify` and `quantize` are its commands, over
-`inspect_view` (the page that shows a graph), `launches` (what a step of a GPU program is),
-`model_check` (the comparison with one of `references`) and `doctor` (what this machine has).
+What they share: `flags` (those of options, and others), `models` (compiled from a directory or
+loaded from an ingot) and `output` (tables, lines, JSON). What they show: `inspect_view` (a graph as
+a page), `graph` (as a picture), `report` (what the compiler did), `launches` and `kernels` (a step
+of a GPU program), `ingot` (what one holds), and `model_check` (a model beside one of `references`).
 """

@@ -14,7 +14,7 @@ from ...runtime.program import Program
 from .inspect_view import show_bytes
 from .kernels import static_data, static_table
 from .launches import static_report
-from .report import table
+from .output import table
 
 
 def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from .launches import Section, StaticReport, Step, sections, spilled, static_report
-from .report import table
+from .output import table
 
 _NOT_RUN = (
     "code for AMD is built and checked statically: no kernel of Ingot has been executed on AMD "

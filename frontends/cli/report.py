@@ -1,49 +1,20 @@
-"""What the command line prints beside text: tables for people, plain data for `--json`."""
+"""What the compiler did to a model: tables for people, plain data for `--json`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.highlighter import RegexHighlighter
-from rich.markup import escape
 from rich.table import Table
-from rich.theme import Theme
 
 from ...compiler.ir import Graph
 from .inspect_view import one_token, show_bytes
+from .output import table
 
 if TYPE_CHECKING:
     from ..model import Model, Plan, Report, WrittenIngot
-    from .doctor import Diagnosis
-
-
-class IrHighlighter(RegexHighlighter):
-    """Colours for the textual IR and the page."""
-
-    base_style = "ir."
-    highlights = [  # noqa: RUF012 (rich declares it so)
-        r"(?P<type>\b(?:[bfiu]\d+|bf16|bool|c64|c128|f8e\dm\d|e8m0|f4e2m1)\[[^\]]*\])",
-        r"(?P<value>%[\w.]+)",
-        r"(?P<weight>@[\w.]+)",
-        r"(?:= )(?P<op>[a-z_][\w.]*)(?=\()",
-        r"(?P<word>^ *(?:graph|return|update)\b)",
-        r"(?P<note>^ *#.*$)",
-    ]
-
-
-THEME = Theme(
-    {
-        "ir.type": "magenta",
-        "ir.value": "cyan",
-        "ir.weight": "green",
-        "ir.op": "bold",
-        "ir.word": "bold yellow",
-        "ir.note": "bright_black",
-    }
-)
 
 
 def costs(traced: Graph, report: Report) -> list[dict[str, int]]:
@@ -168,34 +139,3 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
         names = ", ".join(data["unused"][:3]) + (" …" if len(data["unused"]) > 3 else "")
         lines.append(f"{len(data['unused'])} tensors of the checkpoint are not used: {names}")
     return lines
-
-
-def doctor_tables(found: Diagnosis) -> list[Table]:
-    packages = [["python", found.python, ""], ["ingot", found.ingot, ""]]
-    for name, version in found.versions.items():
-        extra = found.extras.get(name)
-        missing = "for " + extra if extra else "required: pip install ingot"
-        packages.append([name, version or "not installed", "" if version else missing])
-    packages.append(["graphviz", "found" if found.graphviz else "not found", "for inspect --svg"])
-    devices = [[d.name, d.seen_by, d.target] for d in found.devices]
-    targets = [[t.name, t.title, _yes(t.builds), _yes(t.runs), t.note] for t in found.targets]
-    return [
-        table(f"Software on {found.platform}", ["package", "version", ""], packages),
-        table("Devices", ["device", "seen by", "target"], devices),
-        table("Targets of this version", ["target", "devices", "builds", "runs", ""], targets),
-    ]
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def table(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
-) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table

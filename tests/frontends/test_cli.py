@@ -13,11 +13,11 @@ import pytest
 from click.testing import Result
 from ingot.compiler.text import parse, same_structure
 from ingot.frontends import api
-from ingot.frontends.cli import doctor
 from ingot.frontends.cli import graph as cli_graph
+from ingot.frontends.cli.commands import doctor
 from ingot.frontends.cli.inspect_view import layout, page, show_bytes, show_numbers
 from ingot.frontends.cli.main import app
-from ingot.frontends.cli.report import THEME, IrHighlighter
+from ingot.frontends.cli.output import THEME, IrHighlighter
 from ingot.frontends.drivers import present_target
 from rich.console import Console
 from tiny_models import tiny_model
@@ -229,12 +229,12 @@ def test_doctor_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.importlib.metadata.version
 
     def version(name: str) -> str:
-        if name == "onnx":
+        if name == "transformers":
             raise doctor.importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
-    assert "pip install 'ingot[onnx]'" in done("doctor")
+    assert "pip install 'ingot[hf]'" in done("doctor")
 
 
 def test_inspect_tells_how_weights_are_held(directory: Path) -> None:

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...runtime.artifact.manifest import MANIFEST
+from ...options import CompileOptions, GenerateOptions
+from ..flags import ONE, USUAL, Json, ModelPath, UsageError
+from ..models import open_model
+from ..output import print_json
 
 if TYPE_CHECKING:
-    from ..text.completion import TextEvent
-    from ..text.text_model import TextModel
+    from ...text.completion import TextEvent
+    from ...text.text_model import TextModel
 
 
-class UsageError(Exception):
-    """Options that are wrong or do not go together."""
-
-
-def is_ingot(path: Path) -> bool:
-    """A file, or a directory with a manifest: what is not a Hugging Face directory."""
-    return path.is_file() or (path / MANIFEST).is_file()
-
-
-def check_options(path: Path, given: Mapping[str, tuple[Any, Any]]) -> None:
-    """UsageError for an option, name -> (value, default), that an ingot was compiled with."""
-    for name, (value, default) in given.items():
-        if value != default:
-            raise UsageError(
-                f"--{name.replace('_', '-')}: {path} is compiled already; compile the model anew "
-                "to change it"
-            )
-
-
-def print_json(data: Any) -> None:
-    """One JSON value on stdout."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+def command(
+    source: ModelPath,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; without it, stdin is read.")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(help="Token ids to continue instead, separated by spaces.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="The prompt is what the user says in a chat.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    generating: GenerateOptions = USUAL,
+    compiling: CompileOptions = ONE,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, or answer in a chat, token by token."""
+    if prompt is not None and ids is not None:
+        raise UsageError("--prompt and --ids: give one of them")
+    if chat and ids is not None:
+        raise UsageError("--chat takes text: give --prompt")
+    if system is not None and not chat:
+        raise UsageError("--system belongs to --chat")
+    given = prompt if ids is None else parse_ids(ids)
+    if given is None:
+        given = read_stdin()
+    model = open_model(source, compiling, ONE)
+    if chat:
+        said = message("system", system) + message("user", str(given))
+        given = chat_encoder(model)(said)
+    if isinstance(given, str) and model.tokenizer is None:
+        raise UsageError(f"{source} has no tokenizer.json: give the prompt as --ids")
+    events = model.generate(given, stream=True, **generating.keywords())
+    echo = prompt if sys.stdout.isatty() and not chat else None
+    stream(events, as_json=as_json, as_ids=model.tokenizer is None, echo=echo)
 
 
 def parse_ids(text: str) -> list[int]:
@@ -60,17 +72,17 @@ def read_stdin() -> str:
     return text
 
 
-def chat_ids(model: TextModel, said: str, system: str | None) -> list[int]:
-    """The tokens of a chat's first turn; the template writes the special tokens itself."""
+def message(role: str, content: str | None) -> list[dict[str, str]]:
+    """A message of a chat, none without content."""
+    return [] if content is None else [{"role": role, "content": content}]
+
+
+def chat_encoder(model: TextModel) -> Callable[[list[dict[str, str]]], list[int]]:
+    """Messages to tokens; the template writes the special tokens itself."""
     tokenizer = model.tokenizer
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise UsageError(
-            "--chat: this model has no chat template; leave it out to continue the text"
-        )
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": said})
-    text = tokenizer.chat_template.render(messages)
-    return tokenizer.encode(text, special_tokens=False)
+    if tokenizer is None or (template := tokenizer.chat_template) is None:
+        raise UsageError("this model has no chat template: use `ingot run` to continue a text")
+    return lambda messages: tokenizer.encode(template.render(messages), special_tokens=False)
 
 
 def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: str | None) -> str:

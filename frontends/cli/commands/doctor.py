@@ -1,4 +1,4 @@
-"""What this machine has, and what Ingot can do on it."""
+"""`ingot doctor`: what this machine has, and what Ingot can do on it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-import torch
+from rich.table import Table
 
-from ...compiler.target import TARGETS
-from ..drivers import present_target
+from ....compiler.target import TARGETS
+from ...drivers import present_target
+from ..output import Shown, table
 
 _REQUIRED = (
     "torch",
@@ -32,9 +33,6 @@ _REQUIRED = (
 )
 _OPTIONAL = {
     "transformers": "Hugging Face directories: pip install 'ingot[hf]'",
-    "onnx": "ONNX files: pip install 'ingot[onnx]'",
-    "onnxscript": "ONNX files: pip install 'ingot[onnx]'",
-    "torch-mlir": "torch-mlir modules: pip install 'ingot[mlir]'",
 }
 
 
@@ -72,6 +70,12 @@ class Diagnosis:
     graphviz: bool
 
 
+def command() -> Shown:
+    """Say what this machine has, and what Ingot can do on it."""
+    found = diagnose()
+    return Shown(lambda: asdict(found), _tables(found))
+
+
 def diagnose() -> Diagnosis:
     """Look at this process and this machine; nothing is allocated on any device."""
     names = (*_REQUIRED, *_OPTIONAL)
@@ -95,12 +99,16 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> Device:
+    import torch
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     threads = torch.get_num_threads()
     return Device(f"{os.cpu_count()} cores, {memory:.0f} GiB, {threads} threads", "system", "cpu")
 
 
 def _through_torch() -> Iterator[Device]:
+    import torch
+
     if not torch.cuda.is_available():
         return
     for i in range(torch.cuda.device_count()):
@@ -146,3 +154,23 @@ def _targets() -> Iterator[TargetState]:
         found = "a device is here" if target.name == here else "no such device here"
         runs = target.name == here and triton is not None
         yield TargetState(target.name, target.title, triton is not None, runs, f"{built}; {found}")
+
+
+def _tables(found: Diagnosis) -> list[Table]:
+    packages = [["python", found.python, ""], ["ingot", found.ingot, ""]]
+    for name, version in found.versions.items():
+        extra = found.extras.get(name)
+        missing = "for " + extra if extra else "required: pip install ingot"
+        packages.append([name, version or "not installed", "" if version else missing])
+    packages.append(["graphviz", "found" if found.graphviz else "not found", "for inspect --svg"])
+    devices = [[d.name, d.seen_by, d.target] for d in found.devices]
+    targets = [[t.name, t.title, _yes(t.builds), _yes(t.runs), t.note] for t in found.targets]
+    return [
+        table(f"Software on {found.platform}", ["package", "version", ""], packages),
+        table("Devices", ["device", "seen by", "target"], devices),
+        table("Targets of this version", ["target", "devices", "builds", "runs", ""], targets),
+    ]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+from rich.console import Console
 from rich.table import Table
 
-from ..drivers import CPU, present_target
-from ..model import Model
-from .model_check import F32_TOLERANCE, Check, Reference, built_in_prompts, check_model
-from .references import CpuReference, TransformersReference
-from .report import table
-from .run import UsageError
+from ...drivers import CPU, present_target
+from ...options import AUTO, CompileOptions
+from ..flags import Directory, UsageError
+from ..models import compile_model
+from ..output import Shown, table
+
+if TYPE_CHECKING:
+    from ...model import Model
+    from ..model_check import Check
+
+# Both sides compute in this.
+_F32 = CompileOptions(dtype="f32")
+
+
+def command(
+    directory: Directory,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Prompts, one a line, for the built-in."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each.")] = 32,
+    top: Annotated[int, typer.Option(min=1, help="n of the top-n rule.")] = 5,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative Δlogits; without it, 1e-4 in f32.")
+    ] = None,
+    options: CompileOptions = _F32,
+) -> Shown:
+    """Compare with transformers: greedy tokens, logits, and what leaves each layer.
+
+    Where the greedy tokens first differ, each must be among the other's top n. With --quantize a
+    GPU is compared with the cpu target instead, which computes with the same weights dequantized.
+    """
+    lines = prompts_of(prompts)
+    beside_cpu = options.quantize is not None
+    if beside_cpu and (present_target() if options.target == AUTO else options.target) == CPU:
+        raise UsageError(
+            "--quantize: a GPU is compared with the cpu target, and this is it; give --target"
+        )
+    model = compile_model(directory, options)
+    on_cpu = compile_model(directory, replace(options, target=CPU)) if beside_cpu else None
+    with Console(stderr=True).status("comparing"):
+        check = compared(
+            directory, model, on_cpu, prompts=lines, tokens=tokens, top=top, tolerance=tolerance
+        )
+    return Shown(lambda: check_data(check), [*check_tables(check), verdict(check)], check.ok)
 
 
 def prompts_of(path: Path | None) -> list[str]:
@@ -27,18 +67,10 @@ def prompts_of(path: Path | None) -> list[str]:
     return lines
 
 
-def check_gpu(target: str) -> None:
-    """UsageError for the cpu: it would be compared with itself."""
-    if (present_target() if target == "auto" else target) == CPU:
-        raise UsageError(
-            "--quantize: a GPU is compared with the cpu target, and this is it; give --target"
-        )
-
-
 def compared(
     directory: Path,
     model: Model,
-    compile_for_cpu: Callable[[], Model] | None,
+    on_cpu: Model | None,
     *,
     prompts: list[str],
     tokens: int,
@@ -49,6 +81,9 @@ def compared(
 
     UsageError for options that this model cannot have.
     """
+    from ..model_check import F32_TOLERANCE, built_in_prompts, check_model
+    from ..references import CpuReference, TransformersReference
+
     meta = model.session.meta
     longest = meta.max_tokens_per_sequence - tokens
     if longest < 1:
@@ -60,11 +95,7 @@ def compared(
         ids = [model.tokenizer.encode(line)[:longest] for line in prompts]
     if tolerance is None and model.report.dtype == "f32":
         tolerance = F32_TOLERANCE
-    reference: Reference = (
-        CpuReference(compile_for_cpu())
-        if compile_for_cpu is not None
-        else TransformersReference(directory, model)
-    )
+    reference = CpuReference(on_cpu) if on_cpu else TransformersReference(directory, model)
     top = min(top, meta.vocab_size)
     return check_model(model, reference, ids, steps=tokens, top=top, tolerance=tolerance)
 
@@ -113,6 +144,3 @@ def verdict(check: Check) -> list[str]:
         f"max |Δlogits| {check.logits_error:.1e}, max |Δlogprobs| {check.logprob_error:.1e}"
     )
     return [figures, *check.failures, "agrees" if check.ok else "DISAGREES"]
-
-
-__all__ = ["check_data", "check_gpu", "check_tables", "compared", "prompts_of", "verdict"]

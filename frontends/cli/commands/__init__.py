@@ -1,0 +1,21 @@
+"""The commands, one file each: its function `command`, listed here, is all that `main` needs.
+
+`compile`, `run`, `chat`, `inspect`, `verify`, `quantize` and `doctor`. A parameter whose default
+are options becomes a flag for each of their fields; a command that gives `Shown` has `--json`. What
+is heavy is imported inside the function, so that `ingot --help` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..output import Shown
+from . import chat, compile, doctor, inspect, quantize, run, verify
+
+# In the order of the help.
+COMMANDS: dict[str, Callable[..., Shown | None]] = {
+    module.__name__.rpartition(".")[2]: module.command
+    for module in (compile, run, chat, inspect, verify, quantize, doctor)
+}
+
+__all__ = ["COMMANDS"]

@@ -1,0 +1,78 @@
+"""`ingot quantize`: a bar while it writes, then what was quantized and what was not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..flags import Directory
+from ..output import Shown
+
+if TYPE_CHECKING:
+    from ...checkpoints.export_quantized import Exported
+
+
+def command(
+    directory: Directory,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR2", help="New directory to write.")
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(help="compressed-tensors, or gpt-oss for a gpt-oss; without it, which fits."),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="Rule of the scales: mse, even, floor, rceil or ceil.")
+    ] = "mse",
+    group: Annotated[int, typer.Option(help="Numbers that share a scale.")] = 32,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of weights to leave as they are; may be repeated."),
+    ] = None,
+) -> Shown:
+    """Write a model with its weights in MXFP4, for transformers and Ingot to read."""
+    from ....passes.transforms.mxfp4_policy import MXFP4
+    from ...checkpoints.export_quantized import quantize_directory
+
+    options = MXFP4(group=group, scale=scale, keep=tuple(keep or ()))
+    with _bar() as progress:
+        exported = quantize_directory(directory, output, options, format=format, progress=progress)
+    data = {**vars(exported), "directory": str(exported.directory), "kept": dict(exported.kept)}
+    return Shown(lambda: data, [_kept_table(exported), [_summary(exported)]])
+
+
+@contextmanager
+def _bar() -> Generator[Callable[[int, int], None]]:
+    """A progress bar on stderr, where that is a terminal; told the bytes written and to write."""
+    console = Console(stderr=True)
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+        task = p.add_task("writing", total=None)
+        yield lambda done, total: p.update(task, completed=done, total=total)
+
+
+def _kept_table(exported: Exported) -> Table:
+    """Why weights were kept, how many for each reason, and one of them."""
+    table = Table("kept because", "weights", "such as", box=None, header_style="bold")
+    first: dict[str, str] = {}
+    for name, reason in exported.kept.items():
+        first.setdefault(reason, name)
+    for reason, count in Counter(exported.kept.values()).most_common():
+        table.add_row(reason, str(count), first[reason])
+    return table
+
+
+def _summary(exported: Exported) -> str:
+    before, after = (b / 2**20 for b in (exported.bytes_before, exported.bytes_after))
+    return (
+        f"{exported.directory}: {len(exported.quantized)} weights in MXFP4 ({exported.format}), "
+        f"{before:,.1f} MiB → {after:,.1f} MiB"
+    )

@@ -1,0 +1,52 @@
+"""The model that a command is given: compiled from a directory, or loaded from an ingot."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...runtime.artifact.manifest import MANIFEST
+from ..options import CompileOptions
+from .flags import UsageError, flag_name
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..text.text_model import TextModel
+
+
+def is_ingot(path: Path) -> bool:
+    """A file, or a directory with a manifest: what is not a Hugging Face directory."""
+    return path.is_file() or (path / MANIFEST).is_file()
+
+
+def check_compiled(path: Path, *flags: str) -> None:
+    """UsageError for flags that an ingot was compiled with, if there are any."""
+    for flag in flags:
+        raise UsageError(f"{flag}: {path} is compiled already; compile the model anew to change it")
+
+
+def check_options(path: Path, options: CompileOptions, usual: CompileOptions) -> None:
+    """As `check_compiled`, for options that are not the usual ones."""
+    changed = [f for f in fields(options) if getattr(options, f.name) != getattr(usual, f.name)]
+    check_compiled(path, *map(flag_name, changed))
+
+
+def compile_model(directory: Path, options: CompileOptions) -> Model:
+    """See `api.compile`."""
+    from .. import api
+
+    return api.compile(directory, **options.keywords())
+
+
+def open_model(source: Path, options: CompileOptions, usual: CompileOptions) -> TextModel:
+    """The model of a directory, compiled, or that of an ingot, loaded."""
+    if not is_ingot(source):
+        return compile_model(source, options)
+    check_options(source, options, usual)
+    from ..loading import load
+
+    return load(source)
+
+
+__all__ = ["check_compiled", "check_options", "compile_model", "is_ingot", "open_model"]

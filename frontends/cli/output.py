@@ -1,0 +1,89 @@
+"""What commands print: tables and lines for people, plain data for `--json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.highlighter import RegexHighlighter
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+
+class IrHighlighter(RegexHighlighter):
+    """Colours for the textual IR and the page."""
+
+    base_style = "ir."
+    highlights = [  # noqa: RUF012 (rich declares it so)
+        r"(?P<type>\b(?:[bfiu]\d+|bf16|bool|c64|c128|f8e\dm\d|e8m0|f4e2m1)\[[^\]]*\])",
+        r"(?P<value>%[\w.]+)",
+        r"(?P<weight>@[\w.]+)",
+        r"(?:= )(?P<op>[a-z_][\w.]*)(?=\()",
+        r"(?P<word>^ *(?:graph|return|update)\b)",
+        r"(?P<note>^ *#.*$)",
+    ]
+
+
+THEME = Theme(
+    {
+        "ir.type": "magenta",
+        "ir.value": "cyan",
+        "ir.weight": "green",
+        "ir.op": "bold",
+        "ir.word": "bold yellow",
+        "ir.note": "bright_black",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command found: `data` makes the JSON, `parts` are tables and lines for people.
+
+    Only one of them is asked for. The exit code is 0 where it is `ok`, else 1.
+    """
+
+    data: Callable[[], Any]
+    parts: Iterable[Table | Sequence[str]]
+    ok: bool = True
+
+    def print(self, *, as_json: bool) -> None:
+        """Tables keep their columns when they go to a file; lines of IR are never broken."""
+        if as_json:
+            print_json(self.data())
+            return
+        out = Console(theme=THEME, width=None if sys.stdout.isatty() else 120)
+        highlight = IrHighlighter()
+        for part in self.parts:
+            if isinstance(part, Table):
+                out.print(part)
+            else:
+                for line in part:
+                    out.print(highlight(Text(line)), soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """One JSON value on stdout."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def table(
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+) -> Table:
+    """A table whose columns of these numbers are right-justified."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for i, head in enumerate(heads):
+        made.add_column(head, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
+
+
+__all__ = ["THEME", "IrHighlighter", "Shown", "print_json", "table"]
