@@ -71,7 +71,8 @@ class PassResult:
     """What one pass did, and the graph it left behind.
 
     `expected` counts the places that the pass is there for, `found` those of them that it rewrote;
-    None for a pass that does not count them.
+    None for a pass that does not count them. `unchecked` says what it changed otherwise than by
+    rewrites, and why.
     """
 
     name: str
@@ -84,6 +85,7 @@ class PassResult:
     notes: tuple[str, ...] = ()
     expected: int | None = None
     found: int | None = None
+    unchecked: tuple[str, ...] = ()
 
 
 class PassError(Exception):
@@ -101,14 +103,6 @@ def _count(step: Pass, graph: Graph) -> int | None:
     return expected(graph) if expected else None
 
 
-def _check(check: Callable[[Graph, Applied], None], name: str, graph: Graph, log: Log) -> None:
-    for applied in log.applied:
-        try:
-            check(graph, applied)
-        except VerifyError as error:
-            raise PassError(f"pass {name}: {error}") from error
-
-
 def run_pipeline(
     graph: Graph,
     passes: Sequence[Pass],
@@ -120,10 +114,12 @@ def run_pipeline(
 ) -> list[PassResult]:
     """Apply `passes` in order and verify the graph after each.
 
-    `require_match` names passes that must rewrite something. `check` is called with every rewrite
-    that a pass logged and raises VerifyError when the two sides differ. `progress` hears each
-    pass's name before it runs. PassError names the pass and, if it matched nothing, its nearest
-    misses; ValueError a required pass that is not among `passes`.
+    A graph that a pass did not make by rewrites that it logged, or by a change that it declared
+    with a reason, is an error (see Log). `require_match` names passes that must rewrite something.
+    `check` is called with every rewrite that a pass logged or claimed and raises VerifyError when
+    the two sides differ. `progress` hears each pass's name before it runs. PassError names the pass
+    and, if it matched nothing, its nearest misses; ValueError a required pass that is not among
+    `passes`.
     """
     if absent := set(require_match) - {step.name for step in passes}:
         raise ValueError(f"required to match, but not in the pipeline: {', '.join(sorted(absent))}")
@@ -138,10 +134,13 @@ def run_pipeline(
         try:
             after = step(graph, context)
             verify(after)
+            steps = log.path(graph, after)
+            if check:
+                for done in steps:
+                    for applied in done.applied:
+                        check(done.before, applied)
         except (VerifyError, ValueError, RuntimeError) as error:
             raise PassError(f"pass {step.name}: {error}") from error
-        if check:
-            _check(check, step.name, graph, log)
         if step.name in require_match and not log.matches:
             nearest = list(dict.fromkeys(log.declined))[:5]
             misses = "\n  ".join(nearest) or "nothing came near"
@@ -162,6 +161,7 @@ def run_pipeline(
                 tuple(log.notes),
                 expected,
                 None if expected is None or left is None else expected - left,
+                tuple(dict.fromkeys(done.reason for done in steps if done.reason)),
             )
         )
         graph, before = after, nodes

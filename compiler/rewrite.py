@@ -85,7 +85,9 @@ class Applied:
     """One rewrite that happened: the region between `leaves` and `before` became `after`.
 
     Where the two sides mean the same only for certain inputs (one sequence in a cache of many),
-    `given` says which: "zeros", or "index" for the numbers from 0 on in row-major order.
+    `given` says which: "zeros", or "index" for the numbers from 0 on in row-major order. `allowed`
+    is the largest difference, relative to the largest result, where the two sides differ by more
+    than rounding.
     """
 
     rule: str
@@ -93,20 +95,82 @@ class Applied:
     before: tuple[Value, ...]
     after: tuple[Value, ...]
     given: Mapping[Value, Literal["zeros", "index"]] = field(default_factory=dict[Value, Any])
+    allowed: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of a whole graph.
+
+    Either `after` is `before` with every rewrite of `applied` done at once, or it is what a pass
+    built by itself: then `reason` says why no rewrite can say it, and `applied` only states what
+    is true of it, values of `before` and values of `after` that are equal.
+    """
+
+    before: Graph
+    after: Graph
+    applied: tuple[Applied, ...]
+    reason: str = ""
 
 
 @dataclass
 class Log:
     """What a pass did: rewrites in order, and the reasons for those that it left alone.
 
-    `counts` holds, by name, what was rewritten otherwise than by rules; `notes` what was decided
-    for a reason that the report should show.
+    `steps` are the changes of graphs that these rewrites made. `counts` holds, by name, what was
+    done otherwise than by rewrites; `notes` what was decided for a reason that the report should
+    show.
     """
 
     applied: list[Applied] = field(default_factory=list[Applied])
     declined: list[str] = field(default_factory=list[str])
     counts: Counter[str] = field(default_factory=Counter[str])
     notes: list[str] = field(default_factory=list[str])
+    steps: list[Step] = field(default_factory=list[Step])
+
+    def apply(self, graph: Graph, applied: Sequence[Applied]) -> Graph:
+        """`graph` with every rewrite done: each value of a `before` is replaced by its `after`.
+
+        New nodes without a source get that of what they replace. VerifyError where types differ.
+        """
+        if not applied:
+            return graph
+        swap: dict[Value, Value] = {}
+        for one in applied:
+            if len(one.before) != len(one.after):
+                counts = f"expected {len(one.before)} results, found {len(one.after)}"
+                raise VerifyError(f"rule {one.rule}: {counts}")
+            for old, new in zip(one.before, one.after, strict=True):
+                if old.type != new.type:
+                    raise VerifyError(f"rule {one.rule}: replaces {old.type} by {new.type}")
+                if old != new:
+                    swap[old] = new
+        after = rebuild(graph, swap, _origins(graph, applied))
+        self.applied += applied
+        self.steps.append(Step(graph, after, tuple(applied)))
+        return after
+
+    def declare(
+        self, before: Graph, after: Graph, reason: str, *, claims: Sequence[Applied] = ()
+    ) -> Graph:
+        """`after`, which a pass built from `before` by itself; `claims` can be checked of it."""
+        if after == before:
+            return before
+        self.steps.append(Step(before, after, tuple(claims), reason))
+        return after
+
+    def path(self, before: Graph, after: Graph) -> list[Step]:
+        """The steps from one graph to the other; VerifyError where what changed was not logged."""
+        path: list[Step] = []
+        for step in reversed(self.steps):
+            if step.after == after and after != before:
+                path.append(step)
+                after = step.before
+        if after != before:
+            raise VerifyError(
+                "unlogged change: the graph that it gives is not one that logged rewrites made"
+            )
+        return path[::-1]
 
     @property
     def matches(self) -> Counter[str]:
@@ -116,6 +180,21 @@ class Log:
     def decline(self, rule: str, node: Node, reason: str) -> None:
         place = f" at {node.source}" if node.source else ""
         self.declined.append(f"{rule}: {node.op.name}{place}: {reason}")
+
+
+def _origins(graph: Graph, applied: Sequence[Applied]) -> dict[Node, str]:
+    """The source of what each new node replaces."""
+    old = set(graph.nodes())
+    origins: dict[Node, str] = {}
+    for one in applied:
+        source = one.before[0].node.source
+        stack = [v.node for v in one.after]
+        while stack:
+            node = stack.pop()
+            if node not in old and node not in origins:
+                origins[node] = source
+                stack.extend(a.node for a in node.args)
+    return origins
 
 
 def _solutions(pattern: Pat, value: Value, found: dict[Pat, Value]) -> Iterator[dict[Pat, Value]]:
@@ -193,11 +272,10 @@ def _leaves(inner: set[Node]) -> tuple[Value, ...]:
 
 @dataclass
 class _Sweep:
-    """One pass over a graph: what was taken by which region, and what replaces what."""
+    """One pass over a graph: what was taken by which region, and the rewrites to be done."""
 
     graph: Graph
-    swap: dict[Value, Value] = field(default_factory=dict[Value, Value])
-    origin: dict[Node, str] = field(default_factory=dict[Node, str])
+    applied: list[Applied] = field(default_factory=list[Applied])
     region: dict[Node, tuple[Value, ...]] = field(default_factory=dict[Node, tuple[Value, ...]])
 
     def __post_init__(self) -> None:
@@ -270,37 +348,12 @@ class _Sweep:
                 log.decline(rule.name, node, "it would be replaced by itself")
                 continue
             del log.declined[earlier:]
-            self.replace(rule, kept, after, leaves, log)
+            self.applied.append(Applied(rule.name, leaves, kept, after))
             self.region.update(dict.fromkeys(inner, leaves))
             if len(kept) > 1:
                 self.first_shared = min((self.first_shared, *(self.order[n] for n in inner)))
             return True
         return False
-
-    def replace(
-        self,
-        rule: Rule,
-        before: tuple[Value, ...],
-        after: tuple[Value, ...],
-        leaves: tuple[Value, ...],
-        log: Log,
-    ) -> None:
-        if len(before) != len(after):
-            counts = f"expected {len(before)} results, found {len(after)}"
-            raise VerifyError(f"rule {rule.name}: {counts}")
-        for old, new in zip(before, after, strict=True):
-            if old.type != new.type:
-                raise VerifyError(f"rule {rule.name}: replaces {old.type} by {new.type}")
-            if old != new:
-                self.swap[old] = new
-        source = before[0].node.source
-        stack = [v.node for v in after]
-        while stack:
-            node = stack.pop()
-            if node not in self.order and node not in self.origin:
-                self.origin[node] = source
-                stack.extend(a.node for a in node.args)
-        log.applied.append(Applied(rule.name, leaves, before, after))
 
 
 def rewrite(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Graph:
@@ -323,7 +376,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Grap
         for rule in (*by_op.get(node.op.name, ()), *anywhere):
             if sweep.attempt(rule, node, log):
                 break
-    return rebuild(graph, sweep.swap, sweep.origin) if sweep.swap else graph
+    return log.apply(graph, sweep.applied)
 
 
 def rewrite_all(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Graph:

@@ -38,11 +38,13 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
     domains = _domains(applied, frontier)
     for _ in range(_ROUNDS):
         binding = _sample_symbols(graph)
+        binding |= _equal_symbols(applied, binding)
         inputs = {v: _sample(v, binding, applied.given.get(v), domains.get(v)) for v in frontier}
         before = _evaluate(applied.before, inputs, binding)
         after = _evaluate(applied.after, inputs, binding)
         for old, new, a, b in zip(applied.before, applied.after, before, after, strict=True):
-            if (found := _difference(a, b)) > (allowed := _allowed(old, new, frontier)):
+            allowed = applied.allowed or _allowed(old, new, frontier)
+            if (found := _difference(a, b)) > allowed:
                 raise VerifyError(
                     f"rule {applied.rule} changes a result by {found:.3g} (allowed {allowed:.3g}) "
                     f"at {binding}:\nbefore:\n{_show(old, frontier)}"
@@ -112,6 +114,13 @@ def _sample_symbols(graph: Graph) -> dict[str, int]:
         limit = random.randint(low, max(low, min(limit, bounds.stop - 1)))
         binding[name] = limit
     return binding
+
+
+def _equal_symbols(applied: Applied, binding: dict[str, int]) -> dict[str, int]:
+    """Dims of other names on the new side, by what they are on the old one: L rows of L tokens."""
+    sides = zip(applied.before, applied.after, strict=True)
+    dims = [(o, n) for a, b in sides for o, n in zip(a.type.shape, b.type.shape, strict=True)]
+    return {str(new): binding[str(old)] for old, new in dims if new != old and str(old) in binding}
 
 
 def _sample(

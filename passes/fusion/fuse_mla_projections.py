@@ -16,7 +16,7 @@ from ...compiler.ops.linear import head_linear, linear
 from ...compiler.ops.mla import cached_mla_attention, mla_attention, mla_latent
 from ...compiler.ops.rope import rope
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Applied, Decline, rebuild
+from ...compiler.rewrite import Applied, Decline
 from .weights import concatenated, concatenated_biases, is_weight
 
 # What lies between a down-projection and what attention reads; all but cat have one operand that
@@ -115,13 +115,14 @@ class FuseMlaProjections:
         return sum(_has_several(n) for n in graph.nodes())
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
-        swap: dict[Value, Value] = {}
+        applied: list[Applied] = []
+        taken: set[Node] = set()
         for node in graph.nodes():
             if node.op not in (mla_attention, cached_mla_attention):
                 continue
             try:
                 products = _down_projections(node)
-                if any(Value(p) in swap for p in products):
+                if not taken.isdisjoint(products):
                     raise Decline("another attention reads the same projections")
                 slices = _joined(products)
             except Decline as reason:
@@ -129,6 +130,6 @@ class FuseMlaProjections:
                 continue
             before = tuple(Value(p) for p in products)
             leaves = dict.fromkeys(a for p in products for a in p.args)
-            context.log.applied.append(Applied(self.name, tuple(leaves), before, slices))
-            swap.update(zip(before, slices, strict=True))
-        return rebuild(graph, swap) if swap else graph
+            applied.append(Applied(self.name, tuple(leaves), before, slices))
+            taken.update(products)
+        return context.log.apply(graph, applied)

@@ -413,8 +413,8 @@ RULES = (
 )
 
 
-def merge_equal(graph: Graph) -> tuple[Graph, int]:
-    """The graph with nodes of equal op, arguments and attributes merged, and how many went."""
+def merge_equal(graph: Graph, log: Log) -> Graph:
+    """The graph with nodes of equal op, arguments and attributes merged."""
     swap: dict[Value, Value] = {}
     seen: dict[Any, Node] = {}
     for node in graph.nodes():
@@ -427,7 +427,10 @@ def merge_equal(graph: Graph) -> tuple[Graph, int]:
         first = seen.setdefault(key, node)
         if first is not node:
             swap.update(zip(node.results, first.results, strict=True))
-    return (rebuild(graph, swap) if swap else graph), len(swap)
+    if not swap:
+        return graph
+    log.counts["merge-equal"] += len(swap)
+    return log.declare(graph, rebuild(graph, swap), "equal nodes are merged")
 
 
 def simplified(graph: Graph, log: Log, rules: Sequence[Rule] = RULES) -> Graph:
@@ -438,8 +441,7 @@ def simplified(graph: Graph, log: Log, rules: Sequence[Rule] = RULES) -> Graph:
     earlier = len(log.declined)
     while True:
         before = graph
-        graph, merged = merge_equal(rewrite_all(graph, rules, log))
-        log.counts["merge-equal"] += merged
+        graph = merge_equal(rewrite_all(graph, rules, log), log)
         if graph is before:
             del log.declined[earlier:]
             return graph
@@ -453,5 +455,7 @@ class Canonicalize:
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         nodes = count_nodes(graph)
-        dropped = simplified(drop_unit_dims(graph), context.log)
-        return dropped if count_nodes(dropped) <= nodes else simplified(graph, context.log)
+        log = context.log
+        without = log.declare(graph, drop_unit_dims(graph), "unit dims are dropped everywhere")
+        dropped = simplified(without, log)
+        return dropped if count_nodes(dropped) <= nodes else simplified(graph, log)

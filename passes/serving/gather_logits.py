@@ -74,6 +74,6 @@ class GatherLogits:
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         while True:
             before = graph
-            graph, _ = merge_equal(rewrite_all(graph, RULES, context.log))
+            graph = merge_equal(rewrite_all(graph, RULES, context.log), context.log)
             if graph is before:
                 return graph

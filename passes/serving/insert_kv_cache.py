@@ -13,9 +13,9 @@ from ...compiler.ir import Graph, Node, Op, Value
 from ...compiler.ops.attention import attention, cached_attention, kv_append
 from ...compiler.ops.leaf import param
 from ...compiler.ops.mla import cached_mla_attention, mla_attention
-from ...compiler.ops.shape import take
+from ...compiler.ops.shape import take, view
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Applied, rebuild
+from ...compiler.rewrite import Applied
 from ...compiler.types import TensorType, symbol
 from .token_wise import mixes_tokens
 
@@ -70,9 +70,13 @@ class InsertKvCache:
         rows = param(name="logit_rows", type=TensorType("i32", (symbol("L"),)))
         index = (slots, positions, page_table)
         _refuse_mixing(graph, str(tokens.shape[0]))
-        swap: dict[Value, Value] = {}
+        # Tokens 0, 1, … of one sequence, in a cache of which nothing was written before.
+        one: dict[Value, Any] = dict.fromkeys((positions, page_table, rows), "index")
+        one[slots] = "zeros"
         caches: dict[str, Value] = {}
         params: list[Value] = []
+        held: dict[str, Value] = {}
+        applied: list[Applied] = []
         for i, node in enumerate(nodes):
             reason = _refusal(node, tokens)
             if reason:
@@ -85,12 +89,27 @@ class InsertKvCache:
             attrs = {key: value for key, value in node.attrs.items() if key != "causal"}
             args = (*queries, *appended, *index, *rest)
             (out,) = cached.node(args, attrs, node.source).results
-            swap[Value(node)] = out
             params.extend(empty)
             caches.update(zip((c.attrs["name"] for c in empty), appended, strict=True))
-            # Tokens 0, 1, … of one sequence, in a cache of which nothing was written before.
-            one: dict[Value, Any] = {slots: "zeros", positions: "index", page_table: "index"}
-            context.log.applied.append(Applied("cache", node.args, (Value(node),), (out,), one))
+            held.update(zip((c.attrs["name"] for c in empty), written, strict=True))
+            applied.append(Applied("cache", node.args, (Value(node),), (out,), one))
+        outputs = tuple(take(o, rows) for o in graph.outputs)
+        # A step takes one token of every sequence at least, even where sequences are shorter.
+        most = range(1, max(self.max_tokens_per_sequence, self.max_sequences) + 1)
+        symbols = {**graph.symbols, str(tokens.shape[0]): most, "L": most}
+        everything = (*graph.params, slots, page_table, rows, *params)
+        serving = Graph(graph.name, everything, outputs, symbols, caches)
+        # What is put out and what the caches hold, of the values that there were before.
+        claims = [
+            Applied("logit-rows", (old,), (old,), (new,), one)
+            for old, new in zip(graph.outputs, serving.outputs, strict=True)
+        ]
+        claims += [
+            Applied(
+                "written-rows", (x,), (x,), (_first_rows(serving.updates[name], x, positions),), one
+            )
+            for name, x in held.items()
+        ]
         context.facts[self.name] = {
             "vocab_size": graph.outputs[0].type.shape[-1],
             "page_size": self.page_size,
@@ -98,16 +117,19 @@ class InsertKvCache:
             "max_tokens_per_sequence": self.max_tokens_per_sequence,
             "pages": self._pages,
         }
-        outputs = tuple(take(o, rows) for o in graph.outputs)
-        # A step takes one token of every sequence at least, even where sequences are shorter.
-        most = range(1, max(self.max_tokens_per_sequence, self.max_sequences) + 1)
-        symbols = {**graph.symbols, str(tokens.shape[0]): most, "L": most}
-        everything = (*graph.params, slots, page_table, rows, *params)
-        return rebuild(Graph(graph.name, everything, outputs, symbols, caches), swap)
+        reason = "parameters, outputs and state are new"
+        serving = context.log.declare(graph, serving, reason, claims=claims)
+        return context.log.apply(serving, applied)
 
     def _cache(self, name: str, rows: Value) -> Value:
         shape = (self._pages, self.page_size, *rows.type.shape[1:])
         return param(name=name, type=TensorType(rows.type.dtype, shape))
+
+
+def _first_rows(cache: Value, like: Value, positions: Value) -> Value:
+    """The rows of the first tokens of the first slot, where the page table counts from 0."""
+    pages, size, *_ = cache.type.shape
+    return take(view(cache, shape=(pages * size, *like.type.shape[1:])), positions)
 
 
 def _refuse_mixing(graph: Graph, tokens: str) -> None:

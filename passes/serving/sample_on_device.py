@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...compiler.dtypes import FLOATS
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops.leaf import param
+from ...compiler.ops.pointwise import cast, log
+from ...compiler.ops.reduce import amax, softmax
 from ...compiler.ops.sampling import SETTINGS, WORD, sample
+from ...compiler.ops.shape import full, gather, view
 from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Applied
 from ...compiler.types import Dim, TensorType
 
 # What the outputs of a serving graph are called; the first alone where the host samples, and no
@@ -57,13 +61,28 @@ class SampleOnDevice:
         given.append(_param("top", "i32", rows))
         chosen = sample.all(logits, *given, candidates=min(self.candidates, vocab))
         context.log.counts[self.name] += 1
-        return Graph(
-            graph.name,
-            (*graph.params, *given),
-            (logits, *chosen),
-            graph.symbols,
-            graph.updates,
+        after = Graph(
+            graph.name, (*graph.params, *given), (logits, *chosen), graph.symbols, graph.updates
         )
+        reason = "parameters and outputs are new"
+        return context.log.declare(graph, after, reason, claims=_claims(after))
+
+
+def _claims(after: Graph) -> tuple[Applied, ...]:
+    """At temperature 0 and without penalties the token is a most likely one, and no others are
+    given where none are asked for."""
+    logits, token, logprob, *top = after.outputs
+    one: dict[Value, Any] = {after.param(n): "zeros" for n in ("temperature", "seen", "top")}
+    likely = log(softmax(cast(logits, dtype="f32"), dim=1))
+    largest = amax(likely, dim=1, keepdim=False)
+    (rows,) = token.type.shape
+    index = cast(view(token, shape=(rows, 1)), dtype="i64")
+    chosen = view(gather(likely, index, dim=1), shape=(rows,))
+    claims = [(largest, logprob), (largest, chosen)]
+    if top:
+        _, others = top
+        claims.append((full(value=0.0, shape=others.type.shape, dtype="f32"), others))
+    return tuple(Applied("greedy-sample", (logits,), (a,), (b,), one) for a, b in claims)
 
 
 def _param(name: str, dtype: str, *shape: Dim) -> Value:

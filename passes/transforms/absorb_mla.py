@@ -184,5 +184,5 @@ class AbsorbMla:
         absorbed = rewrite(graph, rules, context.log)
         if absorbed is graph:
             return graph
-        absorbed, _ = merge_equal(absorbed)
-        return merge_equal(premultiplied(absorbed, self.premultiply, context.log))[0]
+        absorbed = merge_equal(absorbed, context.log)
+        return merge_equal(premultiplied(absorbed, self.premultiply, context.log), context.log)

@@ -17,7 +17,7 @@ from ...compiler.ops.hadamard import hadamard
 from ...compiler.ops.leaf import constant
 from ...compiler.ops.mxfp4 import mxfp4, mxfp4_encode
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Applied, Log, rebuild
+from ...compiler.rewrite import Applied, rebuild
 from ...compiler.types import TensorType
 from .calibrate import Calibrated, calibrate, count_matrices
 from .mxfp4_policy import (
@@ -31,6 +31,10 @@ from .mxfp4_policy import (
     find_sites,
     operands_of,
 )
+
+# What rounding its weights may change a product by, relative to its largest result: more would be
+# another weight.
+_PRODUCT_ERROR = 0.6
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class QuantizeMxfp4:
         swap: dict[tuple[Node, int], Value] = {}
         turned: dict[Value, Value] = {}
         packings: list[Packing] = []
+        rounded: list[Applied] = []
         for site in find_sites(graph, self.options):
             if site.action == "keep":
                 context.log.decline(self.name, site.users[0], f"{site.name}: {site.reason}")
@@ -76,12 +81,28 @@ class QuantizeMxfp4:
                     if rotated:
                         x = INPUT_OF[node.op][i]
                         swap[node, x] = turned.setdefault(node.args[x], _turned(node.args[x]))
-            _log(context.log, site, packed, done, rotated)
+            rule = _rule(site, rotated)
+            if done:
+                context.log.counts[rule] += 1
+            else:
+                after = _turned(packed) if rotated else packed
+                rounded.append(Applied(rule, (site.weight,), (site.weight,), (after,)))
         if not swap and not any(n.op is mxfp4 for n in graph.nodes()):
             reasons = "\n  ".join(context.log.declined[:5]) or "no product has a weight"
             raise ValueError(f"packed nothing:\n  {reasons}")
         context.facts[self.name] = tuple(packings)
-        return _with_operands(graph, swap)
+        context.log.applied += rounded
+        users = _with_operands(swap)
+        products = [
+            Applied(f"{self.name}-product", old.args, old.results, new.results, {}, _PRODUCT_ERROR)
+            for old, new in users.items()
+        ]
+        after = rebuild(
+            graph, {o: n for p in products for o, n in zip(p.before, p.after, strict=True)}
+        )
+        # Codes that calibration chose are those of one weight, and of no sampled one.
+        claims = [] if encoded else [*rounded, *products]
+        return context.log.declare(graph, after, "weights are rounded", claims=claims)
 
     def _calibrated(self, graph: Graph, context: PassContext) -> Mapping[str, Encoded]:
         """What calibration makes of the weights; their tensors join the weights of `context`.
@@ -145,24 +166,14 @@ def _given(site: Site, done: Encoded, options: MXFP4) -> Value:
     return Value(mxfp4.node(parts, {"dtype": site.weight.type.dtype}, site.name))
 
 
-def _log(log: Log, site: Site, packed: Value, done: Encoded | None, rotated: bool) -> None:
-    """Rounding to nearest can be tried on sampled weights; what was encoded before cannot."""
+def _rule(site: Site, rotated: bool) -> str:
     kind = "experts" if site.users[0].op is moe.experts else "projection"
-    rule = f"mxfp4-{kind}{'-rotated' if rotated else ''}"
-    if done:
-        log.counts[rule] += 1
-        return
-    after = _turned(packed) if rotated else packed
-    log.applied.append(Applied(rule, (site.weight,), (site.weight,), (after,)))
+    return f"mxfp4-{kind}{'-rotated' if rotated else ''}"
 
 
-def _with_operands(graph: Graph, swap: Mapping[tuple[Node, int], Value]) -> Graph:
-    """`graph` with operand i of a node replaced, for every (node, i) in `swap`."""
+def _with_operands(swap: Mapping[tuple[Node, int], Value]) -> dict[Node, Node]:
+    """Each node of `swap` with operand i replaced, for every (node, i)."""
     changed: dict[Node, list[Value]] = {}
     for (node, i), value in swap.items():
         changed.setdefault(node, list(node.args))[i] = value
-    new: dict[Value, Value] = {}
-    for node, args in changed.items():
-        after = node.op.node(tuple(args), node.attrs, node.source)
-        new.update(zip(node.results, after.results, strict=True))
-    return rebuild(graph, new) if new else graph
+    return {n: n.op.node(tuple(args), n.attrs, n.source) for n, args in changed.items()}

@@ -18,7 +18,6 @@ from ...compiler.ops import linear, moe
 from ...compiler.ops.collective import all_gather, all_reduce
 from ...compiler.ops.leaf import param
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Log
 from ..raising.canonicalize import simplified
 from .cuts import Cut, cut_weight, pushed, sliced
 from .shard_plan import CannotShard, Facts, Form, Plan
@@ -57,7 +56,9 @@ class ShardTensorParallel:
             raise CannotShard(f"graph @{graph.name}: the ranks would not run the same collectives")
         plan = plans[self.rank]
         plan.report(self.name, context.log)
-        return simplified(_Builder(plan).build(), Log())
+        log = context.log
+        mine = log.declare(graph, _Builder(plan).build(), "one rank computes its part of values")
+        return simplified(mine, log)
 
 
 @dataclass

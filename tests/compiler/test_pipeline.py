@@ -13,6 +13,7 @@ from ingot.compiler.pipeline import PassContext, PassError, count_nodes, run_pip
 from ingot.compiler.rewrite import Applied, Pat, Rule, pat, rebuild, rewrite_all
 from ingot.compiler.target import CPU, TARGETS, target_of
 from ingot.compiler.types import TensorType, VerifyError, symbol
+from ingot.compiler.validate import check_rewrite
 
 T = symbol("T")
 X = TensorType("f32", (T, 4))
@@ -74,6 +75,44 @@ class Knot:
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         return rebuild(graph, {graph.outputs[0]: neg(graph.outputs[0])})
+
+
+@dataclass(frozen=True)
+class Unlogged:
+    """A change that no log knows."""
+
+    name: ClassVar[str] = "unlogged"
+
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        rewritten = rewrite_all(graph, (NEG_NEG,), context.log)
+        return rebuild(rewritten, {rewritten.outputs[0]: relu(rewritten.params[0])})
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A change that is declared with a reason, and what is true of it."""
+
+    name: ClassVar[str] = "declared"
+    relus: int = 1
+
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        old, new = graph.outputs[0], graph.params[0]
+        for _ in range(self.relus):
+            new = relu(new)
+        after = rebuild(graph, {old: new})
+        claim = Applied("one-relu", graph.params, (old,), (new,))
+        return context.log.declare(graph, after, "relu is idempotent", claims=(claim,))
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Rewrites of which the result is not taken."""
+
+    name: ClassVar[str] = "abandon"
+
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        rewrite_all(graph, (NEG_NEG,), context.log)
+        return rewrite_all(graph, (RELU_RELU,), context.log)
 
 
 def sample() -> Graph:
@@ -194,6 +233,24 @@ def test_a_check_that_fails_stops_the_pipeline() -> None:
     with pytest.raises((PassError, VerifyError), match="neg-neg changes a result"):
         run_pipeline(sample(), (Apply(), Collapse()), check=check, progress=ran.append)
     assert ran == ["apply"]
+
+
+def test_a_change_that_was_not_logged_is_an_error() -> None:
+    with pytest.raises(PassError, match="pass unlogged: unlogged change"):
+        run_pipeline(sample(), (Unlogged(),))
+
+
+def test_a_declared_change_is_told_and_its_claims_are_checked() -> None:
+    (result,) = run_pipeline(sample(), (Declared(),), check=check_rewrite)
+    assert result.unchecked == ("relu is idempotent",)
+    with pytest.raises(PassError, match="pass declared: rule one-relu changes a result"):
+        run_pipeline(sample(), (Declared(0),), check=check_rewrite)
+
+
+def test_only_rewrites_of_the_result_are_checked() -> None:
+    seen: list[str] = []
+    run_pipeline(sample(), (Abandon(),), check=lambda graph, applied: seen.append(applied.rule))
+    assert seen == ["relu-relu"]
 
 
 def test_only_what_computes_is_counted() -> None:
