@@ -19,11 +19,6 @@ from ..runtime.program import Buffer, Entry, Kernel, Launch, Slice
 from .memory import Access, Block, Lifetime, dependencies, plan_blocks
 
 
-def entry_name(binding: Mapping[str, int]) -> str:
-    """What the entry for a binding of the symbols is called: "T=8,L=8"."""
-    return ",".join(f"{k}={v}" for k, v in binding.items())
-
-
 def buffer_of(name: str, type_: TensorType, binding: Mapping[str, int], kind: Any) -> Buffer:
     """A buffer for a value of `type_`, its dims bound."""
     bound: Any = type_.bind(binding)
@@ -306,7 +301,7 @@ class EntryBuilder:
             [[access(n) for n in outs] for outs in self.writes],
         )
         buffers, launches = tuple(placed.values()), tuple(self.launches)
-        return Entry(entry_name(self.binding), self.binding, buffers, launches, order), size
+        return Entry(self.binding, buffers, launches, order), size
 
     def _blocks(self, lives: Sequence[Lifetime]) -> list[Block]:
         """Inputs side by side, and outputs, so that one copy moves them.

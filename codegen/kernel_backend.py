@@ -21,10 +21,10 @@ from ..compiler.ops.mxfp4_fragments import GROUP, ROWS, mxfp4_fragments
 from ..compiler.ops.shape import expand, permute, slice_, view
 from ..compiler.target import Target
 from ..compiler.types import TensorType
-from ..runtime.program import Argument, Kernel, Launch, Slice
+from ..runtime.program import Argument, Kernel, Launch, Slice, entry_name
 from .appends import with_appends
 from .build import build
-from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place, entry_name
+from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place
 from .kernel_query import (
     Append,
     Arg,

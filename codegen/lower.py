@@ -16,8 +16,9 @@ import torch
 from ..compiler.ir import Graph
 from ..compiler.ops.collective import Communicator
 from ..compiler.target import Target
+from ..compiler.types import TensorType
 from ..compiler.weights import Weights
-from ..runtime.program import Entry, Program
+from ..runtime.program import STEP, Entry, Function, Program, Spec
 from .constants import ConstantMaker, Observer, folded
 from .entries import Backend, Choice, EntryBuilder, buffer_of
 from .reference_backend import ReferenceBackend
@@ -47,7 +48,9 @@ def lower(
     communicator: Communicator | None = None,
     backend: Backend | None = None,
 ) -> Lowered:
-    """The program of `graph` with one entry for each of `bindings`; `outputs` names its outputs.
+    """A program whose one function, `step`, is `graph`: an entry for each of `bindings`.
+
+    `outputs` names its outputs.
 
     `observe` sees every op on weights when it is computed, which is when a weight is loaded.
     `communicator` is this rank's way to the others, where the graph is one rank's of several (cpu
@@ -73,11 +76,26 @@ def lower(
         ).build()
         entries.append(entry)
         arena = max(arena, size)
+    step = Function(
+        {
+            name: (min(b[name] for b in bindings), max(b[name] for b in bindings))
+            for name in dict.fromkeys(name for binding in bindings for name in binding)
+        },
+        {n: spec_of(p.type) for p in graph.params if (n := p.attrs["name"]) not in graph.updates},
+        {n: spec_of(v.type) for n, v in zip(outputs, graph.outputs, strict=True)},
+        tuple(state),
+        tuple(entries),
+    )
     buffers = {**state, **constants}
     program = Program(
-        target.name, backend.kernels(), buffers, tuple(entries), arena, dict(meta or {})
+        target.name, backend.kernels(), buffers, {STEP: step}, arena, dict(meta or {})
     )
     return Lowered(program, ConstantMaker(names, weights, observe), backend.choices)
+
+
+def spec_of(type_: TensorType) -> Spec:
+    """A type as signatures have it."""
+    return Spec(type_.dtype, tuple(d if isinstance(d, int) else str(d) for d in type_.shape))
 
 
 def serving_bindings(

@@ -125,7 +125,11 @@ def _manifest(what: Exportable) -> Manifest:
         dtype=what.dtype,
         made_with=f"torch {torch.__version__}",
         symbols={name: (r.start, r.stop - 1) for name, r in what.graph.symbols.items()},
-        entries=tuple(EntryFact(e.name, dict(e.symbols), len(e.launches)) for e in program.entries),
+        entries=tuple(
+            EntryFact(name, dict(e.symbols), len(e.launches))
+            for name, function in program.functions.items()
+            for e in function.entries
+        ),
         meta={name: int(value) for name, value in program.meta.items()},
         stop_tokens=tuple(sorted(what.stop_tokens)),
         generation=_generation(what.model_files),

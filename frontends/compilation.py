@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..codegen.entries import entry_name
 from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
 from ..compiler.ir import Graph
 from ..compiler.pipeline import Pass, PassContext, PassResult, run_pipeline
@@ -22,6 +21,7 @@ from ..passes.serving.sample_on_device import output_names
 from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ..passes.transforms.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.devices.collectives import ProcessGroup
+from ..runtime.program import entry_name
 from .aot import Exportable
 from .cli.launches import chosen_entry
 from .model import Report, entry_sizes

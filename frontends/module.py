@@ -11,7 +11,7 @@ import torch
 from torch.export import export as export_program
 from torch.utils._pytree import tree_unflatten
 
-from ..codegen.entries import Backend, entry_name
+from ..codegen.entries import Backend
 from ..codegen.lower import lower
 from ..compiler.interpret import bind_symbols
 from ..compiler.ir import Graph
@@ -21,6 +21,7 @@ from ..compiler.torch_types import torch_dtype
 from ..compiler.weights import Weights
 from ..passes.pipelines import module
 from ..runtime.driver import Driver, Executable
+from ..runtime.program import STEP
 from .compilation import graphs_by_stage, kernel_backend, run_passes
 from .importers.torch_export import import_program
 from .model import Compiled
@@ -75,7 +76,7 @@ class CompiledModule(Compiled):
         if key not in self._programs:
             self._programs[key] = self._build(graph, binding)
         arrays: dict[str, Any] = {n: x.detach() for n, x in named.items()}
-        results = self._programs[key].run(entry_name(binding), arrays)
+        results = self._programs[key].run(STEP, binding, arrays)
         outputs = [
             torch.from_numpy(results[name]).to(torch_dtype(value.type.dtype))
             for name, value in zip(_output_names(graph), graph.outputs, strict=True)

@@ -1,4 +1,4 @@
-"""What a device must be able to do for a session: load a program and replay its entries."""
+"""What a device must be able to do for a session: load a program and run its functions."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ class Executable(Protocol):
 
     def run(
         self,
-        entry: str,
+        function: str,
+        symbols: Mapping[str, int],
         inputs: Mapping[str, Array],
         outputs: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """Copy `inputs` in (all inputs of the entry, exact shapes), replay, copy outputs out.
+        """Copy `inputs` in (all inputs of the function, of the shapes that its signature has where
+        the symbols have these values), compute, copy outputs out.
 
         Only those called `outputs` are copied, None is all. Outputs in bf16 or f16 come back as
-        float32 arrays. State buffers keep what the entry wrote into them.
+        float32 arrays. State buffers keep what the function wrote into them.
 
         An array that is read-only (numpy's `flags.writeable`) never changes again: where the very
-        same object was this entry's input the last time too, what a driver has staged of it still
+        same object was this input the last time too, what a driver has staged of it still
         holds. What lies in the arena does not: a replay may have written over it.
         """
         ...

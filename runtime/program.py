@@ -1,13 +1,16 @@
-"""The program: the static plan that codegen makes, the ingot stores and the session replays.
+"""The program: what codegen makes, the ingot stores and a driver brings to a device, as data.
 
-Standard library only. Nothing here computes; a driver turns it into device memory and launches.
+Standard library only. Nothing here computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+# The function that serving replays: some tokens of some sequences in, logits out.
+STEP = "step"
 
 BufferKind = Literal["input", "output", "weight", "state", "scratch"]
 
@@ -95,16 +98,75 @@ class Entry:
     (earlier, later) of indices into `launches`, transitively reduced.
     """
 
-    name: str
     symbols: Mapping[str, int]
     buffers: tuple[Buffer, ...]
     launches: tuple[Launch, ...]
     dependencies: tuple[tuple[int, int], ...]
 
+    @property
+    def name(self) -> str:
+        """What it is called for people: "T=8,L=8"."""
+        return entry_name(self.symbols)
+
+
+def entry_name(symbols: Mapping[str, int]) -> str:
+    """What the entry for these values of the symbols is called; without symbols there is one."""
+    return ",".join(f"{name}={value}" for name, value in symbols.items()) or "only"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The dtype and shape of an input or output; a dim is an int, a symbol's name, or arithmetic
+    over symbols as text ("2*T"), whose value only codegen knows."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def bound(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where symbols have these values; KeyError for a dim that is arithmetic."""
+        return tuple(symbols[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+    def fits(self, dtype: str, shape: Sequence[int], symbols: Mapping[str, int]) -> bool:
+        """Whether a tensor of `dtype` and `shape` is of this spec where symbols have these values.
+
+        Dims that are arithmetic fit any size.
+        """
+        return (dtype, len(shape)) == (self.dtype, len(self.shape)) and all(
+            size == (symbols.get(dim, size) if isinstance(dim, str) else dim)
+            for dim, size in zip(self.shape, shape, strict=True)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Function:
+    """Something that a program computes: its signature, and one entry a bucket.
+
+    `symbols` has the first and last value of each symbol. `state` names the state buffers that it
+    reads or writes. What an input is called, an output or a buffer of the program is not.
+    """
+
+    symbols: Mapping[str, tuple[int, int]]
+    inputs: Mapping[str, Spec]
+    outputs: Mapping[str, Spec]
+    state: tuple[str, ...] = ()
+    entries: tuple[Entry, ...] = ()
+
+    def entry(self, symbols: Mapping[str, int]) -> Entry:
+        """The entry for these values; ValueError lists those there are."""
+        for entry in self.entries:
+            if entry.symbols == symbols:
+                return entry
+        known = "; ".join(entry.name for entry in self.entries)
+        raise ValueError(f"no entry {entry_name(symbols)!r}; there are {known}")
+
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that runs: kernels by id, weights and state, one entry a bucket, arena size.
+    """Everything that runs: functions by name, and the kernels, weights, state and arena that they
+    share.
 
     `meta` holds JSON facts about the model that serving needs: `vocab_size`, `page_size`,
     `max_sequences`, `max_tokens_per_sequence`, `pages` (all ints).
@@ -113,6 +175,11 @@ class Program:
     target: str
     kernels: Mapping[str, Kernel]
     buffers: Mapping[str, Buffer]
-    entries: tuple[Entry, ...]
+    functions: Mapping[str, Function]
     arena_bytes: int
     meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Those of all functions."""
+        return tuple(entry for f in self.functions.values() for entry in f.entries)

@@ -31,6 +31,7 @@ sys.addaudithook(watch)  # before the imports: what those start counts too
 
 import ingot  # noqa: E402
 from ingot.frontends.drivers import driver_for, present_target  # noqa: E402
+from ingot.runtime.program import STEP  # noqa: E402
 
 
 class KeepingDriver:
@@ -74,7 +75,7 @@ def main() -> None:
         "load_seconds": load_seconds,
         "prefill_ms": 1e3 * median(first for first, _ in runs),
         "tokens_per_second": median(rate for _, rate in runs),
-        "replay_ms": median(driver.executable.measure(entry.name, REPLAYS)),
+        "replay_ms": median(driver.executable.measure(STEP, entry.symbols, REPLAYS)),
         "launches": len(entry.launches),
         "arena_bytes": driver.program.arena_bytes,
         "processes_started": started,

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from ...runtime.artifact.reader import Artifact
-from ...runtime.program import Program
+from ...runtime.program import Program, entry_name
 from .inspect_view import show_bytes
 from .kernels import static_data, static_table
 from .launches import static_report
@@ -32,7 +32,9 @@ def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
         "meta": dict(manifest.meta),
         "stop_tokens": list(manifest.stop_tokens),
         "generation": dict(manifest.generation),
-        "entries": [asdict(entry) for entry in manifest.entries],
+        "entries": [
+            {"name": entry_name(entry.symbols), **asdict(entry)} for entry in manifest.entries
+        ],
         "static": None,
         "files": len(manifest.files),
         "bytes": dict(groups),

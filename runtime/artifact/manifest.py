@@ -24,7 +24,7 @@ from .strict_json import (
 
 MANIFEST = "manifest.json"
 FORMAT = "ingot"
-VERSION = 1
+VERSION = 2
 # A file lies at the top or in one of these folders, under a name of these characters.
 FOLDERS = ("graphs", "plan", "kernels", "weights", "tokenizer", "additional_chat_templates")
 _FILE = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/)?[A-Za-z0-9_][A-Za-z0-9_.\-]{{0,127}}")
@@ -55,9 +55,9 @@ class FileFact:
 
 @dataclass(frozen=True)
 class EntryFact:
-    """One entry: its name, what its symbols are bound to, and how many launches it has."""
+    """One entry: of which function, what its symbols are bound to, and how many launches it has."""
 
-    name: str
+    function: str
     symbols: Mapping[str, int]
     launches: int
 
@@ -151,10 +151,10 @@ def _ends(value: Any, where: str) -> tuple[int, int]:
 
 
 def _entry(value: Any, where: str) -> EntryFact:
-    found = fields(value, where, ("name", "symbols", "launches"))
+    found = fields(value, where, ("function", "symbols", "launches"))
     symbols = mapping(found["symbols"], f"{where}: symbols", 16)
     return EntryFact(
-        text(found["name"], f"{where}: name", _NAME),
+        text(found["function"], f"{where}: function", _NAME),
         {_symbol(n, where): integer(v, f"{where}: {n}", 1, 2**28) for n, v in symbols.items()},
         integer(found["launches"], f"{where}: launches", 0, 2**24),
     )

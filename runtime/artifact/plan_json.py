@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
-from ..program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from ..program import Argument, Buffer, Entry, Function, Kernel, Launch, Program, Slice, Spec
 from .strict_json import (
     LARGEST,
     IngotError,
@@ -28,6 +29,8 @@ from .strict_json import (
 _KINDS = ("input", "output", "weight", "state", "scratch")
 _SHA = r"[0-9a-f]{64}"
 _MOST = 1 << 20  # kernels, buffers, launches
+_MOST_FUNCTIONS = 64
+_MOST_ENTRIES = 4096
 _MOST_ARGS = 256
 _MOST_DIMS = 16
 # JSON has no such numbers; an argument of a kernel may be one.
@@ -47,6 +50,7 @@ def program_data(program: Program) -> dict[str, Any]:
     return {
         "kernels": {id_: _kernel_data(kernel) for id_, kernel in program.kernels.items()},
         "buffers": [_buffer_data(b) for b in program.buffers.values()],
+        "functions": {name: _function_data(f) for name, f in program.functions.items()},
         "arena_bytes": program.arena_bytes,
         "meta": dict(program.meta),
     }
@@ -55,7 +59,6 @@ def program_data(program: Program) -> dict[str, Any]:
 def entry_data(entry: Entry) -> dict[str, Any]:
     """One entry."""
     return {
-        "name": entry.name,
         "symbols": dict(entry.symbols),
         "buffers": [_buffer_data(b) for b in entry.buffers],
         "launches": [
@@ -68,6 +71,16 @@ def entry_data(entry: Entry) -> dict[str, Any]:
             for launch in entry.launches
         ],
         "dependencies": [list(pair) for pair in entry.dependencies],
+    }
+
+
+def _function_data(function: Function) -> dict[str, Any]:
+    return {
+        "symbols": {name: list(ends) for name, ends in function.symbols.items()},
+        "inputs": {n: [s.dtype, list(s.shape)] for n, s in function.inputs.items()},
+        "outputs": {n: [s.dtype, list(s.shape)] for n, s in function.outputs.items()},
+        "state": list(function.state),
+        "entries": len(function.entries),
     }
 
 
@@ -120,7 +133,7 @@ def read_program(
     `binary` gives the code of a sha256. IngotError for data of another form; `where` names its
     place in it.
     """
-    data = fields(shared, where, ("kernels", "buffers", "arena_bytes", "meta"))
+    data = fields(shared, where, ("kernels", "buffers", "functions", "arena_bytes", "meta"))
     kernels = {
         text(id_, f"{where}: kernels"): _kernel(id_, value, binary, f"{where}: kernel {id_[:64]}")
         for id_, value in mapping(data["kernels"], f"{where}: kernels", _MOST).items()
@@ -129,14 +142,56 @@ def read_program(
     buffers = {buffer.name: buffer for buffer in read}
     if len(buffers) != len(read):
         raise IngotError(f"{where}: buffers: expected names that differ, found one twice")
+    places = iter(entries.items())
+    functions = {
+        text(name, f"{where}: functions"): _function(value, places, f"{where}: function {name:.64}")
+        for name, value in mapping(
+            data["functions"], f"{where}: functions", _MOST_FUNCTIONS
+        ).items()
+    }
+    if (left := next(places, None)) is not None:
+        raise IngotError(f"{left[0]}: expected an entry of a function, found more than there are")
     return Program(
         target,
         kernels,
         buffers,
-        tuple(_entry(value, place) for place, value in entries.items()),
+        functions,
         integer(data["arena_bytes"], f"{where}: arena_bytes"),
         mapping(data["meta"], f"{where}: meta", _MOST_ARGS),
     )
+
+
+def _function(value: Any, entries: Iterator[tuple[str, Any]], where: str) -> Function:
+    """A function; its entries are the next of `entries`."""
+    data = fields(value, where, ("symbols", "inputs", "outputs", "state", "entries"))
+    count = integer(data["entries"], f"{where}: entries", 0, _MOST_ENTRIES)
+    found = tuple(_entry(value, place) for place, value in islice(entries, count))
+    if len(found) != count:
+        raise IngotError(f"{where}: entries: expected {count}, found {len(found)}")
+    symbols = mapping(data["symbols"], f"{where}: symbols", _MOST_DIMS)
+    return Function(
+        {text(n, where): _pair(ends, f"{where}: symbol {n:.64}") for n, ends in symbols.items()},
+        _specs(data["inputs"], f"{where}: inputs"),
+        _specs(data["outputs"], f"{where}: outputs"),
+        each(items(data["state"], f"{where}: state", _MOST), f"{where}: state", text),
+        found,
+    )
+
+
+def _specs(value: Any, where: str) -> dict[str, Spec]:
+    return {
+        text(name, where): _spec(spec, f"{where}: {name:.64}")
+        for name, spec in mapping(value, where, _MOST_ARGS).items()
+    }
+
+
+def _spec(value: Any, where: str) -> Spec:
+    dtype, shape = items(value, where, 2, 2)
+    return Spec(text(dtype, where), each(items(shape, where, _MOST_DIMS), where, _dim))
+
+
+def _dim(value: Any, where: str) -> int | str:
+    return text(value, where) if isinstance(value, str) else integer(value, where)
 
 
 def _kernel(id_: str, value: Any, binary: Callable[[str], bytes], where: str) -> Kernel:
@@ -180,12 +235,11 @@ def _stride(value: Any, where: str) -> int:
 
 
 def _entry(value: Any, where: str) -> Entry:
-    data = fields(value, where, ("name", "symbols", "buffers", "launches", "dependencies"))
+    data = fields(value, where, ("symbols", "buffers", "launches", "dependencies"))
     symbols = mapping(data["symbols"], f"{where}: symbols", _MOST_DIMS)
     launches = items(data["launches"], f"{where}: launches", _MOST)
     dependencies = items(data["dependencies"], f"{where}: dependencies", _MOST)
     return Entry(
-        text(data["name"], f"{where}: name"),
         {text(n, where): integer(size, f"{where}: symbol {n[:64]}") for n, size in symbols.items()},
         each(items(data["buffers"], f"{where}: buffers", _MOST), f"{where}: buffers", _buffer),
         each(launches, f"{where}: launches", _launch),

@@ -241,8 +241,12 @@ def check_manifest(manifest: Manifest, program: Program) -> None:
     """IngotError where the manifest says something else of the program than it is."""
     if dict(program.meta) != dict(manifest.meta):
         raise IngotError(f"plan: expected the meta of {MANIFEST}, found another")
-    stated = [(e.name, dict(e.symbols), e.launches) for e in manifest.entries]
-    found = [(e.name, dict(e.symbols), len(e.launches)) for e in program.entries]
+    stated = [(e.function, dict(e.symbols), e.launches) for e in manifest.entries]
+    found = [
+        (name, dict(e.symbols), len(e.launches))
+        for name, function in program.functions.items()
+        for e in function.entries
+    ]
     for said, is_ in zip(stated, found, strict=True):
         if said != is_:
             raise IngotError(f"{MANIFEST}: entries: expected {is_}, as the plan, found {said}")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from ...compiler.dtypes import DTYPES, READABLE, dense_bytes
 from ...compiler.target import GPUS, Target
-from ..program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from ..program import Argument, Buffer, Entry, Function, Kernel, Launch, Program, Slice
 from .device_api import DeviceInfo
 from .elf import code_target
 
@@ -59,12 +59,10 @@ def check_program(program: Program, limits: Limits | None = None) -> None:
                 f"buffer {name}: expected a weight or state without an offset, "
                 f"found {buffer.kind} at {buffer.offset}"
             )
-    if not program.entries:
-        raise ProgramError("entries: expected at least one, found none")
-    if len(names := {entry.name for entry in program.entries}) != len(program.entries):
-        raise ProgramError(f"entries: expected names that differ, found {sorted(names)}")
-    for entry in program.entries:
-        _check_entry(entry, program, limits)
+    if not program.functions:
+        raise ProgramError("functions: expected at least one, found none")
+    for name, function in program.functions.items():
+        _check_function(name, function, program, limits)
 
 
 def launch_place(program: Program, entry: Entry, index: int) -> str:
@@ -151,7 +149,51 @@ def _check_shape(where: str, dtype: str, shape: tuple[int, ...]) -> None:
     _within(f"{where}: elements", math.prod(shape), 0, _LARGEST)
 
 
-def _check_entry(entry: Entry, program: Program, limits: Limits) -> None:
+def _check_function(name: str, function: Function, program: Program, limits: Limits) -> None:
+    where = f"function {name}"
+    state = {buffer.name for buffer in program.buffers.values() if buffer.kind == "state"}
+    if unknown := set(function.state) - state:
+        raise ProgramError(f"{where}: expected state of the program, found {min(unknown)!r:.80}")
+    for symbol, (first, last) in function.symbols.items():
+        _within(f"{where}: first {symbol}", first, 0, _LARGEST)
+        _within(f"{where}: last {symbol}", last, first, _LARGEST)
+    if not function.entries:
+        raise ProgramError(f"{where}: expected at least one entry, found none")
+    bindings = [sorted(entry.symbols.items()) for entry in function.entries]
+    if twice := next((b for i, b in enumerate(bindings) if b in bindings[:i]), None):
+        raise ProgramError(f"{where}: expected each entry once, found {dict(twice)} twice")
+    hidden = state - set(function.state)
+    shared = {name: b for name, b in program.buffers.items() if name not in hidden}
+    for entry in function.entries:
+        if entry.symbols.keys() != function.symbols.keys():
+            raise ProgramError(
+                f"{where}: expected entries for {sorted(function.symbols)}, "
+                f"found one for {sorted(entry.symbols)}"
+            )
+        for symbol, size in entry.symbols.items():
+            _within(f"entry {entry.name}: symbol {symbol}", size, *function.symbols[symbol])
+        _check_entry(entry, program, shared, limits)
+        _check_signature(f"entry {entry.name}", function, entry)
+
+
+def _check_signature(where: str, function: Function, entry: Entry) -> None:
+    """The inputs and outputs of an entry are those of its function, where symbols are bound."""
+    for kind, specs in (("input", function.inputs), ("output", function.outputs)):
+        found = {b.name: b for b in entry.buffers if b.kind == kind}
+        if found.keys() != specs.keys():
+            raise ProgramError(f"{where}: expected {kind}s {sorted(specs)}, found {sorted(found)}")
+        for name, buffer in found.items():
+            if not specs[name].fits(buffer.dtype, buffer.shape, entry.symbols):
+                raise ProgramError(
+                    f"{where}, buffer {name}: expected {specs[name]}, "
+                    f"found {buffer.dtype}{list(buffer.shape)}"
+                )
+
+
+def _check_entry(
+    entry: Entry, program: Program, shared: Mapping[str, Buffer], limits: Limits
+) -> None:
+    """`shared` are the buffers of the program that this entry may use."""
     where = f"entry {entry.name}"
     local: dict[str, Buffer] = {}
     for buffer in entry.buffers:
@@ -175,9 +217,7 @@ def _check_entry(entry: Entry, program: Program, limits: Limits) -> None:
                 f"found {end}"
             )
         local[buffer.name] = buffer
-    for name, size in entry.symbols.items():
-        _within(f"{where}: symbol {name}", size, 0, _LARGEST)
-    memory = {**program.buffers, **local}
+    memory = {**shared, **local}
     for i, launch in enumerate(entry.launches):
         _check_launch(launch_place(program, entry, i), launch, program, memory, limits)
     _check_order(where, entry)

@@ -37,18 +37,21 @@ class CpuExecutable:
         self._memory: dict[str, torch.Tensor] = {}
         for buffer in program.buffers.values():
             self._memory[buffer.name] = _own_memory(buffer, weights)
-        self._plans = {entry.name: self._bind(entry) for entry in program.entries}
+        self._plans = {
+            (name, entry.name): self._bind(entry)
+            for name, function in program.functions.items()
+            for entry in function.entries
+        }
 
     def run(
         self,
-        entry: str,
+        function: str,
+        symbols: Mapping[str, int],
         inputs: Mapping[str, Array],
         outputs: Collection[str] | None = None,
     ) -> dict[str, Array]:
         """See Executable.run. ValueError for unknown names and for inputs that do not fit."""
-        if entry not in self._plans:
-            raise ValueError(f"no entry {entry!r}; there are {', '.join(self._plans)}")
-        plan = self._plans[entry]
+        plan = self._plans[function, self._program.functions[function].entry(symbols).name]
         if inputs.keys() != plan.inputs.keys():
             raise ValueError(f"expected inputs {sorted(plan.inputs)}, found {sorted(inputs)}")
         wanted = plan.outputs.keys() if outputs is None else outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -68,7 +68,7 @@ class GpuExecutable:
         _check(program, api.info)
         self._api = api
         self._program = program
-        self._plans: dict[str, _Plan] = {}
+        self._plans: dict[tuple[str, str], _Plan] = {}  # by names of function and entry
         self._failure: DeviceError | None = None
         self._busy = False
         self._open = False
@@ -85,13 +85,18 @@ class GpuExecutable:
             raise
 
     def run(
-        self, entry: str, inputs: Mapping[str, Array], outputs: Collection[str] | None = None
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """See Executable.run. ValueError for an unknown entry, output, or inputs that do not fit.
+        """See Executable.run. ValueError for an unknown function, entry or output, or inputs that
+        do not fit.
 
         Inputs and outputs go through the host; an input may also be a torch tensor on the CPU.
         """
-        plan = self._plan(entry)
+        plan = self._plan(function, symbols)
         names = {place.buffer.name for place in plan.inputs.fields}
         if set(inputs) != names:
             raise ValueError(f"expected inputs {sorted(names)}, found {sorted(inputs)}")
@@ -112,12 +117,12 @@ class GpuExecutable:
             found[buffer.name] = to_array(data, buffer.dtype, buffer.shape)
         return found
 
-    def measure(self, entry: str, replays: int) -> list[float]:
+    def measure(self, function: str, symbols: Mapping[str, int], replays: int) -> list[float]:
         """Milliseconds on the device of each of `replays` replays, over the inputs of the last run.
 
         Copies are not part of it. State goes on from replay to replay, as in so many runs.
         """
-        plan = self._plan(entry)
+        plan = self._plan(function, symbols)
         start, end = self._events
         times: list[float] = []
         with self._device():
@@ -173,16 +178,17 @@ class GpuExecutable:
         check_copies(api, self._stream)
         self._memory = allocate_memory(api, program, self._stream, owned)
         upload_weights(api, program, weights, self._memory, self._stream, owned)
-        functions = self._load_kernels()
-        layouts = {entry.name: _layouts(entry) for entry in program.entries}
-        nbytes = max((side.nbytes for pair in layouts.values() for side in pair), default=0)
+        kernels = self._load_kernels()
+        layouts = [_layouts(entry) for entry in program.entries]
+        nbytes = max((side.nbytes for pair in layouts for side in pair), default=0)
         self._host = api.allocate_pinned(max(nbytes, 1))
         owned.callback(api.free_pinned, self._host)
         self._staging: Bytes = memory_view(self._host, max(nbytes, 1))
-        for entry in program.entries:
-            graph = self._build_graph(entry, functions)
-            owned.callback(api.destroy_executable, graph)
-            self._plans[entry.name] = _Plan(graph, *layouts[entry.name])
+        for name, function in program.functions.items():
+            for entry in function.entries:
+                graph = self._build_graph(entry, kernels)
+                owned.callback(api.destroy_executable, graph)
+                self._plans[name, entry.name] = _Plan(graph, *_layouts(entry))
         self._settle()
         self._check_replay()
 
@@ -260,16 +266,17 @@ class GpuExecutable:
 
     # ---- replaying
 
-    def _plan(self, entry: str) -> _Plan:
+    def _plan(self, function: str, symbols: Mapping[str, int]) -> _Plan:
         if self._failure is not None:
             raise RuntimeError(
                 f"this executable serves nothing more: the device failed before: {self._failure}"
             )
         if not self._open:
             raise RuntimeError("this executable was closed")
-        if entry not in self._plans:
-            raise ValueError(f"no entry {entry!r}; there are {', '.join(self._plans)}")
-        return self._plans[entry]
+        functions = self._program.functions
+        if function not in functions:
+            raise ValueError(f"no function {function!r}; there are {', '.join(functions)}")
+        return self._plans[function, functions[function].entry(symbols).name]
 
     @contextmanager
     def _device(self) -> Generator[None]:
@@ -305,13 +312,15 @@ class GpuExecutable:
         self._settle()
 
     def _check_replay(self) -> None:
+        """Replay the smallest entry of each function, see `_check_function`."""
+        for name, function in self._program.functions.items():
+            if function.entries:
+                self._check_function(name, function.entries)
+
+    def _check_function(self, function: str, entries: Sequence[Entry]) -> None:
         """Replay the smallest entry twice on zeros, from zeroed state, and compare all bytes."""
-        if not self._program.entries:
-            return
-        smallest = min(
-            self._program.entries, key=lambda e: (prod(e.symbols.values()), len(e.launches))
-        )
-        plan = self._plans[smallest.name]
+        smallest = min(entries, key=lambda e: (prod(e.symbols.values()), len(e.launches)))
+        plan = self._plans[function, smallest.name]
         seen: list[Bytes] = []
         for _ in range(2):
             self._memory.clear_state(self._api, self._stream)

@@ -1,6 +1,6 @@
-"""The serving ABI: what a program's entries take and give.
+"""The serving ABI: what a program's `step` takes and gives.
 
-Every entry is one bucket of T tokens and L result rows, two independent sizes:
+It has an entry for each bucket of T tokens and L result rows, two independent sizes:
 
     tokens i32[T]  positions i32[T]  slots i32[T]  logit_rows i32[L]
     page_table i32[max_sequences, pages_per_slot]               →  logits [L, vocab_size]
@@ -8,7 +8,7 @@ Every entry is one bucket of T tokens and L result rows, two independent sizes:
 Token t of slot slots[t] (-1 is padding) sits at positions[t] and sees the cache of its slot up to
 there, the tokens of this replay included. Row j of the logits is that of token logit_rows[j].
 
-A program may sample the rows too. Then every entry has besides
+A program may sample the rows too. Then it has besides
 
     temperature f32[L]  top_k i32[L]  top_p f32[L]  min_p f32[L]  penalty f32[L]  draw f32[L]
     seen i32[L, ceil(vocab_size / 32)]  top i32[L]
@@ -24,13 +24,15 @@ a row whose logits are broken is -1, and its logprob their maximum.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..program import Entry, Program
+from ..program import STEP, Entry, Function, Program, Spec
 
 # Tokens in a word of `seen`.
 SEEN_BITS = 32
+# What outputs in narrower floats are when they reach the host.
+_ON_HOST = {"bf16": "f32", "f16": "f32"}
 
 
 @dataclass(frozen=True)
@@ -63,21 +65,22 @@ class ServingAbi:
     def __init__(self, program: Program) -> None:
         """ValueError says which part of the ABI `program` does not keep."""
         self.meta = ServingMeta.of(program.meta)
-        if not program.entries:
-            raise ValueError("program: expected at least one entry, found none")
-        for entry in program.entries:
-            _check_entry(entry, self.meta)
-        counts = {candidates_of(entry) for entry in program.entries}
-        if len(counts) != 1:
-            raise ValueError(f"program: expected entries that sample alike, found {counts}")
+        if STEP not in program.functions:
+            raise ValueError(f"program: expected a {STEP}, found {sorted(program.functions)}")
+        step = program.functions[STEP]
         # How many most likely tokens the device can give; None where it does not sample.
-        (self.candidates,) = counts
-        self._entries = sorted(program.entries, key=_size)
+        self.candidates = _candidates_of(step)
+        _check_signature(step, self.meta, self.candidates)
+        if not step.entries:
+            raise ValueError(f"{STEP}: expected at least one entry, found none")
+        for entry in step.entries:
+            _check_entry(entry)
+        self._entries = sorted(step.entries, key=_size)
         # The most tokens and the most rows of one replay: the largest entry takes any batch.
         self.tokens, self.rows = _size(self._entries[-1])
         if more := [e.name for e in self._entries if e.symbols["L"] > self.rows]:
             raise ValueError(
-                f"program: expected {self._entries[-1].name}, the entry of the most tokens, to "
+                f"{STEP}: expected {self._entries[-1].name}, the entry of the most tokens, to "
                 f"have the most rows, found more in {more}"
             )
 
@@ -87,8 +90,8 @@ class ServingAbi:
         return next(fits)
 
 
-def sampling_inputs(rows: int, vocab: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtypes and shapes of the inputs by which a device samples, by name."""
+def sampling_inputs(vocab: int) -> dict[str, Spec]:
+    """The inputs by which a device samples, by name."""
     settings = {
         "temperature": "f32",
         "top_k": "i32",
@@ -99,29 +102,17 @@ def sampling_inputs(rows: int, vocab: int) -> dict[str, tuple[str, tuple[int, ..
         "top": "i32",
     }
     words = -(-vocab // SEEN_BITS)
-    return {**{n: (d, (rows,)) for n, d in settings.items()}, "seen": ("i32", (rows, words))}
+    return {**{n: Spec(d, ("L",)) for n, d in settings.items()}, "seen": Spec("i32", ("L", words))}
 
 
-def candidates_of(entry: Entry) -> int | None:
-    """How many most likely tokens `entry` can give; None where it does not sample."""
-    outputs = {b.name: b for b in entry.buffers if b.kind == "output"}
-    if "token" not in outputs:
-        return None
-    return outputs["top_tokens"].shape[1] if "top_tokens" in outputs else 0
-
-
-def serving_outputs(entry: Entry, meta: ServingMeta) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype in which every output of `entry` reaches the host, and its shape, by name."""
-    rows = entry.symbols["L"]
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "logits": ("float32", (rows, meta.vocab_size))
-    }
-    candidates = candidates_of(entry)
+def serving_outputs(meta: ServingMeta, candidates: int | None) -> dict[str, Spec]:
+    """Every output, by name, as it reaches the host."""
+    expected = {"logits": Spec("f32", ("L", meta.vocab_size))}
     if candidates is not None:
-        expected |= {"token": ("int32", (rows,)), "logprob": ("float32", (rows,))}
+        expected |= {"token": Spec("i32", ("L",)), "logprob": Spec("f32", ("L",))}
     if candidates:
-        shape = (rows, candidates)
-        expected |= {"top_tokens": ("int32", shape), "top_logprobs": ("float32", shape)}
+        shape = ("L", candidates)
+        expected |= {"top_tokens": Spec("i32", shape), "top_logprobs": Spec("f32", shape)}
     return expected
 
 
@@ -129,28 +120,38 @@ def _size(entry: Entry) -> tuple[int, int]:
     return entry.symbols["T"], entry.symbols["L"]
 
 
-def _check_entry(entry: Entry, meta: ServingMeta) -> None:
+def _candidates_of(step: Function) -> int | None:
+    """How many most likely tokens `step` can give; None where it does not sample."""
+    if "token" not in step.outputs:
+        return None
+    *_, count = step.outputs["top_tokens"].shape if "top_tokens" in step.outputs else (0,)
+    return count if isinstance(count, int) else None
+
+
+def _check_signature(step: Function, meta: ServingMeta, candidates: int | None) -> None:
+    inputs = {name: Spec("i32", ("T",)) for name in ("tokens", "positions", "slots")}
+    inputs["page_table"] = Spec("i32", (meta.max_sequences, meta.pages_per_slot))
+    inputs["logit_rows"] = Spec("i32", ("L",))
+    if candidates is not None:
+        inputs |= sampling_inputs(meta.vocab_size)
+    outputs = {n: replace(s, dtype=_ON_HOST.get(s.dtype, s.dtype)) for n, s in step.outputs.items()}
+    for what, found, expected in (
+        ("inputs", step.inputs, inputs),
+        ("outputs", outputs, serving_outputs(meta, candidates)),
+    ):
+        if found != expected:
+            raise ValueError(f"{STEP}: expected {what} {_shown(expected)}, found {_shown(found)}")
+
+
+def _shown(specs: Mapping[str, Spec]) -> str:
+    return ", ".join(f"{name} {spec}" for name, spec in specs.items())
+
+
+def _check_entry(entry: Entry) -> None:
     if min(entry.symbols.get(name, 0) for name in ("T", "L")) < 1:
         raise ValueError(
             f"entry {entry.name}: expected symbols T ≥ 1 and L ≥ 1, found {dict(entry.symbols)}"
         )
-    size, rows = _size(entry)
-    expected = {
-        "tokens": ("i32", (size,)),
-        "positions": ("i32", (size,)),
-        "slots": ("i32", (size,)),
-        "page_table": ("i32", (meta.max_sequences, meta.pages_per_slot)),
-        "logit_rows": ("i32", (rows,)),
-    }
-    if candidates_of(entry) is not None:
-        expected |= sampling_inputs(rows, meta.vocab_size)
-    found = {b.name: (b.dtype, tuple(b.shape)) for b in entry.buffers if b.kind == "input"}
-    if found != expected:
-        raise ValueError(f"entry {entry.name}: expected inputs {expected}, found {found}")
-    outputs = {b.name: tuple(b.shape) for b in entry.buffers if b.kind == "output"}
-    wanted = {name: shape for name, (_, shape) in serving_outputs(entry, meta).items()}
-    if outputs != wanted:
-        raise ValueError(f"entry {entry.name}: expected outputs {wanted}, found {outputs}")
 
 
 __all__ = [

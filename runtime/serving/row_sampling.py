@@ -121,9 +121,10 @@ class RowSampler:
         """Every row greedy, nothing seen, nothing asked for."""
         if rows not in self._idle:
             made: dict[str, Array] = {}
-            for name, (dtype, shape) in sampling_inputs(rows, self.vocab).items():
+            for name, spec in sampling_inputs(self.vocab).items():
                 value = 1 if name in ("top_p", "penalty") else 0
-                made[name] = _constant(np.full(shape, value, DTYPES[dtype].numpy))
+                dtype, shape = DTYPES[spec.dtype].numpy, spec.bound({"L": rows})
+                made[name] = _constant(np.full(shape, value, dtype))
             self._idle[rows] = made
         return self._idle[rows]
 

@@ -14,8 +14,9 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from ...compiler.dtypes import DTYPES
 from ..driver import Array, Driver, WeightLoader
-from ..program import Program
+from ..program import STEP, Program
 from .abi import ServingAbi, serving_outputs
 from .batch import Batch, Chunk, Row
 from .kv_cache import KVCache
@@ -356,13 +357,14 @@ class Session:
             **batch.inputs(size, rows, self._cache.page_table),
             **self._sampler.inputs(rows, batch.rows),
         }
-        expected = serving_outputs(entry, self.meta)
+        symbols = entry.symbols
+        expected = serving_outputs(self.meta, self._abi.candidates)
         # A device may fail in any way, and after none is the state of the cache known.
         try:
-            found = self._executable.run(entry.name, inputs, outputs)
+            found = self._executable.run(STEP, symbols, inputs, outputs)
             for name in outputs:
-                dtype, shape = expected[name]
-                array = found[name]
+                array, spec = found[name], expected[name]
+                dtype, shape = DTYPES[spec.dtype].numpy, spec.bound(symbols)
                 if array.shape != shape or array.dtype != dtype:
                     raise ValueError(
                         f"entry {entry.name}: expected {name} {dtype}{list(shape)}, "

@@ -20,6 +20,7 @@ from ingot.compiler.text import parse
 from ingot.compiler.torch_types import torch_dtype
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Weights
+from ingot.runtime.program import STEP
 from interpreted import InterpretedBackend, InterpretedDriver
 from kernel_checks import ALL_TARGETS, ON_DEVICE
 
@@ -103,7 +104,7 @@ def agree(graph: Graph, tokens: int, exact: bool = False, steps: int = 2) -> Low
             if p.attrs["name"] not in state
         } | places(tokens)
         expected = interpret(graph, {**inputs, **state}, weights)
-        found = executable.run(entry.name, inputs)
+        found = executable.run(STEP, entry.symbols, inputs)
         state = expected.updates
         pairs = [(torch.from_numpy(found[f"y{i}"]), y) for i, y in enumerate(expected.outputs)]
         for name, cache in state.items():

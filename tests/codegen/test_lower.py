@@ -23,8 +23,9 @@ from ingot.compiler.torch_types import type_of
 from ingot.compiler.weights import Entry, Weights
 from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.devices.staging import lay_out
-from ingot.runtime.program import Program, Slice
+from ingot.runtime.program import STEP, Program, Slice
 from pass_checks import plain_serving
+from programs import with_entries
 
 # Two layers that share a shape, so that their kernels are the same; heads of 4.
 MODEL = """
@@ -111,7 +112,9 @@ def run(
 ) -> dict[str, np.ndarray]:
     program = lowered.program if isinstance(lowered, Lowered) else lowered
     executable = CpuDriver().load(program, load)  # pyright: ignore
-    found = executable.run(program.entries[entry].name, {k: v.numpy() for k, v in inputs.items()})
+    found = executable.run(
+        STEP, program.entries[entry].symbols, {k: v.numpy() for k, v in inputs.items()}
+    )
     executable.close()
     return {k: np.array(v) for k, v in found.items()}
 
@@ -126,7 +129,7 @@ def test_every_entry_computes_what_the_interpreter_does() -> None:
         inputs = inputs_of(graph, binding, seed=step)
         expected = interpret(graph, {**inputs, **caches}, weights)
         caches = expected.updates  # the program keeps its own from step to step
-        found = executable.run(entry.name, {k: v.numpy() for k, v in inputs.items()})
+        found = executable.run(STEP, entry.symbols, {k: v.numpy() for k, v in inputs.items()})
         assert entry.symbols == binding
         # Folded weights are dense, so that products with them may round otherwise.
         np.testing.assert_allclose(found["logits"], expected.outputs[0].numpy(), 1e-5, 1e-5)
@@ -147,7 +150,7 @@ def test_any_order_that_the_dependencies_allow_gives_the_same() -> None:
         order = tuple(nx.lexicographical_topological_sort(waiting, key=shuffled.__getitem__))
         seen.add(order)
         permuted = replace(entry, launches=tuple(entry.launches[i] for i in order))
-        program = replace(lowered.program, entries=(permuted,))
+        program = with_entries(lowered.program, [permuted])
         found = run(program, lowered.load_weight, inputs_of(graph, BINDINGS[2]))["logits"]
         np.testing.assert_array_equal(found, expected)
     assert len(seen) > 3  # there is freedom to test
@@ -162,7 +165,7 @@ def test_each_dependency_is_needed() -> None:
     *before, first, second = entry.launches
     assert (len(before), len(before) + 1) in entry.dependencies
     moved = (*before, second, first)
-    program = replace(lowered.program, entries=(replace(entry, launches=moved),))
+    program = with_entries(lowered.program, [replace(entry, launches=moved)])
     found = run(program, lowered.load_weight, inputs_of(graph, BINDINGS[2]))["logits"]
     assert not np.array_equal(found, expected)
 
@@ -318,7 +321,7 @@ def stepped(text: str, steps: int = 2) -> tuple[Program, list[dict[str, np.ndarr
         }
         expected = interpret(graph, {**inputs, **state})
         state = expected.updates
-        found = executable.run("T=2", {k: v.numpy() for k, v in inputs.items()})
+        found = executable.run(STEP, {"T": 2}, {k: v.numpy() for k, v in inputs.items()})
         for value, tensor in zip(found.values(), expected.outputs, strict=True):
             np.testing.assert_array_equal(value, tensor.numpy())
         results.append({k: np.array(v) for k, v in found.items()})

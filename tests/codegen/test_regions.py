@@ -26,6 +26,7 @@ from ingot.compiler.target import target_of
 from ingot.compiler.text import parse
 from ingot.compiler.types import TensorType, symbol
 from ingot.compiler.weights import Weights
+from ingot.runtime.program import STEP
 from interpreted import InterpretedBackend, InterpretedDriver
 from kernel_checks import ALL_TARGETS
 from triton.backends.compiler import GPUTarget
@@ -53,7 +54,7 @@ def agree(graph: Graph, lowered: Any, inputs: dict[str, torch.Tensor]) -> None:
     """The program computes bit for bit what the interpreter does."""
     executable = InterpretedDriver("cuda:sm_90").load(lowered.program, lowered.load_weight)
     (entry,) = lowered.program.entries
-    found = executable.run(entry.name, inputs)
+    found = executable.run(STEP, entry.symbols, inputs)
     expected = interpret(graph, inputs, Weights({})).outputs
     for i, value in enumerate(expected):
         narrow = value.dtype in (torch.bfloat16, torch.float16)
@@ -138,7 +139,7 @@ def test_what_a_region_makes_is_there_for_all_who_use_it() -> None:
     assert kinds == {"input": 2, "scratch": 1, "output": 2}
     executable = InterpretedDriver("cuda:sm_90").load(lowered.program, lowered.load_weight)
     inputs = {n: draw(3, 8) for n in "xy"}
-    found = executable.run(entry.name, inputs)
+    found = executable.run(STEP, entry.symbols, inputs)
     expected = interpret(graph, inputs, Weights({})).outputs
     for i, value in enumerate(expected):
         torch.testing.assert_close(torch.from_numpy(found[f"out{i}"]), value)

@@ -34,7 +34,7 @@ from ingot.frontends.options import NotYetError
 from ingot.runtime.artifact import writer as ingot_writer
 from ingot.runtime.artifact.reader import FOLDED_GRAPH, IngotError, open_ingot
 from ingot.runtime.devices.check_program import ProgramError
-from ingot.runtime.program import Buffer
+from ingot.runtime.program import Buffer, entry_name
 from ingot.runtime.serving.sampling import GREEDY
 from tiny_ingot import edit, rewrite
 from tiny_models import tiny_model
@@ -73,7 +73,7 @@ def test_tokens_are_those_of_before(pico: Any, tmp_path: Path, name: str) -> Non
     np.testing.assert_array_equal(pico.logits(ids), loaded.logits(ids))
     assert loaded.stop_tokens == pico.stop_tokens
     assert same_structure(loaded.graph(), pico.graph())
-    entries = [(e.name, e.launches) for e in loaded.manifest.entries]
+    entries = [(entry_name(e.symbols), e.launches) for e in loaded.manifest.entries]
     assert entries == [(name, launches) for name, launches, _ in pico.report.entries]
 
 

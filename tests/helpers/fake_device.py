@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from ingot.runtime.driver import Array, WeightLoader
-from ingot.runtime.program import Buffer, Entry, Program
+from ingot.runtime.program import STEP, Buffer, Entry, Function, Program, Spec
 from ingot.runtime.serving.abi import sampling_inputs
 from ingot.runtime.serving.sampling import Sampling, most_likely, sample, uniform
 from numpy.typing import NDArray
@@ -82,28 +82,24 @@ def serving_program(
     With `candidates` its device samples. Entries have up to `rows` rows, by default a sequence one.
     """
     table = (max_sequences, -(-max_tokens_per_sequence // page_size))
+    inputs = {name: Spec("i32", ("T",)) for name in ("tokens", "positions", "slots")}
+    inputs |= {"page_table": Spec("i32", table), "logit_rows": Spec("i32", ("L",))}
+    outputs = {"logits": Spec("f32", ("L", vocab_size))}
+    if candidates is not None:
+        inputs |= sampling_inputs(vocab_size)
+        outputs |= {"token": Spec("i32", ("L",)), "logprob": Spec("f32", ("L",))}
+    if candidates:
+        outputs["top_tokens"] = Spec("i32", ("L", candidates))
+        outputs["top_logprobs"] = Spec("f32", ("L", candidates))
     entries: list[Entry] = []
     for size in buckets:
-        result_rows = min(size, rows or max_sequences)
-        inputs = {
-            "tokens": (size,),
-            "positions": (size,),
-            "slots": (size,),
-            "page_table": table,
-            "logit_rows": (result_rows,),
-        }
-        buffers = [Buffer(name, "i32", shape, "input", 0, 0) for name, shape in inputs.items()]
-        buffers.append(Buffer("logits", "f32", (result_rows, vocab_size), "output", 0, 0))
-        if candidates is not None:
-            more = sampling_inputs(result_rows, vocab_size)
-            buffers += [Buffer(n, d, shape, "input", 0, 0) for n, (d, shape) in more.items()]
-            buffers.append(Buffer("token", "i32", (result_rows,), "output", 0, 0))
-            buffers.append(Buffer("logprob", "f32", (result_rows,), "output", 0, 0))
-        if candidates:
-            shape = (result_rows, candidates)
-            buffers.append(Buffer("top_tokens", "i32", shape, "output", 0, 0))
-            buffers.append(Buffer("top_logprobs", "f32", shape, "output", 0, 0))
-        entries.append(Entry(f"t{size}", {"T": size, "L": result_rows}, tuple(buffers), (), ()))
+        symbols = {"T": size, "L": min(size, rows or max_sequences)}
+        buffers = [
+            Buffer(name, spec.dtype, spec.bound(symbols), kind, 0, 0)
+            for kind, specs in (("input", inputs), ("output", outputs))
+            for name, spec in specs.items()
+        ]
+        entries.append(Entry(symbols, tuple(buffers), (), ()))
     meta = {
         "vocab_size": vocab_size,
         "page_size": page_size,
@@ -111,7 +107,9 @@ def serving_program(
         "max_tokens_per_sequence": max_tokens_per_sequence,
         "pages": pages,
     }
-    return Program("fake", {}, {}, tuple(entries), 0, meta)
+    symbols = {"T": (1, max(buckets)), "L": (1, rows or max_sequences)}
+    step = Function(symbols, inputs, outputs, (), tuple(entries))
+    return Program("fake", {}, {}, {STEP: step}, 0, meta)
 
 
 @dataclass
@@ -133,7 +131,7 @@ class FakeExecutable:
     """The model over a paged cache; `replays` records (entry, tokens that are not padding)."""
 
     def __init__(self, program: Program, driver: FakeDriver) -> None:
-        self.entries = {entry.name: entry for entry in program.entries}
+        self.functions = program.functions
         self.meta: Mapping[str, Any] = program.meta
         self.driver = driver
         self.cells = np.full((self.meta["pages"], self.meta["page_size"]), POISON, np.uint64)
@@ -145,15 +143,20 @@ class FakeExecutable:
         self.closed = 0
 
     def run(
-        self, entry: str, inputs: Mapping[str, Array], outputs: Collection[str] | None = None
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
     ) -> dict[str, Array]:
         assert not self.closed
-        self._check(self.entries[entry], inputs)
+        entry = self.functions[function].entry(symbols)
+        self._check(entry, inputs)
         slots, positions, table = inputs["slots"], inputs["positions"], inputs["page_table"]
         real = np.flatnonzero(slots >= 0)
         if len(self.replays) == self.driver.fail_at:
             raise self.driver.failure
-        self.replays.append((entry, len(real)))
+        self.replays.append((f"t{symbols['T']}", len(real)))
         self.slots_seen.append(slots[real].tolist())
 
         size = self.meta["page_size"]
@@ -171,7 +174,7 @@ class FakeExecutable:
             logits[row] = head(self.cells[where], self.meta["vocab_size"])
             if row == self.broken_row:
                 logits[row] = np.nan
-        made = {"logits": logits, **self._choose(self.entries[entry], inputs, logits)}
+        made = {"logits": logits, **self._choose(entry, inputs, logits)}
         self.fetched.append(sorted(made if outputs is None else outputs))
         return {name: made[name] for name in self.fetched[-1]}
 

@@ -20,6 +20,7 @@ from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipApi, HipDriver
 from ingot.runtime.driver import WeightLoader
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from programs import program_of, with_entries
 
 HERE = Path(__file__).parent
 COMPILE_SECONDS = 120
@@ -226,14 +227,14 @@ def sum_program(vendor: Vendor, **changes: Any) -> Program:
         floats("out", "output", 768),
         Buffer("n", "i32", (1,), "output", 4, 1024),
     )
-    program = Program(
+    program = program_of(
         target=vendor.target,
         kernels={name: kernel(vendor, name) for name in ("add", "count")},
         buffers={
             "w": floats("w", "weight", None),
             "seen": Buffer("seen", "i32", (1,), "state", 4),
         },
-        entries=(Entry("only", {}, buffers, launches, ((0, 2), (1, 2), (2, 3))),),
+        entry=Entry({}, buffers, launches, ((0, 2), (1, 2), (2, 3))),
         arena_bytes=1280,
     )
     return replace(program, **changes)
@@ -247,7 +248,7 @@ def with_launch(program: Program, index: int, **changes: Any) -> Program:
     entry, *others = program.entries
     launches = list(entry.launches)
     launches[index] = replace(launches[index], **changes)
-    return replace(program, entries=(replace(entry, launches=tuple(launches)), *others))
+    return with_entries(program, (replace(entry, launches=tuple(launches)), *others))
 
 
 def changed_kernel(program: Program, **changes: Any) -> Program:

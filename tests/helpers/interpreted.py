@@ -150,9 +150,13 @@ class InterpretedExecutable:
             self.memory[buffer.name] = raw
 
     def run(
-        self, entry: str, inputs: Mapping[str, Any], outputs: Collection[str] | None = None
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Any],
+        outputs: Collection[str] | None = None,
     ) -> dict[str, Any]:
-        found = next(e for e in self.program.entries if e.name == entry)
+        found = self.program.functions[function].entry(symbols)
         self.arena.fill_(POISON)
         local = {b.name: b for b in found.buffers}
         kinds = {b.name: b.kind for b in found.buffers}

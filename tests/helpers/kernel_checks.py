@@ -27,6 +27,7 @@ from ingot.compiler.torch_types import dtype_name, type_of
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Entry, Weights
 from ingot.frontends.drivers import driver_for, present_target
+from ingot.runtime.program import STEP
 from interpreted import InterpretedBackend, InterpretedDriver
 
 # Largest |Δ| relative to max |reference|, by dtype of the result: sums in another order in f32; in
@@ -132,8 +133,7 @@ def run_node(
     lowered = lower(graph, weights, chosen, [{}], names, backend=backend)
     executable = driver.load(lowered.program, lowered.load_weight)
     try:
-        (entry,) = lowered.program.entries
-        found = executable.run(entry.name, {n: _numpy(t) for n, t in inputs.items()})
+        found = executable.run(STEP, {}, {n: _numpy(t) for n, t in inputs.items()})
     finally:
         executable.close()
     return [torch.from_numpy(found[name]) for name in names], plain, lowered

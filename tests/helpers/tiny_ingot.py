@@ -19,7 +19,18 @@ from ingot.compiler.ir import Graph
 from ingot.compiler.text import parse
 from ingot.frontends.aot import Exportable, export
 from ingot.runtime.artifact.manifest import MANIFEST
-from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from ingot.runtime.program import (
+    STEP,
+    Argument,
+    Buffer,
+    Entry,
+    Function,
+    Kernel,
+    Launch,
+    Program,
+    Slice,
+    Spec,
+)
 
 TARGET = "cuda:sm_90"
 VOCAB, PAGE, SEQUENCES, TOKENS, PAGES = 64, 4, 2, 32, 16
@@ -77,7 +88,18 @@ def program(target: str = TARGET, code: bytes = SM_90) -> Program:
         "max_tokens_per_sequence": TOKENS,
         "pages": PAGES,
     }
-    return Program(target, kernels, buffers, entries, 8192, meta)
+    step = Function(
+        {"T": (1, 4), "L": (1, SEQUENCES)},
+        {
+            **{name: Spec("i32", ("T",)) for name in ("tokens", "positions", "slots")},
+            "page_table": Spec("i32", (SEQUENCES, 8)),
+            "logit_rows": Spec("i32", ("L",)),
+        },
+        {"logits": Spec("f32", ("L", VOCAB))},
+        ("cache.0",),
+        entries,
+    )
+    return Program(target, kernels, buffers, {STEP: step}, 8192, meta)
 
 
 def entry(size: int) -> Entry:
@@ -107,7 +129,7 @@ def entry(size: int) -> Entry:
             "linear model.lm_head",
         ),
     )
-    return Entry(f"T={size},L={rows}", {"T": size, "L": rows}, buffers, launches, ((0, 1),))
+    return Entry({"T": size, "L": rows}, buffers, launches, ((0, 1),))
 
 
 def weights() -> Mapping[str, torch.Tensor]:

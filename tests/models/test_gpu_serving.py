@@ -209,16 +209,16 @@ class _Watched:
 
     def __init__(self, executable: Any) -> None:
         self._executable = executable
-        self.entry = ""
+        self._call: tuple[str, dict[str, int]] = ("", {})
         self._inputs: dict[str, Any] = {}
 
-    def run(self, entry: str, inputs: Any, outputs: Any = None) -> Any:
-        self.entry = entry
+    def run(self, function: str, symbols: Any, inputs: Any, outputs: Any = None) -> Any:
+        self._call = (function, symbols)
         self._inputs = {name: np.array(value) for name, value in inputs.items()}
-        return self._executable.run(entry, inputs, outputs)
+        return self._executable.run(function, symbols, inputs, outputs)
 
     def again(self) -> dict[str, bytes]:
-        found = self._executable.run(self.entry, self._inputs)
+        found = self._executable.run(*self._call, self._inputs)
         return {name: np.asarray(value).tobytes() for name, value in found.items()}
 
     def close(self) -> None:

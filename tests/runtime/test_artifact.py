@@ -209,7 +209,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "expected manifest.json, found none"),
     "manifest cut short": (lambda p: (p / MANIFEST).write_bytes(b'{"for'), "expected JSON"),
     "another format": (manifest(lambda m: m.update(format="zip")), "expected one of ingot; found"),
-    "another version": (manifest(lambda m: m.update(version=2)), "expected one of 1; found 2"),
+    "another version": (manifest(lambda m: m.update(version=1)), "expected one of 2; found 1"),
     "version of another type": (manifest(lambda m: m.update(version=True)), "found True"),
     "manifest lacks a key": (manifest(lambda m: m.pop("meta")), "expected 'meta'"),
     "manifest has a key more": (manifest(lambda m: m.update(run="sh")), "found 'run'"),

@@ -24,8 +24,9 @@ from ingot.runtime.devices.check_program import (
     launch_place,
 )
 from ingot.runtime.devices.device_api import DeviceInfo
-from ingot.runtime.program import Argument, Program, Slice
+from ingot.runtime.program import Argument, Program, Slice, Spec
 from interpreted import InterpretedBackend
+from programs import with_entries, with_step
 from tiny_ingot import GFX950, program
 from tiny_models import tiny_model
 
@@ -48,7 +49,7 @@ def with_kernel(name: str, **changes: Any) -> Callable[[Program], Program]:
 
 def with_entry(**changes: Any) -> Callable[[Program], Program]:
     def change(made: Program) -> Program:
-        return replace(made, entries=(replace(made.entries[0], **changes), *made.entries[1:]))
+        return with_entries(made, (replace(made.entries[0], **changes), *made.entries[1:]))
 
     return change
 
@@ -96,10 +97,39 @@ BROKEN: dict[str, tuple[Callable[[Program], Program], str]] = {
         with_changes(arena_bytes=4096),
         "within the arena of 4096 bytes, found 4352",
     ),
-    "no entries": (with_changes(entries=()), "entries: expected at least one"),
+    "no functions": (with_changes(functions={}), "functions: expected at least one"),
+    "no entries": (lambda p: with_entries(p, ()), "function step: expected at least one entry"),
     "entries alike": (
-        lambda p: replace(p, entries=p.entries[:1] * 2),
-        "expected names that differ",
+        lambda p: with_entries(p, p.entries[:1] * 2),
+        "expected each entry once, found {'L': 1, 'T': 1} twice",
+    ),
+    "an entry outside the range": (
+        lambda p: with_step(p, symbols={"T": (2, 4), "L": (1, 2)}),
+        "entry T=1,L=1: symbol T: expected an integer from 2 to 4, found 1",
+    ),
+    "an entry of other symbols": (
+        lambda p: with_step(p, symbols={"T": (1, 4)}),
+        "expected entries for ['T'], found one for ['L', 'T']",
+    ),
+    "a range that is none": (
+        lambda p: with_step(p, symbols={"T": (1, 4), "L": (2, 1)}),
+        "last L: expected an integer from 2",
+    ),
+    "an input too few": (
+        lambda p: with_step(p, inputs={}),
+        "entry T=1,L=1: expected inputs [], found",
+    ),
+    "an output of another type": (
+        lambda p: with_step(p, outputs={"logits": Spec("f32", ("T", tiny_ingot.VOCAB))}),
+        "entry T=4,L=2, buffer logits: expected f32[T, 64], found f32[2, 64]",
+    ),
+    "state that is none": (
+        lambda p: with_step(p, state=("@codes",)),
+        "function step: expected state of the program, found '@codes'",
+    ),
+    "state of no function": (
+        lambda p: with_step(p, state=()),
+        "expected a buffer of this entry, found 'cache.0'",
     ),
     "kernel under another id": (
         lambda p: replace(p, kernels={"x": p.kernels["head"]}),
@@ -156,7 +186,7 @@ BROKEN: dict[str, tuple[Callable[[Program], Program], str]] = {
         with_local(6, dtype="f8e4m3", nbytes=64),
         "found f8e4m3",
     ),
-    "symbols": (with_entry(symbols={"T": -1}), "symbol T: expected"),
+    "symbols": (with_entry(symbols={"T": -1, "L": 1}), "symbol T: expected"),
     "unknown kernel": (
         with_launch(kernel="gone"),
         "entry T=1,L=1, launch 0 (e) of kernel gone: expected a kernel of the program",
@@ -344,7 +374,7 @@ def test_what_codegen_makes_is_as_tight_as_it_can_be() -> None:
         check_program(replace(made, arena_bytes=end - 1))
     first = made.entries[0]
     off = tuple(replace(b, offset=(b.offset or 0) + 8) for b in first.buffers)
-    moved = replace(made, entries=(replace(first, buffers=off),), arena_bytes=end + 8)
+    moved = replace(with_entries(made, [replace(first, buffers=off)]), arena_bytes=end + 8)
     with pytest.raises(ProgramError, match="expected an address that 16 divides"):
         check_program(moved)
     used = first.launches[-1].kernel

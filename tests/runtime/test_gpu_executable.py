@@ -35,6 +35,7 @@ from ingot.runtime.devices.gpu_memory import SelfTestError
 from ingot.runtime.devices.hip import HipDriver
 from ingot.runtime.devices.host_arrays import memory_view
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
+from programs import program_of, with_entries
 
 X = np.linspace(-1, 2, 8, dtype=np.float32)
 
@@ -64,9 +65,9 @@ def expected(
 
 def one_launch(gpu: FakeGpu, name: str, args: tuple[Any, ...], *buffers: Buffer) -> Program:
     """A program of one launch over buffers in an arena of 4 KiB."""
-    entry = Entry("only", {}, buffers, (Launch(name, args),), ())
+    entry = Entry({}, buffers, (Launch(name, args),), ())
     kernels = {name: kernel(gpu.vendor, name)}
-    return Program(gpu.vendor.target, kernels, {}, (entry,), 4096)
+    return program_of(gpu.vendor.target, kernels, {}, entry, 4096)
 
 
 # ---- what it does
@@ -75,14 +76,14 @@ def one_launch(gpu: FakeGpu, name: str, args: tuple[Any, ...], *buffers: Buffer)
 def test_load_run_close(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
     for turn in range(1, 4):
-        results = executable.run("only", {"x": X * turn})
+        results = executable.run("step", {}, {"x": X * turn})
         np.testing.assert_array_equal(results["out"], expected(X * turn))
         # State goes on from run to run, and began at zero though the self-test counted too.
         assert results["n"].tolist() == [turn]
     executable.close()
     executable.close()
     with pytest.raises(RuntimeError, match="was closed"):
-        executable.run("only", {"x": X})
+        executable.run("step", {}, {"x": X})
 
 
 def test_what_nobody_closed_comes_back(gpu: FakeGpu) -> None:
@@ -94,8 +95,8 @@ def test_what_nobody_closed_comes_back(gpu: FakeGpu) -> None:
 
 def test_results_are_copies(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
-    first = executable.run("only", {"x": X})
-    executable.run("only", {"x": X + 1})
+    first = executable.run("step", {}, {"x": X})
+    executable.run("step", {}, {"x": X + 1})
     np.testing.assert_array_equal(first["out"], expected())
     executable.close()
 
@@ -104,7 +105,7 @@ def test_driver_gets_launches_as_planned(gpu: FakeGpu) -> None:
     program = sum_program(gpu.vendor)
     executable = gpu.load(program, WEIGHTS)
     gpu.take_launches()
-    executable.run("only", {"x": X})
+    executable.run("step", {}, {"x": X})
     ran = {launch["node"]: launch for launch in gpu.take_launches()}
     entry = program.entries[0]
     assert sorted(ran) == list(range(len(entry.launches)))
@@ -123,7 +124,7 @@ def test_edges_order_the_launches(gpu: FakeGpu) -> None:
     program = sum_program(gpu.vendor)
     entry = replace(program.entries[0], dependencies=())
     with pytest.raises(SelfTestError, match="gave output out with"):
-        gpu.load(replace(program, entries=(entry,)), WEIGHTS)
+        gpu.load(with_entries(program, [entry]), WEIGHTS)
 
 
 def test_nothing_is_made_after_load(gpu: FakeGpu) -> None:
@@ -131,17 +132,19 @@ def test_nothing_is_made_after_load(gpu: FakeGpu) -> None:
     before = gpu.outstanding
     allocated = gpu.calls("allocate")
     for _ in range(3):
-        executable.run("only", {"x": X})
+        executable.run("step", {}, {"x": X})
     assert (gpu.outstanding, gpu.calls("allocate")) == (before, allocated)
     executable.close()
 
 
-def test_entries_share_state_and_arena(gpu: FakeGpu) -> None:
+def test_functions_share_state_and_arena(gpu: FakeGpu) -> None:
     program = sum_program(gpu.vendor)
     (entry,) = program.entries
-    second = replace(entry, name="again", symbols={"T": 2})
-    executable = gpu.load(replace(program, entries=(entry, second)), WEIGHTS)
-    counts = [int(executable.run(name, {"x": X})["n"][0]) for name in ("only", "again", "only")]
+    step = program.functions["step"]
+    again = replace(step, symbols={"T": (2, 2)}, entries=(replace(entry, symbols={"T": 2}),))
+    executable = gpu.load(replace(program, functions={"step": step, "again": again}), WEIGHTS)
+    calls = (("step", {}), ("again", {"T": 2}), ("step", {}))
+    counts = [int(executable.run(*call, {"x": X})["n"][0]) for call in calls]
     assert counts == [1, 2, 3]
     executable.close()
 
@@ -158,10 +161,10 @@ def test_neighbours_travel_together(gpu: FakeGpu) -> None:
     args = (view("y"), view("a"), view("b"), 8)
     program = one_launch(gpu, "add", args, *buffers)
     more = (*program.entries[0].launches, Launch("add", (view("z"), view("b"), view("far"), 8)))
-    executable = gpu.load(replace(program, entries=(replace(program.entries[0], launches=more),)))
+    executable = gpu.load(with_entries(program, [replace(program.entries[0], launches=more)]))
     sent, fetched = gpu.calls("to_device"), gpu.calls("to_host")
     a, b, far = (np.random.default_rng(i).random(8, np.float32) for i in range(3))
-    results = executable.run("only", {"far": far, "b": b, "a": a})
+    results = executable.run("step", {}, {"far": far, "b": b, "a": a})
     assert (gpu.calls("to_device") - sent, gpu.calls("to_host") - fetched) == (2, 1)
     np.testing.assert_array_equal(results["y"], a + b)
     np.testing.assert_array_equal(results["z"], b + far)
@@ -186,7 +189,7 @@ def test_every_dtype_goes_there_and_back(gpu: FakeGpu, dtype: str) -> None:
     executable = gpu.load(one_launch(gpu, "copy", (*whole, nbytes), *buffers))
     wide = value.float() if dtype in ("f16", "bf16") else value
     for given in [value] if dtype == "bf16" else [value, value.numpy(), value.T.contiguous().T]:
-        result = executable.run("only", {"x": given})["y"]  # pyright: ignore[reportArgumentType]
+        result = executable.run("step", {}, {"x": given})["y"]  # pyright: ignore[reportArgumentType]
         assert result.dtype == wide.numpy().dtype
         np.testing.assert_array_equal(result, wide.numpy())
     executable.close()
@@ -197,7 +200,7 @@ def test_weights_in_every_form(gpu: FakeGpu) -> None:
     w = WEIGHTS["w"]
     for given in (w, torch.from_numpy(w), np.repeat(w, 2)[::2]):
         executable = gpu.load(program, {"w": given})
-        np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+        np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
         executable.close()
 
 
@@ -210,7 +213,7 @@ def test_bf16_weights_come_as_u16_or_bytes(gpu: FakeGpu) -> None:
     bits = value.view(torch.uint16).numpy()
     for given in (value, bits, bits.view(np.uint8).reshape(-1)):
         executable = gpu.load(program, {"w": given})
-        np.testing.assert_array_equal(executable.run("only", {})["y"], value.float().numpy())
+        np.testing.assert_array_equal(executable.run("step", {}, {})["y"], value.float().numpy())
         executable.close()
 
 
@@ -225,7 +228,7 @@ def test_long_weights_pass_through_a_short_buffer(
     program = one_launch(gpu, "copy", args, Buffer("y", "u8", (n,), "output", n, 0))
     program = replace(program, buffers={"w": Buffer("w", "u8", (n,), "weight", n)})
     executable = gpu.load(program, {"w": w})
-    np.testing.assert_array_equal(executable.run("only", {})["y"], w)
+    np.testing.assert_array_equal(executable.run("step", {}, {})["y"], w)
     executable.close()
 
 
@@ -294,10 +297,10 @@ def test_others_weights_are_used_in_place(gpu: FakeGpu, others_memory: int) -> N
     allocated = gpu.calls("allocate")
     executable = gpu.load(sum_program(gpu.vendor), {"w": TensorOnGpu(others_memory)})
     assert gpu.calls("allocate") - allocated == 3  # the probe, the arena, the state
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
     changed = WEIGHTS["w"] * 2
     put(others_memory, changed)
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected(X, changed))
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected(X, changed))
     executable.close()
     assert gpu.outstanding == outstanding
 
@@ -310,7 +313,7 @@ def test_others_weights_live_as_long_as_the_executable(gpu: FakeGpu, others_memo
     executable = gpu.load(sum_program(gpu.vendor), {"w": w})
     w.storage = Storage(0)
     assert memory() is not None
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
     executable.close()
     assert memory() is None
 
@@ -323,7 +326,7 @@ def test_others_weights_are_copied_where_they_must(
     put(others_memory, WEIGHTS["w"])
     w = TensorOnGpu(others_memory + (4 if dense else 0), dense=dense, copy=others_memory)
     executable = gpu.load(sum_program(gpu.vendor), {"w": w})
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
     executable.close()
 
 
@@ -359,9 +362,9 @@ def test_weights_that_do_not_fit(gpu: FakeGpu, tensor: Any, message: str) -> Non
 
 def test_measure(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
-    executable.run("only", {"x": X})
-    assert executable.measure("only", 3) == [0.25, 0.25, 0.25]
-    assert executable.run("only", {"x": X})["n"].tolist() == [5]
+    executable.run("step", {}, {"x": X})
+    assert executable.measure("step", {}, 3) == [0.25, 0.25, 0.25]
+    assert executable.run("step", {}, {"x": X})["n"].tolist() == [5]
     executable.close()
 
 
@@ -370,7 +373,7 @@ def test_used_from_another_thread(gpu: FakeGpu) -> None:
     results: list[Any] = []
 
     def work() -> None:
-        results.append(executable.run("only", {"x": X})["out"])
+        results.append(executable.run("step", {}, {"x": X})["out"])
         executable.close()
 
     thread = threading.Thread(target=work)
@@ -385,9 +388,9 @@ def test_second_device(gpu: FakeGpu) -> None:
     before = gpu.current_device
     driver = gpu.driver(ordinal=1)
     executable = driver.load(sum_program(gpu.vendor), WEIGHTS.__getitem__)
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
     with pytest.raises(ValueError, match="input x"):
-        executable.run("only", {"x": X[:3]})
+        executable.run("step", {}, {"x": X[:3]})
     assert gpu.current_device == before
     executable.close()
     assert gpu.current_device == before
@@ -397,25 +400,25 @@ def test_second_device(gpu: FakeGpu) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "inputs", "message"),
+    ("function", "inputs", "message"),
     [
-        ("other", {"x": X}, "no entry 'other'; there are only"),
-        ("only", {}, r"expected inputs \['x'\], found \[\]"),
-        ("only", {"x": X, "y": X}, r"found \['x', 'y'\]"),
-        ("only", {"x": X[:4]}, r"input x: expected f32\[8\] .*found float32\[4\]"),
-        ("only", {"x": X.astype(np.float64)}, "found float64"),
-        ("only", {"x": X.view(np.uint8)}, "found uint8"),
-        ("only", {"x": torch.zeros(8, device="meta")}, "expected a tensor on the CPU"),
+        ("other", {"x": X}, "no function 'other'; there are step"),
+        ("step", {}, r"expected inputs \['x'\], found \[\]"),
+        ("step", {"x": X, "y": X}, r"found \['x', 'y'\]"),
+        ("step", {"x": X[:4]}, r"input x: expected f32\[8\] .*found float32\[4\]"),
+        ("step", {"x": X.astype(np.float64)}, "found float64"),
+        ("step", {"x": X.view(np.uint8)}, "found uint8"),
+        ("step", {"x": torch.zeros(8, device="meta")}, "expected a tensor on the CPU"),
     ],
 )
 def test_inputs_that_do_not_fit(
-    gpu: FakeGpu, entry: str, inputs: dict[str, Any], message: str
+    gpu: FakeGpu, function: str, inputs: dict[str, Any], message: str
 ) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        executable.run(entry, inputs)
+        executable.run(function, {}, inputs)
     # It was the caller's mistake: the next call is served.
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
     executable.close()
 
 
@@ -498,7 +501,7 @@ def test_sticky_error_ends_the_executable(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
     name = gpu.fail("wait", 700)
     with pytest.raises(DeviceError) as caught:
-        executable.run("only", {"x": X})
+        executable.run("step", {}, {"x": X})
     error = caught.value
     assert (error.call, error.code, error.sticky) == (name, 700, True)
     assert "illegal memory access" in error.text
@@ -506,7 +509,7 @@ def test_sticky_error_ends_the_executable(gpu: FakeGpu) -> None:
     assert "restart" in str(error)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"the device failed before: {name} failed with 700"):
-            executable.run("only", {"x": X})
+            executable.run("step", {}, {"x": X})
     executable.close()
     gpu.reset()
 
@@ -528,10 +531,10 @@ def test_passing_error_ends_the_executable_and_frees(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
     name = gpu.fail("launch", 1)
     with pytest.raises(DeviceError, match=f"^{name} failed with 1 ") as caught:
-        executable.run("only", {"x": X})
+        executable.run("step", {}, {"x": X})
     assert not caught.value.sticky
     with pytest.raises(RuntimeError, match="the device failed before"):
-        executable.measure("only", 1)
+        executable.measure("step", {}, 1)
     # The input's copy is still queued: to free under it would be wrong.
     executable.close()
 
@@ -544,14 +547,14 @@ FAILING = ["allocate", "module", "instantiate", "to_device", "to_host", "launch"
 def test_failed_load_leaves_nothing(gpu: FakeGpu, role: str, nth: int) -> None:
     name = gpu.fail(role, 2, nth)
     program = sum_program(gpu.vendor)
-    entry = program.entries[0]
+    step = program.functions["step"]
     program = replace(
         program,
         kernels={
             name: replace(kernel, binary=image(gpu.vendor.target, name))
             for name, kernel in program.kernels.items()
         },
-        entries=(entry, replace(entry, name="again")),
+        functions={"step": step, "again": step},
     )
     with pytest.raises(DeviceError, match=f"^{name} failed with 2 "):
         gpu.load(program, WEIGHTS)
@@ -623,7 +626,7 @@ def test_nan_equals_itself(gpu: FakeGpu) -> None:
         floats("y", "output", 256),
     )
     executable = gpu.load(program)
-    assert np.isnan(executable.run("only", {"x": np.zeros(8, np.float32)})["y"]).all()
+    assert np.isnan(executable.run("step", {}, {"x": np.zeros(8, np.float32)})["y"]).all()
     executable.close()
 
 
@@ -637,8 +640,8 @@ def test_interrupted_run_is_waited_for(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(executable, "_settle", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            executable.run("only", {"x": X})
-    results = executable.run("only", {"x": X * 2})
+            executable.run("step", {}, {"x": X})
+    results = executable.run("step", {}, {"x": X * 2})
     np.testing.assert_array_equal(results["out"], expected(X * 2))
     assert results["n"].tolist() == [2]  # the interrupted one was done first
     executable.close()
@@ -673,7 +676,7 @@ def test_programmatic_edges(built: dict[str, FakeGpu]) -> None:
     gpu.reset()
     executable = gpu.load(programmatic(CUDA), WEIGHTS)
     gpu.take_launches()
-    executable.run("only", {"x": X})
+    executable.run("step", {}, {"x": X})
     after = {launch["node"]: launch["after"] for launch in gpu.take_launches()}
     assert after == {0: [], 1: [], 2: [[0, 0], [1, 1]], 3: [[2, 0]], 4: []}
     # Only the node with such edges needs the newer call.
@@ -691,7 +694,7 @@ def test_programmatic_edges_on_an_old_driver(tmp_path: Path) -> None:
     with pytest.raises(DriverMissingError, match=r"lacks cuGraphAddNode_v2.*CUDA 12.3 or later"):
         gpu.load(programmatic(CUDA), WEIGHTS)
     executable = gpu.load(sum_program(CUDA), WEIGHTS)
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
     executable.close()
     assert (gpu.complaints, gpu.outstanding) == ("", [])
 
@@ -708,7 +711,7 @@ def test_programmatic_kernels_on_hip_have_plain_edges(built: dict[str, FakeGpu])
     gpu = built["hip"]
     gpu.reset()
     executable = gpu.load(programmatic(HIP), WEIGHTS)
-    np.testing.assert_array_equal(executable.run("only", {"x": X})["out"], expected())
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
     executable.close()
     assert (gpu.complaints, gpu.outstanding) == ("", [])
 

@@ -23,6 +23,7 @@ from ingot.runtime.devices.gpu_memory import SelfTestError
 from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipDriver
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from programs import program_of, with_entries
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -151,14 +152,14 @@ def axpy_program(kernel: Kernel, steps: int) -> Program:
         Buffer("x", kind="input", offset=0, **vectors),
         Buffer("y", kind="output", offset=4 * N, **vectors),
     )
-    return Program(
+    return program_of(
         target=driver().target,
         kernels={kernel.id: kernel},
         buffers={
             "w": Buffer("w", kind="weight", **vectors),
             "s": Buffer("s", kind="state", **vectors),
         },
-        entries=(Entry("only", {}, buffers, tuple(launches), tuple(edges)),),
+        entry=Entry({}, buffers, tuple(launches), tuple(edges)),
         arena_bytes=8 * N,
     )
 
@@ -173,7 +174,7 @@ def load(program: Program, w: Any = W) -> GpuExecutable:
 
 
 def check(executable: GpuExecutable, steps: int, turn: int) -> None:
-    y = executable.run("only", {"x": X})["y"]
+    y = executable.run("step", {}, {"x": X})["y"]
     np.testing.assert_array_equal(y, steps * (steps + 1) / 2 * X + turn * W)
 
 
@@ -194,21 +195,14 @@ def test_thousand_replays_are_bit_identical() -> None:
     """Floats of all sizes, and a program without state: the same bytes every time."""
     program = axpy_program(build(_axpy, AXPY, {"BLOCK": BLOCK}), 20)
     entry = program.entries[0]
-    program = replace(
-        program,
-        entries=(
-            replace(
-                entry,
-                launches=entry.launches[1:-1],
-                dependencies=tuple((i, i + 1) for i in range(len(entry.launches) - 3)),
-            ),
-        ),
-    )
+    chain = tuple((i, i + 1) for i in range(len(entry.launches) - 3))
+    entry = replace(entry, launches=entry.launches[1:-1], dependencies=chain)
+    program = with_entries(program, [entry])
     executable = load(program)
     x = np.random.default_rng(2).standard_normal(N).astype(np.float32) * np.float32(1e3)
-    first = executable.run("only", {"x": x})["y"].tobytes()
+    first = executable.run("step", {}, {"x": x})["y"].tobytes()
     for _ in range(REPLAYS):
-        assert executable.run("only", {"x": x})["y"].tobytes() == first
+        assert executable.run("step", {}, {"x": x})["y"].tobytes() == first
     executable.close()
 
 
@@ -222,7 +216,7 @@ def test_programmatic_edges_give_the_same_sooner() -> None:
     for turn in range(1, 101):
         check(plain, steps, turn)
         check(early, steps, turn)
-    times = [float(np.median(which.measure("only", 31))) for which in (plain, early)]
+    times = [float(np.median(which.measure("step", {}, 31))) for which in (plain, early)]
     print(f"ms for {steps + 3} launches: plain {times[0]:.3f}, programmatic {times[1]:.3f}")
     assert times[1] < times[0]
     plain.close()
@@ -266,8 +260,9 @@ def overlapping_program(waits: bool) -> Program:
         Buffer(name, "i32", (N,), kinds.get(name, "scratch"), 4 * N, 4 * N * i)
         for i, name in enumerate("xpqrtuvy")
     )
-    entry = Entry("only", {}, buffers, launches, edges)
-    return Program(driver().target, {k.id: k for k in kernels}, {}, (entry,), 4 * N * len(buffers))
+    entry = Entry({}, buffers, launches, edges)
+    named = {k.id: k for k in kernels}
+    return program_of(driver().target, named, {}, entry, 4 * N * len(buffers))
 
 
 def overlapping_results(x: Any) -> Any:
@@ -287,7 +282,7 @@ def wrong_replays(executable: GpuExecutable) -> int:
     wrong = 0
     for seed in range(REPLAYS):
         x = np.random.default_rng(seed).integers(-(2**31), 2**31, N, np.int32)
-        y = executable.run("only", {"x": x})["y"]
+        y = executable.run("step", {}, {"x": x})["y"]
         wrong += not np.array_equal(y, overlapping_results(x))
     return wrong
 
@@ -431,8 +426,8 @@ def bad_store() -> None:
     kernel = build(_store_at, {"y_ptr": "*i32", "offset": "i64"}, {})
     buffers = (Buffer("y", "i32", (1,), "output", 4, 0),)
     launch = Launch(kernel.id, (Slice("y", "i32", (1,)), 1 << 45))
-    entry = Entry("only", {}, buffers, (launch,), ())
-    program = Program(driver().target, {kernel.id: kernel}, {}, (entry,), 256)
+    entry = Entry({}, buffers, (launch,), ())
+    program = program_of(driver().target, {kernel.id: kernel}, {}, entry, 256)
     try:
         driver().load(program, {}.__getitem__)
     except DeviceError as error:

@@ -27,6 +27,7 @@ from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipApi
 from ingot.runtime.devices.native_api import NativeApi
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
+from programs import with_entries
 
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 NEW_TOKENS = 6
@@ -369,7 +370,7 @@ def test_a_program_that_does_not_fit_its_code_is_refused(
         for entry in pico.program.entries
     )
     weights = open_ingot(pico.path).weights(pico.program.buffers)
-    program = replace(pico.program, kernels=kernels, entries=entries)
+    program = replace(with_entries(pico.program, entries), kernels=kernels)
     with pytest.raises(DeviceError) as caught:
         pico.gpu.driver().load(program, weights)
     assert message in f"{caught.value}\n{pico.gpu.complaints}"

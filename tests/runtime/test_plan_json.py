@@ -17,7 +17,17 @@ from ingot.runtime.artifact.plan_json import (
 )
 from ingot.runtime.artifact.strict_json import IngotError, decode, read_json, write_json
 from ingot.runtime.devices.check_program import check_program
-from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from ingot.runtime.program import (
+    Argument,
+    Buffer,
+    Entry,
+    Function,
+    Kernel,
+    Launch,
+    Program,
+    Slice,
+    Spec,
+)
 from ingot.runtime.serving.abi import ServingAbi
 from tiny_ingot import GFX950, program
 
@@ -52,11 +62,21 @@ kernels = st.builds(
 )
 entries = st.builds(
     Entry,
-    names,
     st.dictionaries(names, sizes, max_size=2),
     st.lists(buffers, max_size=3).map(tuple),
     st.lists(launches, max_size=3).map(tuple),
     st.lists(st.tuples(sizes, sizes), max_size=3).map(tuple),
+)
+specs = st.dictionaries(
+    names, st.builds(Spec, names, st.lists(sizes | names, max_size=3).map(tuple)), max_size=2
+)
+functions = st.builds(
+    Function,
+    st.dictionaries(names, st.tuples(sizes, sizes), max_size=2),
+    specs,
+    specs,
+    st.lists(names, max_size=2).map(tuple),
+    st.lists(entries, max_size=2).map(tuple),
 )
 
 
@@ -65,7 +85,7 @@ def programs(draw: st.DrawFn) -> Program:
     """Any program by its types, most of which must never run."""
     made = {k.id: k for k in draw(st.lists(kernels, max_size=3))}
     own = {b.name: b for b in draw(st.lists(buffers, max_size=3))}
-    some = tuple(draw(st.lists(entries, max_size=3)))
+    some = draw(st.dictionaries(names, functions, max_size=2))
     return Program(draw(names), made, own, some, draw(sizes), draw(facts))
 
 

@@ -17,6 +17,7 @@ from ingot.runtime.serving.row_sampling import RowSampler
 from ingot.runtime.serving.sampling import Sampling, uniform
 from ingot.runtime.serving.sequence import Sequence
 from ingot.runtime.serving.session import Session
+from programs import with_step
 from sampling_checks import request, row_of
 
 HOT = Sampling(temperature=0.7, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.25)
@@ -104,18 +105,12 @@ def test_a_broken_row_ends_its_sequence_with_the_host_s_words() -> None:
 @pytest.mark.parametrize("missing", ["seen", "draw", "token", "top_logprobs"])
 def test_sampling_is_all_or_nothing(missing: str) -> None:
     program = serving_program(candidates=3)
-    entries = tuple(
-        replace(e, buffers=tuple(b for b in e.buffers if b.name != missing))
-        for e in program.entries
-    )
-    with pytest.raises(ValueError, match="entry t1: expected"):
-        ServingAbi(replace(program, entries=entries))
-
-
-def test_entries_sample_alike() -> None:
-    some, all_ = serving_program(buckets=(1,)), serving_program(buckets=(2,), candidates=3)
-    with pytest.raises(ValueError, match="expected entries that sample alike"):
-        ServingAbi(replace(some, entries=(*some.entries, *all_.entries)))
+    step = program.functions["step"]
+    kept = [
+        {n: s for n, s in specs.items() if n != missing} for specs in (step.inputs, step.outputs)
+    ]
+    with pytest.raises(ValueError, match="step: expected"):
+        ServingAbi(with_step(program, inputs=kept[0], outputs=kept[1]))
 
 
 # ---- the inputs

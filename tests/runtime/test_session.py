@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ingot.runtime.program import Program
 from ingot.runtime.serving.sampling import Sampling, most_likely
 from ingot.runtime.serving.session import Event, Sequence, Session, SessionEndedError
+from programs import with_entries, with_step
 
 VOCAB = 50
 HOT = Sampling(temperature=1.0, top_k=30, top_p=0.95, repetition_penalty=1.2, seed=11)
@@ -435,7 +436,7 @@ def test_outputs_of_the_wrong_shape_end_the_session(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(device, "run", lambda *_: {"logits": np.zeros((1, 49), np.float32)})
     [sequence] = session.generate([[1]], max_new_tokens=1)
     assert sequence.message == (
-        "the session ended: ValueError: entry t1: expected logits float32[1, 50], "
+        "the session ended: ValueError: entry T=1,L=1: expected logits float32[1, 50], "
         "found float32[1, 49]"
     )
 
@@ -496,9 +497,9 @@ def test_a_first_token_is_prefill() -> None:
 
 
 def without(program: Program, name: str) -> Program:
-    entry = program.entries[0]
-    buffers = tuple(buffer for buffer in entry.buffers if buffer.name != name)
-    return replace(program, entries=(replace(entry, buffers=buffers),))
+    step = program.functions["step"]
+    kept = [{n: s for n, s in specs.items() if n != name} for specs in (step.inputs, step.outputs)]
+    return with_step(program, inputs=kept[0], outputs=kept[1])
 
 
 @pytest.mark.parametrize(
@@ -506,25 +507,22 @@ def without(program: Program, name: str) -> Program:
     [
         (lambda p: replace(p, meta={}), r"program.meta\['vocab_size'\]: expected an int ≥ 1"),
         (lambda p: replace(p, meta={**p.meta, "pages": 0}), r"meta\['pages'\].*found 0"),
-        (lambda p: replace(p, entries=()), "expected at least one entry"),
-        (lambda p: without(p, "slots"), "entry t1: expected inputs .*slots.* found"),
+        (lambda p: replace(p, functions={}), r"program: expected a step, found \[\]"),
+        (lambda p: with_step(p, entries=()), "step: expected at least one entry"),
+        (lambda p: without(p, "slots"), r"step: expected inputs .*slots i32\[T\].* found"),
         (
             lambda p: without(p, "logits"),
-            r"entry t1: expected outputs {'logits': \(1, 50\)}, found",
+            r"step: expected outputs logits f32\[L, 50\], found",
         ),
         (
-            lambda p: replace(p, entries=(replace(p.entries[3], symbols={"T": 8, "L": 0}),)),
-            "entry t8: expected symbols T ≥ 1 and L ≥ 1, found",
+            lambda p: with_entries(p, [replace(p.entries[3], symbols={"T": 8, "L": 0})]),
+            "entry T=8,L=0: expected symbols T ≥ 1 and L ≥ 1, found",
         ),
         (
-            lambda p: replace(p, entries=(replace(p.entries[3], symbols={"T": 8, "L": 4}),)),
-            r"entry t8: expected inputs .*'logit_rows': \('i32', \(4,\)\)}, found",
-        ),
-        (
-            lambda p: replace(
-                p, entries=(serving_program(rows=4).entries[-1], p.entries[3], p.entries[0])
+            lambda p: with_entries(
+                p, (serving_program(rows=4).entries[-1], p.entries[3], p.entries[0])
             ),
-            r"expected t32, .* to have the most rows, found more in \['t8'\]",
+            r"expected T=32,L=4, .* to have the most rows, found more in \['T=8,L=8'\]",
         ),
     ],
 )
