@@ -59,9 +59,13 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
 
-def _rule(*names: str) -> Callable[[Rule], Rule]:
+def _rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under names, apart by spaces: `aten.` and `.default` are left out."""
+
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, rule))
+        for name in names.split():
+            full = name if "." in name else f"{name}.default"
+            RULES[full if full.startswith("ingot.") else f"aten.{full}"] = rule
         return rule
 
     return register
@@ -70,24 +74,12 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 # ---- nothing happens
 
 
-@_rule(
-    "aten._assert_tensor_metadata.default",
-    "aten._assert_scalar.default",
-    "aten.sym_constrain_range_for_size.default",
-    "aten.sym_constrain_range.default",
-)
+@_rule("_assert_tensor_metadata _assert_scalar sym_constrain_range_for_size sym_constrain_range")
 def _nothing(im: Im, *args: Any, **kwargs: Any) -> None:
     return None
 
 
-@_rule(
-    "aten.alias.default",
-    "aten.clone.default",
-    "aten.contiguous.default",
-    "aten.detach.default",
-    "aten.lift_fresh_copy.default",
-    "aten.dropout.default",
-)
+@_rule("alias clone contiguous detach lift_fresh_copy dropout")
 def _identity(im: Im, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
@@ -96,44 +88,32 @@ def _identity(im: Im, x: Value, *args: Any, **kwargs: Any) -> Value:
 
 
 @_rule(
-    "aten.view.default",
-    "aten.reshape.default",
-    "aten._unsafe_view.default",
-    "aten.unsqueeze.default",
-    "aten.squeeze.default",
-    "aten.squeeze.dim",
-    "aten.squeeze.dims",
-    "aten.flatten.using_ints",
-    "aten.unflatten.int",
+    "view reshape _unsafe_view unsqueeze squeeze squeeze.dim squeeze.dims flatten.using_ints "
+    "unflatten.int"
 )
 def _view(im: Im, x: Value, *args: Any) -> Value:
     return im.to_shape(x, im.result.shape)
 
 
-@_rule("aten.permute.default")
-def _permute(im: Im, x: Value, dims: list[int]) -> Value:
-    return im.emit(shape.permute, x, dims=tuple(d % x.type.rank for d in dims))
-
-
-@_rule("aten.transpose.int")
-def _transpose(im: Im, x: Value, a: int, b: int) -> Value:
+@_rule("permute transpose.int t")
+def _permute(im: Im, x: Value, *how: Any) -> Value:
     dims = list(range(x.type.rank))
-    dims[a], dims[b] = dims[b], dims[a]
+    if not how:
+        dims.reverse()
+    elif len(how) == 1:
+        dims = [d % x.type.rank for d in how[0]]
+    else:
+        dims[how[0]], dims[how[1]] = dims[how[1]], dims[how[0]]
     return im.emit(shape.permute, x, dims=tuple(dims))
 
 
-@_rule("aten.t.default")
-def _t(im: Im, x: Value) -> Value:
-    return im.emit(shape.permute, x, dims=tuple(reversed(range(x.type.rank))))
-
-
-@_rule("aten.expand.default")
+@_rule("expand")
 def _expand(im: Im, x: Value, *args: Any, **kwargs: Any) -> Value:
     target = im.result.shape
     return x if x.type.shape == target else im.emit(shape.expand, x, shape=target)
 
 
-@_rule("aten.repeat_interleave.self_int")
+@_rule("repeat_interleave.self_int")
 def _repeat_interleave(im: Im, x: Value, times: int, axis: int | None = None, **kw: Any) -> Any:
     if axis is None:
         return NotImplemented
@@ -148,8 +128,11 @@ def _sliced(im: Im, x: Value, axis: int, start: Dim, stop: Dim, step: int = 1) -
     axis %= x.type.rank
     if start == 0 and stop == x.type.shape[axis] and step == 1:
         return x
-    extra = {"step": step} if step != 1 else {}
-    return im.emit(shape.slice_, x, dim=axis, start=start, stop=stop, **extra)
+    return im.emit(shape.slice_, x, dim=axis, start=start, stop=stop, **_step(step))
+
+
+def _step(step: int) -> dict[str, int]:
+    return {"step": step} if step != 1 else {}
 
 
 def _bound(value: Any, size: Dim, default: Dim) -> Dim:
@@ -163,27 +146,37 @@ def _bound(value: Any, size: Dim, default: Dim) -> Dim:
     return size if isinstance(value, int) and value >= 2**62 else value
 
 
-@_rule("aten.slice.Tensor")
-def _slice(
-    im: Im, x: Value, axis: int = 0, start: Any = None, stop: Any = None, step: int = 1
-) -> Value:
+def _range(x: Value, axis: int, start: Any = None, stop: Any = None) -> tuple[Dim, Dim]:
     size = x.type.shape[axis]
-    return _sliced(im, x, axis, _bound(start, size, 0), _bound(stop, size, size), step)
+    return _bound(start, size, 0), _bound(stop, size, size)
 
 
-@_rule("aten.narrow.default")
+@_rule("slice.Tensor")
+def _slice(im: Im, x: Value, axis: int = 0, *ends: Any) -> Value:
+    return _sliced(im, x, axis, *_range(x, axis, *ends[:2]), *ends[2:])
+
+
+@_rule("slice_scatter")
+def _slice_scatter(im: Im, x: Value, source: Value, axis: int = 0, *ends: Any) -> Value:
+    start, stop = _range(x, axis, *ends[:2])
+    extra = _step(*ends[2:]) if ends[2:] else {}
+    axis %= x.type.rank
+    return im.emit(shape.slice_scatter, x, source, dim=axis, start=start, stop=stop, **extra)
+
+
+@_rule("narrow")
 def _narrow(im: Im, x: Value, axis: int, start: Dim, length: Dim) -> Value:
     return _sliced(im, x, axis, start, dim(start + length))
 
 
-@_rule("aten.select.int")
+@_rule("select.int")
 def _select(im: Im, x: Value, axis: int, index: Any) -> Value:
     size = x.type.shape[axis]
     start = dim(size + index) if isinstance(index, int) and index < 0 else index
     return im.to_shape(_sliced(im, x, axis, start, dim(start + 1)), im.result.shape)
 
 
-@_rule("aten.split_with_sizes.default")
+@_rule("split_with_sizes")
 def _split_with_sizes(im: Im, x: Value, sizes: list[Dim], axis: int = 0) -> tuple[Value, ...]:
     parts: list[Value] = []
     start: Any = 0
@@ -193,27 +186,27 @@ def _split_with_sizes(im: Im, x: Value, sizes: list[Dim], axis: int = 0) -> tupl
     return tuple(parts)
 
 
-@_rule("aten.split.Tensor", "aten.chunk.default")
+@_rule("split.Tensor chunk")
 def _split(im: Im, x: Value, size_or_chunks: Any, axis: int = 0) -> tuple[Value, ...]:
     sizes = [im.tensor_type(t).shape[axis] for t in im.node.meta["val"]]
     return _split_with_sizes(im, x, sizes, axis)
 
 
-@_rule("aten.unbind.int")
+@_rule("unbind.int")
 def _unbind(im: Im, x: Value, axis: int = 0) -> tuple[Value, ...]:
     kept = tuple(d for i, d in enumerate(x.type.shape) if i != axis % x.type.rank)
     count: Any = x.type.shape[axis]
     return tuple(im.to_shape(_sliced(im, x, axis, i, i + 1), kept) for i in range(count))
 
 
-@_rule("aten.cat.default")
+@_rule("cat")
 def _cat(im: Im, parts: list[Value], axis: int = 0) -> Value:
     dtype = im.result.dtype
     same = [im.to_dtype(p, dtype) for p in parts]
     return same[0] if len(same) == 1 else im.emit(shape.cat, *same, dim=axis % same[0].type.rank)
 
 
-@_rule("aten.stack.default")
+@_rule("stack")
 def _stack(im: Im, parts: list[Value], axis: int = 0) -> Value:
     rank = parts[0].type.rank
     axis %= rank + 1
@@ -222,34 +215,17 @@ def _stack(im: Im, parts: list[Value], axis: int = 0) -> Value:
     return im.emit(shape.cat, *columns, dim=axis)
 
 
-@_rule("aten.slice_scatter.default")
-def _slice_scatter(
-    im: Im,
-    x: Value,
-    source: Value,
-    axis: int = 0,
-    start: Any = None,
-    stop: Any = None,
-    step: int = 1,
-) -> Value:
-    size = x.type.shape[axis]
-    first, last = _bound(start, size, 0), _bound(stop, size, size)
-    extra = {"step": step} if step != 1 else {}
-    axis %= x.type.rank
-    return im.emit(shape.slice_scatter, x, source, dim=axis, start=first, stop=last, **extra)
-
-
-@_rule("aten.copy.default")
+@_rule("copy")
 def _copy(im: Im, x: Value, source: Value, *args: Any) -> Value:
     return _expand(im, im.to_dtype(source, x.type.dtype))
 
 
-@_rule("aten.index_select.default")
+@_rule("index_select")
 def _index_select(im: Im, x: Value, axis: int, rows: Value) -> Any:
     return NotImplemented if axis % x.type.rank else im.emit(shape.take, x, rows)
 
 
-@_rule("aten.gather.default")
+@_rule("gather")
 def _gather(im: Im, x: Value, axis: int, index: Value, **kwargs: Any) -> Value:
     return im.emit(shape.gather, x, index, dim=axis % x.type.rank)
 
@@ -257,36 +233,23 @@ def _gather(im: Im, x: Value, axis: int, index: Value, **kwargs: Any) -> Value:
 # ---- out of nothing
 
 
-@_rule(
-    "aten.zeros.default",
-    "aten.zeros_like.default",
-    "aten.new_zeros.default",
-    "aten.empty.memory_format",
-    "aten.empty_like.default",
-    "aten.new_empty.default",
-)
-def _zeros(im: Im, *args: Any, **kwargs: Any) -> Value:
-    """Zeros. What was never written may hold anything, so empty may be zeros as well."""
-    return im.emit(shape.full, value=0, shape=im.result.shape, dtype=im.result.dtype)
+def _filled(names: str, value: Any) -> None:
+    """Operators that give one number everywhere: `value`, or the last argument for None."""
+
+    def rule(im: Im, *args: Any, **kwargs: Any) -> Value:
+        number = kwargs.get("fill_value", args[-1]) if value is None else value
+        return im.emit(shape.full, value=number, shape=im.result.shape, dtype=im.result.dtype)
+
+    _rule(names)(rule)
 
 
-@_rule("aten.ones.default", "aten.ones_like.default", "aten.new_ones.default")
-def _ones(im: Im, *args: Any, **kwargs: Any) -> Value:
-    return im.emit(shape.full, value=1, shape=im.result.shape, dtype=im.result.dtype)
+# What was never written may hold anything, so that it may be zeros as well.
+_filled("zeros zeros_like new_zeros empty.memory_format empty_like new_empty", 0)
+_filled("ones ones_like new_ones", 1)
+_filled("full full_like new_full scalar_tensor", None)
 
 
-@_rule("aten.full.default", "aten.full_like.default", "aten.new_full.default")
-def _full(im: Im, *args: Any, **kwargs: Any) -> Value:
-    value = kwargs.get("fill_value", args[-1])
-    return im.emit(shape.full, value=value, shape=im.result.shape, dtype=im.result.dtype)
-
-
-@_rule("aten.scalar_tensor.default")
-def _scalar_tensor(im: Im, value: Any, **kwargs: Any) -> Value:
-    return im.emit(shape.full, value=value, shape=(), dtype=im.result.dtype)
-
-
-@_rule("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
+@_rule("arange arange.start arange.start_step")
 def _arange(im: Im, *args: Any, **kwargs: Any) -> Any:
     start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
     if not isinstance(step, int) or isinstance(start, float) or isinstance(stop, float):
@@ -306,11 +269,11 @@ def _unary(op: Op) -> Rule:
     return rule
 
 
-for _op in (*pointwise.UNARY,):
-    RULES[f"aten.{_op.name}.default"] = _unary(_op)
+for _op in pointwise.UNARY:
+    _rule(_op.name)(_unary(_op))
 
 
-@_rule("aten.gelu.default")
+@_rule("gelu")
 def _gelu(im: Im, x: Value, *, approximate: str = "none") -> Value:
     return im.emit(pointwise.gelu, x, approximate=approximate)
 
@@ -345,38 +308,23 @@ def _times(im: Im, x: Any, factor: Any) -> Any:
     return im.emit(pointwise.mul, x, literal(value=factor, dtype=x.type.dtype))
 
 
-_BINARY = {
-    "add": pointwise.add,
-    "sub": pointwise.sub,
-    "mul": pointwise.mul,
-    "div": pointwise.div,
-    "maximum": pointwise.maximum,
-    "minimum": pointwise.minimum,
-    "lt": pointwise.lt,
-    "le": pointwise.le,
-    "gt": pointwise.gt,
-    "ge": pointwise.ge,
-    "eq": pointwise.eq,
-    "ne": pointwise.ne,
-}
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
-for _name, _op in _BINARY.items():
-    for _kind in ("Tensor", "Scalar", "default"):
-        RULES[f"aten.{_name}.{_kind}"] = _binary(_op)
+for _name in ("add", "sub", "mul", "div", "maximum", "minimum", *_COMPARISONS):
+    _rule(f"{_name}.Tensor {_name}.Scalar {_name}")(_binary(getattr(pointwise, _name)))
 
 
-@_rule("aten.rsub.Scalar", "aten.rsub.Tensor")
+@_rule("rsub.Scalar rsub.Tensor")
 def _rsub(im: Im, x: Value, y: Any, alpha: Any = 1) -> Value:
     x = x if alpha == 1 else _times(im, x, alpha)
     return im.emit(pointwise.sub, *_operands(im, pointwise.sub, y, x))
 
 
-@_rule("aten.reciprocal.default")
+@_rule("reciprocal")
 def _reciprocal(im: Im, x: Value) -> Value:
     return im.emit(pointwise.div, *_operands(im, pointwise.div, 1.0, x))
 
 
-@_rule("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar")
+@_rule("pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar")
 def _pow(im: Im, x: Any, y: Any) -> Value:
     left, right = _operands(im, pointwise.pow_, x, y)
     if y == 2:
@@ -384,48 +332,47 @@ def _pow(im: Im, x: Any, y: Any) -> Value:
     return im.emit(pointwise.pow_, left, right)
 
 
-@_rule("aten.square.default")
+@_rule("square")
 def _square(im: Im, x: Value) -> Value:
     return im.emit(pointwise.mul, x, x)
 
 
-@_rule("aten._to_copy.default", "aten.to.dtype", "aten.type_as.default")
+@_rule("_to_copy to.dtype type_as")
 def _cast(im: Im, x: Value, *args: Any, **kwargs: Any) -> Value:
     return im.to_dtype(x, im.result.dtype)
 
 
-@_rule("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor")
-def _and(im: Im, x: Value, y: Value) -> Any:
-    return im.emit(pointwise.logical_and, x, y) if im.result.dtype == "bool" else NotImplemented
+def _logical(names: str, op: Op) -> None:
+    def rule(im: Im, *args: Value) -> Any:
+        if any(x.type.dtype != "bool" for x in args):
+            return NotImplemented
+        return im.emit(op, *args)
+
+    _rule(names)(rule)
 
 
-@_rule("aten.logical_or.default", "aten.bitwise_or.Tensor", "aten.__or__.Tensor")
-def _or(im: Im, x: Value, y: Value) -> Any:
-    return im.emit(pointwise.logical_or, x, y) if im.result.dtype == "bool" else NotImplemented
+_logical("logical_and bitwise_and.Tensor __and__.Tensor", pointwise.logical_and)
+_logical("logical_or bitwise_or.Tensor __or__.Tensor", pointwise.logical_or)
+_logical("logical_not bitwise_not", pointwise.logical_not)
 
 
-@_rule("aten.logical_not.default", "aten.bitwise_not.default")
-def _not(im: Im, x: Value) -> Any:
-    return im.emit(pointwise.logical_not, x) if x.type.dtype == "bool" else NotImplemented
-
-
-@_rule("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther")
+@_rule("where.self where.ScalarSelf where.ScalarOther")
 def _where(im: Im, condition: Value, x: Any, y: Any) -> Value:
     dtype = im.result.dtype
     return im.emit(pointwise.where, condition, im.to_dtype(x, dtype), im.to_dtype(y, dtype))
 
 
-@_rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+@_rule("masked_fill.Scalar masked_fill.Tensor")
 def _masked_fill(im: Im, x: Value, mask: Value, value: Any) -> Value:
     return im.emit(pointwise.where, mask, im.to_dtype(value, x.type.dtype), x)
 
 
-@_rule("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
+@_rule("clamp clamp_min clamp_max")
 def _clamp(im: Im, x: Value, *bounds: Any, min: Any = None, max: Any = None) -> Any:
     which = str(im.node.target).split(".")[1]
     low = bounds[0] if bounds and which != "clamp_max" else min
     high = bounds[-1] if which == "clamp_max" else bounds[1] if len(bounds) > 1 else max
-    if x.type.dtype not in ("f16", "bf16", "f32", "f64"):
+    if x.type.dtype not in FLOATS:
         return NotImplemented
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return im.emit(pointwise.clamp, x, min=float(low), max=float(high))
@@ -437,7 +384,7 @@ def _clamp(im: Im, x: Value, *bounds: Any, min: Any = None, max: Any = None) -> 
 def _along_one(op: Op) -> Rule:
     def rule(im: Im, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
         dims = dims if isinstance(dims, list) else [dims]
-        if len(dims) != 1 or im.result.dtype not in ("f16", "bf16", "f32", "f64"):
+        if len(dims) != 1 or im.result.dtype not in FLOATS:
             return NotImplemented
         x = im.to_dtype(x, im.result.dtype)
         return im.emit(op, x, dim=dims[0] % x.type.rank, keepdim=keepdim)
@@ -445,23 +392,23 @@ def _along_one(op: Op) -> Rule:
     return rule
 
 
-RULES["aten.mean.dim"] = _along_one(reduction.mean)
-RULES["aten.sum.dim_IntList"] = _along_one(reduction.sum_)
-RULES["aten.amax.default"] = _along_one(reduction.amax)
+_rule("mean.dim")(_along_one(reduction.mean))
+_rule("sum.dim_IntList")(_along_one(reduction.sum_))
+_rule("amax")(_along_one(reduction.amax))
 
 
-@_rule("aten.max.dim")
+@_rule("max.dim")
 def _max(im: Im, x: Value, axis: int, keepdim: bool = False) -> tuple[Value, ...]:
     values = im.emit(reduction.amax, x, dim=axis % x.type.rank, keepdim=keepdim)
     return (values, im.fallback("aten.max.dim", [x, axis, keepdim], {})[1])
 
 
-@_rule("aten.softmax.int", "aten._softmax.default")
+@_rule("softmax.int _softmax")
 def _softmax(im: Im, x: Value, axis: int, *args: Any, **kwargs: Any) -> Value:
     return im.emit(reduction.softmax, im.to_dtype(x, im.result.dtype), dim=axis % x.type.rank)
 
 
-@_rule("aten.topk.default")
+@_rule("topk")
 def _topk(
     im: Im, x: Value, k: int, axis: int = -1, largest: bool = True, sorted: bool = True
 ) -> Any:
@@ -473,19 +420,24 @@ def _topk(
 # ---- products and norms
 
 
-@_rule("aten.linear.default")
+def _given(*operands: Value | None) -> list[Value]:
+    """Operands, those left out that the model does not have."""
+    return [v for v in operands if v is not None]
+
+
+@_rule("linear")
 def _linear(im: Im, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    return im.emit(linear.linear, x, weight, *(() if bias is None else (bias,)))
+    return im.emit(linear.linear, *_given(x, weight, bias))
 
 
-@_rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
+@_rule("matmul mm bmm")
 def _matmul(im: Im, x: Value, y: Value) -> Any:
     if min(x.type.rank, y.type.rank) < 2:
         return NotImplemented
     return im.emit(linear.matmul, x, y)
 
 
-@_rule("aten.addmm.default")
+@_rule("addmm")
 def _addmm(im: Im, bias: Value, x: Value, y: Value, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """bias + x · y == linear(x, yᵀ, bias)"""
     if (beta, alpha) != (1, 1) or bias.type.shape != y.type.shape[1:]:
@@ -493,12 +445,12 @@ def _addmm(im: Im, bias: Value, x: Value, y: Value, *, beta: Any = 1, alpha: Any
     return im.emit(linear.linear, x, im.emit(shape.permute, y, dims=(1, 0)), bias)
 
 
-@_rule("aten.embedding.default")
+@_rule("embedding")
 def _embedding(im: Im, table: Value, ids: Value, *args: Any) -> Value:
     return im.emit(linear.embedding, ids, table)
 
 
-@_rule("aten.layer_norm.default")
+@_rule("layer_norm")
 def _layer_norm(
     im: Im,
     x: Value,
@@ -510,11 +462,10 @@ def _layer_norm(
 ) -> Any:
     if len(shape_) != 1 or (weight is None and bias is not None):
         return NotImplemented
-    affine = [v for v in (weight, bias) if v is not None]
-    return im.emit(norm.layer_norm, x, *affine, eps=eps)
+    return im.emit(norm.layer_norm, *_given(x, weight, bias), eps=eps)
 
 
-@_rule("aten._native_batch_norm_legit_no_training.default")
+@_rule("_native_batch_norm_legit_no_training")
 def _batch_norm(
     im: Im,
     x: Value,
@@ -541,14 +492,14 @@ def _batch_norm(
     return (y if bias is None else im.emit(pointwise.add, y, channels(bias)),)
 
 
-@_rule("aten.rms_norm.default")
+@_rule("rms_norm")
 def _rms_norm(
     im: Im, x: Value, shape_: list[int], weight: Value | None = None, eps: float | None = None
 ) -> Any:
     if len(shape_) != 1:
         return NotImplemented
     eps = torch.finfo(torch_dtype(x.type.dtype)).eps if eps is None else eps
-    return im.emit(norm.rms_norm, x, *(() if weight is None else (weight,)), eps=eps)
+    return im.emit(norm.rms_norm, *_given(x, weight), eps=eps)
 
 
 # ---- attention and experts, token-major: the batch of one is dropped
@@ -562,21 +513,22 @@ def _attention(
     v: Value,
     sinks: Value | None,
     scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
+    *variant: Any,
 ) -> Value:
     rows: list[Value] = []
     for x in (q, k, v):
         _, heads, tokens, size = x.type.shape
         turned = im.emit(shape.permute, x, dims=(0, 2, 1, 3))
         rows.append(im.to_shape(turned, (tokens, heads, size)))
-    attrs: dict[str, Any] = {"scale": scale}
-    attrs.update({"causal": False} if not causal else {})
-    attrs.update({"window": window} if window else {})
-    attrs.update({"softcap": softcap} if softcap else {})
-    out = im.emit(attention.attention, *rows, *(() if sinks is None else (sinks,)), **attrs)
+    usual = {"causal": True, "window": 0, "softcap": 0.0}
+    attrs = _unusual(dict(zip(usual, variant, strict=True)), usual)
+    out = im.emit(attention.attention, *_given(*rows, sinks), scale=scale, **attrs)
     return im.to_shape(out, im.result.shape)
+
+
+def _unusual(attrs: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """Attributes that are not what the op takes for granted."""
+    return {name: value for name, value in attrs.items() if value != usual[name]}
 
 
 def _split_interleaved(im: Im, x: Value) -> Value:
@@ -606,7 +558,7 @@ def _experts(
     if transposed:
         gate_up = im.emit(shape.permute, gate_up, dims=(0, 2, 1))
         down = im.emit(shape.permute, down, dims=(0, 2, 1))
-    biases = [b for b in (gate_up_bias, down_bias) if b is not None]
+    biases = _given(gate_up_bias, down_bias)
     if interleaved and gated:
         gate_up = _split_interleaved(im, gate_up)
         biases = [_split_interleaved(im, biases[0]), biases[1]] if biases else []
