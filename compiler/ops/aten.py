@@ -49,7 +49,7 @@ def overload_of(name: str) -> Any:
 
 
 # Operators whose dims correspond in ways that torch has no tag for.
-_AXES: Mapping[str, AxisRule] = {
+AXES: Mapping[str, AxisRule] = {
     "aten.polar.default": elementwise,
     "aten.view_as_complex.default": rule("x[*,c] -> [*]; c whole"),
     "aten.view_as_real.default": rule("x[*] -> [*,c]; c whole"),
@@ -57,7 +57,7 @@ _AXES: Mapping[str, AxisRule] = {
 
 
 def _axes_of(name: str, overload: Any) -> AxisRule | None:
-    return elementwise if torch.Tag.pointwise in overload.tags else _AXES.get(name)
+    return elementwise if torch.Tag.pointwise in overload.tags else AXES.get(name)
 
 
 @cache

@@ -13,16 +13,27 @@ from typing import Any, ClassVar
 import torch
 
 from ...compiler.dtypes import DTYPES, FLOATS
-from ...compiler.ir import Graph, Node, Value
+from ...compiler.ir import Graph, Node, Op, Value
 from ...compiler.ops import pointwise, reduce, shape
+from ...compiler.ops.aten import AXES
 from ...compiler.ops.leaf import is_literal, literal
-from ...compiler.ops.linear import embedding
+from ...compiler.ops.linear import embedding, matmul
 from ...compiler.pipeline import PassContext, count_nodes
-from ...compiler.rewrite import Decline, Log, Match, Other, Pat, Rule, pat, rebuild, rewrite_all
+from ...compiler.rewrite import (
+    Applied,
+    Decline,
+    Log,
+    Match,
+    Other,
+    Pat,
+    Rule,
+    pat,
+    rewrite_all,
+)
 from ...compiler.torch_types import torch_dtype
-from ...compiler.types import Shape, dim
+from ...compiler.types import dim
 from .mxfp4_views import RULES as MXFP4_RULES
-from .unit_dims import drop_unit_dims
+from .unit_dims import unit_dims_dropped
 
 _INTEGERS = ("bool", "u8", "i8", "i16", "i32", "i64")
 X, Y = Pat(), Pat()
@@ -109,6 +120,22 @@ def _only_one(m: Match) -> tuple[Value, Value]:
     return m[X], shape.full(value=0, shape=m[X].type.shape, dtype="i64")
 
 
+# a sum, mean or maximum of one is that one
+def _reduction_of_one(op: Op) -> Rule:
+    root = Pat(op, (X,), where=_of_one)
+    return Rule(f"{op.name}-of-one", (root,), lambda m: shape.view(m[X], shape=m[root].type.shape))
+
+
+# x [.., M, 1] @ y [.., 1, N] == x · y
+OUTER = pat(matmul, X, Y)
+
+
+def _outer_product(m: Match) -> Value:
+    if m[X].type.shape[-1] != 1:
+        raise Decline("it is a sum of several")
+    return pointwise.mul(m[X], m[Y])
+
+
 # a number scattered to every place of a unit dim is everywhere
 SCATTER_VALUE = pat("aten.scatter.value", X, Pat(where=lambda v: v.op is shape.full))
 
@@ -139,23 +166,22 @@ def _trivial_permute(m: Match) -> Value:
 # ---- permutes towards what they can cancel with: permute(f(x, y)) == f(permute(x), permute(y))
 
 _SEARCH_DEPTH = 12
-_ELEMENTWISE = frozenset((*pointwise.POINTWISE, shape.slice_, shape.cat, shape.view))
-# Ops on trailing dims only: how many dims of the operand and of the result they own.
-_TAILS = {
-    "mean": (1, 0),
-    "sum": (1, 0),
-    "amax": (1, 0),
-    "softmax": (1, 1),
-    "aten.view_as_complex.default": (1, 0),
-    "aten.view_as_real.default": (0, 1),
-}
+
+
+def _is_permutable(node: Node) -> bool:
+    """Whether dims of the node's operands may be permuted instead of those of its one result.
+
+    Products may not: their operands lie in memory as they are multiplied.
+    """
+    axes = node.axes
+    return axes is not None and len(node.types) == 1 and axes.sums <= {axes.along}
 
 
 def _carries_permute(value: Value, depth: int = _SEARCH_DEPTH) -> bool:
     if value.op is shape.permute:
         return True
-    through = value.op in _ELEMENTWISE or value.op.name in _TAILS
-    return through and depth > 0 and any(_carries_permute(a, depth - 1) for a in value.node.args)
+    through = depth > 0 and value.node.args and _is_permutable(value.node)
+    return bool(through) and any(_carries_permute(a, depth - 1) for a in value.node.args)
 
 
 def _is_outer_product(value: Value) -> bool:
@@ -164,62 +190,56 @@ def _is_outer_product(value: Value) -> bool:
     return rows and value.op in pointwise.POINTWISE and 1 not in value.type.shape
 
 
-def _permuted(value: Value, dims: tuple[int, ...]) -> Value:
-    """An operand that broadcasts as `value` did before the dims of the result were permuted."""
-    before = len(dims) - value.type.rank
-    if value.op is literal or dims[before:] == tuple(range(before, len(dims))):
-        return value
-    full: Shape = (1,) * before + value.type.shape
-    padded = value if value.type.shape == full else shape.view(value, shape=full)
-    return shape.permute(padded, dims=dims)
-
-
-def _turned_row(value: Value, dims: tuple[int, ...]) -> Value:
-    """`_permuted` of a row or column: a view, without unit dims in front."""
-    full: Shape = (1,) * (len(dims) - value.type.rank) + value.type.shape
-    target = [full[i] for i in dims]
-    while target and target[0] == 1:
-        target.pop(0)
-    same = value.op is literal or value.type.shape == tuple(target)
-    return value if same else shape.view(value, shape=tuple(target))
-
-
 def _is_worth_moving(value: Value) -> bool:
-    return _is_outer_product(value) or _carries_permute(value)
+    if value.op is shape.expand:  # less is moved
+        return True
+    return _is_outer_product(value) or (_carries_permute(value) and _is_permutable(value.node))
 
 
-def _hoist(op: Any) -> Rule:
+def _ordered(value: Value, order: Sequence[int | None]) -> Value:
+    """The dims of `value` in another order; None stands for a new dim of size 1."""
+    dims = [i for i in order if i is not None]
+    kept = [i for i in dims if value.type.shape[i] != 1]
+    if kept != sorted(kept):
+        value = shape.permute(value, dims=tuple(dims))
+        dims = list(range(len(dims)))
+        order = [None if i is None else dims.pop(0) for i in order]
+    target = tuple(1 if i is None else value.type.shape[i] for i in order)
+    return value if value.type.shape == target else shape.view(value, shape=target)
+
+
+def _hoist(op: Op | str) -> Rule:
     inner = Pat(op, where=_is_worth_moving)
     root = pat(shape.permute, inner)
 
     def build(m: Match) -> Value:
         node, dims = m[inner].node, m[root].attrs["dims"]
-        attrs = dict(node.attrs)
-        if "dim" in attrs:
-            attrs["dim"] = dims.index(attrs["dim"] % len(dims))
-        move = _turned_row if _is_outer_product(m[inner]) else _permuted
-        return op(*(move(a, dims) for a in node.args), **attrs)
-
-    return Rule(f"permute-of-{op.name}", (root,), build)
-
-
-# permute(f(x)) == f(permute(x)) where f works on trailing dims that stay in place
-def _hoist_over_tail(name: str) -> Rule:
-    inner = Pat(name, (X,), where=_carries_permute)
-    root = pat(shape.permute, inner)
-    own, left = _TAILS[name]
-
-    def build(m: Match) -> Value:
-        x, node, dims = m[X], m[inner].node, m[root].attrs["dims"]
-        moved = len(dims) - left
-        attrs = dict(node.attrs)
-        along_last = attrs.get("dim", -1) % x.type.rank == x.type.rank - 1
-        if dims[moved:] != tuple(range(moved, len(dims))) or attrs.get("keepdim") or not along_last:
+        axes = node.axes
+        assert axes is not None
+        labels = [f[0] for f in axes.results[0]]
+        movable = axes.free | {axes.along}
+        if any(d != i and labels[d] not in movable for i, d in enumerate(dims)):
             raise Decline("a dim that moves is the op's own")
-        turned = shape.permute(x, dims=(*dims[:moved], *range(moved, moved + own)))
-        return node.op(turned, **attrs)
+        attrs, args = dict(node.attrs), list[Value]()
+        for x, own in zip(node.args, axes.operands, strict=True):
+            held = [f[0].removeprefix("~") for f in own]
+            broadcast = {n.removeprefix("~") for (n,) in own if n.startswith("~")}
+            order = [held.index(n) if (n := labels[d]) in held else None for d in dims]
+            # What is broadcast need not be there in front.
+            while order and (order[0] is None or held[order[0]] in broadcast):
+                order.pop(0)
+            for i, label in enumerate(held):
+                if label not in labels:
+                    order.insert(i, i)
+            args.append(_ordered(x, order))
+            if axes.along in held and x is node.args[0]:
+                at = held.index(axes.along)
+                attrs["dim"] = attrs["dim"] if order[at] == at else order.index(at)
+        if "shape" in attrs:
+            attrs["shape"] = m[root].type.shape
+        return Value(node.op.node(tuple(args), attrs))
 
-    return Rule(f"permute-of-{name}", (root,), build)
+    return Rule(f"permute-of-{inner.op_name}", (root,), build)
 
 
 # permute(view(x)) == view(permute(x)) where the view leaves the permuted leading dims as they are
@@ -235,14 +255,6 @@ def _view_permute(m: Match) -> Value:
     turned = shape.permute(x, dims=(*dims[:moved], *range(moved, x.type.rank)))
     return shape.view(turned, shape=m[TURNED_VIEW].type.shape)
 
-
-def _expand_permute(m: Match) -> Value:
-    x, (dims, target) = m[X], (m[TURNED_EXPAND].attrs["dims"], m[TURNED_EXPAND].type.shape)
-    return shape.expand(_permuted(x, dims), shape=target)
-
-
-# permute(expand(x)) == expand(permute(x)): less is moved
-TURNED_EXPAND = pat(shape.permute, pat(shape.expand, X))
 
 # ---- slices and concatenations
 
@@ -387,16 +399,15 @@ RULES = (
     _function_of_full(pointwise.logical_not),
     Rule("where-of-full", (CHOOSE,), _chosen),
     Rule("topk-of-one", (ONE_OF_ONE, Other(ONE_OF_ONE, 1)), _only_one),
+    *map(_reduction_of_one, (reduce.sum_, reduce.mean, reduce.amax)),
+    Rule("outer-product", (OUTER,), _outer_product),
     Rule("scatter-everywhere", (SCATTER_VALUE,), _scattered_everywhere),
     Rule("permute-of-permute", (PERMUTE,), _permute_of_permute),
     Rule("trivial-permute", (ONE_PERMUTE,), _trivial_permute),
     Rule("same-expand", (SAME_EXPAND,), _same_type(SAME_EXPAND)),
-    *map(_hoist_over_tail, _TAILS),
     Rule("permute-of-view", (TURNED_VIEW,), _view_permute),
-    Rule("permute-of-expand", (TURNED_EXPAND,), _expand_permute),
-    *(_hoist(op) for op in sorted(pointwise.POINTWISE, key=lambda op: op.name)),
-    _hoist(shape.slice_),
-    _hoist(shape.cat),
+    *(_hoist(op) for op in Op.registry.values() if op.axes and op is not shape.view),
+    *map(_hoist, AXES),
     Rule("same-slice", (SLICE,), _same_type(SLICE)),
     Rule("slice-of-slice", (NESTED_SLICE,), _slice_of_slice),
     Rule("slice-of-cat", (CUT,), _slice_of_cat),
@@ -413,8 +424,9 @@ RULES = (
 )
 
 
-def merge_equal(graph: Graph, log: Log) -> Graph:
+def common_subexpressions(graph: Graph, log: Log) -> Graph:
     """The graph with nodes of equal op, arguments and attributes merged."""
+    applied: list[Applied] = []
     swap: dict[Value, Value] = {}
     seen: dict[Any, Node] = {}
     for node in graph.nodes():
@@ -427,10 +439,8 @@ def merge_equal(graph: Graph, log: Log) -> Graph:
         first = seen.setdefault(key, node)
         if first is not node:
             swap.update(zip(node.results, first.results, strict=True))
-    if not swap:
-        return graph
-    log.counts["merge-equal"] += len(swap)
-    return log.declare(graph, rebuild(graph, swap), "equal nodes are merged")
+            applied.append(Applied("common-subexpression", node.args, node.results, first.results))
+    return log.apply(graph, applied)
 
 
 def simplified(graph: Graph, log: Log, rules: Sequence[Rule] = RULES) -> Graph:
@@ -441,7 +451,7 @@ def simplified(graph: Graph, log: Log, rules: Sequence[Rule] = RULES) -> Graph:
     earlier = len(log.declined)
     while True:
         before = graph
-        graph = merge_equal(rewrite_all(graph, rules, log), log)
+        graph = common_subexpressions(rewrite_all(graph, rules, log), log)
         if graph is before:
             del log.declined[earlier:]
             return graph
@@ -455,7 +465,6 @@ class Canonicalize:
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         nodes = count_nodes(graph)
-        log = context.log
-        without = log.declare(graph, drop_unit_dims(graph), "unit dims are dropped everywhere")
-        dropped = simplified(without, log)
-        return dropped if count_nodes(dropped) <= nodes else simplified(graph, log)
+        without = context.log.apply(graph, list(unit_dims_dropped(graph)))
+        dropped = simplified(without, context.log)
+        return dropped if count_nodes(dropped) <= nodes else simplified(graph, context.log)

@@ -23,7 +23,7 @@ from ...compiler.rewrite import (
     pat,
     rewrite_all,
 )
-from ..raising.canonicalize import merge_equal
+from ..raising.canonicalize import common_subexpressions
 
 ROWS = Pat()
 # Queries of all tokens and their keys and values come from one product: it stays one.
@@ -74,6 +74,6 @@ class GatherLogits:
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         while True:
             before = graph
-            graph = merge_equal(rewrite_all(graph, RULES, context.log), context.log)
+            graph = common_subexpressions(rewrite_all(graph, RULES, context.log), context.log)
             if graph is before:
                 return graph

@@ -20,7 +20,7 @@ from ...compiler.ops.norm import rms_norm
 from ...compiler.ops.rope import rope
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite
-from ..raising.canonicalize import merge_equal
+from ..raising.canonicalize import common_subexpressions
 from ..raising.raise_rope import span_of
 from .head_rows import HeadRows, head_rows
 from .premultiply_mla import premultiplied
@@ -184,5 +184,7 @@ class AbsorbMla:
         absorbed = rewrite(graph, rules, context.log)
         if absorbed is graph:
             return graph
-        absorbed = merge_equal(absorbed, context.log)
-        return merge_equal(premultiplied(absorbed, self.premultiply, context.log), context.log)
+        absorbed = common_subexpressions(absorbed, context.log)
+        return common_subexpressions(
+            premultiplied(absorbed, self.premultiply, context.log), context.log
+        )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from ingot.compiler.rewrite import Log
+from ingot.compiler.types import VerifyError
+from ingot.compiler.validate import check_rewrite
 from ingot.compiler.verify import verify
-from ingot.passes.raising.canonicalize import RULES, Canonicalize, simplified
+from ingot.passes.raising.canonicalize import RULES, Canonicalize, common_subexpressions, simplified
 from pass_checks import applied, assert_equal_results, body, graph_of, ops
 
 HEAD = "graph @c(%x: f32[T, 4, 6], %y: f32[T, 4, 6], %i: i32[T], %b: bf16[T, 4]) T=1..8 {\n"
@@ -71,6 +74,42 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         ],
         "%0, %1 = topk(%x, k=1, dim=2)\nreturn %0, %1",
     ),
+    "sum-of-one": (
+        (
+            "%0 = view(%i, shape=[T, 1])\n%1 = cast(%0, dtype='f32')\n"
+            "%2 = sum(%1, dim=1, keepdim=False)\nreturn %2"
+        ),
+        [
+            "%0 = view(%i, shape=[T, 1])",
+            "%1 = cast(%0, dtype='f32')",
+            "%2 = view(%1, shape=[T])",
+            "return %2",
+        ],
+        "%0 = sum(%x, dim=2, keepdim=True)\nreturn %0",
+    ),
+    "mean-of-one": (
+        "%0 = view(%x, shape=[T, 24, 1])\n%1 = mean(%0, dim=-1, keepdim=True)\nreturn %1",
+        ["%0 = view(%x, shape=[T, 24, 1])", "return %0"],
+        "%0 = mean(%x, dim=2, keepdim=True)\nreturn %0",
+    ),
+    "amax-of-one": (
+        "%0 = view(%x, shape=[T, 24, 1])\n%1 = amax(%0, dim=-1, keepdim=True)\nreturn %1",
+        ["%0 = view(%x, shape=[T, 24, 1])", "return %0"],
+        "%0 = amax(%x, dim=2, keepdim=True)\nreturn %0",
+    ),
+    "outer-product": (
+        (
+            "%0 = view(%x, shape=[T, 24, 1])\n%1 = view(@w, shape=[1, 6])\n"
+            "%2 = matmul(%0, %1)\nreturn %2"
+        ),
+        [
+            "%0 = view(%x, shape=[T, 24, 1])",
+            "%1 = view(@w, shape=[1, 6])",
+            "%2 = mul(%0, %1)",
+            "return %2",
+        ],
+        "%0 = permute(@table, dims=[1, 0])\n%1 = matmul(%x, %0)\nreturn %1",
+    ),
     "scatter-everywhere": (
         (
             "%0 = view(@w, shape=[6, 1])\n%1 = full(value=0, shape=[6, 1], dtype='i64')\n"
@@ -103,10 +142,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
             "%2 = permute(%1, dims=[1, 0])\nreturn %2"
         ),
         ["%0 = mean(%x, dim=-1, keepdim=False)", "return %0"],
-        (
-            "%0 = permute(%x, dims=[1, 0, 2])\n%1 = mean(%0, dim=0, keepdim=False)\n"
-            "%2 = permute(%1, dims=[1, 0])\nreturn %2"
-        ),
+        "%0 = mean(%x, dim=0, keepdim=False)\n%1 = permute(%0, dims=[1, 0])\nreturn %1",
     ),
     "permute-of-softmax": (
         (
@@ -114,10 +150,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
             "%2 = permute(%1, dims=[1, 0, 2])\nreturn %2"
         ),
         ["%0 = softmax(%x, dim=2)", "return %0"],
-        (
-            "%0 = permute(%x, dims=[1, 0, 2])\n%1 = softmax(%0, dim=2)\n"
-            "%2 = permute(%1, dims=[1, 2, 0])\nreturn %2"
-        ),
+        "%0 = softmax(%x, dim=2)\n%1 = permute(%0, dims=[1, 2, 0])\nreturn %1",
     ),
     "permute-of-view": (
         (
@@ -308,7 +341,18 @@ def test_equal_nodes_are_merged() -> None:
     after, log = applied(Canonicalize(), before)
     assert_equal_results(before, after)
     assert ops(after) == {"mul": 1, "sub": 2, "add": 1, "topk": 1}
-    assert log.matches["merge-equal"]
+    assert log.matches["common-subexpression"]
+
+
+def test_a_merge_of_nodes_that_differ_is_told() -> None:
+    text = "%0 = exp(%x)\n%1 = exp(%x)\n%2 = mul(%0, %y)\n%3 = mul(%1, %y)\n%4 = sub(%2, %y)\n"
+    graph = graph_of(HEAD + text + "return %3, %4, %2" + WHERE)
+    common_subexpressions(graph, log := Log())
+    assert [a.before[0].op.name for a in log.applied] == ["exp", "mul"]
+    for one in log.applied:
+        check_rewrite(graph, one)
+        with pytest.raises(VerifyError, match="rule common-subexpression changes a result"):
+            check_rewrite(graph, replace(one, after=(graph.outputs[1],)))
 
 
 def test_equal_numbers_of_two_types_are_not_merged() -> None:

@@ -149,6 +149,9 @@ class Mutation:
 MLA = "deepseek_v3"
 MUTATIONS: dict[str, Mutation] = {
     # what models say
+    "equal parts of a cat in the other order": Mutation(
+        "llama", "drop-unit-dims", "cat", swapped(0, 1)
+    ),
     "eps of another norm": Mutation("llama", "rms-norm", "rms_norm", attributes(eps=0.1)),
     "norm without its weight": Mutation("llama", "rms-norm", "rms_norm", shortened),
     "halves of rope are pairs": Mutation(
