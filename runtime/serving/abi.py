@@ -92,17 +92,12 @@ class ServingAbi:
 
 def sampling_inputs(vocab: int) -> dict[str, Spec]:
     """The inputs by which a device samples, by name."""
-    settings = {
-        "temperature": "f32",
-        "top_k": "i32",
-        "top_p": "f32",
-        "min_p": "f32",
-        "penalty": "f32",
-        "draw": "f32",
-        "top": "i32",
+    floats = ("temperature", "top_p", "min_p", "penalty", "draw")
+    return {
+        **{name: Spec("f32", ("L",)) for name in floats},
+        **{name: Spec("i32", ("L",)) for name in ("top_k", "top")},
+        "seen": Spec("i32", ("L", -(-vocab // SEEN_BITS))),
     }
-    words = -(-vocab // SEEN_BITS)
-    return {**{n: Spec(d, ("L",)) for n, d in settings.items()}, "seen": Spec("i32", ("L", words))}
 
 
 def serving_outputs(meta: ServingMeta, candidates: int | None) -> dict[str, Spec]:

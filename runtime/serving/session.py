@@ -9,7 +9,7 @@ from functools import partial
 from itertools import count, groupby
 from operator import index
 from time import perf_counter
-from types import TracebackType
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,16 @@ from .abi import ServingAbi, serving_outputs
 from .batch import Batch, Chunk, Row
 from .kv_cache import KVCache
 from .row_sampling import Choice, RowSampler
-from .sampling import GREEDY, Sampling
 from .scheduler import Scheduler
-from .sequence import Event, FinishReason, Request, Sequence, SequenceStats, SessionStats
+from .sequence import (
+    Event,
+    FinishReason,
+    Request,
+    RequestKeywords,
+    Sequence,
+    SequenceStats,
+    SessionStats,
+)
 from .speculation import Drafter, verify
 
 
@@ -92,12 +99,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -110,23 +112,14 @@ class Session:
         """No sequence waits or runs, and every event was handed out."""
         return not (self._scheduler.waiting or self._scheduler.running or self._events)
 
-    def submit(
-        self,
-        tokens: Iterable[int],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
-        top_logprobs: int = 0,
-    ) -> Sequence:
-        """Queue a prompt; `top_logprobs` most likely tokens are reported with each token.
+    def submit(self, tokens: Iterable[int], **request: Unpack[RequestKeywords]) -> Sequence:
+        """Queue a prompt; the keywords are the fields of `Request`.
 
         ValueError for an empty prompt, ids outside the vocabulary, a prompt that the cache could
         never hold, `max_new_tokens` < 1 or `top_logprobs` outside [0, vocab_size]: nothing is
         queued then.
         """
-        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
-        (sequence,) = self.requests([tokens], request)
+        (sequence,) = self.requests([tokens], Request(**request))
         self._enqueue(sequence)
         return sequence
 
@@ -163,13 +156,7 @@ class Session:
         self._finish(sequence, "cancelled")
 
     def stream(
-        self,
-        prompts: Iterable[Iterable[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
-        top_logprobs: int = 0,
+        self, prompts: Iterable[Iterable[int]], **request: Unpack[RequestKeywords]
     ) -> Iterator[Event]:
         """Submit `prompts` and step until all have ended; yields their events as they come.
 
@@ -177,21 +164,13 @@ class Session:
         starts with the first `next`. Closing the iterator cancels what is left. Sequences of other
         callers go on meanwhile; their events wait for their own `stream` or for `step`.
         """
-        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
-        return self.events(self.requests(prompts, request))
+        return self.events(self.requests(prompts, Request(**request)))
 
     def generate(
-        self,
-        prompts: Iterable[Iterable[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
-        top_logprobs: int = 0,
+        self, prompts: Iterable[Iterable[int]], **request: Unpack[RequestKeywords]
     ) -> list[Sequence]:
         """As `stream`, run to the end: the finished sequences in the order of their prompts."""
-        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
-        sequences = self.requests(prompts, request)
+        sequences = self.requests(prompts, Request(**request))
         for _ in self.events(sequences):
             pass
         return sequences
