@@ -10,11 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from ingot.runtime.serving.batch import Batch, Chunk, Row
-from ingot.runtime.serving.kv_cache import CacheFullError, KVCache
+from ingot.runtime.serving.kv_cache import KVCache
 from ingot.runtime.serving.row_sampling import Choice
 from ingot.runtime.serving.scheduler import Scheduler
 from ingot.runtime.serving.sequence import Request, Sequence
-from ingot.runtime.serving.speculation import Drafter, verify
+from ingot.runtime.serving.speculation import Drafter, accept
 
 LONGEST = 20
 
@@ -257,15 +257,6 @@ def test_preemption_never_comes_of_drafts() -> None:
     assert scheduler.preemptions == 0
 
 
-def test_a_loan_beyond_the_cache_is_refused() -> None:
-    scheduler = scheduler_of(pages=2)
-    scheduler.submit(sequence_of([1]))
-    scheduler.plan()
-    with pytest.raises(CacheFullError, match="9 tokens need 3 pages, the cache has 2"):
-        scheduler.borrow(sequence_of(range(9)))
-    assert scheduler.cache.free_pages == 2
-
-
 def choices(*tokens: int) -> Iterable[Choice]:
     for token in tokens:
         assert token >= 0, "asked for behind the first mismatch"
@@ -273,17 +264,43 @@ def choices(*tokens: int) -> Iterable[Choice]:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "accepted"),
+    ("chosen", "accepted", "end"),
     [
-        ((5, 6, 7, 8), [5, 6, 7, 8]),
-        ((5, 6, 9, -1), [5, 6, 9]),
-        ((9, -1, -1, -1), [9]),
-        ((6, -1, -1, -1), [6]),
+        ((5, 6, 7, 8), [5, 6, 7, 8], None),
+        ((5, 6, 9, -1), [5, 6, 9], None),
+        ((9, -1, -1, -1), [9], None),
+        ((6, -1, -1, -1), [6], None),
+        ((5, 99, -1, -1), [5], "stop"),
+        ((99, -1, -1, -1), [], "stop"),
     ],
 )
 def test_the_longest_matching_prefix_and_one_more(
-    chosen: tuple[int, ...], accepted: list[int]
+    chosen: tuple[int, ...], accepted: list[int], end: str | None
 ) -> None:
-    chunk = Chunk(sequence_of([1, 2]), 1, (2, 5, 6, 7))
+    sequence = Sequence(0, (1, 2), Request(30, stop_tokens={99}), seed=0)
+    chunk = Chunk(sequence, 1, (2, 5, 6, 7))
     rows = [Row(chunk, offset) for offset in range(4)]
-    assert [choice.token for choice in verify(rows, choices(*chosen))] == accepted
+    outcome = accept(rows, choices(*chosen), scheduler_of().cache)
+    assert [choice.token for choice in outcome.choices] == accepted
+    assert (outcome.end, outcome.message) == (end, "")
+
+
+@pytest.mark.parametrize(
+    ("most", "pages", "prompt", "count", "end"),
+    [
+        (3, 20, 2, 3, "length"),
+        (30, 20, LONGEST - 1, 2, "length"),
+        (30, 1, 3, 2, "error"),
+        (2, 1, 3, 2, "length"),
+    ],
+)
+def test_ends_in_the_middle_of_a_draft(
+    most: int, pages: int, prompt: int, count: int, end: str
+) -> None:
+    sequence = sequence_of(range(prompt), max_new_tokens=most)
+    chunk = Chunk(sequence, prompt - 1, (0, 41, 42, 43, 44))
+    rows = [Row(chunk, offset) for offset in range(5)]
+    outcome = accept(rows, choices(41, 42, 43, 44, 45), scheduler_of(pages=pages).cache)
+    assert [choice.token for choice in outcome.choices] == [41, 42, 43][:count]
+    assert outcome.end == end
+    assert bool(outcome.message) == (end == "error")
