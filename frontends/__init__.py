@@ -1,4 +1,4 @@
-"""Ways in and doors. May import every other room.
+"""Importers of models and the public entry points. May import every other room.
 
 The doors: `api` (`compile`, the whole way from model to tokens: read it first) with `options`,
 `compilation` (a language model through the passes to a program), what they give (`model`,

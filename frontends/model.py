@@ -14,6 +14,7 @@ from ..runtime.artifact.manifest import Manifest
 from ..runtime.program import Program
 from ..runtime.serving.session import Session
 from .aot import Exportable, export
+from .cli.inspect_view import show_bytes
 from .text.text_model import TextModel
 from .text.tokenizer import Tokenizer
 from .weight_report import WeightReport
@@ -55,16 +56,11 @@ class Report:
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
+        sizes = {"weights": self.weight_bytes, "cache": self.state_bytes}
+        sizes["scratch"] = self.arena_bytes
         lines = [
             f"{self.model_type} for {self.target} in {self.dtype}, compiled in {total:.1f} s",
-            ", ".join(
-                f"{name} {_size(nbytes)}"
-                for name, nbytes in (
-                    ("weights", self.weight_bytes),
-                    ("cache", self.state_bytes),
-                    ("scratch", self.arena_bytes),
-                )
-            ),
+            ", ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items()),
         ]
         if self.choices:
             built, cached = self.kernels_built, self.kernels_cached
@@ -78,13 +74,6 @@ class Report:
             for (op, kernels, reason), count in uses.items():
                 lines.append(f"  {count} x {op}: {', '.join(kernels)} ({reason})")
         return "\n".join(lines)
-
-
-def _size(nbytes: int) -> str:
-    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.1f} {units[0]}"
 
 
 def entry_sizes(program: Program) -> tuple[tuple[str, int, int], ...]:

@@ -1,4 +1,4 @@
-"""The way in, top down: a model to a graph.
+"""Importers: from a model to a graph.
 
 `huggingface` (a model directory to a graph and its weights), over `meta_model` (a config as a model
 without weights), `traced_ops` (attention and experts as one node each), `torch_export` (a traced

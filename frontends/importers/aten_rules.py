@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,40 +19,10 @@ from ...compiler.ops import attention, linear, moe, norm, pointwise, shape
 from ...compiler.ops import reduce as reduction
 from ...compiler.ops.leaf import literal
 from ...compiler.torch_types import dtype_name, torch_dtype
-from ...compiler.types import Dim, TensorType, dim
+from ...compiler.types import Dim, dim
 
-
-class Im(Protocol):
-    """The importer, as rules see it: `node` is the fx node at hand, `result` its traced type."""
-
-    node: Any
-
-    @property
-    def result(self) -> TensorType: ...
-
-    def emit(self, op: Op, *args: Value, **attrs: Any) -> Value:
-        """One node, which remembers where the model says it."""
-        ...
-
-    def to_shape(self, x: Value, target: tuple[Dim, ...]) -> Value:
-        """`x` viewed as `target`."""
-        ...
-
-    def to_dtype(self, x: Any, dtype: str) -> Value:
-        """A tensor cast, or a number as a literal, of `dtype`."""
-        ...
-
-    def tensor_type(self, tensor: torch.Tensor) -> TensorType:
-        """The type of a traced tensor."""
-        ...
-
-    def source(self) -> str:
-        """The module path and source line of the operator at hand."""
-        ...
-
-    def fallback(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """An `aten.*` node for an operator without a rule."""
-        ...
+if TYPE_CHECKING:
+    from .torch_export import Importer as Im
 
 
 Rule = Callable[..., Any]
@@ -518,8 +488,8 @@ def _attention(
     rows: list[Value] = []
     for x in (q, k, v):
         _, heads, tokens, size = x.type.shape
-        turned = im.emit(shape.permute, x, dims=(0, 2, 1, 3))
-        rows.append(im.to_shape(turned, (tokens, heads, size)))
+        by_token = im.emit(shape.permute, x, dims=(0, 2, 1, 3))
+        rows.append(im.to_shape(by_token, (tokens, heads, size)))
     usual = {"causal": True, "window": 0, "softcap": 0.0}
     attrs = _unusual(dict(zip(usual, variant, strict=True)), usual)
     out = im.emit(attention.attention, *_given(*rows, sinks), scale=scale, **attrs)

@@ -54,7 +54,7 @@ class HuggingFaceModel:
 
 
 class _Logits(torch.nn.Module):
-    """The call that is traced: no cache, positions given."""
+    """The forward pass that is traced: no cache, positions given."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -124,8 +124,8 @@ def _with_packed(graph: Graph, packed: Mapping[str, tuple[int, ...]], weights: W
         codes, scales = (constant(name=part, type=weights[part].type) for part in parts)
         value = mxfp4(codes, scales, dtype=node.types[0].dtype)
         order = packed[name]
-        turned = order != tuple(range(len(order)))
-        swap[Value(node)] = permute(value, dims=order) if turned else value
+        in_order = order == tuple(range(len(order)))
+        swap[Value(node)] = value if in_order else permute(value, dims=order)
     return rebuild(graph, swap)
 
 

@@ -55,7 +55,7 @@ def import_program(
     parameter to declare and the value to use. `strip` is a prefix of module paths and weight names
     that is dropped. ImportFailure names the first operator that cannot be imported.
     """
-    return _Importer(program, dict(symbols), dict(inputs or {}), strip).run(name)
+    return Importer(program, dict(symbols), dict(inputs or {}), strip).run(name)
 
 
 def _held(tensor: Any) -> Entry:
@@ -63,7 +63,9 @@ def _held(tensor: Any) -> Entry:
 
 
 @dataclass
-class _Importer:
+class Importer:
+    """One import. Rules see `node`, the fx node at hand, and what stands below "what rules use"."""
+
     program: ExportedProgram
     bounds: dict[str, range]
     inputs: dict[str, Callable[[TensorType], tuple[Value, Value]]]
@@ -201,6 +203,7 @@ class _Importer:
         return dim(expression.xreplace({s: self.dims[s.name] for s in expression.free_symbols}))
 
     def tensor_type(self, tensor: torch.Tensor) -> TensorType:
+        """The type of a traced tensor."""
         return TensorType(dtype_name(tensor.dtype), tuple(self.dim_of(d) for d in tensor.shape))
 
     def type_of(self, node: torch.fx.Node) -> TensorType:
@@ -212,6 +215,7 @@ class _Importer:
         return self.type_of(self.node)
 
     def to_shape(self, x: Value, target: tuple[Dim, ...]) -> Value:
+        """`x` viewed as `target`."""
         return x if x.type.shape == target else self.emit(shape.view, x, shape=target)
 
     def to_dtype(self, x: Any, dtype: str) -> Value:

@@ -1,4 +1,4 @@
-"""`ingot chat`: turn by turn, what was said before included."""
+"""`ingot chat`: a conversation over stdin; each answer is generated from the whole of it."""
 
 from __future__ import annotations
 
