@@ -17,8 +17,8 @@ from ...compiler.ops import linear, moe, pointwise, shape
 from ...compiler.ops.leaf import param
 from ...compiler.rewrite import Log, depends_only_on_constants
 from ...compiler.types import evaluate
-from .cuts import Cut, Misaligned, Pushed, cut_weight, pushed
-from .shares import experts_by_expert, experts_by_intermediate, share
+from .propagate_slice import Cut, Misaligned, Propagated, cut_weight, propagate_slice
+from .shares import expert_parallel_experts, share, tensor_parallel_experts
 
 # How a rank has a value: all of it, a summand of it, or a cut.
 Form = Cut | Literal["whole", "partial"]
@@ -36,14 +36,16 @@ class CannotShard(ValueError):
 class Facts:
     """What holds of each value whatever the rank.
 
-    `gains` are the dims along which a cut of a value saves work in a product, `summands` the nodes
-    that may be computed as a sum over ranks.
+    `column_parallel_dims` are the dims along which a cut of a value saves work in a product,
+    `partial_sum_nodes` the nodes that may be computed as a sum over ranks.
     """
 
     graph: Graph
     ranks: int
-    gains: dict[Value, frozenset[int]] = field(default_factory=dict[Value, "frozenset[int]"])
-    summands: set[Node] = field(default_factory=set[Node])
+    column_parallel_dims: dict[Value, frozenset[int]] = field(
+        default_factory=dict[Value, "frozenset[int]"]
+    )
+    partial_sum_nodes: set[Node] = field(default_factory=set[Node])
     layouts: dict[Node, ExpertLayout] = field(default_factory=dict[Node, ExpertLayout])
     kept: dict[Node, str] = field(default_factory=dict[Node, str])
 
@@ -57,18 +59,25 @@ class Facts:
             if node in self.constant or len(node.types) != 1:
                 continue
             if self._is_summand(node):
-                self.summands.add(node)
-            self.gains[Value(node)] = self._gains(node)
+                self.partial_sum_nodes.add(node)
+            self.column_parallel_dims[Value(node)] = self._column_parallel_dims(node)
 
-    def _gains(self, node: Node) -> frozenset[int]:
-        dims = node.types[0].shape
-        if node.op is linear.linear:
-            column = node not in self.summands and self._are_weights(node.args[1:])
-            return frozenset((len(dims) - 1,)) if column else frozenset()
-        found: set[int] = set()
+    def _column_parallel_dims(self, node: Node) -> frozenset[int]:
+        dims, axes = node.types[0].shape, node.axes
+        if axes is None or (node in self.partial_sum_nodes and node.op in _SPLIT):
+            return frozenset()
+        if axes.sums - {axes.along}:
+            # A product: what only its weights have need not be computed whole.
+            pairs = zip(node.args, axes.operands, strict=True)
+            given = {f for a, d in pairs if a.node not in self.constant for n in d for f in n}
+            own = ((i, n) for i, n in enumerate(axes.results[0]) if n and not given & set(n))
+            return frozenset(i for i, factors in own if axes.is_plain(factors[0]))
+        found = set[int]()
         for axis, size in enumerate(dims):
-            inner = pushed(node, Cut(axis, 0, size)) if isinstance(size, int) else None
-            if inner and any(c and c.axis in self.gains.get(a, ()) for a, c in inner.args):
+            inner = propagate_slice(node, Cut(axis, 0, size)) if isinstance(size, int) else None
+            if inner and any(
+                c and c.axis in self.column_parallel_dims.get(a, ()) for a, c in inner.args
+            ):
                 found.add(axis)
         return frozenset(found)
 
@@ -83,7 +92,7 @@ class Facts:
         if node.op is linear.embedding:
             return self._are_weights(node.args[1:])
         # f is linear in what is summed. A summand that others need whole would be summed twice.
-        one_use = [a.node in self.summands and self.uses[a] == 1 for a in node.args]
+        one_use = [a.node in self.partial_sum_nodes and self.uses[a] == 1 for a in node.args]
         if node.op is pointwise.add:
             return all(one_use)
         if node.op is pointwise.mul:
@@ -96,7 +105,9 @@ class Facts:
     def _is_row_parallel(self, node: Node) -> bool:
         x, *parameters = node.args
         inner = x.type.shape[-1]
-        if x.type.rank - 1 not in self.gains.get(x, ()) or not self._are_weights((*parameters,)):
+        if x.type.rank - 1 not in self.column_parallel_dims.get(x, ()) or not self._are_weights(
+            (*parameters,)
+        ):
             return False
         if not isinstance(inner, int) or inner % self.ranks:
             heads = x.node.args[0].type.shape[1:] if x.op is shape.view else ()
@@ -127,10 +138,10 @@ class Facts:
         costs: dict[ExpertLayout, int] = {}
         given = node.args[:3]
         if hidden % self.ranks == 0 and self._can_cut(node, ((down, 2),)):
-            by_units = experts_by_intermediate(node, given, self.ranks, 0)
+            by_units = tensor_parallel_experts(node, given, self.ranks, 0)
             costs["intermediate"] = self._bytes(by_units)
         if count % self.ranks == 0 and self._can_cut(node, ((gate_up, 0), (down, 0))):
-            costs["expert"] = self._bytes(experts_by_expert(node, given, self.ranks, 0))
+            costs["expert"] = self._bytes(expert_parallel_experts(node, given, self.ranks, 0))
         if not costs and node not in self.kept:
             raise CannotShard(
                 at(
@@ -181,7 +192,7 @@ class Plan:
             return [self._share(Value(node), node.types[0].rank - 1)]
         return [form for form in self.wanted[Value(node)] if isinstance(form, Cut)]
 
-    def summands(self, node: Node) -> list[tuple[Value, Form]]:
+    def partial_operands(self, node: Node) -> list[tuple[Value, Form]]:
         """The arguments from which a node's summand is computed, where not weights of its own."""
         if node.op is linear.linear:
             x = node.args[0]
@@ -190,7 +201,7 @@ class Plan:
             return [(node.args[0], "whole")]
         if node.op is moe.experts:
             return [(a, "whole") for a in node.args[:3]]
-        summed = self.facts.summands
+        summed = self.facts.partial_sum_nodes
         return [(a, "partial" if a.node in summed else "whole") for a in node.args]
 
     def _share(self, value: Value, axis: int) -> Cut:
@@ -206,9 +217,9 @@ class Plan:
         """Choose how `node` is computed, and want of its arguments what that takes."""
         wanted = self.wanted.get(Value(node), {}) if len(node.types) == 1 else {}
         cuts = [form for form in wanted if isinstance(form, Cut)]
-        if node in self.facts.summands:
+        if node in self.facts.partial_sum_nodes:
             self.how[node] = "partial" if wanted.keys() == {"partial"} else "sum"
-            self._want(self.summands(node), node.op.name)
+            self._want(self.partial_operands(node), node.op.name)
             return
         if not cuts or "whole" in wanted or _overlap(cuts):
             cuts = []
@@ -223,9 +234,9 @@ class Plan:
             if inner := self._pushed(node, cut):
                 self._want(((a, c or "whole") for a, c in inner.args), node.op.name)
 
-    def _pushed(self, node: Node, cut: Cut) -> Pushed | None:
+    def _pushed(self, node: Node, cut: Cut) -> Propagated | None:
         try:
-            return pushed(node, cut)
+            return propagate_slice(node, cut)
         except Misaligned as reason:
             ranks = f"it does not divide over {self.facts.ranks} ranks"
             raise CannotShard(at(node, f"{reason}: {ranks}")) from reason
@@ -233,7 +244,7 @@ class Plan:
     # A cut of the graph's output that saves work, where zeros past its end stay outside.
     def _is_gathered(self, node: Node) -> bool:
         value, type_ = Value(node), node.types[0]
-        if type_.rank - 1 not in self.facts.gains.get(value, ()):
+        if type_.rank - 1 not in self.facts.column_parallel_dims.get(value, ()):
             return False
         size = type_.shape[-1]
         if value not in self.facts.graph.outputs or not isinstance(size, int):

@@ -4,8 +4,8 @@ Every rank holds what lies between layers whole, and a share of each layer. A pr
 come from other products is split along K and its partial sums are added up (row-parallel, one
 all_reduce); those other products are split along N to suit it (column-parallel), and with them the
 heads and all that stands between. Nothing is known of models: how a cut of one value follows from
-cuts of others is in `cuts`, what is split in `shard_plan` (Shoeybi et al. 2019, arXiv:1909.08053;
-Xu et al. 2021, arXiv:2105.04663).
+cuts of others is in `propagate_slice`, what is split in `shard_plan` (Shoeybi et al. 2019,
+arXiv:1909.08053; Xu et al. 2021, arXiv:2105.04663).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ...compiler.ops.collective import all_gather, all_reduce
 from ...compiler.ops.leaf import param
 from ...compiler.pipeline import PassContext
 from ..raising.canonicalize import simplified
-from .cuts import Cut, cut_weight, pushed, sliced
+from .propagate_slice import Cut, cut_weight, propagate_slice, sliced
 from .shard_plan import CannotShard, Facts, Form, Plan
-from .shares import experts_by_expert, experts_by_intermediate, looked_up
+from .shares import expert_parallel_experts, tensor_parallel_experts, vocab_parallel_embedding
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _Builder:
                 self.made[value, "whole"] = sliced(parts, Cut(cut.axis, 0, size))
 
     def _cut(self, node: Node, cut: Cut) -> Value:
-        inner = pushed(node, cut)
+        inner = propagate_slice(node, cut)
         assert inner is not None
         return _emit(
             node, node.op, *(self._get(a, c or "whole") for a, c in inner.args), **inner.attrs
@@ -121,7 +121,7 @@ class _Builder:
     def _summand(self, node: Node) -> Value:
         """This rank's summand of the node's result."""
         facts, rank = self.plan.facts, self.plan.rank
-        forms = self.plan.summands(node)
+        forms = self.plan.partial_operands(node)
         given = tuple(self._get(a, form) for a, form in forms)
         if node.op is linear.linear:
             ((_, mine),) = forms
@@ -130,10 +130,10 @@ class _Builder:
             once = bias if rank == 0 else ()
             return _emit(node, linear.linear, *given, cut_weight(weight, mine.at(1)), *once)
         if node.op is linear.embedding:
-            return looked_up(node, given[0], facts.ranks, rank)
+            return vocab_parallel_embedding(node, given[0], facts.ranks, rank)
         if node.op is moe.experts:
             by_units = facts.layouts[node] == "intermediate"
-            build = experts_by_intermediate if by_units else experts_by_expert
+            build = tensor_parallel_experts if by_units else expert_parallel_experts
             return build(node, given, facts.ranks, rank)
         return _emit(node, node.op, *given, **node.attrs)
 

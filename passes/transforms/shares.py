@@ -10,7 +10,7 @@ from typing import Any
 from ...compiler.ir import Node, Op, Value
 from ...compiler.ops import linear, moe, pointwise, shape
 from ...compiler.ops.leaf import literal
-from .cuts import Cut, cut_weight, joined_cuts
+from .propagate_slice import Cut, cut_label, cut_weight
 
 
 def share(size: int, ranks: int, rank: int, axis: int) -> Cut:
@@ -20,7 +20,7 @@ def share(size: int, ranks: int, rank: int, axis: int) -> Cut:
 
 
 # embedding(ids, W) == Σ over ranks of (the row of W, on the rank that holds it; 0 on the others)
-def looked_up(node: Node, ids: Value, ranks: int, rank: int) -> Value:
+def vocab_parallel_embedding(node: Node, ids: Value, ranks: int, rank: int) -> Value:
     """The rows of the tokens that the rank's part of the table has, zero rows for the others."""
     table = node.args[1]
     size = table.type.shape[0]
@@ -34,27 +34,22 @@ def looked_up(node: Node, ids: Value, ranks: int, rank: int) -> Value:
 
 
 # Σ over the hidden units of an expert == Σ over ranks of the units that the rank holds
-def experts_by_intermediate(node: Node, args: tuple[Value, ...], ranks: int, rank: int) -> Value:
+def tensor_parallel_experts(node: Node, args: tuple[Value, ...], ranks: int, rank: int) -> Value:
     """Every expert with the rank's share of its hidden units. `args`: x, weights, indices."""
-    gate_up, down, *biases = node.args[3:]
-    hidden = down.type.shape[2]
-    assert isinstance(hidden, int)
-    mine = share(hidden, ranks, rank, 2)
-    halves = 2 if node.attrs.get("gated", True) else 1
-
-    def rows(value: Value) -> Value:
-        """Of gate rows and then up rows, those of the rank's units."""
-        starts = [mine.start + half * hidden for half in range(halves)]
-        return joined_cuts(value, [Cut(1, start, start + mine.size) for start in starts])
-
-    weights = [rows(gate_up), cut_weight(down, mine)]
-    if biases:
-        weights += [rows(biases[0]), _added_once(biases[1], rank)]
-    return _emit(node, moe.experts, *args, *weights, **node.attrs)
+    axes = node.axes
+    assert axes is not None
+    mine = share(int(axes.size(("i",))), ranks, rank, 0)
+    weights = [
+        _added_once(weight, rank)
+        if i in axes.added
+        else cut_label(weight, axes, dims, "i", (mine.start, mine.stop))
+        for i, (weight, dims) in enumerate(zip(node.args, axes.operands, strict=True))
+    ]
+    return _emit(node, moe.experts, *args, *weights[len(args) :], **node.attrs)
 
 
 # Σ over the chosen experts == Σ over ranks of those chosen experts that the rank holds
-def experts_by_expert(node: Node, args: tuple[Value, ...], ranks: int, rank: int) -> Value:
+def expert_parallel_experts(node: Node, args: tuple[Value, ...], ranks: int, rank: int) -> Value:
     """The rank's share of the experts; choices of others weigh 0. `args`: x, weights, indices."""
     x, weights, indices = args
     count = node.args[3].type.shape[0]
