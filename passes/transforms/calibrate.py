@@ -26,14 +26,13 @@ from ...compiler.ops.leaf import constant, param
 from ...compiler.torch_types import torch_dtype
 from ...compiler.weights import Entry, Weights
 from .mxfp4_policy import (
-    INPUT_OF,
     MXFP4,
     ROTATED,
-    WEIGHTS_OF,
     Encoded,
     Site,
     can_rotate,
     find_sites,
+    weights_of,
 )
 
 # A tensor under a name, to where it can be read again.
@@ -197,7 +196,7 @@ class _Calibration:
         columns = [values.get(arg) or [self._constant(arg)] * count for arg in node.args]
         rows = [list(row) for row in zip(*columns, strict=True)]
         quantized = rows[: count // 2]
-        for i in WEIGHTS_OF.get(node.op, ()):
+        for i, x in weights_of(node).items():
             site = self.sites.get(node.args[i])
             if site is None:
                 continue
@@ -208,7 +207,7 @@ class _Calibration:
             for row in quantized:
                 row[i] = decoded
                 if rotated:
-                    x = INPUT_OF[node.op][i]
+                    assert x is not None
                     (row[x],) = hadamard.reference(row[x], block=ROTATED)
         return rows
 
@@ -263,7 +262,7 @@ class _Calibration:
     def _inputs(
         self, node: Node, i: int, rows: Sequence[Sequence[Any]], part: int, rotated: bool
     ) -> _Inputs:
-        x = INPUT_OF.get(node.op, {}).get(i)
+        x = weights_of(node)[i]
         key = (node.args[x or 0], rotated)
         alone = node.op is linear.linear
         if alone and key in self.shared:

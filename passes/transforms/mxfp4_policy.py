@@ -16,25 +16,13 @@ from numbers import Integral
 from typing import Any, Literal
 
 from ...compiler.dtypes import STORED_BITS
-from ...compiler.ir import Graph, Node, Op, Value, walk
+from ...compiler.ir import Graph, Node, Value, walk
 from ...compiler.microscaling import GROUPS, SCALE_RULES
 from ...compiler.ops import linear, moe, pointwise, shape
 from ...compiler.ops.collective import all_gather, all_reduce
 from ...compiler.ops.leaf import constant
 from ...compiler.ops.mxfp4 import mxfp4
 
-# The operands of each product that hold [..., N, K], K being summed over.
-WEIGHTS_OF: Mapping[Op, tuple[int, ...]] = {
-    linear.linear: (1,),
-    linear.head_linear: (1,),
-    moe.experts: (3, 4),
-}
-# The activation that such an operand is multiplied by, where it is an operand itself.
-INPUT_OF: Mapping[Op, Mapping[int, int]] = {
-    linear.linear: {1: 0},
-    linear.head_linear: {1: 0},
-    moe.experts: {3: 0},
-}
 # Elements that are rotated together.
 ROTATED = 32
 # Weights of fewer rows than this (a gate, say) are too small for their bytes to matter.
@@ -153,7 +141,7 @@ def find_sites(graph: Graph, options: MXFP4) -> list[Site]:
     for node in graph.nodes():
         if node in folded:
             continue
-        for i in (1,) if node.op is linear.embedding else WEIGHTS_OF.get(node.op, ()):
+        for i in (1,) if node.op is linear.embedding else weights_of(node):
             if node.args[i].node in folded:
                 users.setdefault(node.args[i], {})[node] = None
     routers = [n.args[0] for n in graph.nodes() if n.op is moe.router]
@@ -263,14 +251,28 @@ class Packing:
 def can_rotate(site: Site) -> bool:
     """Whether blocks divide the weight, and its activation is an operand as well."""
     inner = site.weight.type.shape[-1]
-    operands = [(n.op, i) for n in site.users for i in operands_of(n, site.weight)]
-    return (
-        isinstance(inner, int)
-        and inner % ROTATED == 0
-        and all(i in INPUT_OF.get(op, {}) for op, i in operands)
-    )
+    inputs = [weights_of(n)[i] for n in site.users for i in operands_of(n, site.weight)]
+    return isinstance(inner, int) and inner % ROTATED == 0 and None not in inputs
+
+
+def weights_of(node: Node) -> dict[int, int | None]:
+    """The operands [..., N, K] of a product that sums over K.
+
+    For each the operand [..., K] that it is multiplied by, None where that is computed inside.
+    """
+    axes, found = node.axes, dict[int, int | None]()
+    if axes is None:
+        return found
+    for i, dims in enumerate(axes.operands):
+        last = dims[-1] if len(dims) > 1 else ()
+        others = [d for d in axes.operands if d is not dims and last in d[:-1]]
+        if last and not others and (axes.sums | axes.dots) - {axes.along} >= {*last}:
+            found[i] = next(
+                (j for j, d in enumerate(axes.operands) if j != i and d[-1:] == (last,)), None
+            )
+    return found
 
 
 def operands_of(node: Node, weight: Value) -> list[int]:
     """Where `node` takes `weight` as a weight of its product."""
-    return [i for i in WEIGHTS_OF.get(node.op, ()) if node.args[i] == weight]
+    return [i for i in weights_of(node) if node.args[i] == weight]

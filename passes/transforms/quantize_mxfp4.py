@@ -21,7 +21,6 @@ from ...compiler.rewrite import Applied, rebuild
 from ...compiler.types import TensorType
 from .calibrate import Calibrated, calibrate, count_matrices
 from .mxfp4_policy import (
-    INPUT_OF,
     MXFP4,
     ROTATED,
     Encoded,
@@ -30,6 +29,7 @@ from .mxfp4_policy import (
     can_rotate,
     find_sites,
     operands_of,
+    weights_of,
 )
 
 # What rounding its weights may change a product by, relative to its largest result: more would be
@@ -79,7 +79,8 @@ class QuantizeMxfp4:
                 for i in operands_of(node, site.weight):
                     swap[node, i] = packed
                     if rotated:
-                        x = INPUT_OF[node.op][i]
+                        x = weights_of(node)[i]
+                        assert x is not None
                         swap[node, x] = turned.setdefault(node.args[x], _turned(node.args[x]))
             rule = _rule(site, rotated)
             if done:
