@@ -7,7 +7,7 @@ references from the same random inputs, for several values of every symbol.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from math import prod
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ from .types import VerifyError
 
 _ROUNDS = 3
 # What an op chooses differs for few tokens where a rule is wrong in a corner (a limit on groups
-# that seldom binds): so many are drawn, at most so many at once. An error that one token in a hundred
-# shows is then missed once in 30,000 times.
+# that seldom binds): so many are drawn, at most so many at once, and then again half as many with
+# inputs of other magnitudes. An error that one token in a hundred shows is missed once in 30,000
+# times.
 _CHOICES, _AT_ONCE = 1024, 256
 # Chained ops add up their errors; more than this many times one op's tolerance is no rounding.
 _SLACK = 8
@@ -42,14 +43,8 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
     """
     frontier = _frontier(applied)
     domains = _domains(applied, frontier)
-    wanted = _CHOICES if _chooses(applied, frontier) else 0
-    rounds = 0
-    while rounds < _ROUNDS or wanted > 0:
-        spread = rounds >= _ROUNDS
-        binding = _sample_symbols(graph, _AT_ONCE if spread else 9)
-        wanted -= max((*binding.values(), 32)) if binding else wanted
-        rounds += 1
-        binding |= _equal_symbols(applied, binding)
+    for binding, spread in _rounds(graph, _chooses(applied, frontier)):
+        binding.update(_equal_symbols(applied, binding))
         inputs = {v: _sample(v, binding, applied.given.get(v), domains.get(v)) for v in frontier}
         if spread:
             inputs = {v: _scaled(x) for v, x in inputs.items()}
@@ -116,6 +111,20 @@ def _domains(applied: Applied, frontier: set[Value]) -> dict[Value, range]:
                 elif value.op in _SELECTIONS or value.op is cat:
                     stack.extend(value.node.args)
     return found
+
+
+def _rounds(graph: Graph, chooses: bool) -> Iterator[tuple[dict[str, int], bool]]:
+    """Values of the symbols for each draw, and whether its inputs are of several magnitudes."""
+    for _ in range(_ROUNDS):
+        yield _sample_symbols(graph, 9), False
+    if not chooses:
+        return
+    for tokens, spread in ((_CHOICES, False), (_CHOICES // 2, True)):
+        drawn = 0
+        while drawn < tokens:
+            binding = _sample_symbols(graph, _AT_ONCE)
+            drawn += max((*binding.values(), 32))
+            yield binding, spread
 
 
 def _chooses(applied: Applied, frontier: set[Value]) -> bool:

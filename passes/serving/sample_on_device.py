@@ -82,8 +82,8 @@ def _claims(after: Graph) -> tuple[Applied, ...]:
     if top:
         _, others = top
         claims.append((full(value=0.0, shape=others.type.shape, dtype="f32"), others))
-    before, after = zip(*claims, strict=True)
-    return (Applied("greedy-sample", (logits,), before, after, one),)
+    expected, found = zip(*claims, strict=True)
+    return (Applied("greedy-sample", (logits,), expected, found, one),)
 
 
 def _param(name: str, dtype: str, *shape: Dim) -> Value:

@@ -13,14 +13,17 @@ from functools import cache
 from typing import Any
 
 import pytest
-from ingot.compiler.ir import Graph, Node, Value, walk
+from ingot.compiler.ir import Graph, Node, Op, Value, walk
 from ingot.compiler.ops.leaf import literal
-from ingot.compiler.ops.pointwise import add
+from ingot.compiler.ops.pointwise import add, mul
 from ingot.compiler.pipeline import PassError, run_pipeline
 from ingot.compiler.rewrite import Applied, Log
 from ingot.compiler.validate import check_rewrite
 from ingot.frontends.importers.huggingface import import_hugging_face
-from ingot.passes.pipelines import causal_lm
+from ingot.passes.pipelines import RAISING, causal_lm
+from ingot.passes.serving import insert_kv_cache, sample_on_device
+from ingot.passes.transforms import quantize_mxfp4
+from ingot.passes.transforms.absorb_mla import AbsorbMla
 from ingot.passes.transforms.mxfp4_policy import MXFP4
 from tiny_models import tiny_model
 
@@ -142,6 +145,16 @@ class Mutation:
         return tuple(Value(new.get(v.node, v.node), v.index) for v in after)
 
 
+def zeroed(i: int) -> Change:
+    """Operand i, integers, multiplied by 0."""
+
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        none = mul(args[i], literal(value=0, dtype=args[i].type.dtype))
+        return node.op.node((*args[:i], none, *args[i + 1 :]), node.attrs, node.source)
+
+    return change
+
+
 MLA = "deepseek_v3"
 MUTATIONS: dict[str, Mutation] = {
     # what models say
@@ -171,7 +184,10 @@ MUTATIONS: dict[str, Mutation] = {
     "scale exponent off by one": Mutation("llama", "mxfp4-projection", "mxfp4", first_more(1)),
     "codes off by one": Mutation("llama", "mxfp4-projection", "mxfp4", first_more(0)),
     "exponents of experts": Mutation("qwen3_moe", "mxfp4-experts", "mxfp4", first_more(1)),
+    "unrotated slice of the query": Mutation(MLA, "premultiply-query", "slice", moved_slice),
+    "W_O W_UV twice": Mutation(MLA, "premultiply-output", "matmul", doubled_last),
     # how they serve
+    "another row's logits": Mutation("llama", "take-before-linear", "take", zeroed(1)),
     "window off by one": Mutation(
         "mistral", "cache", "cached_attention", one_more("window"), (("sliding_window", 3),)
     ),
@@ -232,6 +248,8 @@ def traced(model: str, config: tuple[tuple[str, Any], ...]) -> Graph:
 def compiled(mutation: Mutation, check: Callable[[Graph, Applied], None] | None) -> None:
     packing = MXFP4(group=16) if mutation.packed or mutation.rule.startswith("mxfp4") else None
     passes = causal_lm(max_sequences=2, max_tokens_per_sequence=64, quantize=packing)
+    if mutation.rule.startswith("premultiply"):
+        passes = (*RAISING, AbsorbMla(premultiply=True))
     run_pipeline(traced(mutation.model, mutation.config), passes, check=check)
 
 
@@ -275,6 +293,80 @@ def test_a_broken_rule_is_caught(name: str, broken: Callable[[Mutation], list[st
         rf"pass [a-z0-9-]+: rule {mutation.rule} changes a result by \S+ \(allowed", said
     )
     assert "before:\n" in said and "after:\n" in said
+
+
+# ---- what passes build by themselves, not by rewrites
+
+
+def _wrong_rows(patch: pytest.MonkeyPatch) -> None:
+    take = insert_kv_cache.take
+    nothing = literal(value=0, dtype="i32")
+    patch.setattr(insert_kv_cache, "take", lambda x, rows: take(x, mul(rows, nothing)))
+
+
+def _caches_swapped(patch: pytest.MonkeyPatch) -> None:
+    """The keys of a layer are what is kept in place of its values."""
+
+    def swapped(*parts: Any) -> Graph:
+        graph = Graph(*parts)
+        kept = graph.updates
+        names = {n: ("v" if n[0] == "k" else "k") + n[1:] for n in kept}
+        return replace(graph, updates={n: kept[names[n]] for n in kept})
+
+    patch.setattr(insert_kv_cache, "Graph", swapped)
+
+
+def _temperature_for_min_p(patch: pytest.MonkeyPatch) -> None:
+    names = {"temperature": "min_p", "min_p": "temperature"}
+    mixed = tuple((names.get(name, name), kind) for name, kind in sample_on_device.SETTINGS)
+    patch.setattr(sample_on_device, "SETTINGS", mixed)
+
+
+class _OtherTop:
+    """`sample` with top_k in place of top."""
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+
+    def all(self, *args: Value, **attrs: Any) -> tuple[Value, ...]:
+        return self.op.all(*args[:-1], args[2], **attrs)
+
+
+def _top_k_for_top(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sample_on_device, "sample", _OtherTop(sample_on_device.sample))
+
+
+def _keys_for_values(patch: pytest.MonkeyPatch) -> None:
+    """Two packed weights of one type change places."""
+    whole = quantize_mxfp4._with_operands
+
+    def changed(swap: Mapping[tuple[Node, int], Value]) -> dict[Node, Node]:
+        places = list(swap)
+        one = places[0]
+        other = next(p for p in places[1:] if swap[p].type == swap[one].type)
+        return whole({**swap, one: swap[other], other: swap[one]})
+
+    patch.setattr(quantize_mxfp4, "_with_operands", changed)
+
+
+# Where, what is broken, and what the check says.
+BUILT: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "rows of other tokens": (_wrong_rows, "insert-kv-cache: rule (logit|written)-rows"),
+    "caches of each other": (_caches_swapped, "insert-kv-cache: rule written-rows"),
+    "temperature for min_p": (_temperature_for_min_p, "sample-on-device: rule greedy-sample"),
+    "top_k for top": (_top_k_for_top, "sample-on-device: rule greedy-sample"),
+    "another weight packed": (_keys_for_values, "quantize-mxfp4: rule quantize-mxfp4-product"),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_what_a_pass_builds_wrong_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks, message = BUILT[name]
+    breaks(monkeypatch)
+    packing = MXFP4(group=16)
+    passes = causal_lm(max_sequences=2, max_tokens_per_sequence=64, quantize=packing, sample=True)
+    with pytest.raises(PassError, match=rf"^pass {message} changes a result"):
+        run_pipeline(traced("llama", ()), passes, check=check_rewrite)
 
 
 def test_unbroken_rules_pass_the_same_check() -> None:
