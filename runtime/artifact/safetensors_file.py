@@ -164,7 +164,7 @@ class ShardWriter:
         end = 0
         for name, (dtype, shape) in (t for item in self._items for t in item.types.items()):
             if DTYPES[dtype].safetensors is None:
-                raise ValueError(f"{name}: a safetensors file holds no {dtype}")
+                raise ValueError(f"weight {name}: a safetensors file holds no {dtype}")
             start, end = end, end + dense_bytes(dtype, shape)
             stored = DTYPES[dtype].safetensors
             header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}

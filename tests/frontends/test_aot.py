@@ -303,7 +303,7 @@ def test_programs_that_would_be_refused_are_not_written(tmp_path: Path) -> None:
     wide = Buffer("@wide", "c128", (2,), "weight", 32)
     made = tiny_ingot.program()
     made = replace(made, buffers={**made.buffers, "@wide": wide})
-    with pytest.raises(ValueError, match="weight @wide: an ingot holds no c128"):
+    with pytest.raises(ValueError, match="weight @wide: a safetensors file holds no c128"):
         tiny_ingot.write(tmp_path / "x", made)
     collective = parse(
         "graph @g(%x: f32[4]) {\n  %0 = all_reduce(%x, ranks=2) : f32[4]\n  return %0\n}"
