@@ -37,11 +37,12 @@ from .kernel_query import (
     Packed,
     Ref,
     Result,
+    Runtime,
     Scales,
     Temp,
     dense_strides,
 )
-from .kernel_source import KernelSource
+from .kernel_source import KernelSource, map_leaves
 from .pointwise import computed, fusible, region_of
 from .regions import grouped
 from .select import FRAGMENT_PRODUCTS, PACKED_WEIGHTS, copied, select
@@ -263,26 +264,34 @@ class KernelBackend:
         entry = entry_name(builder.binding)
         ids: list[str] = []
         for call in chosen.calls:
-            names = [n for n in call.function.arg_names if n in call.args]
-            given = {n: a if isinstance(a, int | float) else place(a) for n, a in call.args.items()}
-            source = self._source(call, {n: _argument(given[n]) for n in names})
+            values: list[Slice | int | float] = []
+            source = self._source(call, place, values)
             id_ = source.hash(self.target.name)
             self.sources.setdefault(id_, source)
             if self._only in (None, entry):
                 self._wanted[id_] = None
             ids.append(call.function.__name__)
             writes = [place(ref) for ref in call.writes]
-            reads = [s for s in given.values() if isinstance(s, Slice)]
-            launch = Launch(id_, tuple(given[n] for n in names), call.grid, label)
+            reads = [s for s in values if isinstance(s, Slice)]
+            launch = Launch(id_, tuple(values), call.grid, label)
             builder.launch(launch, reads, writes)
         op = label.split(" ")[0]
         self.choices.append(Choice(op, entry, tuple(ids), chosen.reason, chosen.seconds))
 
-    def _source(self, call: Call, kinds: dict[str, Argument]) -> KernelSource:
+    def _source(
+        self, call: Call, place: Callable[[Ref], Slice], values: list[Slice | int | float]
+    ) -> KernelSource:
+        """What is built for a call; the run-time values of its launch are added to `values`."""
+
+        def described(leaf: Any) -> Any:
+            if not isinstance(leaf, Runtime | Ref):
+                return leaf
+            values.append(leaf.value if isinstance(leaf, Runtime) else place(leaf))
+            return _argument(values[-1])
+
         return KernelSource.of(
             call.function,
-            kinds,
-            call.constants,
+            {n: map_leaves(v, described) for n, v in call.arguments().items()},
             call.num_warps,
             call.num_stages,
             call.overlaps and self.target.name.startswith("cuda"),

@@ -1,13 +1,14 @@
 """What a template is asked and what it answers: a node with its operands in, launches out.
 
-A template is a function `(KernelQuery) -> Candidate | Declined`. It says in launches of Triton
-kernels how one node is computed on one target for one bucket; where the bytes lie is not its
+A template is a function of a KernelQuery that gives a Candidate for every way to compute the node,
+and a Declined for those that do not fit. A candidate says in launches of Triton kernels how one
+node is computed on one target for one bucket, and what that costs; where the bytes lie is not its
 business: it names the node's arguments, its results and scratch of its own by references.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,9 +16,7 @@ from typing import Any
 from ..compiler.ir import Op
 from ..compiler.target import Target
 from ..compiler.types import TensorType
-
-# What a launch costs however little it does, in seconds: the gap between two nodes of a graph.
-LAUNCH_SECONDS = 1e-6
+from .prices import LAUNCH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,13 @@ class Temp:
 Ref = Arg | Codes | Scales | Result | Temp
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """A number that a kernel is given with every launch, and not built for."""
+
+    value: int | float
+
+
 def present(refs: Mapping[str, Ref | None]) -> tuple[dict[str, Ref], dict[str, None]]:
     """Memory that is there, and names of what is not, which are constants."""
     given = {name: ref for name, ref in refs.items() if ref is not None}
@@ -116,15 +122,16 @@ def present(refs: Mapping[str, Ref | None]) -> tuple[dict[str, Ref], dict[str, N
 class Call:
     """One launch of a Triton kernel.
 
-    `args` are its run-time parameters by name: memory by reference, numbers (int is i32, float is
-    f32) as they are. `constants` are its tl.constexpr parameters by name (None for an operand that
-    is not there), all but PROGRAMMATIC (see templates.pdl). `writes` are the references that
-    it writes; it reads the others. `overlaps` says whether the launches around it may overlap it
-    where the target has that: tiles for many tokens keep the device to themselves.
+    `args` are its parameters by name, all but PROGRAMMATIC (see templates.pdl): memory by
+    reference, None for an operand that is not there, and numbers, which are run-time values (int is
+    i32, float is f32) unless the parameter is a tl.constexpr. An argument may be a NamedTuple of
+    these (a Weight, an Epilogue): its numbers are constants. `writes` are the references that it
+    writes; it reads the others. `overlaps` says whether the launches around it may overlap it where
+    the target has that: tiles for many tokens keep the device to themselves.
     """
 
     function: Any
-    args: Mapping[str, Ref | int | float]
+    args: Mapping[str, Any]
     grid: tuple[int, int, int]
     writes: tuple[Ref, ...]
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -132,15 +139,26 @@ class Call:
     num_stages: int = 2
     overlaps: bool = True
 
+    def arguments(self) -> dict[str, Any]:
+        """`args` in the order of the function's parameters, with run-time numbers marked."""
+        marked = {**self.args, **self.constants}
+        order = [p.name for p in self.function.params if p.name in marked]
+        for p in self.function.params:
+            value = marked.get(p.name)
+            if isinstance(value, int | float) and not p.is_constexpr:
+                marked[p.name] = Runtime(value)
+        return {n: marked[n] for n in (*order, *(marked.keys() - {*order}))}
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """How a node is computed: launches in order, their scratch, an estimate, and why so."""
+    """A way to compute a node: launches in order, its price in seconds, what it is, and scratch."""
 
     calls: tuple[Call, ...]
     seconds: float
     reason: str
     temps: Mapping[str, TensorType] = field(default_factory=dict[str, TensorType])
+    runner_up: Candidate | None = None
 
 
 @dataclass(frozen=True)
@@ -193,10 +211,14 @@ class KernelQuery:
 
     def seconds(self, launches: int, extra_bytes: int = 0) -> float:
         """An estimate: every operand moved once at the target's bandwidth, and the launches."""
+        moved = self.moved_bytes() + extra_bytes
+        return moved / self.target.bytes_per_second + launches * LAUNCH_SECONDS
+
+    def moved_bytes(self) -> int:
+        """Bytes of all operands, each moved once."""
         # An appended row is moved as a result; the cache that it goes to is not.
         own = len(self.results) - (len(self.append.caches) if self.append else 0)
-        moved = sum(o.nbytes for o in (*self.args, *self.results[:own])) + extra_bytes
-        return moved / self.target.bytes_per_second + launches * LAUNCH_SECONDS
+        return sum(o.nbytes for o in (*self.args, *self.results[:own]))
 
 
 # Ops whose optional operands their count tells: where these begin, and their names in order.
@@ -226,4 +248,4 @@ def _optional_positions(query: KernelQuery) -> dict[str, int]:
     return {n: start + i for i, n in enumerate(names)}
 
 
-Template = Callable[[KernelQuery], Candidate | Declined]
+Template = Callable[[KernelQuery], Candidate | Declined | Iterable[Candidate | Declined]]

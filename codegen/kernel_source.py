@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,18 +25,29 @@ def triton_type(kind: str) -> str:
     return f"*{TRITON_TYPES[kind[1:]]}" if kind.startswith("*") else TRITON_TYPES[kind]
 
 
+def is_aggregate(value: Any) -> bool:
+    """Whether a kernel's argument is a NamedTuple, whose fields the kernel reads by name."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of an argument, or of every field of an aggregate."""
+    if is_aggregate(value):
+        return type(value)(*(map_leaves(v, function) for v in value))
+    return function(value)
+
+
 @dataclass(frozen=True)
 class KernelSource:
-    """A Triton function, the kinds and promises of its run-time parameters, and its constants.
+    """A Triton function with its arguments, in the function's order: what is built once.
 
-    `parameters` are the run-time parameters by name, in the function's order; `constants` all its
-    others. `programmatic` says that the kernel waits for the launches before it by itself. Two
-    sources are equal when they make equal code.
+    An argument is an Argument (the kind of a run-time parameter and what is promised of it), a
+    constant, or a NamedTuple of both. `programmatic` says that the kernel waits for the launches
+    before it by itself. Two sources are equal when they make equal code.
     """
 
     function: Any = field(compare=False)
-    parameters: tuple[tuple[str, Argument], ...]
-    constants: tuple[tuple[str, Any], ...]
+    arguments: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
     programmatic: bool
@@ -46,8 +57,7 @@ class KernelSource:
     def of(
         cls,
         function: Any,
-        kinds: Mapping[str, Argument],
-        constants: Mapping[str, Any],
+        arguments: Mapping[str, Any],
         num_warps: int,
         num_stages: int,
         programmatic: bool,
@@ -59,43 +69,71 @@ class KernelSource:
         """
         names = list(function.arg_names)
         if PROGRAMMATIC in names:
-            constants = {**constants, PROGRAMMATIC: programmatic}
-        if given := {*kinds} ^ ({*names} - {*constants}) or {*kinds} & {*constants}:
+            arguments = {**arguments, PROGRAMMATIC: programmatic}
+        if amiss := {*arguments} ^ {*names}:
             raise ValueError(
                 f"kernel {function.__name__}: expected parameters {names}, found arguments "
-                f"{[*kinds]} and constants {[*constants]} (amiss: {sorted(given)})"
+                f"{[*arguments]} (amiss: {sorted(amiss)})"
             )
         return cls(
             function,
-            tuple((n, kinds[n]) for n in names if n in kinds),
-            tuple((n, constants[n]) for n in names if n in constants),
+            tuple((n, arguments[n]) for n in names),
             num_warps,
             num_stages,
             programmatic and PROGRAMMATIC in names,
             function.cache_key,
         )
 
+    def _leaves(self) -> Iterator[tuple[tuple[int, ...], str, Any]]:
+        """Place, dotted name and value of every argument and field."""
+
+        def within(place: tuple[int, ...], name: str, value: Any) -> Iterator[Any]:
+            if not is_aggregate(value):
+                yield place, name, value
+                return
+            for i, (part, held) in enumerate(zip(value._fields, value, strict=True)):
+                yield from within((*place, i), f"{name}.{part}", held)
+
+        for i, (name, value) in enumerate(self.arguments):
+            yield from within((i,), name, value)
+
+    @property
+    def parameters(self) -> tuple[tuple[str, Argument], ...]:
+        """Run-time parameters by name, "x" or "weight.scales", in the order of a launch."""
+        return tuple((n, v) for _, n, v in self._leaves() if isinstance(v, Argument))
+
+    @property
+    def constants(self) -> tuple[tuple[str, Any], ...]:
+        """All others."""
+        return tuple((n, v) for _, n, v in self._leaves() if not isinstance(v, Argument))
+
     def hash(self, target: str) -> str:
         """The content hash of what would be built for `target`."""
-        facts = (triton.__version__, target, self.function.__name__, self.key, self.parameters)
-        rest = (self.constants, self.num_warps, self.num_stages, self.programmatic)
+        facts = (triton.__version__, target, self.function.__name__, self.key, self.arguments)
+        rest = (self.num_warps, self.num_stages, self.programmatic)
         return hashlib.sha256(repr((*facts, *rest)).encode()).hexdigest()
 
     def ast_source(self) -> ASTSource:
         """What triton.compile takes."""
-        names = list(self.function.arg_names)
-        kinds = dict(self.parameters)
-        signature = {n: triton_type(kinds[n].kind) if n in kinds else "constexpr" for n in names}
-        constants = {(names.index(n),): v for n, v in self.constants}
+
+        def kind(leaf: Any) -> str:
+            return triton_type(leaf.kind) if isinstance(leaf, Argument) else "constexpr"
+
+        signature = {n: map_leaves(v, kind) for n, v in self.arguments}
+        constants = {p: v for p, _, v in self._leaves() if not isinstance(v, Argument)}
         promises = {
-            (names.index(n),): [["tt.divisibility", a.multiple]]
-            for n, a in self.parameters
-            if a.multiple > 1
+            place: [["tt.divisibility", v.multiple]]
+            for place, _, v in self._leaves()
+            if isinstance(v, Argument) and v.multiple > 1
         }
-        kind = GluonASTSource if self.function.is_gluon() else ASTSource
-        return kind(self.function, signature, constants, promises)
+        source = GluonASTSource if self.function.is_gluon() else ASTSource
+        return source(self.function, signature, constants, promises)
 
     def bound(self, args: tuple[Any, ...]) -> dict[str, Any]:
-        """All parameters by name, for the run-time values `args`."""
-        given = {n: a for (n, _), a in zip(self.parameters, args, strict=True)}
-        return {**given, **dict(self.constants)}
+        """All arguments by name, for the run-time values `args`."""
+        given = iter(args)
+
+        def value(leaf: Any) -> Any:
+            return next(given) if isinstance(leaf, Argument) else leaf
+
+        return {n: map_leaves(v, value) for n, v in self.arguments}

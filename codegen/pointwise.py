@@ -23,7 +23,6 @@ from ..compiler.target import Target
 from .entries import BoundGroup
 from .expressions import EXPRESSIONS, HELD, Typed, number, rounded, stored
 from .kernel_query import (
-    LAUNCH_SECONDS,
     Arg,
     Call,
     Candidate,
@@ -33,6 +32,7 @@ from .kernel_query import (
     Ref,
     Result,
 )
+from .prices import LAUNCH_SECONDS
 from .templates.generated import from_text
 from .templates.rowwise.copy import merged, unit_of
 

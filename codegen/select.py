@@ -1,8 +1,9 @@
-"""Which template computes a node: all are asked, the cheapest that accepts wins."""
+"""Which template computes a node: all are asked for candidates, and the cheapest wins."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from . import pointwise
 from .kernel_query import Candidate, Declined, KernelQuery, Template
@@ -47,12 +48,19 @@ def templates_of(op: str) -> list[Template]:
 
 
 def select(query: KernelQuery) -> Candidate | Declined:
-    """The cheapest way to compute a node, or every template's reason for declining it."""
-    answers = [(t, t(query)) for t in templates_of(query.op.name)]
-    accepted = [a for _, a in answers if isinstance(a, Candidate)]
-    if accepted:
-        return min(accepted, key=lambda chosen: chosen.seconds)
-    reasons = [f"{t.__name__}: {a.reason}" for t, a in answers if isinstance(a, Declined)]
+    """The cheapest candidate, and in its `runner_up` the next; or every reason for declining."""
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    for template in templates_of(query.op.name):
+        answer = template(query)
+        for each in (answer,) if isinstance(answer, Candidate | Declined) else answer:
+            if isinstance(each, Candidate):
+                found.append(each)
+            else:
+                reasons.append(f"{template.__name__}: {each.reason}")
+    if found:
+        best, *others = sorted(found, key=lambda candidate: candidate.seconds)
+        return replace(best, runner_up=others[0]) if others else best
     types = ", ".join(str(o.type) for o in query.args)
     return Declined(
         f"no kernel for {query.op.name}({types}) on {query.target.name}: "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from operator import index
-from typing import Literal, Required, TypedDict
+from typing import Literal
 
 from .sampling import GREEDY, Sampling
 
@@ -14,43 +13,27 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = tuple[tuple[int, float], ...]
 
 
-class RequestKeywords(TypedDict, total=False):
-    """The fields of Request as keywords."""
-
-    max_new_tokens: Required[int]
-    sampling: Sampling
-    stop_tokens: Collection[int]
-    top_logprobs: int
-
-
 @dataclass(frozen=True)
 class Request:
     """What is asked of a sequence; ValueError where `max_new_tokens` < 1.
 
-    A token of `stop_tokens` ends the sequence and is not part of it. With each token as many most
-    likely ones are reported as `top_logprobs` says.
+    `top_logprobs` most likely tokens are reported with each token. A token of `stop_tokens` ends
+    the sequence and is not part of it.
     """
 
     max_new_tokens: int
     sampling: Sampling = GREEDY
-    stop_tokens: Collection[int] = frozenset()
+    stop_tokens: frozenset[int] = frozenset()
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if index(self.max_new_tokens) < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
-        object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
 
 
 @dataclass
-class SequenceStats:
-    """Figures of one sequence; times are wall-clock seconds.
-
-    `steps` counts the replays it took part in, `prefill_seconds` and `decode_seconds` are their
-    durations: prefill while more than one of its tokens was missing from the cache (also when
-    recomputed after preemption) or its first token was awaited, decode otherwise.
-    `time_to_first_token` runs from submission; None before the first token.
-    """
+class Stats:
+    """Figures of what was served; times are wall-clock seconds."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -70,7 +53,18 @@ class SequenceStats:
 
 
 @dataclass
-class SessionStats(SequenceStats):
+class SequenceStats(Stats):
+    """Figures of one sequence.
+
+    `steps` counts the replays it took part in, `prefill_seconds` and `decode_seconds` are their
+    durations: prefill while more than one of its tokens was missing from the cache (also when
+    recomputed after preemption) or its first token was awaited, decode otherwise.
+    `time_to_first_token` runs from submission; None before the first token.
+    """
+
+
+@dataclass
+class SessionStats(Stats):
     """Figures of a session.
 
     `prompt_tokens` counts the prompts that were computed to their end, `generated_tokens` every
@@ -117,14 +111,14 @@ class Sequence:
         return len(self.history)
 
     @property
-    def generated(self) -> int:
-        """How many tokens were generated so far."""
-        return len(self.history) - len(self.prompt)
-
-    @property
     def tokens(self) -> tuple[int, ...]:
         """The generated tokens so far, without a stop token."""
         return tuple(self.history[len(self.prompt) :])
+
+    @property
+    def generated(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.history) - len(self.prompt)
 
     @property
     def pending(self) -> int:
@@ -149,12 +143,4 @@ class Event:
     message: str = ""
 
 
-__all__ = [
-    "Event",
-    "FinishReason",
-    "Request",
-    "RequestKeywords",
-    "Sequence",
-    "SequenceStats",
-    "SessionStats",
-]
+__all__ = ["Event", "FinishReason", "Request", "Sequence", "SequenceStats", "SessionStats"]

@@ -82,8 +82,8 @@ CASES = {
     "attention, few": attending(1, 128),
     "attention, many": attending(2048, 128),
     "attention, many, wide": attending(2048, 256),
-    "experts, few": moe(1, ("hidden_kernel", "part_kernel"), False),
-    "experts, many": moe(512, ("hidden_tile_kernel", "part_tile_kernel"), True),
+    "experts, few": moe(1, ("expert_gemv_kernel", "expert_gemv_kernel"), False),
+    "experts, many": moe(512, ("grouped_gemm_kernel", "grouped_gemm_kernel"), True),
 }
 
 

@@ -32,7 +32,7 @@ def twice(x, y, N: tl.constexpr):
 
 def source(size: int, text: str = TWICE) -> KernelSource:
     kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
-    return KernelSource.of(from_text(text, "twice"), kinds, {"N": size}, 1, 2, False)
+    return KernelSource.of(from_text(text, "twice"), {**kinds, "N": size}, 1, 2, False)
 
 
 def built(sources: list[KernelSource], folder: Path) -> tuple[list[Kernel], int]:
@@ -243,7 +243,7 @@ def test_a_kernel_that_does_not_wait_once_is_refused(times: int, tmp_path: Path)
     lines = TWICE.replace("constexpr)", "constexpr, PROGRAMMATIC: tl.constexpr)").splitlines()
     text = "\n".join([*lines[:2], *["    pdl_wait(PROGRAMMATIC)"] * times, *lines[2:]]) + "\n"
     kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
-    late = KernelSource.of(from_text(text, "twice"), kinds, {"N": 32}, 1, 2, True)
+    late = KernelSource.of(from_text(text, "twice"), {**kinds, "N": 32}, 1, 2, True)
     with pytest.raises(BuildError, match=f"one griddepcontrol.launch_dependents .*found {times}"):
         build([late], SM_90, cache=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
@@ -251,11 +251,11 @@ def test_a_kernel_that_does_not_wait_once_is_refused(times: int, tmp_path: Path)
 
 def test_a_function_that_does_not_wait_is_not_programmatic(tmp_path: Path) -> None:
     kinds = {"x": Argument("*f32", 16), "y": Argument("*f32", 16)}
-    plain = KernelSource.of(from_text(TWICE, "twice"), kinds, {"N": 32}, 1, 2, True)
+    plain = KernelSource.of(from_text(TWICE, "twice"), {**kinds, "N": 32}, 1, 2, True)
     assert not plain.programmatic
     assert not build([plain], SM_90, cache=tmp_path)[plain].programmatic
 
 
 def test_parameters_must_be_those_of_the_function() -> None:
     with pytest.raises(ValueError, match=r"kernel copy_kernel: expected parameters .*'count_'"):
-        KernelSource.of(copy_kernel, {"count_": Argument("i32")}, {}, 1, 2, False)
+        KernelSource.of(copy_kernel, {"count_": Argument("i32")}, 1, 2, False)

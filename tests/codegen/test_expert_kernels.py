@@ -145,10 +145,10 @@ def test_sizes_past_one_block(kind: str) -> None:
 
 def test_costs_choose_the_template() -> None:
     small = Case(1, 4, 8, 128, 64, torch.bfloat16)
-    few = ["hidden_kernel", "part_kernel", "combine_kernel"]
+    few = ["expert_gemv_kernel", "expert_gemv_kernel", "combine_kernel"]
     assert chosen(experts, small.args(), small.attrs()) == few
     large = replace(small, tokens=512)
-    tiles = ["hidden_tile_kernel", "part_tile_kernel", "combine_kernel"]
+    tiles = ["grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel"]
     assert chosen(experts, large.args(), large.attrs()) == ["count_kernel", "place_kernel", *tiles]
 
 

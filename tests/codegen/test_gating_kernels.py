@@ -255,7 +255,7 @@ def test_templates_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (Gate(1, 512, 16), ["gate_kernel"]),
         (Gate(1, 7168, 256), ["token_partials_kernel", "choose_kernel"]),
-        (Gate(512, 7168, 256), ["norm_rows_kernel", "tile_logits_kernel", "choose_kernel"]),
+        (Gate(512, 7168, 256), ["prologue_kernel", "tile_logits_kernel", "choose_kernel"]),
     ],
 )
 def test_costs_choose_the_template(gate: Gate, kernels: list[str]) -> None:

@@ -171,11 +171,9 @@ def sources(target: str) -> dict[str, KernelSource]:
 
 def overlapping(source: KernelSource, target: str) -> KernelSource:
     """The source as if its call overlapped others, where the target has that."""
-    constants = {n: v for n, v in source.constants if n != PROGRAMMATIC}
     return KernelSource.of(
         source.function,
-        dict(source.parameters),
-        constants,
+        {n: a for n, a in source.arguments if n != PROGRAMMATIC},
         source.num_warps,
         source.num_stages,
         target.startswith("cuda"),

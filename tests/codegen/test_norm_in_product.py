@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.codegen.templates.gemm import prologue
+from ingot.codegen import prices
 from ingot.compiler.ir import Op
 from ingot.compiler.ops.fused import fused_linear, gated_linear
 from ingot.compiler.ops.heads import project_heads
@@ -160,7 +160,7 @@ def test_a_large_product_stays_after(group: int, monkeypatch: pytest.MonkeyPatch
     weight = held(BF16, 96, group)
     size = N * 96 * 2 if not group else 48 * 64 + 48 // 16 * 64
     for most, count in ((size, 1), (size - 1, 2)):
-        monkeypatch.setattr(prologue, "_LARGE", most)
+        monkeypatch.setattr(prices, "NORM_WITHIN_BYTES", most)
         args = (torch.randn(2, 96).to(BF16), weight, gain(96, BF16))
         lowered = check_node(fused_linear, args, NORM, tolerance=ALLOWED[BF16])
         assert launches(lowered) == count

@@ -16,7 +16,7 @@ from typing import Any
 import amd_asm
 import numpy as np
 import torch
-from ingot.codegen.templates.gemm import activations, mxfp4_decode
+from ingot.codegen.kernel_source import map_leaves
 from triton.runtime.jit import JITFunction
 
 
@@ -272,7 +272,7 @@ def _wide(x: Array) -> Any:
 
 
 # Functions that make layouts.
-_LAYOUTS = ("_vector", "_powers", "_columns_by_k", "_words", "_columns")
+_LAYOUTS = ("_vector", "powers", "_columns_by_k", "_words", "_columns")
 
 
 def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]) -> None:
@@ -288,7 +288,7 @@ def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]
         "tl": language,
     }
     scope: dict[str, Any] = {}
-    for module in (activations, mxfp4_decode, sys.modules[kernel.fn.__module__]):
+    for module in _modules(kernel.fn.__module__, {}).values():
         for name, value in vars(module).items():
             if isinstance(value, JITFunction):
                 scope[name] = types.FunctionType(value.fn.__code__, scope, name)
@@ -296,13 +296,27 @@ def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]
                 scope[name] = getattr(value, "value", value)
     scope.update(meanings)
     scope |= {n: (lambda *a: []) for n in _LAYOUTS}
-    given = {n: Pointer(_flat(v)) if isinstance(v, torch.Tensor) else v for n, v in args.items()}
+
+    def value(leaf: Any) -> Any:
+        return Pointer(_flat(leaf)) if isinstance(leaf, torch.Tensor) else leaf
+
+    given = {n: map_leaves(v, value) for n, v in args.items()}
     with np.errstate(all="ignore"):
         for x in range(grid[0]):
             for y in range(grid[1]):
                 for z in range(grid[2]):
                     language.place = (x, y, z)
                     scope[kernel.__name__](**given)
+
+
+def _modules(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The module called `name` and those of all functions that it calls, itself last."""
+    if name not in found:
+        module = found.setdefault(name, sys.modules[name])
+        for value in vars(module).values():
+            if isinstance(value, JITFunction) and value.fn.__module__.startswith("ingot."):
+                _modules(value.fn.__module__, found)
+    return {**{n: m for n, m in found.items() if n != name}, name: found[name]}
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 import triton.language as tl
 from ingot.codegen.kernel_backend import KernelBackend
 from ingot.codegen.kernel_query import Call, Ref, dense_strides
-from ingot.codegen.kernel_source import PROGRAMMATIC, KernelSource
+from ingot.codegen.kernel_source import PROGRAMMATIC, KernelSource, is_aggregate, map_leaves
 from ingot.compiler.torch_types import torch_dtype
 from ingot.runtime.program import Buffer, Entry, Kernel, Program, Slice
 from triton.runtime import interpreter
@@ -54,7 +54,7 @@ def _runner(source: KernelSource) -> Callable[..., None]:
 
     def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         with _interpreting():
-            function[grid](**_without_pdl(source.function, source.bound(args)))
+            function[grid](**_given(source.function, source.bound(args)))
 
     return run
 
@@ -62,15 +62,33 @@ def _runner(source: KernelSource) -> Callable[..., None]:
 def run_call(call: Call, memory: Mapping[Ref, torch.Tensor]) -> None:
     """One launch of a template, run over `memory`."""
     function = interpreter.InterpretedFunction(call.function.fn)
-    given = {n: memory[a] if not isinstance(a, int | float) else a for n, a in call.args.items()}
+
+    def value(leaf: Any) -> Any:
+        return memory[leaf] if isinstance(leaf, Ref) else getattr(leaf, "value", leaf)
+
+    given = {n: map_leaves(a, value) for n, a in call.arguments().items()}
     with _interpreting():
-        function[call.grid](**_without_pdl(call.function, {**given, **call.constants}))
+        function[call.grid](**_given(call.function, given))
 
 
 def _without_pdl(function: Any, args: Mapping[str, Any]) -> dict[str, Any]:
     """`args` for launches that do not overlap, whatever the target's do."""
     alone = {PROGRAMMATIC: False} if PROGRAMMATIC in function.arg_names else {}
     return {**args, **alone}
+
+
+def _given(function: Any, args: Mapping[str, Any]) -> dict[str, Any]:
+    """As the interpreter takes them: of aggregates it would make tensors of the constants, too."""
+
+    def field(leaf: Any) -> Any:
+        return interpreter._implicit_cvt(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    def whole(value: Any) -> Any:
+        if not is_aggregate(value):
+            return value
+        return SimpleNamespace(**{n: field(v) for n, v in value._asdict().items()})
+
+    return {n: whole(a) for n, a in _without_pdl(function, args).items()}
 
 
 # What sees all of the language, as kernels and its own functions (tl.sum, say) together do.

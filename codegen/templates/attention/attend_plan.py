@@ -9,7 +9,8 @@ import triton
 
 from ....compiler.dtypes import DTYPES
 from ....compiler.types import TensorType
-from ...kernel_query import LAUNCH_SECONDS, Call, Candidate, KernelQuery, Ref, Result, Temp
+from ...kernel_query import Call, Candidate, KernelQuery, Ref, Result, Temp
+from ...prices import LAUNCH_SECONDS
 from .attend import attend_kernel, combine_kernel, splits_of
 
 # Up to so many tokens contexts are split and rows go in blocks of 16, so that every bucket of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -9,8 +10,9 @@ import triton.language as tl
 
 from ....compiler.types import TensorType
 from ...kernel_query import Call, Candidate, Declined, KernelQuery, Ref, Temp, present
-from ..gemm.linear import product_call
-from ..gemm.prologue import normed_input
+from ...prices import LAUNCH_SECONDS
+from ..gemm.epilogue import epilogue_of
+from ..gemm.linear import normed_products
 from ..pdl import pdl_wait
 from ..rowwise.rows import append_operands, append_refs, cache_row
 
@@ -272,30 +274,25 @@ def _head_values(
 _PARTS = 3
 
 
-def project_heads(query: KernelQuery) -> Candidate | Declined:
+def project_heads(query: KernelQuery) -> Iterator[Candidate | Declined]:
     """project_heads: the product unrounded into scratch, then a launch for every three parts."""
-    heads = query.attrs["heads"]
-    found = normed_input(query, len(heads))
-    if isinstance(found, Declined):
-        return found
-    calls = [*found.calls]
     tokens, n = query.args[0].shape[0], query.args[1].shape[0]
-    call = product_call(
-        query, found.x, (found.step, 0), tokens, 1, Temp("y"), (n, 0), norm=found.norm
-    )
-    if isinstance(call, Declined):
-        return call
-    calls.append(call)
-    parts = range(len(heads))
-    calls.extend(_parts_call(query, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
-    temps = {**found.temps, "y": TensorType("f32", (tokens, n))}
-    return Candidate(
-        tuple(calls),
-        query.seconds(len(calls), 8 * tokens * n),
-        f"the product in f32{found.note}; then norms and rotation of all heads"
-        + (", written into the cache" if query.append else ""),
-        temps,
-    )
+    parts = range(len(query.attrs["heads"]))
+    rest = tuple(_parts_call(query, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
+    more = 8 * tokens * n / query.target.bytes_per_second + len(rest) * LAUNCH_SECONDS
+    into = ", written into the cache" if query.append else ""
+    epilogue = epilogue_of(query, Temp("y"), n)
+    for found in normed_products(query, epilogue, sum_result=len(parts)):
+        if isinstance(found, Declined):
+            yield found
+            continue
+        _, _, note = found.reason.partition(" weight")
+        yield Candidate(
+            (*found.calls, *rest),
+            found.seconds + more,
+            f"the product in f32{note}; then norms and rotation of all heads{into}",
+            {**found.temps, "y": TensorType("f32", (tokens, n))},
+        )
 
 
 def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:

@@ -1,7 +1,8 @@
-"""GEMMs: products by a weight, dense or MXFP4, for few tokens and for many.
+"""GEMM and GEMV: products by a weight, dense or MXFP4, for few tokens and for many.
 
-`linear` multiplies by a weight, which `weight_tiles` reads (`mxfp4_decode` where it is packed); for
-few tokens `fragment_linear` does where it lies as tensor cores take it, and `mfma_linear` on AMD;
-`activations` are of gated units, `prologue` is what is done to the input first or within, and
-`gemv` is for single rows.
+`linear` makes a `product` of a node and asks all kernels here: `tiled_linear` (any weight),
+`fragment_linear` (NVIDIA, few tokens) and `mfma_linear` (AMD, few tokens). They share `weight` (how
+a weight is held and read; `mxfp4_decode` where it is packed), `prologue` (what is done to the input
+first or within) and `epilogue` (what follows the sums; `activations` of gated units). `gemv` is
+rows of a weight times one vector.
 """

@@ -3,7 +3,8 @@
 The weight (see compiler.ops.mxfp4_fragments) is the left operand of mma.m16n8k16. Every lane loads
 16 bytes at once and makes the fragments of them in registers: nothing goes through shared memory,
 and each group of 32 columns is scaled after its own sum, in f32. A program computes one tile of 16
-rows for up to 16 tokens; its warps take turns along K, and their sums are added at the end.
+rows for up to 16 tokens; its warps share K (split-K within a program), and their sums are added at
+the end.
 
 Codes become bf16 numbers 2^126 times too small. So that their products stay normal numbers, x is
 taken 2^64 times too large; 2^62 is left for the end. (An x beyond 2^63 overflows.)
@@ -14,18 +15,16 @@ the end by 1 / rms of their token, found then: x is near, and registers are free
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ...kernel_query import Arg, Call, Codes, Declined, KernelQuery, Ref, Scales, present
-from ..rowwise.norms import row_step
-from .activations import gated
+from ...kernel_query import Call, Declined
+from .epilogue import finish
+from .product import GemmLaunch, Product
 
-# The most tokens of one launch: two blocks of eight.
-FEW = 16
 # Programs that fill a GPU several times over: fewer share each tile among more warps.
 _MANY_PROGRAMS = 528
 _REST = gl.constexpr(4611686018427387904.0)  # 2^62
@@ -39,17 +38,18 @@ def _vector(size, registers, lanes, warps):
 
 
 @gluon.constexpr_function
-def _powers(first, count):
-    return [1 << (first + i) for i in range(count)]
+def powers(first, count):
+    """first · 1, 2, 4, … below first · count, a power of two."""
+    return [first << i for i in range(count.bit_length() - 1)]
 
 
 @gluon.constexpr_function
-def _columns_by_k(size, t_bits, w_bits):
-    """Layout of x [8, size]: as the right operand's fragments, a lane's eight columns at once."""
-    registers = [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], *([0, 128 << i] for i in range(t_bits))]
+def _columns_by_k(W, T):
+    """Layout of x [8, W·T·128]: the right operand's fragments, a lane's eight columns at once."""
+    registers = [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], *([0, p] for p in powers(128, T))]
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    warps = [[0, 128 << (t_bits + i)] for i in range(w_bits)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [8, size])
+    warps = [[0, p] for p in powers(128 * T, W)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [8, W * T * 128])
 
 
 @gluon.jit
@@ -173,12 +173,11 @@ def _weights(codes, scales, W: gl.constexpr, T: gl.constexpr):
 @gluon.jit
 def _scales_of(
     x,
+    norm,
     first,
     stop,
     of: gl.constexpr,
-    X_STEP: gl.constexpr,
     K: gl.constexpr,
-    EPS: gl.constexpr,
     W: gl.constexpr,
 ):
     """1 / rms of tokens `first` to `stop`, eight at most, in the layout `of`.
@@ -195,46 +194,34 @@ def _scales_of(
         squares = gl.zeros([CHUNK], gl.float32, layout=across)
         for i in gl.static_range((K + CHUNK - 1) // CHUNK):
             at = i * CHUNK + column
-            value = gl.load(x + t * X_STEP + at, mask=at < K, other=0.0).to(gl.float32)
+            value = gl.load(x.data + t * x.STEP + at, mask=at < K, other=0.0).to(gl.float32)
             squares += value * value
         mine = gl.sum(squares.reshape([CHUNK // 8, 8]), 1)
         mine = gl.convert_layout(mine, gl.SliceLayout(0, held), assert_trivial=True)
         sums = gl.where(first + token == t, gl.expand_dims(mine, 0), sums)
-    return gl.rsqrt(gl.convert_layout(gl.sum(sums, 1), of) / K + EPS)
+    return gl.rsqrt(gl.convert_layout(gl.sum(sums, 1), of) / K + norm.EPS)
 
 
 @gluon.jit
 def fragment_kernel(
     x,
-    codes,
-    scales,
-    bias,
-    residual,
+    weight,
     norm,
-    y,
+    epilogue,
     tokens,
     N: gl.constexpr,
-    K: gl.constexpr,
-    TILES: gl.constexpr,
-    X_STEP: gl.constexpr,
-    RESIDUAL_STEP: gl.constexpr,
-    EPS: gl.constexpr,
-    GATE: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
     W: gl.constexpr,
-    W_BITS: gl.constexpr,
     T: gl.constexpr,
-    T_BITS: gl.constexpr,
     BLOCKS: gl.constexpr,
     PROGRAMMATIC: gl.constexpr,
 ):
-    """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual) for a weight of TILES tiles across.
+    """y [tokens, N] = epilogue(x [tokens, K] · wᵀ), 16 rows of the weight a program; `x` are Rows.
 
-    W warps of T tiles make a step. BLOCKS is 1 or 2 blocks of eight tokens. With a GATE a tile is
-    eight gate rows and their up rows, and y = act(gate) · up. With a `norm` [K] rows of x are
-    normed by it first.
+    W warps of T tiles make a step. BLOCKS is 1 or 2 blocks of eight tokens. Of a HALVED weight a
+    tile is eight gate rows and their up rows. With a `norm` rows of x are normed by it first.
     """
+    K: gl.constexpr = weight.K
+    TILES: gl.constexpr = weight.TILES
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], instr_shape=[1, 16, 8])
     la: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     lb: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -242,25 +229,25 @@ def fragment_kernel(
     # Bits of a place in a step's codes: byte 0-1, g 2-3, q 4-5, r 6-8, rh 9, t, w.
     in_codes: gl.constexpr = _vector(
         W * T * 1024,
-        [1, 2, 4, 8, 512] + _powers(10, T_BITS),
+        [1, 2, 4, 8, 512] + powers(1024, T),
         [16, 32, 64, 128, 256],
-        _powers(10 + T_BITS, W_BITS),
+        powers(1024 * T, W),
     )
     # Of its scales: g 0-1, rh 2, r 3-5, t, w; the lanes of one r hold the same.
     in_scales: gl.constexpr = _vector(
         W * T * 64,
-        [1, 2, 4] + _powers(6, T_BITS),
+        [1, 2, 4] + powers(64, T),
         [0, 0, 8, 16, 32],
-        _powers(6 + T_BITS, W_BITS),
+        powers(64 * T, W),
     )
-    in_x: gl.constexpr = _columns_by_k(W * T * 128, T_BITS, W_BITS)
+    in_x: gl.constexpr = _columns_by_k(W, T)
     STEPS: gl.constexpr = (TILES + W * T - 1) // (W * T)
 
     block = gl.program_id(0)
     at_code = gl.arange(0, W * T * 1024, layout=in_codes)
     at_scale = gl.arange(0, W * T * 64, layout=in_scales)
-    code_base = codes + block.to(gl.int64) * (TILES * 1024)
-    scale_base = scales + block.to(gl.int64) * (TILES * 64)
+    code_base = weight.data + block.to(gl.int64) * (TILES * 1024)
+    scale_base = weight.scales + block.to(gl.int64) * (TILES * 64)
     column = gl.expand_dims(gl.arange(0, W * T * 128, layout=gl.SliceLayout(0, in_x)), 0)
     token = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(1, in_x)), 1)
 
@@ -283,129 +270,67 @@ def fragment_kernel(
         scale = (i + 1) * (W * T * 64) + at_scale
         step_scales = gl.load(scale_base + scale, mask=scale < TILES * 64, other=127)
         inside = start + column < K
-        offsets = token * X_STEP + start + column
+        offsets = token * x.STEP + start + column
         # x is raised, not the weight of the norm: that way 128 registers do.
-        xs = raised(gl.load(x + offsets, mask=inside & (token < tokens), other=0.0))
+        xs = raised(gl.load(x.data + offsets, mask=inside & (token < tokens), other=0.0))
         if norm is not None:
-            gain = gl.load(norm + start + column, mask=inside, other=0.0)
+            gain = gl.load(norm.weight + start + column, mask=inside, other=0.0)
             xs = times(xs, gain)
         acc0 = _sums(w, _in_groups(xs, W, T), s, acc0, la, lb, mma, W, T * 4)
         if BLOCKS == 2:
-            offsets = (token + 8) * X_STEP + start + column
-            xs = raised(gl.load(x + offsets, mask=inside & (token + 8 < tokens), other=0.0))
+            offsets = (token + 8) * x.STEP + start + column
+            xs = raised(gl.load(x.data + offsets, mask=inside & (token + 8 < tokens), other=0.0))
             if norm is not None:
                 xs = times(xs, gain)
             acc1 = _sums(w, _in_groups(xs, W, T), s, acc1, la, lb, mma, W, T * 4)
     for b in gl.static_range(BLOCKS):
         total = gl.sum(acc0 if b == 0 else acc1, 0) * _REST
         if norm is not None:
-            of_tokens = _scales_of(
-                x, first + b * 8, tokens if b == BLOCKS - 1 else 8, of_sums, X_STEP, K, EPS, W
-            )
+            stop = tokens if b == BLOCKS - 1 else 8
+            of_tokens = _scales_of(x, norm, first + b * 8, stop, of_sums, K, W)
             total *= gl.expand_dims(of_tokens, 0)
-        _finished(
-            total, bias, residual, y, block, b * 8, tokens, N, RESIDUAL_STEP, GATE, ALPHA, LIMIT, W
-        )
+        _finished(total, weight, epilogue, block, b * 8, tokens, N, W)
 
 
 @gluon.jit
-def _finished(
-    total,
-    bias,
-    residual,
-    y,
-    block,
-    first,
-    tokens,
-    N: gl.constexpr,
-    RESIDUAL_STEP: gl.constexpr,
-    GATE: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
-    W: gl.constexpr,
-):
+def _finished(total, weight, epilogue, block, first, tokens, N: gl.constexpr, W: gl.constexpr):
     """The sums [16, 8], with what follows the product, stored for tokens `first` and on."""
-    if GATE is None:
-        stored: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, W], [0, 1])
-        total = gl.convert_layout(total, stored)
-        row = block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, stored))
-        token = first + gl.arange(0, 8, layout=gl.SliceLayout(0, stored))
-        row, token = gl.expand_dims(row, 1), gl.expand_dims(token, 0)
-        inside = (row < N) & (token < tokens)
-        if bias is not None:
-            total += gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
-        if residual is not None:
-            at = residual + token.to(gl.int64) * RESIDUAL_STEP + row
-            total += gl.load(at, mask=inside, other=0.0).to(gl.float32)
+    ROWS: gl.constexpr = 8 if weight.HALVED else 16
+    stored: gl.constexpr = gl.BlockedLayout([1, 1], [ROWS, 32 // ROWS], [1, W], [0, 1])
+    up = total
+    if weight.HALVED:
+        total, up = gl.split(total.reshape([2, 8, 8]).permute(1, 2, 0))
+        up = gl.convert_layout(up, stored)
+    total = gl.convert_layout(total, stored)
+    row = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
+    token = first + gl.arange(0, 8, layout=gl.SliceLayout(0, stored))
+    row, token = gl.expand_dims(row, 1), gl.expand_dims(token, 0)
+    inside = (row < N) & (token < tokens)
+    finish(epilogue, epilogue.y, total, up, token, row, row, row < N, inside, N)
+
+
+def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
+    """One launch for few tokens of bf16 and a weight in fragments."""
+    packed = product.held.packed
+    if packed is None or not packed.fragments:
+        yield Declined("fragments: the weight does not lie in fragments")
+    elif not product.few:
+        yield Declined("fragments are for few tokens")
+    elif product.x_dtype != "bf16" or product.norm_dtype not in ("", "bf16"):
+        yield Declined(f"fragments are of bf16, found x {product.x_dtype} {product.norm_dtype}")
     else:
-        halves: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, W], [0, 1])
-        gate, up = gl.split(total.reshape([2, 8, 8]).permute(1, 2, 0))
-        gate = gl.convert_layout(gate, halves)
-        up = gl.convert_layout(up, halves)
-        row = block * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, halves))
-        token = first + gl.arange(0, 8, layout=gl.SliceLayout(0, halves))
-        row, token = gl.expand_dims(row, 1), gl.expand_dims(token, 0)
-        inside = (row < N) & (token < tokens)
-        if bias is not None:
-            gate += gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
-            up += gl.load(bias + N + row, mask=row < N, other=0.0).to(gl.float32)
-        total = gated(gate, up, GATE, ALPHA, LIMIT)
-    gl.store(y + token.to(gl.int64) * N + row, total.to(y.dtype.element_ty), mask=inside)
-
-
-def fragment_call(
-    query: KernelQuery,
-    x: Ref,
-    x_step: int,
-    tokens: int,
-    weight: int,
-    y: Ref,
-    *,
-    bias: Arg | None,
-    residual: Arg | None,
-    norm: Arg | None,
-    gate: str | None,
-) -> Call | Declined:
-    """The launch of a product of up to FEW tokens with the fragments of argument `weight`.
-
-    `norm` is the weight, in bf16, of an rms_norm of x's rows with the node's `eps`.
-    """
-    w = query.args[weight]
-    if query.args[0].type.dtype != "bf16" or w.packed is None:
-        return Declined(f"x {query.args[0].type}: fragments are for bf16")
-    n, k = w.shape
-    down, across = (int(d) for d in w.packed.codes.shape[:2])
-    warps = 4 if down >= _MANY_PROGRAMS else 8
-    tiles = 2 if across >= 2 * warps else 1
-    args: dict[str, Any] = {
-        "x": x,
-        "codes": Codes(weight),
-        "scales": Scales(weight),
-        "y": y,
-        "tokens": tokens,
-    }
-    constants: dict[str, Any] = {
-        "N": n // 2 if gate else n,
-        "K": k,
-        "TILES": across,
-        "X_STEP": x_step,
-        "RESIDUAL_STEP": 0,
-        "EPS": 0.0 if norm is None else query.attrs["eps"],
-        "GATE": gate,
-        "ALPHA": float(query.attrs.get("alpha", 0.0)),
-        "LIMIT": float(query.attrs.get("limit", 0.0)),
-        "W": warps,
-        "W_BITS": warps.bit_length() - 1,
-        "T": tiles,
-        "T_BITS": tiles.bit_length() - 1,
-        "BLOCKS": -(-tokens // 8),
-    }
-    if residual is not None:
-        step = row_step(query.args[residual.index])
-        if step is None:
-            return Declined("the rows of the residual do not lie in one step")
-        constants["RESIDUAL_STEP"] = step
-    given, missing = present({"bias": bias, "residual": residual, "norm": norm})
-    args |= given
-    constants |= missing
-    return Call(fragment_kernel, args, (down, 1, 1), (y,), constants, num_warps=warps)
+        down, across = (int(d) for d in packed.codes.shape[:2])
+        warps = 4 if down >= _MANY_PROGRAMS else 8
+        args = {
+            "x": product.x,
+            "weight": product.weight,
+            "norm": product.norm,
+            "epilogue": product.epilogue,
+            "tokens": product.tokens,
+            "N": product.n,
+            "W": warps,
+            "T": 2 if across >= 2 * warps else 1,
+            "BLOCKS": -(-product.tokens // 8),
+        }
+        call = Call(fragment_kernel, args, (down, 1, 1), (product.epilogue.y,), num_warps=warps)
+        yield GemmLaunch(call, "fragments", "fragments in registers for few tokens")

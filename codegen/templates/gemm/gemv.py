@@ -1,4 +1,4 @@
-"""Rows of a weight times one vector, for kernels in which the weight is the traffic."""
+"""GEMV: rows of a weight times one vector, for kernels in which the weight is the traffic."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from .mxfp4_decode import e2m1, e8m0, scaled_numbers
 @triton.jit
 def rows_times(
     weight,
-    scales,
     rows,
     inside,
     x,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """f32 [ROWS]: the rows `rows` (i64 [ROWS], where `inside`) of weight [..., WIDTH] times x.
+    """f32 [ROWS]: the rows `rows` (i64 [ROWS], where `inside`) of a Weight times x [K].
 
-    `weight` points to numbers; or with GROUP to MXFP4 codes, and `scales` to their scales; SCALED
-    says whether the target has scaled conversions. BLOCK columns are worked on at once; each, or
-    eight or GROUP beside each other, is a sum of its own until the end, so the order of summation
-    depends on WIDTH, BLOCK and the target alone. Loads are 16 bytes a thread where WIDTH lets them.
+    BLOCK columns are worked on at once; each, or eight or GROUP beside each other, is a sum of its
+    own until the end, so the order of summation depends on K, BLOCK and the target alone. Loads are
+    16 bytes a thread where K lets them.
     """
+    WIDTH: tl.constexpr = weight.K
+    GROUP: tl.constexpr = weight.GROUP
     if GROUP == 0:
         column = tl.arange(0, BLOCK)
         total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -35,11 +32,11 @@ def rows_times(
             at = start + column
             value = tl.load(x + at, mask=at < WIDTH, other=0).to(tl.float32)
             mask = inside[:, None] & (at < WIDTH)[None, :]
-            w = tl.load(weight + rows[:, None] * WIDTH + at[None, :], mask=mask, other=0)
+            w = tl.load(weight.data + rows[:, None] * WIDTH + at[None, :], mask=mask, other=0)
             total += w.to(tl.float32) * value[None, :]
-    elif SCALED:
+    elif weight.SCALED:
         WORDS: tl.constexpr = BLOCK // 8
-        words = weight.to(tl.pointer_type(tl.int32))
+        words = weight.data.to(tl.pointer_type(tl.int32))
         column = tl.arange(0, BLOCK)
         total = tl.zeros([ROWS, WORDS], tl.float32)
         for start in range(0, WIDTH, BLOCK):
@@ -48,7 +45,7 @@ def rows_times(
             code = tl.load(words + rows[:, None] * (WIDTH // 8) + word[None, :], mask=mask, other=0)
             # A scale for every word, which has the words' layout; loads of equals are one.
             group = rows[:, None] * (WIDTH // GROUP) + (word // (GROUP // 8))[None, :]
-            scale = e8m0(tl.load(scales + group, mask=mask, other=127))
+            scale = e8m0(tl.load(weight.scales + group, mask=mask, other=127))
             code = tl.reshape(code, (ROWS, WORDS // 4, 2, 2))
             w = scaled_numbers(code, tl.reshape(scale, (ROWS, WORDS // 4, 2, 2)), tl.float32)
             at = start + column
@@ -68,9 +65,9 @@ def rows_times(
             live = group < WIDTH // GROUP
             mask = inside[:, None] & live[None, :]
             at = rows[:, None, None] * (WIDTH // 2) + (group[:, None] * HALF + byte)[None, :, :]
-            code = tl.load(weight + at, mask=mask[:, :, None], other=0).to(tl.int32)
+            code = tl.load(weight.data + at, mask=mask[:, :, None], other=0).to(tl.int32)
             at = rows[:, None] * (WIDTH // GROUP) + group[None, :]
-            scale = e8m0(tl.load(scales + at, mask=mask, other=127))
+            scale = e8m0(tl.load(weight.scales + at, mask=mask, other=127))
             value = tl.load(x + group[:, None] * GROUP + both, mask=live[:, None], other=0)
             even, odd = tl.split(tl.reshape(value, (GROUPS, HALF, 2)))
             even = even.to(tl.float32) * 18446744073709551616.0

@@ -4,24 +4,24 @@ The weight lies by rows, as it was stored. It is the right operand of v_mfma_f32
 which lane 16·q + r holds eight columns of row r. Which eight is free, if x has the same: in MXFP4 a
 quarter of a group of 32 columns of the lane's own, so that it loads a whole group, 16 bytes, and
 one scale; else those beside the next lane's. Codes become numbers in registers; nothing goes
-through LDS but the sums of the warps, which take turns along K.
+through LDS but the sums of the warps, which share K (split-K within a program).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd import AMDMFMALayout
 from triton.experimental.gluon.language.amd.cdna3 import mfma
 
-from ...kernel_query import Arg, Call, Codes, Declined, KernelQuery, Ref, Scales, present
+from ...kernel_query import Call, Declined, KernelQuery
 from ..pdl import pdl_wait
-from ..rowwise.norms import row_step
-from .activations import gated
-from .fragment_linear import FEW
+from .epilogue import finish
+from .fragment_linear import powers
 from .mxfp4_decode import e8m0, narrowed, scaled_numbers
+from .product import FEW, GemmLaunch, Product
 
 # Programs that fill a GPU several times over: fewer share each tile among more warps.
 _MANY_PROGRAMS = 608
@@ -29,34 +29,26 @@ _TO_ONE = gl.constexpr(8.507059173023462e37)  # 2^126
 
 
 @gluon.constexpr_function
-def _powers(first, count):
-    return [1 << (first + i) for i in range(count)]
-
-
-@gluon.constexpr_function
-def _words(r_bits, t_bits, w_bits):
+def _words(R, T, W):
     """Layout of words of eight codes; bits of a place: g 0-1, q 2-3, row 4-7, r, t, w."""
-    registers = [[p] for p in (1, 2, *_powers(8, r_bits + t_bits))]
+    registers = [[p] for p in (1, 2, *powers(256, R * T))]
     lanes = [[16], [32], [64], [128], [4], [8]]
-    warps = [[p] for p in _powers(8 + r_bits + t_bits, w_bits)]
-    return gl.DistributedLinearLayout(
-        registers, lanes, warps, [], [256 << r_bits + t_bits + w_bits]
-    )
+    warps = [[p] for p in powers(256 * R * T, W)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [256 * R * T * W])
 
 
 @gluon.constexpr_function
-def _columns(r_bits, t_bits, w_bits, q_first):
-    """Layout of rows of numbers [16 << r_bits, columns], a lane's eight columns at once.
+def _columns(R, T, W, q_first):
+    """Layout of rows of numbers [16·R, columns], a lane's eight columns at once.
 
     Bits of a column: place in its eight 0-2, q and g (with `q_first`) or g and q 3-6, t, w.
     """
     q, g = ([8, 16], [32, 64]) if q_first else ([32, 64], [8, 16])
-    registers = [[0, p] for p in (1, 2, 4, *g, *_powers(7, t_bits))]
-    registers += [[p, 0] for p in _powers(4, r_bits)]
+    registers = [[0, p] for p in (1, 2, 4, *g, *powers(128, T))]
+    registers += [[p, 0] for p in powers(16, R)]
     lanes = [[1, 0], [2, 0], [4, 0], [8, 0], *([0, p] for p in q)]
-    warps = [[0, p] for p in _powers(7 + t_bits, w_bits)]
-    shape = [16 << r_bits, 128 << t_bits + w_bits]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
+    warps = [[0, p] for p in powers(128 * T, W)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * R, 128 * T * W])
 
 
 @gluon.jit
@@ -147,44 +139,31 @@ def _numbers(
 @gluon.jit
 def mfma_kernel(
     x,
-    w,
-    scales,
-    bias,
-    residual,
-    y,
+    weight,
+    epilogue,
     tokens,
     N: gl.constexpr,
-    K: gl.constexpr,
-    GROUP: gl.constexpr,
-    X_STEP: gl.constexpr,
-    RESIDUAL_STEP: gl.constexpr,
-    GATE: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
     VERSION: gl.constexpr,
-    SCALED: gl.constexpr,
     W: gl.constexpr,
-    W_BITS: gl.constexpr,
     T: gl.constexpr,
-    T_BITS: gl.constexpr,
     R: gl.constexpr,
-    R_BITS: gl.constexpr,
     PROGRAMMATIC: gl.constexpr,
 ):
-    """y [tokens, N] = x [tokens, K] · wᵀ (+ bias, + residual) for a weight by rows.
+    """y [tokens, N] = epilogue(x [tokens, K] · wᵀ) for a weight by rows; `x` are Rows.
 
-    W warps of T times 128 columns make a step, R times 16 rows a program. With a GATE half of them
-    are gate rows, the others their up rows, and y = act(gate) · up. GROUP is 0 for a dense weight.
-    VERSION is of the matrix cores, SCALED says whether the target has scaled conversions.
+    W warps of T times 128 columns make a step, R times 16 rows a program. Of a HALVED weight half
+    of them are gate rows, the others their up rows. VERSION is of the matrix cores.
     """
     pdl_wait(PROGRAMMATIC)
+    K: gl.constexpr = weight.K
+    GROUP: gl.constexpr = weight.GROUP
     ROWS: gl.constexpr = 16 * R
     mma: gl.constexpr = AMDMFMALayout(
         VERSION, [16, 16, 32 if VERSION == 4 else 16], False, [W, 1, 1]
     )
     lx: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
     lw: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
-    in_x: gl.constexpr = _columns(0, T_BITS, W_BITS, GROUP == 0)
+    in_x: gl.constexpr = _columns(1, T, W, GROUP == 0)
     STEP: gl.constexpr = W * T * 128
     STEPS: gl.constexpr = (K + STEP - 1) // STEP
     UNITS: gl.constexpr = STEP // (8 if GROUP == 0 else GROUP)
@@ -193,28 +172,28 @@ def mfma_kernel(
     # of x where columns end within a step.
     block = gl.program_id(0)
     if GROUP == 0:
-        in_w: gl.constexpr = _columns(R_BITS, T_BITS, W_BITS, True)
+        in_w: gl.constexpr = _columns(R, T, W, True)
         row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, in_w)), 1)
         place = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, in_w)), 0)
         unit = place // 8
     else:
-        place = gl.arange(0, W * T * R * 256, layout=_words(R_BITS, T_BITS, W_BITS))
+        place = gl.arange(0, W * T * R * 256, layout=_words(R, T, W))
         row = place // 16 % ROWS
         unit = place // (16 * ROWS) * 4 + place // 4 % 4
-    if GATE is None:
+    if not weight.HALVED:
         row = gl.minimum(block * ROWS + row, N - 1)
     else:
         column = gl.minimum(block * (ROWS // 2) + row % (ROWS // 2), N - 1)
         row = column + row // (ROWS // 2) * N
     if GROUP == 0:
-        at_w = w + (row.to(gl.int64) * K + place % 8)
-        at_scale = w
+        at_w = weight.data + (row.to(gl.int64) * K + place % 8)
+        at_scale = weight.data
     else:
-        at_w = w.to(gl.pointer_type(gl.int32)) + (row.to(gl.int64) * (K // 8) + place % 4)
-        at_scale = scales + row.to(gl.int64) * (K // GROUP)
+        at_w = weight.data.to(gl.pointer_type(gl.int32)) + (row.to(gl.int64) * (K // 8) + place % 4)
+        at_scale = weight.scales + row.to(gl.int64) * (K // GROUP)
     column = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, in_x)), 0)
     token = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, in_x)), 1)
-    at_x = x + (gl.minimum(token, tokens - 1) * X_STEP + column)
+    at_x = x.data + (gl.minimum(token, tokens - 1) * x.STEP + column)
 
     held, scale = _loaded(at_w, at_scale, unit, K, STEP, GROUP)
     acc = gl.zeros([W, 16, ROWS], gl.float32, layout=mma)
@@ -223,7 +202,7 @@ def mfma_kernel(
             xs = gl.load(at_x + i * STEP)
         else:
             xs = gl.load(at_x + i * STEP, mask=token * 0 + column < K - i * STEP, other=0.0)
-        numbers = _numbers(held, scale, GROUP, SCALED, W, T, ROWS)
+        numbers = _numbers(held, scale, GROUP, weight.SCALED, W, T, ROWS)
         # The next step's weights are asked for before this one's are used.
         ahead = gl.minimum(i + 1, STEPS - 1) * UNITS
         held, scale = _loaded(at_w, at_scale, ahead + unit, K, STEP, GROUP)
@@ -235,100 +214,64 @@ def mfma_kernel(
         acc = _sums(xs.reshape([W, 16, 32, T * 4]), numbers, acc, lx, lw, W, ROWS, T * 4)
 
     total = gl.sum(acc, 0)
-    if GATE is None:
+    up = total
+    if not weight.HALVED:
+        WIDTH: gl.constexpr = ROWS
         stored: gl.constexpr = gl.BlockedLayout([1, 1], [4, 16], [W, 1], [1, 0])
-        total = gl.convert_layout(total, stored)
-        row = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(0, stored))
-        token = gl.arange(0, 16, layout=gl.SliceLayout(1, stored))
-        row, token = gl.expand_dims(row, 0), gl.expand_dims(token, 1)
-        inside = (row < N) & (token < tokens)
-        if bias is not None:
-            total += gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
-        if residual is not None:
-            at = residual + token.to(gl.int64) * RESIDUAL_STEP + row
-            total += gl.load(at, mask=inside, other=0.0).to(gl.float32)
     else:
-        halves: gl.constexpr = gl.BlockedLayout([1, 1], [8, 8], [W, 1], [1, 0])
+        WIDTH: gl.constexpr = ROWS // 2
+        stored: gl.constexpr = gl.BlockedLayout([1, 1], [8, 8], [W, 1], [1, 0])
         # A lane has both halves of a token.
         whole: gl.constexpr = gl.BlockedLayout([1, ROWS], [16, 4], [1, W], [1, 0])
         total = gl.convert_layout(total, whole)
-        gate, up = gl.split(total.reshape([16, 2, ROWS // 2]).permute(0, 2, 1))
-        gate = gl.convert_layout(gate, halves)
-        up = gl.convert_layout(up, halves)
-        row = block * (ROWS // 2) + gl.arange(0, ROWS // 2, layout=gl.SliceLayout(0, halves))
-        token = gl.arange(0, 16, layout=gl.SliceLayout(1, halves))
-        row, token = gl.expand_dims(row, 0), gl.expand_dims(token, 1)
-        inside = (row < N) & (token < tokens)
-        if bias is not None:
-            gate += gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
-            up += gl.load(bias + N + row, mask=row < N, other=0.0).to(gl.float32)
-        total = gated(gate, up, GATE, ALPHA, LIMIT)
-    gl.store(y + token.to(gl.int64) * N + row, total.to(y.dtype.element_ty), mask=inside)
+        total, up = gl.split(total.reshape([16, 2, ROWS // 2]).permute(0, 2, 1))
+        up = gl.convert_layout(up, stored)
+    total = gl.convert_layout(total, stored)
+    column = block * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, stored))
+    token = gl.arange(0, 16, layout=gl.SliceLayout(1, stored))
+    column, token = gl.expand_dims(column, 0), gl.expand_dims(token, 1)
+    inside = (column < N) & (token < tokens)
+    finish(epilogue, epilogue.y, total, up, token, column, column, column < N, inside, N)
 
 
-def takes(query: KernelQuery, tokens: int, weight: int) -> bool:
-    """Whether mfma_call computes the product of `tokens` tokens with argument `weight`."""
-    w = query.args[weight]
+def on_matrix_cores(query: KernelQuery, tokens: int) -> str:
+    """Why the kernel does not multiply `tokens` tokens by argument 1; empty where it does."""
+    x, w = query.args[:2]
     dtype = w.type.dtype
-    if tokens > FEW or len(w.shape) != 2 or dtype != query.args[0].type.dtype:
-        return False
+    if not query.target.mfma:
+        return "the target has no MFMA"
+    if tokens > FEW or len(w.shape) != 2:
+        return f"{tokens} tokens by {w.type}: expected at most {FEW} and one matrix"
     if w.packed:
         fits = w.packed.group == 32 and dtype == "bf16"
     else:
         fits = w.dense and w.shape[1] % 8 == 0 and dtype in ("bf16", "f16")
-    return fits and query.target.mfma > 0
+    if not fits or dtype != x.type.dtype:
+        return f"x {x.type} by {w.type}: expected rows of eights of bf16 or f16, or groups of 32"
+    return ""
 
 
-def mfma_call(
-    query: KernelQuery,
-    x: Ref,
-    x_step: int,
-    tokens: int,
-    weight: int,
-    y: Ref,
-    *,
-    bias: Arg | None,
-    residual: Arg | None,
-    gate: str | None,
-) -> Call | Declined:
-    """The launch of a product that `takes` approves."""
-    packed = query.args[weight].packed
-    n, k = query.args[weight].shape
-    tall = 2 if n >= 32 * _MANY_PROGRAMS else 1
-    programs = -(-n // (16 * tall))
-    warps = 4 if programs >= _MANY_PROGRAMS else 8
-    wide = 2 if k >= 256 * warps else 1
-    args: dict[str, Any] = {
-        "x": x,
-        "w": Codes(weight) if packed else Arg(weight),
-        "y": y,
-        "tokens": tokens,
-    }
-    constants: dict[str, Any] = {
-        "N": n // 2 if gate else n,
-        "K": k,
-        "GROUP": packed.group if packed else 0,
-        "X_STEP": x_step,
-        "RESIDUAL_STEP": 0,
-        "GATE": gate,
-        "ALPHA": float(query.attrs.get("alpha", 0.0)),
-        "LIMIT": float(query.attrs.get("limit", 0.0)),
-        "VERSION": query.target.mfma,
-        "SCALED": packed is not None and query.target.scaled_conversions,
-        "W": warps,
-        "W_BITS": warps.bit_length() - 1,
-        "T": wide,
-        "T_BITS": wide.bit_length() - 1,
-        "R": tall,
-        "R_BITS": tall.bit_length() - 1,
-    }
-    (args if packed else constants)["scales"] = Scales(weight) if packed else None
-    if residual is not None:
-        step = row_step(query.args[residual.index])
-        if step is None:
-            return Declined("the rows of the residual do not lie in one step")
-        constants["RESIDUAL_STEP"] = step
-    given, missing = present({"bias": bias, "residual": residual})
-    args |= given
-    constants |= missing
-    return Call(mfma_kernel, args, (programs, 1, 1), (y,), constants, num_warps=warps)
+def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
+    """One launch for few tokens."""
+    query, weight = product.query, product.weight
+    if why := on_matrix_cores(query, product.tokens):
+        yield Declined(f"mfma: {why}")
+    elif weight.COLUMN != 1 or product.norm is not None:
+        yield Declined("mfma: expected rows of a weight and no norm within")
+    else:
+        tall = 2 if weight.N >= 32 * _MANY_PROGRAMS else 1
+        programs = -(-weight.N // (16 * tall))
+        warps = 4 if programs >= _MANY_PROGRAMS else 8
+        args = {
+            "x": product.x,
+            "weight": weight,
+            "epilogue": product.epilogue,
+            "tokens": product.tokens,
+            "N": product.n,
+            "VERSION": query.target.mfma,
+            "W": warps,
+            "T": 2 if 256 * warps <= weight.K else 1,
+            "R": tall,
+        }
+        call = Call(mfma_kernel, args, (programs, 1, 1), (product.epilogue.y,), num_warps=warps)
+        yield GemmLaunch(call, "mfma", "fragments in registers for few tokens")

@@ -9,8 +9,40 @@ what its group keeps out. No float's is as small.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Choice(NamedTuple):
+    """K of GROUPS times SIZE experts a token, and SHARED ones that every token has.
+
+    Logits are sums and `bias` [E], rounded once to LOGITS. Scores are their sigmoids or softmax;
+    with a `correction` [E] experts are chosen by what it is added to. Only the TOP best groups are
+    chosen from, judged by their best expert or the sum of their best two (TOP2). `weights` are the
+    scores, scaled, divided by their sum where NORMALIZE; they and `indices` are [T, K + SHARED].
+    GROUPS2 and SIZE2 are powers of 2 that hold GROUPS and SIZE, COLUMNS one that holds K + SHARED.
+    """
+
+    bias: Any
+    correction: Any
+    weights: Any
+    indices: Any
+    LOGITS: Any
+    K: Any
+    SHARED: Any
+    GROUPS: Any
+    GROUPS2: Any
+    SIZE: Any
+    SIZE2: Any
+    TOP: Any
+    TOP2: Any
+    COLUMNS: Any
+    SIGMOID: Any
+    NORMALIZE: Any
+    SCALE: Any
+    SUM_EPS: Any
 
 
 @triton.jit
@@ -73,58 +105,48 @@ def kept_groups(
 
 
 @triton.jit
-def choose(
-    logits,
-    correction,
-    weights,
-    indices,
-    K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS2: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE2: tl.constexpr,
-    TOP: tl.constexpr,
-    TOP2: tl.constexpr,
-    SCALE: tl.constexpr,
-    SUM_EPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Stores the token's weights [K + SHARED] and indices i64 [K + SHARED].
+def choose(sums, choice, token):
+    """Stores row `token` (i64) of the weights and indices of a Choice.
 
-    `logits` f32 [GROUPS2 · SIZE2], rounded as they should be. An index always names an expert,
-    whatever the logits are. COLUMNS is the power of 2 that holds K + SHARED.
+    `sums` f32 [GROUPS2 · SIZE2] are the router's products, not yet rounded. An index always names
+    an expert, whatever the sums are.
     """
-    lane = tl.arange(0, GROUPS2 * SIZE2)
-    expert, present = expert_of(lane, GROUPS, SIZE, SIZE2)
-    if SIGMOID:
+    GROUPS: tl.constexpr = choice.GROUPS
+    SIZE2: tl.constexpr = choice.SIZE2
+    K: tl.constexpr = choice.K
+    lane = tl.arange(0, choice.GROUPS2 * SIZE2)
+    expert, present = expert_of(lane, GROUPS, choice.SIZE, SIZE2)
+    if choice.bias is not None:
+        bias = tl.load(choice.bias + expert, mask=present, other=0)
+        sums += bias.to(choice.LOGITS).to(tl.float32)
+    logits = sums.to(choice.LOGITS).to(tl.float32)
+    if choice.SIGMOID:
         scores = 1 / (1 + tl.exp(-logits))
     else:
         shifted = tl.where(present, logits, float("-inf"))
         shifted = tl.exp(shifted - tl.max(shifted, 0))
         scores = shifted / tl.sum(shifted, 0)
-    choice = scores
-    if correction is not None:
-        choice += tl.load(correction + expert, mask=present, other=0).to(tl.float32)
-    key = ordered(choice)
-    if TOP < GROUPS:
-        kept = kept_groups(choice, present, GROUPS, GROUPS2, SIZE2, TOP, TOP2)
+    judged = scores
+    if choice.correction is not None:
+        judged += tl.load(choice.correction + expert, mask=present, other=0).to(tl.float32)
+    key = ordered(judged)
+    if choice.TOP < GROUPS:
+        kept = kept_groups(judged, present, GROUPS, choice.GROUPS2, SIZE2, choice.TOP, choice.TOP2)
         key = tl.where(kept, key, -2147483647)
     order = ranked(tl.where(present, key, -2147483648), lane)
     taken = ranked(tl.full(lane.shape, -2147483648, tl.int32), lane)
-    column = tl.arange(0, COLUMNS)
-    chosen = tl.where(column < K, 0, GROUPS * SIZE + column - K)
-    weight = tl.zeros([COLUMNS], tl.float32)
+    column = tl.arange(0, choice.COLUMNS)
+    chosen = tl.where(column < K, 0, GROUPS * choice.SIZE + column - K)
+    weight = tl.zeros([choice.COLUMNS], tl.float32)
     for j in range(K):
         best = lane_of(tl.max(order, 0))
         weight = tl.where(column == j, tl.sum(tl.where(lane == best, scores, 0.0), 0), weight)
-        chosen = tl.where(column == j, best // SIZE2 * SIZE + best % SIZE2, chosen)
+        chosen = tl.where(column == j, best // SIZE2 * choice.SIZE + best % SIZE2, chosen)
         order = tl.where(lane == best, taken, order)
-    if NORMALIZE:
-        weight = weight / (tl.sum(weight, 0) + SUM_EPS)
-    weight = tl.where(column < K, weight * SCALE, 1.0)
-    inside = column < K + SHARED
-    tl.store(weights + column, weight.to(weights.dtype.element_ty), mask=inside)
-    tl.store(indices + column, chosen.to(tl.int64), mask=inside)
+    if choice.NORMALIZE:
+        weight = weight / (tl.sum(weight, 0) + choice.SUM_EPS)
+    weight = tl.where(column < K, weight * choice.SCALE, 1.0)
+    inside = column < K + choice.SHARED
+    at = token * (K + choice.SHARED) + column
+    tl.store(choice.weights + at, weight.to(choice.weights.dtype.element_ty), mask=inside)
+    tl.store(choice.indices + at, chosen.to(tl.int64), mask=inside)

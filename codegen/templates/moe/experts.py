@@ -15,29 +15,23 @@ from ....compiler.dtypes import DTYPES
 from ....compiler.target import Target
 from ....compiler.types import TensorType
 from ...kernel_query import (
-    LAUNCH_SECONDS,
     Arg,
     Call,
     Candidate,
-    Codes,
     Declined,
     KernelQuery,
     Operand,
-    Ref,
     Result,
-    Scales,
     Temp,
-    present,
 )
-from .experts_few import hidden_kernel, part_kernel
-from .experts_many import count_kernel, hidden_tile_kernel, part_tile_kernel, place_kernel
+from ...prices import CHUNK_SECONDS, LAUNCH_SECONDS, MULTIPLIED_PER_SECOND, unpacking_seconds
+from ..gemm.epilogue import Epilogue, epilogue_of
+from ..gemm.product import Rows
+from ..gemm.weight import Weight, weight_of
+from .experts_few import expert_gemv_kernel
+from .experts_many import count_kernel, grouped_gemm_kernel, place_kernel
 from .experts_sum import combine_kernel
 
-# Codes that a device unpacks in a second in kernels that do little else: about 20 a clock and SM;
-# by scaled conversions an instruction of 64 lanes unpacks 128.
-_UNPACKED_PER_SECOND = {False: 4e12, True: 12e12}
-# Flops a second that tiles reach, roughly.
-_MULTIPLIED_PER_SECOND = 3e14
 # Elements of a weight that a program for few tokens loads at once, and how many of a row at most:
 # each of _THREADS loads four, or two, vectors of 16 bytes.
 _TILE = {"dense": 4096, "packed": 8192}
@@ -89,24 +83,6 @@ def _read(query: KernelQuery) -> _Experts | Declined:
     )
 
 
-def _memory(query: KernelQuery, position: int) -> tuple[dict[str, Ref], dict[str, Any]]:
-    """Pointers to the weight at `position`, and the constants that go with them."""
-    packed = query.args[position].packed
-    if packed is None:
-        return {"weight": Arg(position)}, {"scales": None, "GROUP": 0, "SCALED": False}
-    form = {"GROUP": packed.group, "SCALED": query.target.scaled_conversions}
-    return {"weight": Codes(position), "scales": Scales(position)}, form
-
-
-def _activation(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "GATED": bool(attrs.get("gated", True)),
-        "ACTIVATION": attrs["activation"],
-        "ALPHA": float(attrs.get("alpha", 0.0)),
-        "LIMIT": float(attrs.get("limit", 0.0)),
-    }
-
-
 def _touched(have: _Experts) -> float:
     """How many experts T · k choices name, if all are equally likely."""
     return have.count * (1 - (1 - 1 / have.count) ** have.choices)
@@ -119,8 +95,8 @@ def _of_one(weight: Operand) -> float:
 
 def _unpacking(weight: Operand, target: Target) -> float:
     """Seconds that unpacking one expert's weight takes the whole device."""
-    rate = _UNPACKED_PER_SECOND[target.scaled_conversions]
-    return weight.type.numel / weight.shape[0] / rate if weight.packed else 0.0
+    elements = weight.type.numel / weight.shape[0]
+    return unpacking_seconds(target, elements) if weight.packed else 0.0
 
 
 def _gemv_tile(width: int, weight: Operand) -> dict[str, Any]:
@@ -134,14 +110,56 @@ def _gemv_tile(width: int, weight: Operand) -> dict[str, Any]:
 
 def _combined(query: KernelQuery, have: _Experts) -> Call:
     """The launch that adds every token's parts."""
-    residual, absent = present({"residual": query.ref("residual")})
     block = min(_COMBINED, triton.next_power_of_2(have.width))
     return Call(
         combine_kernel,
-        {"parts": Temp("parts"), "weights": Arg(1), **residual, "out": Result(0)},
+        {
+            "parts": Temp("parts"),
+            "weights": Arg(1),
+            "residual": query.ref("residual"),
+            "out": Result(0),
+            "K": have.k,
+            "STEP": have.residual_step,
+            "WIDTH": have.width,
+            "BLOCK": block,
+        },
         (have.tokens, triton.cdiv(have.width, block), 1),
         (Result(0),),
-        {**absent, "STEP": have.residual_step, "K": have.k, "WIDTH": have.width, "BLOCK": block},
+    )
+
+
+@dataclass(frozen=True)
+class _Gemm:
+    """A product of rows choice / k of x with the weight of the choice's expert; `n` columns."""
+
+    x: Rows
+    weight: Weight
+    epilogue: Epilogue
+    k: int
+    n: int
+
+    def args(self) -> dict[str, Any]:
+        shared = {"x": self.x, "weight": self.weight, "epilogue": self.epilogue}
+        return {**shared, "K": self.k, "N": self.n}
+
+
+def _gemms(query: KernelQuery, have: _Experts) -> tuple[_Gemm, _Gemm]:
+    """The gate-up GEMM, which makes the hidden rows of every choice, and the down GEMM."""
+    attrs, gated = query.attrs, have.gated
+    hidden = epilogue_of(
+        query,
+        Temp("hidden"),
+        have.inner,
+        bias=query.ref("gate_up_bias"),
+        activation=attrs["activation"],
+        gated=gated,
+        rounded=True,
+    )
+    parts = epilogue_of(query, Temp("parts"), have.width, bias=query.ref("down_bias"))
+    rows = Rows(Temp("hidden"), have.inner, 0)
+    return (
+        _Gemm(Rows(Arg(0), have.step, 0), weight_of(query, 3, gated), hidden, have.k, have.inner),
+        _Gemm(rows, weight_of(query, 4), parts, 1, have.width),
     )
 
 
@@ -152,48 +170,22 @@ def few(query: KernelQuery) -> Candidate | Declined:
         return have
     gate_up, down = query.args[3:5]
     dtype = query.args[0].type.dtype
-    weight, form = _memory(query, 3)
-    bias, no_bias = present({"bias": query.ref("gate_up_bias")})
-    sizes = {"WIDTH": have.width, "INNER": have.inner}
-    tile = _gemv_tile(have.width, gate_up)
-    warps = _THREADS // query.target.warp
-    hidden = Call(
-        hidden_kernel,
-        {"x": Arg(0), "indices": Arg(2), **weight, **bias, "hidden": Temp("hidden")},
-        (have.choices, triton.cdiv(have.inner, tile["ROWS"]), 1),
-        (Temp("hidden"),),
-        {
-            **_activation(query.attrs),
-            **form,
-            **no_bias,
-            **tile,
-            **sizes,
-            "K": have.k,
-            "STEP": have.step,
-        },
-        warps,
-    )
-    weight, form = _memory(query, 4)
-    bias, no_bias = present({"bias": query.ref("down_bias")})
-    tile = _gemv_tile(have.inner, down)
-    parts = Call(
-        part_kernel,
-        {
-            "hidden": Temp("hidden"),
-            "indices": Arg(2),
-            **weight,
-            **bias,
-            "parts": Temp("parts"),
-        },
-        (have.choices, triton.cdiv(have.width, tile["ROWS"]), 1),
-        (Temp("parts"),),
-        {**form, **no_bias, **tile, **sizes},
-        warps,
-    )
+    calls: list[Call] = []
+    for gemm, held in zip(_gemms(query, have), (gate_up, down), strict=True):
+        tile = _gemv_tile(gemm.weight.K, held)
+        calls.append(
+            Call(
+                expert_gemv_kernel,
+                {**gemm.args(), "indices": Arg(2), **tile},
+                (have.choices, triton.cdiv(gemm.n, tile["ROWS"]), 1),
+                (gemm.epilogue.y,),
+                num_warps=_THREADS // query.target.warp,
+            )
+        )
     moved = have.choices * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second
     computed = have.choices * (_unpacking(gate_up, query.target) + _unpacking(down, query.target))
     return Candidate(
-        (hidden, parts, _combined(query, have)),
+        (*calls, _combined(query, have)),
         max(moved, computed) + 3 * LAUNCH_SECONDS,
         f"{have.choices} choices, each reads its expert",
         {
@@ -204,7 +196,7 @@ def few(query: KernelQuery) -> Candidate | Declined:
 
 
 def many(query: KernelQuery) -> Candidate | Declined:
-    """Five launches: two sort the choices by expert, two multiply tiles of them, one sums."""
+    """Five launches: two sort the choices by expert, two are grouped GEMMs, one sums."""
     have = _read(query)
     if isinstance(have, Declined):
         return have
@@ -213,71 +205,49 @@ def many(query: KernelQuery) -> Candidate | Declined:
     tokens = _tile_tokens(have, dtype)
     # Each expert that is chosen at all has one tile that may not be full.
     tiles = have.choices // tokens + min(have.count, have.choices)
-    numbers = {"choices": have.choices}
-    count = Call(
-        count_kernel,
-        {"indices": Arg(2), "counts": Temp("counts"), **numbers},
-        (have.count, 1, 1),
-        (Temp("counts"),),
-        {"CHUNK": _CHUNK},
-        overlaps=False,
-    )
-    sorted_ = (Temp("experts"), Temp("places"))
-    where: dict[str, Ref] = {"experts": sorted_[0], "places": sorted_[1]}
-    place = Call(
-        place_kernel,
-        {"indices": Arg(2), "counts": Temp("counts"), **where, **numbers, "tiles": tiles},
-        (have.count, 1, 1),
-        sorted_,
-        {
-            "COUNT": have.count,
-            "BINS": triton.next_power_of_2(have.count),
-            "TOKENS": tokens,
-            "CHUNK": _CHUNK,
-        },
-        overlaps=False,
-    )
+    counted = {"indices": Arg(2), "counts": Temp("counts"), "choices": have.choices}
+    where = {"experts": Temp("experts"), "places": Temp("places")}
+    calls = [
+        Call(
+            count_kernel,
+            {**counted, "CHUNK": _CHUNK},
+            (have.count, 1, 1),
+            (Temp("counts"),),
+            overlaps=False,
+        ),
+        Call(
+            place_kernel,
+            {
+                **counted,
+                **where,
+                "tiles": tiles,
+                "COUNT": have.count,
+                "BINS": triton.next_power_of_2(have.count),
+                "TOKENS": tokens,
+                "CHUNK": _CHUNK,
+            },
+            (have.count, 1, 1),
+            tuple(where.values()),
+            overlaps=False,
+        ),
+    ]
     # Fewer than 64 rows where they are f32: for sm_100 Triton 3.7 makes tf32 of some products of 64
     # rows, ieee or not.
     shape = {"TOKENS": tokens, "ROWS": 32 if dtype == "f32" else 64}
-    sizes = {"WIDTH": have.width, "INNER": have.inner}
-    warps = 8 if tokens > 64 and query.target.warp == 32 else 4
-    stages = 3 if query.target.name.startswith("cuda") else 2
-    weight, form = _memory(query, 3)
-    bias, no_bias = present({"bias": query.ref("gate_up_bias")})
-    hidden = Call(
-        hidden_tile_kernel,
-        {"x": Arg(0), **where, **weight, **bias, "hidden": Temp("hidden")},
-        (tiles, triton.cdiv(have.inner, shape["ROWS"]), 1),
-        (Temp("hidden"),),
-        {
-            **_activation(query.attrs),
-            **form,
-            **no_bias,
-            **shape,
-            "BLOCK": _tile_block(query, gate_up, shape),
-            **sizes,
-            "K": have.k,
-            "STEP": have.step,
-        },
-        warps,
-        stages,
-        overlaps=False,
-    )
-    weight, form = _memory(query, 4)
-    bias, no_bias = present({"bias": query.ref("down_bias")})
-    parts = Call(
-        part_tile_kernel,
-        {"hidden": Temp("hidden"), **where, **weight, **bias, "parts": Temp("parts")},
-        (tiles, triton.cdiv(have.width, shape["ROWS"]), 1),
-        (Temp("parts"),),
-        {**form, **no_bias, **shape, "BLOCK": _tile_block(query, down, shape), **sizes},
-        warps,
-        stages,
-        overlaps=False,
-    )
+    for gemm, held in zip(_gemms(query, have), (gate_up, down), strict=True):
+        calls.append(
+            Call(
+                grouped_gemm_kernel,
+                {**gemm.args(), **where, **shape, "BLOCK": _tile_block(query, held, shape)},
+                (tiles, triton.cdiv(gemm.n, shape["ROWS"]), 1),
+                (gemm.epilogue.y,),
+                num_warps=8 if tokens > 64 and query.target.warp == 32 else 4,
+                num_stages=3 if query.target.name.startswith("cuda") else 2,
+                overlaps=False,
+            )
+        )
     return Candidate(
-        (count, place, hidden, parts, _combined(query, have)),
+        (*calls, _combined(query, have)),
         _seconds_of_tiles(query, have, tokens),
         f"{have.choices} choices in tiles of {tokens}",
         {
@@ -314,10 +284,9 @@ def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
     read = touched * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second
     unpacked = tiles * sum(_unpacking(w, query.target) for w in (gate_up, down))
     elements = (gate_up.type.numel + down.type.numel) / have.count
-    multiplied = 2 * tiles * tokens * elements / _MULTIPLIED_PER_SECOND
-    # The sort reads all indices once an expert, in turns that have to wait for each other.
-    turns = 2 * triton.cdiv(have.choices, _CHUNK)
-    return max(read, unpacked, multiplied) + (5 + turns / 2) * LAUNCH_SECONDS
+    multiplied = 2 * tiles * tokens * elements / MULTIPLIED_PER_SECOND
+    sorting = triton.cdiv(have.choices, _CHUNK) * CHUNK_SECONDS
+    return max(read, unpacked, multiplied) + sorting + 5 * LAUNCH_SECONDS
 
 
 TEMPLATES = {"experts": (few, many)}

@@ -1,4 +1,4 @@
-"""Experts for many tokens: choices sorted by expert on the device, then products tile by tile.
+"""Experts for many tokens: choices sorted by expert on the device, then a grouped GEMM.
 
 Nothing is counted on the host: the grids are as large as any choice may need, and programs past the
 last tile return. A tile is up to TOKENS choices of one expert, in the order of the tokens.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gemm.activations import activated, gated
-from ..gemm.weight_tiles import weight_tile
+from ..gemm.epilogue import activate
+from ..gemm.weight import weight_tile
 from ..pdl import pdl_wait
 
 
@@ -70,127 +70,54 @@ def place_kernel(
 
 
 @triton.jit
-def hidden_tile_kernel(
+def grouped_gemm_kernel(
     x,
     experts,
     places,
     weight,
-    scales,
-    bias,
-    hidden,
+    epilogue,
     K: tl.constexpr,
-    STEP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    INNER: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    N: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """hidden [T·K, INNER] = activation(gate) · up, for one tile of choices and ROWS columns.
+    """y [choices, N] = epilogue of rows choice / K of x times the weight of the choice's expert,
+    for one tile of choices and ROWS columns; `x` are Rows.
 
     The weight is the left operand: it has the rows that a matrix instruction wants however few the
-    choices are, and each of them is summed in the same order. x's rows are STEP apart.
+    choices are, and each of them is summed in the same order.
     """
     pdl_wait(PROGRAMMATIC)
     expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
+    WIDTH: tl.constexpr = weight.K
+    DTYPE: tl.constexpr = x.data.dtype.element_ty
     choice = tl.load(places + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))
     live = choice >= 0
     choice = tl.where(live, choice, 0)
-    row = x + (choice // K).to(tl.int64) * STEP
+    row = (choice // K).to(tl.int64) * x.STEP
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = column < INNER
-    rows = expert * ((2 if GATED else 1) * INNER) + column
-    dtype: tl.constexpr = x.dtype.element_ty
-    gate = tl.zeros([ROWS, TOKENS], tl.float32)
+    inside = column < N
+    rows = expert * weight.N + column
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
     up = tl.zeros([ROWS, TOKENS], tl.float32)
     for start in range(0, WIDTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = (at < WIDTH)[:, None] & live[None, :]
-        value = tl.load(row[None, :] + at[:, None], mask=mask, other=0)
+        value = tl.load(x.data + row[None, :] + at[:, None], mask=mask, other=0)
         w = weight_tile(
-            weight, scales, rows, inside, start, dtype, WIDTH, GROUP, SCALED, WIDTH, 1, ROWS, BLOCK
-        )
-        gate = tl.dot(w, value, gate, input_precision="ieee")
-        if GATED:
-            w = weight_tile(
-                weight,
-                scales,
-                rows + INNER,
-                inside,
-                start,
-                dtype,
-                WIDTH,
-                GROUP,
-                SCALED,
-                WIDTH,
-                1,
-                ROWS,
-                BLOCK,
-            )
-            up = tl.dot(w, value, up, input_precision="ieee")
-    if bias is not None:
-        gate += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)[:, None]
-    gate = gate.to(dtype).to(tl.float32)
-    if GATED:
-        if bias is not None:
-            up += tl.load(bias + rows + INNER, mask=inside, other=0).to(tl.float32)[:, None]
-        y = gated(gate, up.to(dtype).to(tl.float32), ACTIVATION, ALPHA, LIMIT)
-    else:
-        y = activated(gate, ACTIVATION)
-    out = hidden + choice[:, None].to(tl.int64) * INNER + column[None, :]
-    tl.store(out, tl.trans(y.to(dtype)), mask=live[:, None] & inside[None, :])
-
-
-@triton.jit
-def part_tile_kernel(
-    hidden,
-    experts,
-    places,
-    weight,
-    scales,
-    bias,
-    parts,
-    WIDTH: tl.constexpr,
-    INNER: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
-):
-    """parts [T·K, WIDTH] = down product of hidden [T·K, INNER] + bias, for one tile of choices and
-    ROWS columns."""
-    pdl_wait(PROGRAMMATIC)
-    expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
-    if expert < 0:
-        return
-    choice = tl.load(places + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))
-    live = choice >= 0
-    choice = tl.where(live, choice, 0).to(tl.int64)
-    column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = column < WIDTH
-    rows = expert * WIDTH + column
-    dtype: tl.constexpr = hidden.dtype.element_ty
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for start in range(0, INNER, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = (at < INNER)[:, None] & live[None, :]
-        value = tl.load(hidden + choice[None, :] * INNER + at[:, None], mask=mask, other=0)
-        w = weight_tile(
-            weight, scales, rows, inside, start, dtype, INNER, GROUP, SCALED, INNER, 1, ROWS, BLOCK
+            weight, weight.data, weight.scales, rows, inside, start, 0, DTYPE, ROWS, BLOCK
         )
         total = tl.dot(w, value, total, input_precision="ieee")
-    if bias is not None:
-        total += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)[:, None]
-    out = parts + choice[:, None] * WIDTH + column[None, :]
-    tl.store(out, tl.trans(total.to(dtype)), mask=live[:, None] & inside[None, :])
+        if weight.HALVED:
+            w = weight_tile(
+                weight, weight.data, weight.scales, rows, inside, start, 1, DTYPE, ROWS, BLOCK
+            )
+            up = tl.dot(w, value, up, input_precision="ieee")
+    value = activate(epilogue, total, up, rows[:, None], inside[:, None], N)
+    to = epilogue.y + choice[:, None].to(tl.int64) * epilogue.STEP + column[None, :]
+    stored = live[:, None] & inside[None, :]
+    tl.store(to, tl.trans(value.to(epilogue.y.dtype.element_ty)), mask=stored)

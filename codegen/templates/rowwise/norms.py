@@ -17,9 +17,9 @@ from ...kernel_query import (
     Operand,
     Ref,
     Result,
-    present,
 )
 from ..pdl import pdl_wait
+from .row_norm import InputRows, scales_of_row, store_row
 
 # Rows up to this many elements stay in registers; longer ones are read again for each pass.
 _IN_REGISTERS = 8192
@@ -32,87 +32,15 @@ _FLOATS = ("f16", "bf16", "f32")
 
 
 @triton.jit
-def _row_sum(x, delta, post_norm, at, inside, scale, HAS_DELTA: tl.constexpr, POST: tl.constexpr):
-    """s at places `at` of a row, rounded as it is stored, in f32. `scale` is that of post_norm."""
-    s = tl.load(x + at, mask=inside, other=0.0)
-    if HAS_DELTA:
-        d = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
-        if POST:
-            d = d * scale * tl.load(post_norm + at, mask=inside, other=0.0).to(tl.float32)
-        s = (s.to(tl.float32) + d).to(x.dtype.element_ty)
-    return s.to(tl.float32)
+def prologue_kernel(rows, n, s, K: tl.constexpr, BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr):
+    """n and s, dense [T, K], of InputRows, a program a row; s is rounded before it is normed.
 
-
-@triton.jit
-def prologue_kernel(
-    x,
-    delta,
-    post_norm,
-    norm,
-    n,
-    s,
-    K: tl.constexpr,
-    X_STEP: tl.constexpr,
-    DELTA_STEP: tl.constexpr,
-    EPS: tl.constexpr,
-    POST_EPS: tl.constexpr,
-    NORMED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
-):
-    """A program a row of K elements; the rows of x and delta lie X_STEP and DELTA_STEP apart.
-
-    Operands that are not there are None. `n` and `s` are dense; s is rounded before it is normed.
     A row longer than BLOCK is read in blocks, once for each sum of squares and once to write.
     """
     pdl_wait(PROGRAMMATIC)
-    row = tl.program_id(0).to(tl.int64)
-    HAS_DELTA: tl.constexpr = delta is not None
-    POST: tl.constexpr = post_norm is not None
-    WHOLE: tl.constexpr = K <= BLOCK
-    x += row * X_STEP
-    if HAS_DELTA:
-        delta += row * DELTA_STEP
-    post_scale = 1.0
-    if POST:
-        squares = tl.zeros((BLOCK,), tl.float32)
-        for start in tl.range(0, K, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            d = tl.load(delta + at, mask=at < K, other=0.0).to(tl.float32)
-            squares += d * d
-        post_scale = tl.rsqrt(tl.sum(squares, 0) / K + POST_EPS)
-    if WHOLE:
-        at = tl.arange(0, BLOCK)
-        inside = at < K
-        y = _row_sum(x, delta, post_norm, at, inside, post_scale, HAS_DELTA, POST)
-        if s is not None:
-            tl.store(s + row * K + at, y.to(x.dtype.element_ty), mask=inside)
-        if NORMED:
-            y = y * tl.rsqrt(tl.sum(y * y, 0) / K + EPS)
-            if norm is not None:
-                y = y * tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
-        if n is not None:
-            tl.store(n + row * K + at, y.to(x.dtype.element_ty), mask=inside)
-    else:
-        scale = 1.0
-        if NORMED:
-            squares = tl.zeros((BLOCK,), tl.float32)
-            for start in tl.range(0, K, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                y = _row_sum(x, delta, post_norm, at, at < K, post_scale, HAS_DELTA, POST)
-                squares += y * y
-            scale = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
-        for start in tl.range(0, K, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < K
-            y = _row_sum(x, delta, post_norm, at, inside, post_scale, HAS_DELTA, POST)
-            if s is not None:
-                tl.store(s + row * K + at, y.to(x.dtype.element_ty), mask=inside)
-            y = y * scale
-            if norm is not None:
-                y = y * tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
-            if n is not None:
-                tl.store(n + row * K + at, y.to(x.dtype.element_ty), mask=inside)
+    token = tl.program_id(0).to(tl.int64)
+    post_scale, scale = scales_of_row(rows, token, K, BLOCK)
+    store_row(rows, token, post_scale, scale, n, s, 0, K, K, BLOCK)
 
 
 def row_step(x: Operand) -> int | None:
@@ -136,6 +64,23 @@ def row_launch(width: int, warp: int) -> tuple[int, int]:
     return block, max(1, min(512 // warp, block // (warp * _PER_THREAD)))
 
 
+def input_rows(query: KernelQuery, eps: float | None, post_eps: float | None) -> InputRows:
+    """Argument 0, x [..., K], with the node's operands `delta`, `norm` and `post_norm`, where it
+    has them. An `eps` without `norm` is a norm without a weight."""
+    delta = query.operand("delta")
+    return InputRows(
+        Arg(0),
+        query.ref("delta"),
+        query.ref("norm"),
+        query.ref("post_norm"),
+        row_step(query.args[0]) or 0,
+        (row_step(delta) or 0) if delta else 0,
+        eps is not None,
+        eps or 0.0,
+        post_eps or 0.0,
+    )
+
+
 def prologue_call(
     query: KernelQuery,
     n: Ref | None,
@@ -143,40 +88,31 @@ def prologue_call(
     eps: float | None,
     post_eps: float | None = None,
 ) -> Call | Declined:
-    """The launch of a prologue (compiler/ops/prologue.py) for all rows of argument 0, x [..., K],
-    with the node's operands `delta`, `post_norm` and `norm`, where it has them.
+    """The launch of a prologue (compiler/ops/prologue.py) for all rows of argument 0.
 
-    `n` and `s` are where its results go, dense, in x's dtype (None: not wanted); `eps` and
-    `post_eps` belong to the norms, and an `eps` without `norm` is a norm without a weight. Declined
-    where rows cannot be read as they lie.
+    `n` and `s` are where its results go, dense, in x's dtype (None: not wanted); see input_rows for
+    the rest. Declined where rows cannot be read as they lie.
     """
     x, delta = query.args[0], query.operand("delta")
-    step, delta_step = row_step(x), row_step(delta) if delta else 0
     weights = [w for name in ("post_norm", "norm") if (w := query.operand(name))]
-    if step is None or delta_step is None or not all(w.dense for w in weights):
+    apart = row_step(x) is None or (delta and row_step(delta) is None)
+    if apart or not all(w.dense for w in weights):
         return Declined(f"rows of x {x.type}, its delta or weights do not lie in one step")
     if odd := [o.type for o in (x, *weights) if o.type.dtype not in _FLOATS]:
         return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
-    width = x.shape[-1]
-    block, warps = row_launch(width, query.target.warp)
-    places: dict[str, Ref | None] = {n: query.ref(n) for n in ("delta", "post_norm", "norm")}
-    places |= {"x": Arg(0), "n": n, "s": s}
-    all_of = ("x", "delta", "post_norm", "norm", "n", "s")
+    block, warps = row_launch(x.shape[-1], query.target.warp)
+    return rows_call(input_rows(query, eps, post_eps), x.shape, n, s, block, warps)
+
+
+def rows_call(
+    rows: InputRows, shape: tuple[int, ...], n: Ref | None, s: Ref | None, block: int, warps: int
+) -> Call:
+    """The launch that computes n and s of rows of x [..., K], `block` elements at a time."""
     return Call(
         prologue_kernel,
-        {name: ref for name in all_of if (ref := places.get(name)) is not None},
-        (prod(x.shape[:-1]), 1, 1),
+        {"rows": rows, "n": n, "s": s, "K": shape[-1], "BLOCK": block},
+        (prod(shape[:-1]), 1, 1),
         tuple(ref for ref in (n, s) if ref is not None),
-        {
-            **{name: None for name in all_of if places.get(name) is None},
-            "K": width,
-            "X_STEP": step,
-            "DELTA_STEP": delta_step,
-            "EPS": eps or 0.0,
-            "POST_EPS": post_eps or 0.0,
-            "NORMED": eps is not None,
-            "BLOCK": block,
-        },
         num_warps=warps,
     )
 
@@ -249,7 +185,6 @@ def layer_norm(query: KernelQuery) -> Candidate | Declined:
     """layer_norm(x, weight?, bias?)."""
     x, *affine = query.args
     step = row_step(x)
-    given, absent = present({"weight": query.ref("norm"), "bias": query.ref("bias")})
     if step is None or not all(a.dense for a in affine):
         return Declined(f"rows of x {x.type} or its weights do not lie in one step")
     if odd := [o.type for o in query.args if o.type.dtype not in _FLOATS]:
@@ -257,16 +192,18 @@ def layer_norm(query: KernelQuery) -> Candidate | Declined:
     block, warps = row_launch(x.shape[-1], query.target.warp)
     call = Call(
         layer_norm_kernel,
-        {"x": Arg(0), **given, "out": Result(0)},
-        (prod(x.shape[:-1]), 1, 1),
-        (Result(0),),
         {
-            **absent,
+            "x": Arg(0),
+            "weight": query.ref("norm"),
+            "bias": query.ref("bias"),
+            "out": Result(0),
             "K": x.shape[-1],
             "STEP": step,
             "EPS": query.attrs["eps"],
             "BLOCK": block,
         },
+        (prod(x.shape[:-1]), 1, 1),
+        (Result(0),),
         num_warps=warps,
     )
     return _of_rows(query, call)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from ...kernel_query import (
-    LAUNCH_SECONDS,
     Arg,
     Call,
     Candidate,
@@ -20,6 +19,7 @@ from ...kernel_query import (
     Result,
     dense_strides,
 )
+from ...prices import LAUNCH_SECONDS
 from ..pdl import pdl_wait
 
 _BLOCK = 1024

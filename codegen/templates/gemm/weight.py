@@ -1,75 +1,115 @@
-"""Tiles of a weight as numbers inside a kernel: dense, in MXFP4 by rows, or in MXFP4 fragments."""
+"""Weights as kernels see them: dense matrices, MXFP4 by rows, or MXFP4 in fragments."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from ...kernel_query import Arg, Codes, KernelQuery, Scales
 from .mxfp4_decode import decoded, e8m0, scaled_tile
 
 
+class Weight(NamedTuple):
+    """A weight [N, K], or several, HEAD elements (dense) or N rows (MXFP4) apart.
+
+    `data` are numbers, whose rows and columns are ROW and COLUMN elements apart, or MXFP4 codes; of
+    these `scales` hold one for GROUP columns (0: dense), and with TILES both lie as fragments, so
+    many tiles across (compiler.ops.mxfp4_fragments). Of a HALVED weight the first N / 2 rows are
+    the gate's, the others the up's. SCALED says whether the target has scaled conversions.
+    """
+
+    data: Any
+    scales: Any
+    N: Any
+    K: Any
+    GROUP: Any
+    SCALED: Any
+    TILES: Any
+    HALVED: Any
+    ROW: Any
+    COLUMN: Any
+    HEAD: Any
+
+
+def weight_of(
+    query: KernelQuery,
+    position: int,
+    halved: bool = False,
+    shape: tuple[int, int] | None = None,
+    steps: tuple[int, int, int] | None = None,
+) -> Weight:
+    """Argument `position`, dense [..., N, K] unless it is packed, or `shape` (N, K) and `steps` (of
+    a row, a column and a matrix) say how it lies."""
+    held = query.args[position]
+    n, k = shape or held.shape[-2:]
+    row, column, head = steps or (k, 1, n * k)
+    packed = held.packed
+    if packed is None:
+        return Weight(Arg(position), None, n, k, 0, False, 0, halved, row, column, head)
+    tiles = int(packed.codes.shape[1]) if packed.fragments else 0
+    scaled = query.target.scaled_conversions
+    data, scales = Codes(position), Scales(position)
+    return Weight(data, scales, n, k, packed.group, scaled, tiles, halved, row, column, head)
+
+
 @triton.jit
-def weight_tile(
-    w,
+def tile_by_rows(
+    weight,
+    data,
     scales,
     rows,
     inside_rows,
     k,
     DTYPE: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
-    W_ROW: tl.constexpr,
-    W_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[ROWS, BLOCK_K] of a weight [N, K] from column k on, zero outside; GROUP 0 is dense.
-
-    SCALED says whether the target has scaled conversions.
-    """
+    """[ROWS, BLOCK_K] of the rows `rows` from `data` and `scales` on, from column k; 0 outside."""
+    K: tl.constexpr = weight.K
+    GROUP: tl.constexpr = weight.GROUP
     start = rows.to(tl.int64)[:, None]
     if GROUP == 0:
         at = k + tl.arange(0, BLOCK_K)
         inside = inside_rows[:, None] & (at < K)[None, :]
-        tile = tl.load(w + start * W_ROW + at[None, :] * W_COLUMN, mask=inside, other=0.0)
+        at = data + start * weight.ROW + at[None, :] * weight.COLUMN
+        tile = tl.load(at, mask=inside, other=0.0)
     else:
         block = k // GROUP + tl.arange(0, BLOCK_K // GROUP)
         inside = inside_rows[:, None] & (block < K // GROUP)[None, :]
         scale = tl.load(scales + start * (K // GROUP) + block[None, :], mask=inside, other=127)
-        if SCALED:
+        if weight.SCALED:
             at = k // 8 + tl.arange(0, BLOCK_K // 8)
             inside = inside_rows[:, None] & (at < K // 8)[None, :]
-            words = w.to(tl.pointer_type(tl.int32)) + start * (K // 8) + at[None, :]
+            words = data.to(tl.pointer_type(tl.int32)) + start * (K // 8) + at[None, :]
             words = tl.load(words, mask=inside, other=0)
             tile = scaled_tile(words, scale, ROWS, BLOCK_K, GROUP, DTYPE)
         else:
             at = k // 2 + tl.arange(0, BLOCK_K // 2)
             inside = inside_rows[:, None] & (at < K // 2)[None, :]
-            codes = tl.load(w + start * (K // 2) + at[None, :], mask=inside, other=0)
+            codes = tl.load(data + start * (K // 2) + at[None, :], mask=inside, other=0)
             tile = decoded(codes, scale, ROWS, BLOCK_K, GROUP, DTYPE)
     return tile
 
 
 @triton.jit
-def fragment_tile(
-    w,
+def tile_of_fragments(
+    weight,
+    data,
     scales,
     rows,
     inside_rows,
     k,
-    HALVED: tl.constexpr,
     HALF: tl.constexpr,
     DTYPE: tl.constexpr,
-    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """As weight_tile, of a weight in TILES tiles across (see compiler.ops.mxfp4_fragments).
-
-    Row i is the i-th; of a HALVED weight the i-th of the gate's (HALF 0) or the up's rows (1).
-    """
-    if HALVED:
+    """As tile_by_rows. Row i is the i-th; of a HALVED weight the i-th of the gate's rows (HALF 0)
+    or of the up's (1)."""
+    TILES: tl.constexpr = weight.TILES
+    if weight.HALVED:
         down = rows // 8
         low = rows * 0 + HALF
     else:
@@ -81,7 +121,7 @@ def fragment_tile(
     inside = inside_rows[:, None] & (tile < TILES)[None, :]
     in_tile = (low * 128 + rows % 8 * 16)[:, None] + (word % 4 * 4 + word // 4 % 4)[None, :]
     at = (first[:, None] + tile[None, :]) * 256 + in_tile
-    words = tl.load(w.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
+    words = tl.load(data.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
     group = k // 32 + tl.arange(0, BLOCK_K // 32)
     tile = group // 4
     inside = inside_rows[:, None] & (tile < TILES)[None, :]
@@ -108,47 +148,26 @@ def _four(half):
 
 
 @triton.jit
-def tile(
-    w,
+def weight_tile(
+    weight,
+    data,
     scales,
     rows,
     inside_rows,
     k,
-    HALVED: tl.constexpr,
     HALF: tl.constexpr,
     DTYPE: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
-    TILES: tl.constexpr,
-    W_ROW: tl.constexpr,
-    W_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The tile of a weight in whichever way it is held: in TILES of fragments, or by rows.
-
-    HALVED it is [2N, K], and HALF says whether `rows` are of its first N or of the others.
+    """[ROWS, BLOCK_K] of a Weight in DTYPE from column k on, zero outside; `data` and `scales` are
+    its own, moved to one of several matrices. Of a HALVED weight HALF says which half has `rows`.
     """
-    if TILES > 0:
-        found = fragment_tile(
-            w, scales, rows, inside_rows, k, HALVED, HALF, DTYPE, TILES, ROWS, BLOCK_K
+    if weight.TILES > 0:
+        found = tile_of_fragments(
+            weight, data, scales, rows, inside_rows, k, HALF, DTYPE, ROWS, BLOCK_K
         )
     else:
-        found = weight_tile(
-            w,
-            scales,
-            rows + HALF * N,
-            inside_rows,
-            k,
-            DTYPE,
-            K,
-            GROUP,
-            SCALED,
-            W_ROW,
-            W_COLUMN,
-            ROWS,
-            BLOCK_K,
-        )
+        rows += HALF * (weight.N // 2)
+        found = tile_by_rows(weight, data, scales, rows, inside_rows, k, DTYPE, ROWS, BLOCK_K)
     return found

@@ -1,0 +1,61 @@
+"""Prices of candidates in seconds: the constants by which `select` compares ways to compute an op.
+
+A price is the larger of the traffic at a fraction of the target's bandwidth and of the arithmetic
+at a rate, and a fixed cost a launch. Fractions and rates were measured on an H200 (cold weights,
+graph replays) or are estimates, and said to be.
+"""
+
+from __future__ import annotations
+
+from ..compiler.target import Target
+
+# The gap between two nodes of a replayed graph: 1.0-1.14 µs measured, 0.6-0.7 where PDL hides it.
+LAUNCH_SECONDS = 1e-6
+
+# Fraction of the bandwidth at which a GEMM kernel reads its weight, by kernel and whether the
+# weight is MXFP4. Measured: fragments 0.50 (13 MB) to 0.69 (62 MB); narrow tiles 0.72-0.95 dense,
+# 0.28-0.40 in MXFP4, where unpacking bounds them. Estimated: square tiles, and all of AMD's.
+GEMM_BANDWIDTH = {
+    ("fragments", True): 0.65,
+    ("mfma", False): 0.65,
+    ("mfma", True): 0.65,
+    ("narrow", False): 0.6,
+    ("narrow", True): 0.35,
+    ("square", False): 0.5,
+    ("square", True): 0.25,
+}
+# Bytes of a weight at which a norm within its GEMM costs as much as a launch before it: every
+# program norms whole rows. Of an 8B in MXFP4, on an H200, one token took 2.99 ms with all norms in
+# launches before, 3.02 with those of products up to 16 MiB within (36 launches fewer), 3.04 with
+# all.
+NORM_WITHIN_BYTES = 16 << 20
+
+# Codes that a device unpacks in a second in kernels that do little else: about 20 a clock and SM;
+# by scaled conversions an instruction of 64 lanes unpacks 128 (estimated).
+UNPACKED_PER_SECOND = {False: 4e12, True: 12e12}
+# Flops a second that tiles of a grouped GEMM reach, roughly.
+MULTIPLIED_PER_SECOND = 3e14
+# Bytes a second that one program, and that all together, get of what others read too.
+PROGRAM_BYTES, SHARED_BYTES = 3e10, 6e12
+# Seconds that a program takes to look through a chunk of indices, twice, while it sorts them.
+CHUNK_SECONDS = 1e-6
+# Seconds that the choice of one expert takes, most of it waiting for its reduction.
+PICK_SECONDS = 1e-7
+
+
+def gemm_seconds(
+    target: Target, kernel: str, weight_bytes: int, other_bytes: int, packed: bool
+) -> float:
+    """A GEMM without its launch: its weight at the kernel's fraction of the bandwidth."""
+    fraction = GEMM_BANDWIDTH[kernel, packed]
+    return (weight_bytes / fraction + other_bytes) / target.bytes_per_second
+
+
+def norm_within_launches(weight_bytes: int) -> float:
+    """What a norm of the input costs within a GEMM, in launches."""
+    return weight_bytes / NORM_WITHIN_BYTES
+
+
+def unpacking_seconds(target: Target, elements: float) -> float:
+    """What the device takes at least to unpack so many MXFP4 codes."""
+    return elements / UNPACKED_PER_SECOND[target.scaled_conversions]
