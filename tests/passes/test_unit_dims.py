@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from ingot.compiler.ir import Graph
+from ingot.compiler.axes import Dims
+from ingot.compiler.ir import Graph, Op, Sample
+from ingot.compiler.ops.leaf import param
 from ingot.compiler.rewrite import Log
+from ingot.compiler.types import TensorType
 from ingot.compiler.validate import check_rewrite
 from ingot.compiler.verify import verify
 from ingot.passes.raising.canonicalize import simplified
 from ingot.passes.raising.unit_dims import unit_dims_dropped
 from pass_checks import assert_equal_results, graph_of, ops
+from random_graphs import sampled_ops
 
 HEAD = """
 graph @u(%x: f32[1, T, 4, 6], %y: f32[T, 1, 4, 1], %z: f32[1, T, 1, 6], %i: i64[1, T]) T=1..8 {
@@ -157,3 +161,40 @@ def test_a_traced_router(golden: Callable[[str], None]) -> None:
     after = without_unit_dims(before)
     assert_equal_results(before, after)
     golden(str(after))
+
+
+def without_free_dims(op: Op, sample: Sample) -> Graph:
+    """`op` on its sample with every dim that it takes any number of cut to 1."""
+    whole = op.all(
+        *(param(name=f"x{i}", type=t) for i, t in enumerate(sample.args)), **sample.attrs
+    )
+    node = whole[0].node
+    assert node.axes is not None
+
+    def cut(type_: TensorType, dims: Dims) -> TensorType:
+        free = [node.axes is not None and node.axes.free.issuperset(f) for f in dims]
+        sizes = zip(type_.shape, free, strict=True)
+        return type_.with_shape(tuple(1 if one else d for d, one in sizes))
+
+    args = tuple(
+        param(name=f"x{i}", type=cut(a.type, dims))
+        for i, (a, dims) in enumerate(zip(node.args, node.axes.operands, strict=True))
+    )
+    attrs = dict(node.attrs)
+    if "shape" in attrs:
+        attrs["shape"] = cut(node.types[0], node.axes.results[0]).shape
+    return Graph("unit", args, op.node(args, attrs).results)
+
+
+WITH_RULES = [(op, sample) for op, sample in sampled_ops() if op.axes is not None]
+
+
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [pytest.param(op, s, id=f"{op.name}-{i}") for i, (op, s) in enumerate(WITH_RULES)],
+)
+def test_every_op_does_without_the_unit_dims_that_its_rule_says(op: Op, sample: Sample) -> None:
+    graph = without_free_dims(op, sample)
+    for one in unit_dims_dropped(graph):
+        check_rewrite(graph, one)
+    verify(Log().apply(graph, list(unit_dims_dropped(graph))))
