@@ -221,10 +221,13 @@ def _hoist(op: Op | str) -> Rule:
         if any(d != i and labels[d] not in movable for i, d in enumerate(dims)):
             raise Decline("a dim that moves is the op's own")
         attrs, args = dict(node.attrs), list[Value]()
+        # A dim of the op's own that only the result has: no operand is broadcast over it.
+        own_dims = axes.whole - {f[0] for own in axes.operands for f in own}
+        moved = [labels[d] for d in dims if labels[d] not in own_dims]
         for x, own in zip(node.args, axes.operands, strict=True):
             held = [f[0].removeprefix("~") for f in own]
             broadcast = {n.removeprefix("~") for (n,) in own if n.startswith("~")}
-            order = [held.index(n) if (n := labels[d]) in held else None for d in dims]
+            order = [held.index(n) if n in held else None for n in moved]
             # What is broadcast need not be there in front.
             while order and (order[0] is None or held[order[0]] in broadcast):
                 order.pop(0)
