@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
 import torch
 
-from .ir import Graph
+from .ir import Graph, Node
 from .rewrite import Applied, Log
 from .target import Target
 from .types import VerifyError
-from .verify import verify
+from .verify import excerpt, verify
 from .weights import Entry, Weights
 
 
@@ -88,6 +88,18 @@ class PassResult:
     unchecked: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What may not be left in a graph once a stage of a pipeline is done.
+
+    `over` is the name of its last pass; `left` gives the nodes that should be gone, and why.
+    """
+
+    name: str
+    over: str
+    left: Callable[[Graph], Iterator[tuple[Node, str]]]
+
+
 class PassError(Exception):
     """A pass broke the graph, or was required to match and did not."""
 
@@ -103,6 +115,15 @@ def _count(step: Pass, graph: Graph) -> int | None:
     return expected(graph) if expected else None
 
 
+def _check_left(stage: Stage, done: str, graph: Graph) -> None:
+    for node, reason in stage.left(graph) if stage.over == done else ():
+        place = f" at {node.source}" if node.source else ""
+        raise PassError(
+            f"after {done}, stage {stage.name}: {node.op.name}{place} is left: {reason}\n"
+            f"{excerpt(graph, node)}"
+        )
+
+
 def run_pipeline(
     graph: Graph,
     passes: Sequence[Pass],
@@ -111,13 +132,16 @@ def run_pipeline(
     require_match: Sequence[str] = (),
     check: Callable[[Graph, Applied], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    stages: Sequence[Stage] = (),
 ) -> list[PassResult]:
     """Apply `passes` in order and verify the graph after each.
 
     A graph that a pass did not make by rewrites that it logged, or by a change that it declared
     with a reason, is an error (see Log). `require_match` names passes that must rewrite something.
     `check` is called with every rewrite that a pass logged or claimed and raises VerifyError when
-    the two sides differ. `progress` hears each pass's name before it runs. PassError names the pass
+    the two sides differ. `progress` hears each pass's name before it runs. A node that one of
+    `stages` wants gone, and that is there when its last pass is done, is an error that names both.
+    PassError names the pass
     and, if it matched nothing, its nearest misses; ValueError a required pass that is not among
     `passes`.
     """
@@ -141,6 +165,8 @@ def run_pipeline(
                         check(done.before, applied)
         except (VerifyError, ValueError, RuntimeError) as error:
             raise PassError(f"pass {step.name}: {error}") from error
+        for stage in stages:
+            _check_left(stage, step.name, after)
         if step.name in require_match and not log.matches:
             nearest = list(dict.fromkeys(log.declined))[:5]
             misses = "\n  ".join(nearest) or "nothing came near"

@@ -15,7 +15,7 @@ from ..compiler.pipeline import Pass, PassContext, PassResult, run_pipeline
 from ..compiler.target import Target
 from ..compiler.torch_types import dtype_name, torch_dtype
 from ..compiler.validate import check_rewrite
-from ..passes.pipelines import causal_lm
+from ..passes.pipelines import STAGES, causal_lm
 from ..passes.serving.insert_kv_cache import InsertKvCache
 from ..passes.serving.sample_on_device import output_names
 from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4
@@ -46,7 +46,9 @@ def run_passes(
     """`passes` in order, each rewritten region checked where the options say so."""
     check = check_rewrite if options.verify else None
     with progress.timed("passes"):
-        return run_pipeline(graph, passes, context, check=check, progress=progress.stage)
+        return run_pipeline(
+            graph, passes, context, check=check, progress=progress.stage, stages=STAGES
+        )
 
 
 def kernel_backend(

@@ -1,8 +1,16 @@
-"""The passes in their order."""
+"""The passes in their order, and what each stage of them must have done away with."""
 
 from __future__ import annotations
 
-from ..compiler.pipeline import Pass
+from collections.abc import Iterator
+
+from ..compiler.ir import Graph, Node
+from ..compiler.ops.attention import attention
+from ..compiler.ops.linear import linear
+from ..compiler.ops.mla import mla_attention
+from ..compiler.ops.moe import router
+from ..compiler.ops.shape import permute, view
+from ..compiler.pipeline import Pass, Stage
 from .fusion.fuse_collective_norm import FuseCollectiveNorm
 from .fusion.fuse_linear_residual import FuseLinearResidual
 from .fusion.fuse_mla_projections import FuseMlaProjections
@@ -11,6 +19,7 @@ from .fusion.fuse_norm_linear import FuseNormLinear
 from .fusion.fuse_qkv_rope import FuseQkvRope
 from .fusion.fuse_shared_experts import FuseSharedExperts
 from .fusion.fuse_swiglu import FuseSwiglu
+from .fusion.weights import is_weight
 from .raising.canonicalize import Canonicalize
 from .raising.raise_ops import RaiseOps
 from .serving.gather_logits import GatherLogits
@@ -34,6 +43,37 @@ FUSIONS: tuple[Pass, ...] = (
     FuseCollectiveNorm(),
     FuseLinearResidual(),
     FuseNormLinear(),
+)
+
+
+def _moving(graph: Graph) -> Iterator[tuple[Node, str]]:
+    for node in graph.nodes():
+        if node.op in (view, permute) and node.args[0].op is node.op:
+            yield node, f"{node.op.name} of {node.op.name} is one {node.op.name}"
+
+
+def _uncached(graph: Graph) -> Iterator[tuple[Node, str]]:
+    for node in graph.nodes():
+        if node.op in (attention, mla_attention):
+            yield node, "it attends to the tokens of one sequence, not to a cache"
+
+
+def _ungated(graph: Graph) -> Iterator[tuple[Node, str]]:
+    users = graph.users()
+    for node in graph.nodes():
+        logits = node.args[0] if node.op is router else None
+        alone = logits and users[logits] == [node] and logits not in graph.roots
+        if not logits or not alone or logits.op is not linear:
+            continue
+        if all(map(is_weight, (*logits.node.args[1:], *node.args[1:]))):
+            yield node, "the product of its logits has no other reader: both are moe_gating"
+
+
+# What each stage must have done away with, whatever the model.
+STAGES: tuple[Stage, ...] = (
+    Stage("canonical form", Canonicalize.name, _moving),
+    Stage("serving", InsertKvCache.name, _uncached),
+    Stage("gating", FuseMoeGating.name, _ungated),
 )
 
 
