@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import convert
 
 from ..codegen.constants import folded_graph
 from ..codegen.lower import Lowered
 from ..compiler.ir import Graph
 from ..compiler.types import TensorType
-from ..runtime.artifact.manifest import EntryFact, Manifest, is_file_name
-from ..runtime.artifact.plan_json import binary_name, entry_data, program_data
+from ..runtime.artifact.manifest import EntryFact, Manifest, ServingFacts, is_file_name
+from ..runtime.artifact.plan_json import binary_name, entry_json, program_json
 from ..runtime.artifact.reader import (
     CPU,
     FINAL_GRAPH,
@@ -31,7 +32,6 @@ from ..runtime.artifact.reader import (
     plan_name,
 )
 from ..runtime.artifact.safetensors_file import Item, ShardWriter, shards_of
-from ..runtime.artifact.strict_json import write_json
 from ..runtime.artifact.writer import IngotWriter
 from ..runtime.devices.check_program import check_program
 from ..runtime.program import Buffer, Program
@@ -98,9 +98,9 @@ def export(
 
 
 def _write_plan(out: IngotWriter, program: Program) -> None:
-    out.add(SHARED_PLAN, write_json(program_data(program)))
+    out.add(SHARED_PLAN, program_json(program))
     for i, entry in enumerate(program.entries):
-        out.add(plan_name(i), write_json(entry_data(entry)))
+        out.add(plan_name(i), entry_json(entry))
     codes = [k.binary for k in program.kernels.values() if isinstance(k.binary, bytes)]
     for sha256, code in {binary_name(code): code for code in codes}.items():
         out.add(code_name(program.target, sha256), code)
@@ -130,7 +130,7 @@ def _manifest(what: Exportable) -> Manifest:
             for name, function in program.functions.items()
             for e in function.entries
         ),
-        meta={name: int(value) for name, value in program.meta.items()},
+        meta=convert(program.meta, ServingFacts),
         stop_tokens=tuple(sorted(what.stop_tokens)),
         generation=_generation(what.model_files),
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from ..codegen.lower import lower
 from ..compiler.target import CPU
@@ -53,7 +54,9 @@ def cpu_program(artifact: Artifact) -> Program:
         if ranges != dict(manifest.symbols):
             raise IngotError(f"expected symbols {dict(manifest.symbols)}, found {ranges}")
         bindings = [entry.symbols for entry in manifest.entries]
-        program = lower(graph, Weights({}), CPU, bindings, ["logits"], manifest.meta).program
+        program = lower(
+            graph, Weights({}), CPU, bindings, ["logits"], structs.asdict(manifest.meta)
+        ).program
         ServingAbi(program)
     except _BROKEN as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -209,7 +209,7 @@ def torch_item(types: Mapping[str, TensorType], load: Callable[[], Sequence[torc
     def contents() -> Iterator[memoryview]:
         for (name, type_), tensor in zip(types.items(), load(), strict=True):
             if type_of(tensor) != type_:
-                raise TypeError(f"{name}: expected {type_}, found {type_of(tensor)}")
+                raise TypeError(f"weight {name}: expected {type_}, found {type_of(tensor)}")
             yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
     return Item({n: (t.dtype, tuple(map(int, t.shape))) for n, t in types.items()}, contents)

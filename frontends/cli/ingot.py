@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
+from msgspec import structs
 from rich.table import Table
 
 from ...runtime.artifact.reader import Artifact
@@ -29,12 +29,10 @@ def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "made_with": manifest.made_with,
         "symbols": {name: list(ends) for name, ends in manifest.symbols.items()},
-        "meta": dict(manifest.meta),
+        "meta": structs.asdict(manifest.meta),
         "stop_tokens": list(manifest.stop_tokens),
         "generation": dict(manifest.generation),
-        "entries": [
-            {"name": entry_name(entry.symbols), **asdict(entry)} for entry in manifest.entries
-        ],
+        "entries": [{"name": entry_name(e.symbols), **structs.asdict(e)} for e in manifest.entries],
         "static": None,
         "files": len(manifest.files),
         "bytes": dict(groups),

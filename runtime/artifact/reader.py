@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import asdict
+
 from ..devices.check_program import check_program
 from ..driver import WeightLoader
 from ..program import Buffer, Program
@@ -239,7 +241,7 @@ def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, b
 
 def check_manifest(manifest: Manifest, program: Program) -> None:
     """IngotError where the manifest says something else of the program than it is."""
-    if dict(program.meta) != dict(manifest.meta):
+    if dict(program.meta) != asdict(manifest.meta):
         raise IngotError(f"plan: expected the meta of {MANIFEST}, found another")
     stated = [(e.function, dict(e.symbols), e.launches) for e in manifest.entries]
     found = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any
 
 import numpy as np
@@ -61,6 +62,8 @@ def read_spans(read: Callable[[int, int], Any], size: int, where: str) -> dict[s
             known = ", ".join(_NAMES)
             raise IngotError(f"{place}: expected a dtype of {known}; found {given.dtype[:60]!r}")
         dtype, (start, end) = _NAMES[given.dtype], given.data_offsets
+        if prod(given.shape) * DTYPES[dtype].bits % 8:
+            raise IngotError(f"{place}: expected whole bytes, found {dtype}{list(given.shape)}")
         if end - start != (nbytes := dense_bytes(dtype, given.shape)):
             raise IngotError(
                 f"{place}: expected {nbytes} bytes for {dtype}{list(given.shape)}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -17,7 +17,6 @@ LARGEST = 2**48
 _MAX_DEPTH = 32
 _MAX_SHOWN = 60
 _MAX_WORDS = 200
-_MAX_KEYS = 64
 
 T = TypeVar("T")
 Size = Annotated[int, Meta(ge=0, le=LARGEST)]
@@ -114,7 +113,7 @@ def _refusal(said: str, value: Any) -> str:
     parts = re.fullmatch(r"(.*?)(?: - at (?:`key` in )?`\$\.?([^`]*)`)?", said, re.DOTALL)
     assert parts is not None
     words, path = parts[1].replace("`", "").replace(", got ", ", found "), parts[2] or ""
-    if ", found " not in words:
+    if words.startswith("Expected") and ", found " not in words:
         with suppress(KeyError, IndexError, TypeError, ValueError):  # the keys of a dict stay "..."
             for key in re.findall(r"[^.\[\]]+", path.replace("...", "\0")):
                 value = value[int(key) if isinstance(value, list) else key]
@@ -129,75 +128,6 @@ def write_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
-def fields(value: Any, where: str, names: Iterable[str]) -> Mapping[str, Any]:
-    """The object `value`, which has exactly the keys `names`."""
-    found, expected = mapping(value, where, _MAX_KEYS), set(names)
-    if missing := sorted(expected - found.keys()):
-        raise IngotError(f"{where}: expected {missing[0]!r}, found only {shown(sorted(found))}")
-    if extra := sorted(found.keys() - expected):
-        raise IngotError(f"{where}: expected only {sorted(expected)}, found {shown(extra[0])}")
-    return found
-
-
-def mapping(value: Any, where: str, most: int) -> Mapping[str, Any]:
-    """The object `value`, of at most `most` keys."""
-    if not isinstance(value, dict):
-        raise IngotError(f"{where}: expected an object, found {shown(value)}")
-    if len(value) > most:
-        raise IngotError(f"{where}: expected at most {most} keys, found {len(value)}")
-    return value
-
-
-def items(value: Any, where: str, most: int, least: int = 0) -> list[Any]:
-    """The list `value`, of `least` to `most` items."""
-    if not isinstance(value, list):
-        raise IngotError(f"{where}: expected a list, found {shown(value)}")
-    if not least <= len(value) <= most:
-        raise IngotError(f"{where}: expected {least} to {most} items, found {len(value)}")
-    return value
-
-
-def integer(value: Any, where: str, least: int = 0, most: int = LARGEST) -> int:
-    """The whole number `value` from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise IngotError(
-            f"{where}: expected an integer from {least} to {most}, found {shown(value)}"
-        )
-    return value
-
-
-def boolean(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise IngotError(f"{where}: expected true or false, found {shown(value)}")
-    return value
-
-
-def text(value: Any, where: str, pattern: str = "", most: int = 1024) -> str:
-    """The printable string `value` of at most `most` characters; `pattern` fits it wholly."""
-    if not isinstance(value, str) or len(value) > most or not value.isprintable():
-        raise IngotError(
-            f"{where}: expected printable text of up to {most} characters, found {shown(value)}"
-        )
-    if pattern and not re.fullmatch(pattern, value):
-        raise IngotError(f"{where}: expected text like {pattern}, found {shown(value)}")
-    return value
-
-
-def one_of(value: Any, where: str, choices: Iterable[T]) -> T:
-    """`value`, which is one of `choices`."""
-    known = list(choices)
-    for choice in known:
-        if type(value) is type(choice) and value == choice:
-            return choice
-    listed = ", ".join(map(str, known))
-    raise IngotError(f"{where}: expected one of {listed}; found {shown(value)}")
-
-
-def each(values: list[Any], where: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
-    """`read(item, place)` of every item."""
-    return tuple(read(item, f"{where}[{i}]") for i, item in enumerate(values))
-
-
 __all__ = [
     "LARGEST",
     "IngotError",
@@ -206,17 +136,9 @@ __all__ = [
     "Size",
     "Strict",
     "Text",
-    "boolean",
     "decode",
-    "each",
-    "fields",
-    "integer",
-    "items",
-    "mapping",
-    "one_of",
     "read_json",
     "shown",
-    "text",
     "typed",
     "write_json",
 ]

@@ -14,10 +14,11 @@ import struct
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+
+from msgspec import structs
 
 from .files import UNFINISHED
 from .manifest import MANIFEST, FileFact, Manifest, is_file_name
@@ -91,7 +92,7 @@ class IngotWriter:
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Write `manifest`, with the files, and put the ingot in its place."""
-        complete = replace(manifest, files=self._files)
+        complete = structs.replace(manifest, files=self._files)
         data = complete.bytes()
         with self._open(MANIFEST, len(data)) as out:
             out.write(data)

@@ -23,10 +23,13 @@ a row whose logits are broken is -1, and its logprob their maximum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from operator import index
 from typing import Any
 
+from ...compiler.dtypes import DTYPES
+from ..driver import Array
 from ..program import STEP, Entry, Function, Program, Spec
 
 # Tokens in a word of `seen`.
@@ -89,20 +92,51 @@ class ServingAbi:
         fits = (e for e in self._entries if e.symbols["T"] >= tokens and e.symbols["L"] >= rows)
         return next(fits)
 
+    def checked_prompt(self, tokens: Iterable[int], pages: int) -> tuple[int, ...]:
+        """The ids of a prompt; ValueError for one that a cache of `pages` could never serve."""
+        ids = tuple(index(token) for token in tokens)
+        meta = self.meta
+        if not ids:
+            raise ValueError("prompt: expected at least 1 token, found none")
+        for place, token in enumerate(ids):
+            if not 0 <= token < meta.vocab_size:
+                raise ValueError(
+                    f"prompt: expected token ids from 0 to {meta.vocab_size - 1}, "
+                    f"found {token} at position {place}"
+                )
+        if len(ids) > meta.max_tokens_per_sequence:
+            raise ValueError(
+                f"prompt: expected at most max_tokens_per_sequence = "
+                f"{meta.max_tokens_per_sequence} tokens, found {len(ids)}"
+            )
+        if len(ids) > pages * meta.page_size:
+            raise ValueError(
+                f"prompt: expected at most {pages} pages of {meta.page_size} tokens, "
+                f"found {len(ids)} tokens"
+            )
+        return ids
+
+    def check_outputs(self, entry: Entry, found: Mapping[str, Array]) -> None:
+        """ValueError for an output of a replay that is not as the program says."""
+        expected = serving_outputs(self.meta, self.candidates)
+        for name, array in found.items():
+            dtype = DTYPES[expected[name].dtype].numpy
+            shape = expected[name].bound(entry.symbols)
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(
+                    f"entry {entry.name}: expected {name} {dtype}{list(shape)}, "
+                    f"found {array.dtype}{list(array.shape)}"
+                )
+
 
 def sampling_inputs(vocab: int) -> dict[str, Spec]:
     """The inputs by which a device samples, by name."""
-    settings = {
-        "temperature": "f32",
-        "top_k": "i32",
-        "top_p": "f32",
-        "min_p": "f32",
-        "penalty": "f32",
-        "draw": "f32",
-        "top": "i32",
+    floats = ("temperature", "top_p", "min_p", "penalty", "draw")
+    return {
+        **{name: Spec("f32", ("L",)) for name in floats},
+        **{name: Spec("i32", ("L",)) for name in ("top_k", "top")},
+        "seen": Spec("i32", ("L", -(-vocab // SEEN_BITS))),
     }
-    words = -(-vocab // SEEN_BITS)
-    return {**{n: Spec(d, ("L",)) for n, d in settings.items()}, "seen": Spec("i32", ("L", words))}
 
 
 def serving_outputs(meta: ServingMeta, candidates: int | None) -> dict[str, Spec]:

@@ -19,15 +19,7 @@ class KVCache:
     """
 
     def __init__(self, *, pages: int, page_size: int, slots: int, tokens_per_slot: int) -> None:
-        """All counts are at least 1 (ValueError); `tokens_per_slot` bounds one sequence."""
-        for name, count in (
-            ("pages", pages),
-            ("page_size", page_size),
-            ("slots", slots),
-            ("tokens_per_slot", tokens_per_slot),
-        ):
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, found {count}")
+        """All counts are at least 1; `tokens_per_slot` bounds one sequence."""
         self.pages = pages
         self.page_size = page_size
         self.slots = slots

@@ -14,12 +14,9 @@ from ...compiler.dtypes import DTYPES
 from ..driver import Array
 from .abi import SEEN_BITS, sampling_inputs
 from .batch import Row
-from .sampling import Sampling, broken_logits, most_likely, sample, uniform
+from .sampling import broken_logits, most_likely, sample, uniform
 from .sequence import Sequence as ServedSequence
 from .sequence import TopLogprobs
-
-# Numbers that a device computes with lie in here: nothing beyond them changes a choice.
-_LEAST, _MOST = np.float32(1e-30), np.float32(1e30)
 
 
 @dataclass(frozen=True)
@@ -31,20 +28,8 @@ class Choice:
     top: TopLogprobs
 
 
-@dataclass
-class _Seen:
-    """The bits of the first `count` tokens of a history."""
-
-    bits: NDArray[np.uint32]
-    count: int = 0
-
-
-@dataclass
-class _Settings:
-    """The settings of rows as they were last given, and what they were made of."""
-
-    key: tuple[tuple[Sampling, int], ...]
-    arrays: Mapping[str, Array]
+# The bits of the first so many tokens of a history.
+_Seen = tuple[NDArray[np.uint32], int]
 
 
 @dataclass
@@ -52,13 +37,12 @@ class RowSampler:
     """Samples rows over a vocabulary, by the device where that gives up to `candidates` tops.
 
     With `candidates` None the device gives logits alone. What does not change from step to step
-    goes to the device as the same read-only arrays again.
+    goes to an entry as the same read-only arrays again.
     """
 
     vocab: int
     candidates: int | None
-    _idle: dict[int, dict[str, Array]] = field(default_factory=dict[int, dict[str, Array]])
-    _last: dict[int, _Settings] = field(default_factory=dict[int, _Settings])
+    _last: dict[int, dict[str, Array]] = field(default_factory=dict[int, dict[str, Array]])
     _histories: WeakKeyDictionary[ServedSequence, _Seen] = field(
         default_factory=WeakKeyDictionary[ServedSequence, _Seen]
     )
@@ -91,73 +75,56 @@ class RowSampler:
     def inputs(self, count: int, rows: Sequence[Row]) -> dict[str, Array]:
         """The inputs by which the device samples `rows` in an entry of `count` rows.
 
-        What is left of the entry is greedy.
+        What is left of the entry is greedy, with nothing seen and nothing asked for.
         """
         if self.candidates is None:
             return {}
-        idle = self._idle_inputs(count)
-        key = tuple((r.sequence.request.sampling, r.sequence.request.top_logprobs) for r in rows)
-        last = self._last.get(count)
-        if last is None or last.key != key:
-            last = self._last[count] = _Settings(key, self._settings(idle, key))
-        made = {**idle, **last.arrays}
-        drawing = [(i, row) for i, row in enumerate(rows) if key[i][0].temperature > 0]
-        if drawing:
-            made["draw"] = np.zeros(count, np.float32)
-            for i, row in drawing:
+        made: dict[str, Array] = {}
+        for name, spec in sampling_inputs(self.vocab).items():
+            if name != "seen":
+                value = 1 if name in ("top_p", "penalty") else 0
+                made[name] = np.full(count, value, DTYPES[spec.dtype].numpy)
+        seen: dict[int, NDArray[np.uint32]] = {}
+        for i, row in enumerate(rows):
+            sampling, top = row.sequence.request.sampling, row.sequence.request.top_logprobs
+            if sampling.temperature > 0:
+                made["temperature"][i] = _within(sampling.temperature)
                 made["draw"][i] = _below(uniform(row.sequence.seed, row.step))
-        penalized = [(i, row) for i, row in enumerate(rows) if key[i][0].repetition_penalty != 1]
-        if penalized:
-            seen = np.zeros(idle["seen"].shape, np.uint32)
-            for i, row in penalized:
+            made["top_k"][i] = min(sampling.top_k, self.vocab)
+            made["top_p"][i] = sampling.top_p
+            made["min_p"][i] = sampling.min_p
+            made["top"][i] = top if top <= self.candidates else 0
+            if sampling.repetition_penalty != 1:
+                made["penalty"][i] = _within(sampling.repetition_penalty)
                 seen[i] = self._seen(row)
-            made["seen"] = seen.view(np.int32)
-        return made
+        last = self._last.setdefault(count, {})
+        if seen or not last:
+            words = np.zeros((count, -(-self.vocab // SEEN_BITS)), np.uint32)
+            for i, bits in seen.items():
+                words[i] = bits
+            last["seen"] = words.view(np.int32)
+        for name, array in made.items():
+            if name not in last or array.tobytes() != last[name].tobytes():
+                last[name] = array
+        for array in last.values():
+            array.flags.writeable = False
+        return dict(last)
 
     def _on_device(self, row: Row) -> bool:
         return self.candidates is not None and row.sequence.request.top_logprobs <= self.candidates
 
-    def _idle_inputs(self, rows: int) -> dict[str, Array]:
-        """Every row greedy, nothing seen, nothing asked for."""
-        if rows not in self._idle:
-            made: dict[str, Array] = {}
-            for name, spec in sampling_inputs(self.vocab).items():
-                value = 1 if name in ("top_p", "penalty") else 0
-                dtype, shape = DTYPES[spec.dtype].numpy, spec.bound({"L": rows})
-                made[name] = _constant(np.full(shape, value, dtype))
-            self._idle[rows] = made
-        return self._idle[rows]
-
-    def _settings(
-        self, idle: Mapping[str, Array], key: tuple[tuple[Sampling, int], ...]
-    ) -> Mapping[str, Array]:
-        names = ("temperature", "top_k", "top_p", "min_p", "penalty", "top")
-        arrays = {name: idle[name].copy() for name in names}
-        for i, (sampling, top) in enumerate(key):
-            if sampling.temperature > 0:
-                arrays["temperature"][i] = np.clip(sampling.temperature, _LEAST, _MOST)
-            arrays["top_k"][i] = min(sampling.top_k, self.vocab)
-            arrays["top_p"][i] = sampling.top_p
-            arrays["min_p"][i] = sampling.min_p
-            arrays["penalty"][i] = np.clip(sampling.repetition_penalty, _LEAST, _MOST)
-            arrays["top"][i] = top if top <= (self.candidates or 0) else 0
-        return {
-            name: idle[name] if np.array_equal(array, idle[name]) else _constant(array)
-            for name, array in arrays.items()
-        }
-
     def _seen(self, row: Row) -> NDArray[np.uint32]:
         """A bit for every token before the result of `row`."""
         sequence, chunk = row.sequence, row.chunk
-        words = -(-self.vocab // SEEN_BITS)
-        seen = self._histories.setdefault(sequence, _Seen(np.zeros(words, np.uint32)))
-        _mark(seen.bits, sequence.history[seen.count :])
-        seen.count = sequence.length
+        if sequence not in self._histories:
+            self._histories[sequence] = np.zeros(-(-self.vocab // SEEN_BITS), np.uint32), 0
+        bits, marked = self._histories[sequence]
+        _mark(bits, sequence.history[marked:])
+        self._histories[sequence] = bits, sequence.length
         drafted = chunk.tokens[sequence.length - chunk.start : row.offset + 1]
-        if not drafted:
-            return seen.bits
-        bits = seen.bits.copy()
-        _mark(bits, drafted)
+        if drafted:
+            bits = bits.copy()
+            _mark(bits, drafted)
         return bits
 
 
@@ -166,15 +133,15 @@ def _mark(bits: NDArray[np.uint32], tokens: Sequence[int]) -> None:
     np.bitwise_or.at(bits, ids // SEEN_BITS, np.uint32(1) << ids % SEEN_BITS)
 
 
+def _within(number: float) -> float:
+    """`number` where a device can compute with it: nothing beyond changes a choice."""
+    return min(max(number, 1e-30), 1e30)
+
+
 def _below(draw: float) -> np.float32:
     """`draw` in f32, not rounded up: what is below 1 stays there."""
     near = np.float32(draw)
     return near if near <= draw else np.nextafter(near, np.float32(0))
-
-
-def _constant(array: Array) -> Array:
-    array.flags.writeable = False
-    return array
 
 
 __all__ = ["Choice", "RowSampler"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -11,19 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SEED = 2**64 - 1
-
-
-def _is_real(value: object, least: float, most: float = math.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    return math.isfinite(value) and least <= float(value) <= most
-
-
-def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        return False
-    return least <= int(value) <= most
+# What each setting must be: a kind of number, in words, and the range.
+_CHECKS: tuple[tuple[str, type, str, Callable[[Any], bool]], ...] = (
+    ("temperature", Real, "a finite number ≥ 0", lambda v: 0 <= v < math.inf),
+    ("top_k", Integral, "an integer ≥ 0", lambda v: v >= 0),
+    ("top_p", Real, "a number in (0, 1]", lambda v: 0 < v <= 1),
+    ("min_p", Real, "a number in [0, 1]", lambda v: 0 <= v <= 1),
+    ("repetition_penalty", Real, "a finite number > 0", lambda v: 0 < v < math.inf),
+    ("seed", Integral, "None or an integer in [0, 2^64)", lambda v: 0 <= v < 2**64),
+)
 
 
 @dataclass(frozen=True)
@@ -46,25 +42,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checks = (
-            ("temperature", "a finite number ≥ 0", _is_real(self.temperature, 0)),
-            ("top_k", "an integer ≥ 0", _is_integer(self.top_k, 0)),
-            ("top_p", "a number in (0, 1]", _is_real(self.top_p, 0, 1) and self.top_p > 0),
-            ("min_p", "a number in [0, 1]", _is_real(self.min_p, 0, 1)),
-            (
-                "repetition_penalty",
-                "a finite number > 0",
-                _is_real(self.repetition_penalty, 0) and self.repetition_penalty > 0,
-            ),
-            (
-                "seed",
-                "None or an integer in [0, 2^64)",
-                self.seed is None or _is_integer(self.seed, 0, MAX_SEED),
-            ),
-        )
-        for name, expected, holds in checks:
-            if not holds:
-                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        for name, kind, expected, holds in _CHECKS:
+            value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+                raise ValueError(f"{name}: expected {expected}, found {value!r}")
 
 
 GREEDY = Sampling()

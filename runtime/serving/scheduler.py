@@ -96,14 +96,9 @@ class Scheduler:
     def borrow(self, sequence: Sequence) -> None:
         """Give a sequence that is not queued a slot and pages, preempting the youngest as needed.
 
-        To be given back with `release`. CacheFullError when an empty cache has no such room.
+        To be given back with `release`. Its history must fit into an empty cache.
         """
         while not self._open(sequence):
-            if not self.running:
-                raise CacheFullError(
-                    f"{sequence.length} tokens need {self.cache.pages_for(sequence.length)} pages, "
-                    f"the cache has {self.cache.pages}"
-                )
             self._preempt_youngest()
 
     def release(self, sequence: Sequence) -> None:

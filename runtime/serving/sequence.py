@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from operator import index
-from typing import Literal
+from typing import Literal, Required, TypedDict
 
 from .sampling import GREEDY, Sampling
 
@@ -13,27 +14,43 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = tuple[tuple[int, float], ...]
 
 
+class RequestKeywords(TypedDict, total=False):
+    """The fields of Request as keywords."""
+
+    max_new_tokens: Required[int]
+    sampling: Sampling
+    stop_tokens: Collection[int]
+    top_logprobs: int
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked of a sequence; ValueError where `max_new_tokens` < 1.
 
-    `top_logprobs` most likely tokens are reported with each token. A token of `stop_tokens` ends
-    the sequence and is not part of it.
+    A token of `stop_tokens` ends the sequence and is not part of it. With each token as many most
+    likely ones are reported as `top_logprobs` says.
     """
 
     max_new_tokens: int
     sampling: Sampling = GREEDY
-    stop_tokens: frozenset[int] = frozenset()
+    stop_tokens: Collection[int] = frozenset()
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if index(self.max_new_tokens) < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
+        object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
 
 
 @dataclass
-class Stats:
-    """Figures of what was served; times are wall-clock seconds."""
+class SequenceStats:
+    """Figures of one sequence; times are wall-clock seconds.
+
+    `steps` counts the replays it took part in, `prefill_seconds` and `decode_seconds` are their
+    durations: prefill while more than one of its tokens was missing from the cache (also when
+    recomputed after preemption) or its first token was awaited, decode otherwise.
+    `time_to_first_token` runs from submission; None before the first token.
+    """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -53,18 +70,7 @@ class Stats:
 
 
 @dataclass
-class SequenceStats(Stats):
-    """Figures of one sequence.
-
-    `steps` counts the replays it took part in, `prefill_seconds` and `decode_seconds` are their
-    durations: prefill while more than one of its tokens was missing from the cache (also when
-    recomputed after preemption) or its first token was awaited, decode otherwise.
-    `time_to_first_token` runs from submission; None before the first token.
-    """
-
-
-@dataclass
-class SessionStats(Stats):
+class SessionStats(SequenceStats):
     """Figures of a session.
 
     `prompt_tokens` counts the prompts that were computed to their end, `generated_tokens` every
@@ -111,14 +117,14 @@ class Sequence:
         return len(self.history)
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """The generated tokens so far, without a stop token."""
-        return tuple(self.history[len(self.prompt) :])
-
-    @property
     def generated(self) -> int:
         """How many tokens were generated so far."""
         return len(self.history) - len(self.prompt)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The generated tokens so far, without a stop token."""
+        return tuple(self.history[len(self.prompt) :])
 
     @property
     def pending(self) -> int:
@@ -143,4 +149,12 @@ class Event:
     message: str = ""
 
 
-__all__ = ["Event", "FinishReason", "Request", "Sequence", "SequenceStats", "SessionStats"]
+__all__ = [
+    "Event",
+    "FinishReason",
+    "Request",
+    "RequestKeywords",
+    "Sequence",
+    "SequenceStats",
+    "SessionStats",
+]

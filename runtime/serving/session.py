@@ -7,24 +7,29 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import count, groupby
-from operator import index
 from time import perf_counter
-from types import TracebackType
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...compiler.dtypes import DTYPES
 from ..driver import Array, Driver, WeightLoader
 from ..program import STEP, Program
-from .abi import ServingAbi, serving_outputs
+from .abi import ServingAbi
 from .batch import Batch, Chunk, Row
 from .kv_cache import KVCache
-from .row_sampling import Choice, RowSampler
-from .sampling import GREEDY, Sampling
+from .row_sampling import RowSampler
 from .scheduler import Scheduler
-from .sequence import Event, FinishReason, Request, Sequence, SequenceStats, SessionStats
-from .speculation import Drafter, verify
+from .sequence import (
+    Event,
+    FinishReason,
+    Request,
+    RequestKeywords,
+    Sequence,
+    SequenceStats,
+    SessionStats,
+)
+from .speculation import Drafter, Outcome, accept
 
 
 class SessionEndedError(Exception):
@@ -92,12 +97,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -110,23 +110,14 @@ class Session:
         """No sequence waits or runs, and every event was handed out."""
         return not (self._scheduler.waiting or self._scheduler.running or self._events)
 
-    def submit(
-        self,
-        tokens: Iterable[int],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
-        top_logprobs: int = 0,
-    ) -> Sequence:
-        """Queue a prompt; `top_logprobs` most likely tokens are reported with each token.
+    def submit(self, tokens: Iterable[int], **request: Unpack[RequestKeywords]) -> Sequence:
+        """Queue a prompt; the keywords are the fields of `Request`.
 
         ValueError for an empty prompt, ids outside the vocabulary, a prompt that the cache could
         never hold, `max_new_tokens` < 1 or `top_logprobs` outside [0, vocab_size]: nothing is
         queued then.
         """
-        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
-        (sequence,) = self.requests([tokens], request)
+        (sequence,) = self.requests([tokens], Request(**request))
         self._enqueue(sequence)
         return sequence
 
@@ -163,13 +154,7 @@ class Session:
         self._finish(sequence, "cancelled")
 
     def stream(
-        self,
-        prompts: Iterable[Iterable[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
-        top_logprobs: int = 0,
+        self, prompts: Iterable[Iterable[int]], **request: Unpack[RequestKeywords]
     ) -> Iterator[Event]:
         """Submit `prompts` and step until all have ended; yields their events as they come.
 
@@ -177,21 +162,13 @@ class Session:
         starts with the first `next`. Closing the iterator cancels what is left. Sequences of other
         callers go on meanwhile; their events wait for their own `stream` or for `step`.
         """
-        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
-        return self.events(self.requests(prompts, request))
+        return self.events(self.requests(prompts, Request(**request)))
 
     def generate(
-        self,
-        prompts: Iterable[Iterable[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
-        top_logprobs: int = 0,
+        self, prompts: Iterable[Iterable[int]], **request: Unpack[RequestKeywords]
     ) -> list[Sequence]:
         """As `stream`, run to the end: the finished sequences in the order of their prompts."""
-        request = Request(max_new_tokens, sampling, frozenset(stop_tokens), top_logprobs)
-        sequences = self.requests(prompts, request)
+        sequences = self.requests(prompts, Request(**request))
         for _ in self.events(sequences):
             pass
         return sequences
@@ -203,7 +180,7 @@ class Session:
             raise ValueError(
                 f"top_logprobs: expected 0 to {self.meta.vocab_size}, found {request.top_logprobs}"
             )
-        checked = [self._check_tokens(tokens) for tokens in prompts]
+        checked = [self._abi.checked_prompt(tokens, self._cache.pages) for tokens in prompts]
         fixed = request.sampling.seed
         return [
             Sequence(
@@ -243,7 +220,8 @@ class Session:
         free, the youngest running sequences are preempted. ValueError as `submit`.
         """
         self._check_open()
-        scored = Sequence(0, self._check_tokens(tokens), Request(max_new_tokens=1), seed=0)
+        prompt = self._abi.checked_prompt(tokens, self._cache.pages)
+        scored = Sequence(0, prompt, Request(max_new_tokens=1), seed=0)
         self._scheduler.borrow(scored)
         most = min(self._abi.tokens, self._abi.rows)
         try:
@@ -278,49 +256,24 @@ class Session:
         sequences = [chunk.sequence for chunk in batch.chunks]
         decoding = [s.pending == 1 and s.generated > 0 for s in sequences]
         numbered = groupby(enumerate(batch.rows), lambda numbered: numbered[1].chunk)
-        rows = {chunk: list(of_chunk) for chunk, of_chunk in numbered}
-        results = [self._accept(c.sequence, rows.get(c, []), found) for c in batch.chunks]
-        self._scheduler.commit(batch, [[c.token for c in choices] for choices, _ in results])
-        for chunk, (choices, end) in zip(batch.chunks, results, strict=True):
-            if chunk in rows:
-                self._report(chunk.sequence, choices, end)
+        by_chunk = {chunk: list(rows) for chunk, rows in numbered}
+        outcomes = [self._accept(by_chunk.get(chunk, []), found) for chunk in batch.chunks]
+        self._scheduler.commit(batch, [[c.token for c in o.choices] for o in outcomes])
+        for chunk, outcome in zip(batch.chunks, outcomes, strict=True):
+            if chunk in by_chunk:
+                self._report(chunk.sequence, outcome)
         seconds = perf_counter() - started
         for sequence, decode in zip(sequences, decoding, strict=True):
             sequence.stats.count_step(decode, seconds)
         self._stats.count_step(all(decoding), seconds)
 
-    def _accept(
-        self, sequence: Sequence, rows: list[tuple[int, Row]], found: Mapping[str, Array]
-    ) -> tuple[list[Choice], tuple[FinishReason, str] | None]:
-        """The tokens that `rows` give to `sequence`, and its end with a message where due."""
-        request, cache = sequence.request, self._cache
+    def _accept(self, rows: list[tuple[int, Row]], found: Mapping[str, Array]) -> Outcome:
         choices = (self._sampler.choose(row, found, at) for at, row in rows)
-        accepted: list[Choice] = []
-        try:
-            for choice in verify((row for _, row in rows), choices):
-                if choice.token in request.stop_tokens:
-                    return accepted, ("stop", "")
-                accepted.append(choice)
-                length = sequence.length + len(accepted)
-                if (
-                    length == len(sequence.prompt) + request.max_new_tokens
-                    or length > self.meta.max_tokens_per_sequence
-                ):
-                    return accepted, ("length", "")
-                if (pages := cache.pages_for(length)) > cache.pages:
-                    message = (
-                        f"out of pages: {length} tokens need {pages} pages of {cache.page_size} "
-                        f"tokens, the cache has {cache.pages} in all"
-                    )
-                    return accepted, ("error", message)
-        except ValueError as error:
-            return accepted, ("error", str(error))
-        return accepted, None
+        return accept((row for _, row in rows), choices, self._cache)
 
-    def _report(
-        self, sequence: Sequence, choices: list[Choice], end: tuple[FinishReason, str] | None
-    ) -> None:
-        """Hand out the tokens that a step gave to a sequence, and its end."""
+    def _report(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Hand out what a step gave to a sequence."""
+        choices = outcome.choices
         stats, total = sequence.stats, self._stats
         if sequence.generated == len(choices):
             total.prompt_tokens += len(sequence.prompt)
@@ -336,15 +289,14 @@ class Session:
             sequence.logprobs.append(choice.logprob)
             sequence.top_logprobs.append(choice.top)
             self._events.append(Event(sequence, choice.token, choice.logprob, choice.top))
-        if end is None:
+        if outcome.end is None:
             return
         self._scheduler.remove(sequence)
-        reason, message = end
-        if reason == "length":
-            sequence.finish_reason = reason
-            self._events[-1] = replace(self._events[-1], finish_reason=reason)
+        if outcome.end == "length":
+            sequence.finish_reason = outcome.end
+            self._events[-1] = replace(self._events[-1], finish_reason=outcome.end)
         else:
-            self._finish(sequence, reason, message)
+            self._finish(sequence, outcome.end, outcome.message)
 
     def _replay(self, batch: Batch, outputs: list[str]) -> dict[str, Array]:
         """Run `batch` in the smallest entry that takes it; `outputs` by name, its rows of each.
@@ -357,19 +309,10 @@ class Session:
             **batch.inputs(size, rows, self._cache.page_table),
             **self._sampler.inputs(rows, batch.rows),
         }
-        symbols = entry.symbols
-        expected = serving_outputs(self.meta, self._abi.candidates)
         # A device may fail in any way, and after none is the state of the cache known.
         try:
-            found = self._executable.run(STEP, symbols, inputs, outputs)
-            for name in outputs:
-                array, spec = found[name], expected[name]
-                dtype, shape = DTYPES[spec.dtype].numpy, spec.bound(symbols)
-                if array.shape != shape or array.dtype != dtype:
-                    raise ValueError(
-                        f"entry {entry.name}: expected {name} {dtype}{list(shape)}, "
-                        f"found {array.dtype}{list(array.shape)}"
-                    )
+            found = self._executable.run(STEP, entry.symbols, inputs, outputs)
+            self._abi.check_outputs(entry, {name: found[name] for name in outputs})
         except Exception as error:
             self._end(f"{type(error).__name__}: {error}", "error")
             raise SessionEndedError(f"the session ended: {self._ended}") from error
@@ -379,28 +322,6 @@ class Session:
         sequence.submitted = perf_counter()
         self._stats.sequences += 1
         self._scheduler.submit(sequence)
-
-    def _check_tokens(self, tokens: Iterable[int]) -> tuple[int, ...]:
-        ids = tuple(index(token) for token in tokens)
-        if not ids:
-            raise ValueError("prompt: expected at least 1 token, found none")
-        for place, token in enumerate(ids):
-            if not 0 <= token < self.meta.vocab_size:
-                raise ValueError(
-                    f"prompt: expected token ids from 0 to {self.meta.vocab_size - 1}, "
-                    f"found {token} at position {place}"
-                )
-        if len(ids) > self.meta.max_tokens_per_sequence:
-            raise ValueError(
-                f"prompt: expected at most max_tokens_per_sequence = "
-                f"{self.meta.max_tokens_per_sequence} tokens, found {len(ids)}"
-            )
-        if self._cache.pages_for(len(ids)) > self._cache.pages:
-            raise ValueError(
-                f"prompt: expected at most {self._cache.pages} pages of {self.meta.page_size} "
-                f"tokens, found {len(ids)} tokens"
-            )
-        return ids
 
     def _check_open(self) -> None:
         if self._ended:

@@ -1,13 +1,15 @@
-"""Speculative decoding: who drafts tokens, and how many of them a step confirms."""
+"""Speculative decoding: who drafts tokens, and what a step accepts of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from .batch import Row
+from .kv_cache import KVCache
 from .row_sampling import Choice
-from .sequence import Sequence
+from .sequence import FinishReason, Sequence
 
 
 class Drafter(Protocol):
@@ -22,17 +24,46 @@ class Drafter(Protocol):
         ...
 
 
-def verify(rows: Iterable[Row], choices: Iterable[Choice]) -> Iterator[Choice]:
-    """The choices of consecutive rows, as far as what was drafted for each row was chosen there.
+@dataclass
+class Outcome:
+    """What a step gave to a sequence: tokens, and its end where it came to it."""
 
-    The row behind the longest matching prefix gives a token too. A row is sampled by its own draw,
-    whatever its token was drafted by, hence exactly as without a drafter; choices behind the
-    prefix are not asked for.
+    choices: list[Choice] = field(default_factory=list[Choice])
+    end: FinishReason | None = None
+    message: str = ""
+
+
+def accept(rows: Iterable[Row], choices: Iterable[Choice], cache: KVCache) -> Outcome:
+    """What the rows of one chunk give to its sequence.
+
+    A row's token counts as long as those of the rows before were the drafted ones: the longest
+    matching prefix of the draft, and one token more. Each is sampled by its own draw whatever was
+    drafted, hence exactly as without a drafter; choices behind the prefix are not asked for. A
+    ValueError of a choice ends the sequence.
     """
-    for row, choice in zip(rows, choices, strict=False):
-        yield choice
-        if choice.token != row.drafted:
-            return
+    outcome = Outcome()
+    try:
+        for row, choice in zip(rows, choices, strict=False):
+            request = row.sequence.request
+            if choice.token in request.stop_tokens:
+                outcome.end = "stop"
+                break
+            outcome.choices.append(choice)
+            length = len(row.sequence.prompt) + row.step + 1
+            pages = cache.pages_for(length)
+            if row.step + 1 == request.max_new_tokens or length > cache.tokens_per_slot:
+                outcome.end = "length"
+            elif pages > cache.pages:
+                outcome.end = "error"
+                outcome.message = (
+                    f"out of pages: {length} tokens need {pages} pages of {cache.page_size} "
+                    f"tokens, the cache has {cache.pages} in all"
+                )
+            if outcome.end or choice.token != row.drafted:
+                break
+    except ValueError as error:
+        outcome.end, outcome.message = "error", str(error)
+    return outcome
 
 
-__all__ = ["Drafter", "verify"]
+__all__ = ["Drafter", "Outcome", "accept"]

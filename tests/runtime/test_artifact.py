@@ -197,22 +197,37 @@ def code_of_amd(place: Path) -> None:
 
 
 def _point(shared: Any, sha256: str) -> None:
-    shared["kernels"]["gather"]["binary"] = sha256
+    shared["kernels"][0]["binary"] = sha256
 
 
 def offsets(name: str, start: int, end: int) -> Callable[[Any], Any]:
     return lambda h: h[name].update(data_offsets=[start, end])
 
 
+# The manifest of such an ingot as the first format had it.
+VERSION_1 = (
+    '{"format":"ingot","version":1,"made_with":"torch 2.13.0+cpu","target":"cuda:sm_90",'
+    '"model_type":"tiny","dtype":"bf16","symbols":{"T":[1,32]},'
+    '"entries":[{"name":"T=1,L=1","symbols":{"T":1,"L":1},"launches":2},'
+    '{"name":"T=4,L=2","symbols":{"T":4,"L":2},"launches":2}],'
+    '"meta":{"vocab_size":64,"page_size":4,"max_sequences":2,"max_tokens_per_sequence":32,'
+    '"pages":16},"stop_tokens":[2],"generation":{},"files":{"graphs/final.ir":{"size":148,'
+    '"sha256":"31cbd54e0e0138d5b618625b91dcb69fc2c4b63b451b772b6427e9df15e3e6df"}}}\n'
+)
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing there": (shutil.rmtree, "expected an ingot, found No such file"),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "expected manifest.json, found none"),
     "manifest cut short": (lambda p: (p / MANIFEST).write_bytes(b'{"for'), "expected JSON"),
-    "another format": (manifest(lambda m: m.update(format="zip")), "expected one of ingot; found"),
-    "another version": (manifest(lambda m: m.update(version=1)), "expected one of 2; found 1"),
-    "version of another type": (manifest(lambda m: m.update(version=True)), "found True"),
+    "another format": (manifest(lambda m: m.update(format="zip")), "found 'zip', version 2"),
+    "another version": (manifest(lambda m: m.update(version=3)), "found 'ingot', version 3"),
+    "version of another type": (manifest(lambda m: m.update(version=True)), "version True"),
+    "version of a float": (manifest(lambda m: m.update(version=2.0)), "expected int, found float"),
+    "version 1": (
+        lambda p: (p / MANIFEST).write_text(VERSION_1),
+        "expected format 'ingot', version 2, found 'ingot', version 1: export the model again",
+    ),
     "manifest lacks a key": (manifest(lambda m: m.pop("meta")), "expected 'meta'"),
-    "manifest has a key more": (manifest(lambda m: m.update(run="sh")), "found 'run'"),
+    "manifest has a key more": (manifest(lambda m: m.update(run="sh")), "unknown field run"),
     "manifest is a list": (
         lambda p: (p / MANIFEST).write_bytes(b"[]"),
         "expected object, found array",
@@ -238,15 +253,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest lists itself": (manifest(renamed(MANIFEST)), "expected flat names"),
     "negative size": (
         manifest(lambda m: m["files"]["graphs/final.ir"].update(size=-1)),
-        "size: expected an integer from 0",
+        "graphs/final.ir: size: expected int >= 0, found -1",
     ),
     "size of a float": (
         manifest(lambda m: m["files"]["graphs/final.ir"].update(size=1e3)),
-        "size: expected an integer",
+        "size: expected int, found float",
     ),
     "no hash": (
         manifest(lambda m: m["files"]["graphs/final.ir"].update(sha256="x")),
-        "sha256: expected text like",
+        "sha256: expected str matching regex",
     ),
     "missing file": (lambda p: (p / SHARD).unlink(), f"{SHARD}: expected this file"),
     "extra file": (lambda p: (p / "graphs/a.ir").write_text(""), "only what manifest.json lists"),
@@ -280,7 +295,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "meta that differs": (manifest(lambda m: m["meta"].update(pages=15)), "found another"),
     "meta without bounds": (
         manifest(lambda m: m["meta"].update(pages=2**40)),
-        "pages: expected an integer from 1 to 16777216",
+        "pages: expected int <= 16777216, found 1099511627776",
     ),
     "page table without bounds": (
         manifest(
@@ -288,7 +303,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
                 page_size=1, max_sequences=2**16, max_tokens_per_sequence=2**28
             )
         ),
-        "page table: expected an integer",
+        "page table: expected at most 67108864 pages",
     ),
     "stop token outside": (manifest(lambda m: m.update(stop_tokens=[64])), "from 0 to 63"),
     "no serving program": (
@@ -300,20 +315,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected inputs",
     ),
     "code for another GPU": (code_of_amd, "expected code for cuda:sm_90, found hip:gfx950"),
-    "code outside": (plan(SHARED, lambda p: _point(p, "../" * 20)), "binary: expected text like"),
+    "code outside": (
+        plan(SHARED, lambda p: _point(p, "../" * 20)),
+        "kernels[0].binary: expected str matching",
+    ),
     "slice outside": (
         plan(ENTRY, lambda e: a_launch(e)["args"][0].__setitem__(3, 8)),
         "expected bytes within the 4 bytes of tokens",
     ),
     "slice that overflows": (
         plan(ENTRY, lambda e: a_launch(e)["args"][0].__setitem__(3, 2**63)),
-        "expected an integer from 0 to 281474976710656",
+        "launches[0].args[0][3]: expected int <= 281474976710656, found 9223372036854775808",
     ),
     "grid": (plan(ENTRY, lambda e: a_launch(e).update(grid=[1, 1 << 16, 1])), "grid y"),
     "cycle": (plan(ENTRY, lambda e: e.update(dependencies=[[0, 1], [1, 0]])), "found [1, 0]"),
     "argument of another kind": (
         plan(ENTRY, lambda e: a_launch(e)["args"].__setitem__(3, {"run": 1})),
-        "expected an integer from",
+        "launches[0].args[3]: expected int | float | str | array, found object",
     ),
     "text with a control character": (
         plan(ENTRY, lambda e: a_launch(e).update(label="\x1b[2J")),

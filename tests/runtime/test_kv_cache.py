@@ -107,10 +107,3 @@ def test_growth_beyond_the_slot_is_refused() -> None:
     slot = cache.open()
     with pytest.raises(ValueError, match="expected at most 100 tokens, found 101"):
         cache.resize(slot, 101)
-
-
-@pytest.mark.parametrize("name", ["pages", "page_size", "slots", "tokens_per_slot"])
-def test_counts_start_at_one(name: str) -> None:
-    counts = {"pages": 1, "page_size": 1, "slots": 1, "tokens_per_slot": 1, name: 0}
-    with pytest.raises(ValueError, match=f"{name}: expected at least 1, found 0"):
-        KVCache(**counts)

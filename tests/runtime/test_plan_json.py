@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingot.runtime.artifact.plan_json import (
     binary_name,
-    entry_data,
-    program_data,
+    entry_json,
+    program_json,
     read_program,
 )
-from ingot.runtime.artifact.strict_json import IngotError, decode, read_json, write_json
+from ingot.runtime.artifact.strict_json import IngotError, decode, read_json
 from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import (
     Argument,
@@ -95,10 +95,9 @@ def through_json(made: Program) -> Program:
         for k in made.kernels.values()
         if isinstance(k.binary, bytes)
     }
-    shared = read_json(write_json(program_data(made)), "shared", 1 << 20)
+    shared = read_json(program_json(made), "shared", 1 << 20)
     plans = {
-        f"entry {i}": read_json(write_json(entry_data(e)), "e", 1 << 20)
-        for i, e in enumerate(made.entries)
+        f"entry {i}": read_json(entry_json(e), "e", 1 << 20) for i, e in enumerate(made.entries)
     }
     return read_program(made.target, shared, plans, codes.__getitem__, "plan")
 
@@ -119,7 +118,7 @@ def test_the_tiny_program_comes_back_and_may_run() -> None:
 def test_a_program_of_python_is_not_written() -> None:
     broken = replace(program(), kernels={"f": Kernel("f", "f", print)})
     with pytest.raises(ValueError, match="kernel f: expected device code, found a builtin"):
-        program_data(broken)
+        program_json(broken)
 
 
 # ---- JSON from strangers
@@ -147,4 +146,4 @@ def test_json_is_refused(case: str) -> None:
 
 
 def test_json_is_plain() -> None:
-    assert json.loads(write_json(program_data(program())))["arena_bytes"] == 8192
+    assert json.loads(program_json(program()))["arena_bytes"] == 8192
