@@ -15,7 +15,6 @@ import torch
 from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Node, Value
 from ..compiler.ops.attention import kv_append
-from ..compiler.ops.fused import gated_linear
 from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.mxfp4_fragments import GROUP, ROWS, mxfp4_fragments
 from ..compiler.ops.shape import expand, permute, slice_, view
@@ -100,7 +99,7 @@ class KernelBackend:
         if weight.op is not mxfp4 or position not in PACKED_WEIGHTS.get(node.op.name, ()):
             return None
         codes, scales = weight.node.args
-        gated = node.op is gated_linear
+        gated = node.attrs.get("gate") is not None
         if not self._as_fragments(node, weight, gated):
             return codes, scales
         # One node for all users of a weight, so that it is ordered and held once.
@@ -150,6 +149,7 @@ class KernelBackend:
             tuple(map(operand, args)),
             tuple(map(operand, results)),
             self.target,
+            given=node.given,
         )
         self._compute(query, args, results, label, builder)
 
@@ -214,6 +214,7 @@ class KernelBackend:
             tuple(Operand(t, dense_strides(t.shape)) for t in bound),
             self.target,
             Append(caches, *index, kept),
+            node.given,
         )
         self._compute(query, args, places, label, builder)
 

@@ -188,8 +188,9 @@ class Append:
 class KernelQuery:
     """A node to be computed: `args` and `results` in the order of the op's, attributes bound.
 
-    An op that is computed in place has results that are the memory of its first arguments. With an
-    `append` there are more of both: what it names.
+    `given` names the optional operands that the node has, as in compiler.ir.Node. An op that is
+    computed in place has results that are the memory of its first arguments. With an `append` there
+    are more of both: what it names.
     """
 
     op: Op
@@ -198,14 +199,15 @@ class KernelQuery:
     results: tuple[Operand, ...]
     target: Target
     append: Append | None = None
+    given: tuple[str, ...] = ()
 
     def ref(self, name: str) -> Arg | None:
-        """The optional operand called `name`; None where the node has none."""
-        position = _optional_positions(self).get(name)
-        return None if position is None else Arg(position)
+        """The operand called `name`; None where the node has none."""
+        names = (*self.op.required, *self.given)
+        return Arg(names.index(name)) if name in names else None
 
     def operand(self, name: str) -> Operand | None:
-        """How the optional operand called `name` lies; None where the node has none."""
+        """How the operand called `name` lies; None where the node has none."""
         ref = self.ref(name)
         return None if ref is None else self.args[ref.index]
 
@@ -219,33 +221,6 @@ class KernelQuery:
         # An appended row is moved as a result; the cache that it goes to is not.
         own = len(self.results) - (len(self.append.caches) if self.append else 0)
         return sum(o.nbytes for o in (*self.args, *self.results[:own]))
-
-
-# Ops whose optional operands their count tells: where these begin, and their names in order.
-_TRAILING: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "linear": (2, ("bias",)),
-    "router": (1, ("correction",)),
-    "attention": (3, ("sinks",)),
-    "cached_attention": (6, ("sinks",)),
-    "rms_norm": (1, ("norm",)),
-    "layer_norm": (1, ("norm", "bias")),
-    "add_rms_norm": (1, ("delta", "norm")),
-}
-
-
-def _optional_positions(query: KernelQuery) -> dict[str, int]:
-    """Argument positions of a node's optional operands, by name."""
-    name, count = query.op.name, len(query.args)
-    if name == "experts":
-        residual = ("residual",) if query.attrs.get("residual") else ()
-        biases = ("gate_up_bias", "down_bias") if count - len(residual) > 5 else ()
-        start, names = 5, (*biases, *residual)
-    elif name in _TRAILING:
-        start, names = _TRAILING[name]
-        names = names[: count - start]
-    else:
-        start, names = 2, query.attrs.get("optional", ())
-    return {n: start + i for i, n in enumerate(names)}
 
 
 Template = Callable[[KernelQuery], Candidate | Declined | Iterable[Candidate | Declined]]

@@ -74,7 +74,9 @@ def kernel_id(
 ) -> str:
     """The content hash of what a node computes and where to: equal kernels are one kernel."""
     shown = ", ".join(f"{k}={show_attr(v)}" for k, v in sorted(attrs.items()))
-    text = f"{node.op.name}({', '.join(map(str, types))}; {shown}) in place: {in_place}"
+    required, optional = node.taken([str(t) for t in types])
+    operands = ", ".join([*required, *(f"{name}={type_}" for name, type_ in optional.items())])
+    text = f"{node.op.name}({operands}; {shown}) in place: {in_place}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -86,7 +88,8 @@ def reference_kernel(
     line = {"communicator": communicator} if op.collective else {}
 
     def run(*args: Any) -> None:
-        results = op.reference(*args[:count], **attrs, **line)
+        required, optional = node.taken(args[:count])
+        results = op.reference(*required, **optional, **attrs, **line)
         for out, result in zip(args[count:], results, strict=True):
             out.copy_(result)
 

@@ -32,14 +32,12 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
 # Arguments that their templates read in packed form: op name -> positions.
 PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {
     "linear": frozenset({1}),
-    "fused_linear": frozenset({1}),
-    "gated_linear": frozenset({1}),
     "project_heads": frozenset({1}),
     "head_linear": frozenset({1}),
     "experts": frozenset({3, 4}),
 }
 # Ops that read a packed weight of two dims in the order of tensor cores, where the target has them.
-FRAGMENT_PRODUCTS = frozenset({"linear", "fused_linear", "gated_linear", "project_heads"})
+FRAGMENT_PRODUCTS = frozenset({"linear", "project_heads"})
 
 
 def templates_of(op: str) -> list[Template]:

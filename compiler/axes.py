@@ -30,7 +30,7 @@ from typing import Any
 
 import sympy
 
-from .types import Dim, Shape, Types, dim
+from .types import Dim, Shape, TensorType, Types, dim
 
 # The labels that a dim is made of, major first; none for a unit dim that corresponds to nothing.
 # `~x` is a unit dim that is broadcast along x.
@@ -66,7 +66,10 @@ class Axes:
         return dim(prod(self.sizes[f] for f in factors))
 
 
-AxisRule = Callable[[Types, Types, Mapping[str, Any]], Axes]
+# The types of a node's operands by name.
+Operands = Mapping[str, TensorType]
+# From the types of operands and results, and attributes.
+AxisRule = Callable[[Operands, Types, Mapping[str, Any]], Axes]
 
 
 def position(dims: Dims, label: str) -> int | None:
@@ -107,12 +110,14 @@ def rule(text: str) -> AxisRule:
         labels, kind, table, condition = found.groups()
         kinds += [(n, kind or f"by {table}", condition or "") for n in labels.split()]
 
-    def axes(types: Types, given: Types, attrs: Mapping[str, Any]) -> Axes:
-        present = _present(operands, types, attrs)
-        stars = _stars(present, types)
+    named = {term.name: term for term in operands}
+
+    def axes(types: Operands, given: Types, attrs: Mapping[str, Any]) -> Axes:
+        present = [named[name] for name in types]
+        stars = _stars(present, (*types.values(),))
         read = [_dims(t.dims, stars) for t in present]
         made = [_dims(t.dims, stars) for t in results[: len(given)]]
-        names = [t.name for t in present]
+        names = [*types]
         by_kind: dict[str, set[str]] = {"sum": set(), "dot": set(), "whole": set()}
         by: dict[str, int] = {}
         for label, kind, condition in kinds:
@@ -127,7 +132,7 @@ def rule(text: str) -> AxisRule:
         return Axes(
             tuple(read),
             tuple(made),
-            _sizes(zip((*read, *made), (*types, *given), strict=True), attrs),
+            _sizes(zip((*read, *made), (*types.values(), *given), strict=True), attrs),
             sums=frozenset(by_kind["sum"]),
             dots=frozenset(by_kind["dot"]),
             whole=frozenset(by_kind["whole"]),
@@ -137,18 +142,6 @@ def rule(text: str) -> AxisRule:
         )
 
     return axes
-
-
-def _present(terms: tuple[_Term, ...], types: Types, attrs: Mapping[str, Any]) -> list[_Term]:
-    """The operands that a node has."""
-    required = [t for t in terms if not t.optional]
-    optional = [t for t in terms if t.optional]
-    if "optional" in attrs:
-        named = {t.name: t for t in optional}
-        return [*required, *(named[name] for name in attrs["optional"])]
-    if attrs.get("residual"):
-        return [*required, *optional[: len(types) - len(required) - 1], optional[-1]]
-    return [*required, *optional[: len(types) - len(required)]]
 
 
 def _star(i: int) -> str:
@@ -212,11 +205,11 @@ def _aligned(shape: Shape, result: Shape) -> Dims:
     )
 
 
-def elementwise(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+def elementwise(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
     """Operands broadcast against the result, at the same place or expanded."""
     shape, labels = results[0].shape, _labels(results[0].rank)
     sizes = dict(zip(labels, shape, strict=True))
-    dims = tuple(_aligned(x.shape, shape) for x in operands)
+    dims = tuple(_aligned(x.shape, shape) for x in operands.values())
     return Axes(dims, (tuple((n,) for n in labels),), sizes, free=frozenset(labels))
 
 
@@ -226,8 +219,9 @@ def along_dim(kind: str = "whole") -> AxisRule:
     Results that lack that dim are reductions over it. `kind` "sum": partial results add up.
     """
 
-    def axes(given: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
-        rank = given[0].rank
+    def axes(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
+        first, *_ = operands.values()
+        rank = first.rank
         at = attrs["dim"] % rank
         names = (*_labels(rank)[:at], "s", *_labels(rank)[at + 1 :])
         full: Dims = tuple((n,) for n in names)
@@ -235,9 +229,9 @@ def along_dim(kind: str = "whole") -> AxisRule:
         made = tuple(full if t.rank == rank else reduced for t in results)
         own = frozenset("s")
         return Axes(
-            (full,) * len(given),
+            (full,) * len(operands),
             made,
-            dict(zip(names, given[0].shape, strict=True)),
+            dict(zip(names, first.shape, strict=True)),
             sums=own if kind == "sum" else frozenset(),
             whole=own if kind == "whole" else frozenset(),
             free=frozenset(names) - own,
@@ -247,18 +241,19 @@ def along_dim(kind: str = "whole") -> AxisRule:
     return axes
 
 
-def permuted(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
-    labels = _labels(operands[0].rank)
+def permuted(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    (x,) = operands.values()
+    labels = _labels(x.rank)
     made = tuple((labels[d],) for d in attrs["dims"])
-    sizes = dict(zip(labels, operands[0].shape, strict=True))
+    sizes = dict(zip(labels, x.shape, strict=True))
     return Axes((tuple((n,) for n in labels),), (made,), sizes, free=frozenset(labels))
 
 
-def batched_matmul(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+def batched_matmul(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
     """x [..., m, k] · y [..., k, n], the dims before these broadcast."""
-    (x, y), (result,) = operands, results
+    (x, y), (result,) = operands.values(), results
     batch = result.shape[:-2]
-    dims = [_aligned(t.shape[:-2], batch) for t in operands]
+    dims = [_aligned(t.shape[:-2], batch) for t in (x, y)]
     labels = _labels(len(batch))
     sizes = dict(zip(labels, batch, strict=True))
     sizes.update(m=x.shape[-2], k=x.shape[-1], n=y.shape[-1])
@@ -271,9 +266,10 @@ def batched_matmul(operands: Types, results: Types, attrs: Mapping[str, Any]) ->
     )
 
 
-def reshaped(operands: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+def reshaped(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
     """Both shapes as products of common factors; what has none is whole."""
-    old, new = operands[0].shape, results[0].shape
+    (x,) = operands.values()
+    old, new = x.shape, results[0].shape
     made: tuple[list[list[str]], list[list[str]]] = ([[] for _ in old], [[] for _ in new])
     sizes: dict[str, Dim] = {}
     opaque: set[str] = set()

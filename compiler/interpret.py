@@ -66,9 +66,9 @@ def compute(
     `communicator` is this rank's way to the others, for collectives.
     """
     attrs = {k: bind_attr(v, binding) for k, v in node.attrs.items()}
-    args = _literals_as_tensors(node, args)
+    required, optional = node.taken(_literals_as_tensors(node, args))
     line = {"communicator": communicator} if node.op.collective else {}
-    results = node.op.reference(*args, **attrs, **line)
+    results = node.op.reference(*required, **optional, **attrs, **line)
     for result, type_ in zip(results, node.types, strict=True):
         if isinstance(result, torch.Tensor):
             expected = type_.bind(binding)

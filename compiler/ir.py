@@ -6,15 +6,19 @@ next content of which parameter (a KV cache, say). There are no side effects and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import sympy
 
-from .axes import Axes, AxisRule
+from .axes import Axes, AxisRule, Operands
 from .dtypes import DTYPES
 from .types import Dim, TensorType, Types, VerifyError, attr_symbols, evaluate, free_symbols
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments that exercise an op: types (symbols allowed) and attributes.
+    """Operands and attributes that exercise an op; types may have symbols.
 
-    Integer arguments are drawn from [0, `high`); entries of `attrs` are passed as they are.
+    `args` are the types of its required operands, `named` those of optional ones and attributes.
+    Integer operands are drawn from [0, `high`).
     """
 
     args: tuple[TensorType, ...]
-    attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    named: Mapping[str, Any] = field(default_factory=dict[str, Any])
     high: int = 2
 
 
@@ -53,26 +58,48 @@ class Tolerance:
         return getattr(self, dtype, 0.0)
 
 
-def moved_bytes(args: Types, results: Types, **attrs: Any) -> Cost:
+def moved(operands: Operands, results: Types) -> Dim:
+    """Bytes of every operand and result, each moved once."""
+    return sum((t.nbytes for t in (*operands.values(), *results)), 0)
+
+
+def moved_bytes(operands: Operands, results: Types, **attrs: Any) -> Cost:
     """The default cost: no arithmetic worth counting, every operand moved once."""
-    return Cost(0, sum((t.nbytes for t in (*args, *results)), 0))
+    return Cost(0, moved(operands, results))
 
 
-def _given(args: Types, attrs: Mapping[str, Any]) -> str:
-    return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in attrs.items())])})"
+def _schema(name: str, infer: Callable[..., Types]) -> tuple[str, ...]:
+    """The operands that `infer` takes, see `Op.operands`; ValueError where that is not clear."""
+    operands: list[str] = []
+    for parameter in inspect.signature(infer).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            operands.append(f"{parameter.name}*")
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            if parameter.default is not parameter.empty:
+                raise ValueError(
+                    f"op {name}: expected optional operands as keywords of infer, found {parameter}"
+                )
+            operands.append(parameter.name)
+        elif parameter.annotation == "TensorType | None":
+            operands.append(f"{parameter.name}?")
+    if {"*", "?"} <= {operand[-1] for operand in operands}:
+        raise ValueError(f"op {name}: expected any number of operands or optional ones, found both")
+    return tuple(operands)
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
     """One operation: type rule, meaning, price, samples and tolerance, registered once by name.
 
-    `infer(*types, **attrs)` gives the result types or raises VerifyError.
-    `reference(*tensors, **attrs)` is the meaning, in torch; attrs come with all dims bound.
-    `cost(arg_types, result_types, **attrs)` prices one node.
+    `infer(*types, **named)` gives the result types or raises VerifyError.
+    `reference(*tensors, **named)` is the meaning, in torch; attributes come with all dims bound.
+    Both take required operands in order, and by name attributes and the optional operands that a
+    node has. The signature of `infer` is the op's schema (see `operands`).
+    `cost(operands, result_types, **attrs)` prices one node; `operands` are types by name.
     `inplace`, where given, computes the op by writing result i into argument i for every result:
     the planner may then donate those arguments' memory.
     `stored`, where given, is the form in which others read the op's result: they are priced by it.
-    `domain` says, by position, which numbers stand in integer arguments, where that is not any.
+    `domain` says, by operand, which numbers stand in integers, where that is not any.
     `axes`, where given, is how dims of operands and results correspond (see axes.py): an op without
     is opaque to passes that slice, gather, permute or shard.
     `collective` says that ranks exchange data: `reference` takes a `communicator` beside attrs.
@@ -88,7 +115,7 @@ class Op:
     commutative: bool = False
     inplace: Callable[..., None] | None = None
     stored: Callable[[Node], TensorType] | None = None
-    domain: Mapping[int, range] = field(default_factory=dict[int, range])
+    domain: Mapping[str, range] = field(default_factory=dict[str, range])
     collective: bool = False
 
     registry: ClassVar[dict[str, Op]] = {}
@@ -96,6 +123,9 @@ class Op:
     def __post_init__(self) -> None:
         if self.name in self.registry:
             raise ValueError(f"op {self.name!r} is already registered")
+        taken = inspect.signature(self.reference).parameters
+        if unknown := [name for name in self.optional if name not in taken]:
+            raise ValueError(f"op {self.name}: its reference does not take {', '.join(unknown)}")
         self.registry[self.name] = self
 
     def __repr__(self) -> str:
@@ -104,35 +134,88 @@ class Op:
     def __deepcopy__(self, memo: Mapping[int, Any]) -> Op:
         return self
 
-    def types(self, args: Types, attrs: Mapping[str, Any]) -> Types:
-        """What `infer` gives; VerifyError names the op, what it expected and what came."""
+    @cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands in order: `name` a required one, `name?` optional, `name*` any
+        number.
+
+        They are the parameters of `infer`: positional ones are required, keywords of the type
+        `TensorType | None` optional, as in torch.library.infer_schema.
+        """
+        return _schema(self.name, self.infer)
+
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        return tuple(name for name in self.operands if name[-1] not in "?*")
+
+    @cached_property
+    def optional(self) -> tuple[str, ...]:
+        return tuple(name[:-1] for name in self.operands if name[-1] == "?")
+
+    @property
+    def is_variadic(self) -> bool:
+        return self.operands[-1:] != () and self.operands[-1][-1] == "*"
+
+    def by_name(self, args: Sequence[T], given: tuple[str, ...] = ()) -> dict[str, T]:
+        """`args` by the names of the operands: required ones, then the optional ones in `given`.
+
+        Of any number of operands `xs*` the names are xs[0], xs[1], …
+        """
+        more = len(args) - len(self.required) - len(given)
+        several = (f"{self.operands[-1][:-1]}[{i}]" for i in range(more))
+        return dict(zip((*self.required, *several, *given), args, strict=True))
+
+    def types(self, args: Types, named: Mapping[str, Any]) -> Types:
+        """What `infer` gives; VerifyError names the op, what it expected and what came.
+
+        `args` are the required operands, `named` the optional ones and attributes.
+        """
+        shown = f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in named.items())])})"
+        missing = len(args) - len(self.required)
+        if missing < 0 or (missing and not self.is_variadic):
+            expected = ", ".join(self.operands) or "no operands"
+            raise VerifyError(f"{self.name}: expected {expected}; found {shown}")
         try:
-            types = self.infer(*args, **attrs)
+            types = self.infer(*args, **named)
         except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
-            raise VerifyError(f"{self.name}: cannot take {_given(args, attrs)}: {error}") from error
+            raise VerifyError(f"{self.name}: cannot take {shown}: {error}") from error
         for type_ in types:
             if type_.dtype not in DTYPES:
                 known = ", ".join(DTYPES)
                 raise VerifyError(f"{self.name}: dtype is one of {known}; found {type_.dtype!r}")
             if any(isinstance(d, int) and d < 0 for d in type_.shape):
                 raise VerifyError(
-                    f"{self.name}: expected dims of at least 0, found {type_} of "
-                    f"{_given(args, attrs)}"
+                    f"{self.name}: expected dims of at least 0, found {type_} of {shown}"
                 )
         return types
 
-    def node(self, args: tuple[Value, ...], attrs: Mapping[str, Any], source: str = "") -> Node:
-        """A checked node; VerifyError names the op, what it expected and what came."""
-        types = self.types(tuple(a.type for a in args), attrs)
-        return Node(self, args, dict(attrs), types, source)
+    def node(self, args: Sequence[Value], named: Mapping[str, Any], source: str = "") -> Node:
+        """A checked node; VerifyError names the op, what it expected and what came.
 
-    def all(self, /, *args: Value, **attrs: Any) -> tuple[Value, ...]:
-        """Apply the op; every result."""
-        return self.node(args, attrs).results
+        `args` are the required operands, `named` the optional ones (None is none) and attributes.
+        """
+        given = tuple(name for name in self.optional if named.get(name) is not None)
+        optional = {name: named[name] for name in given}
+        attrs = {name: value for name, value in named.items() if name not in self.optional}
+        for name, value in (*optional.items(), *attrs.items()):
+            if isinstance(value, Value) != (name in given):
+                expected = ", ".join(self.optional) or "none"
+                raise VerifyError(
+                    f"{self.name}: expected values for its optional operands, {expected}; "
+                    f"found {name}={value.type if isinstance(value, Value) else value}"
+                )
+        types = self.types(
+            tuple(a.type for a in args), {**{n: v.type for n, v in optional.items()}, **attrs}
+        )
+        return Node(self, (*args, *optional.values()), attrs, types, source, given)
 
-    def __call__(self, /, *args: Value, **attrs: Any) -> Value:
+    def all(self, /, *args: Value, **named: Any) -> tuple[Value, ...]:
+        """Apply the op; every result. Keywords are optional operands (None is none), attributes."""
+        return self.node(args, named).results
+
+    def __call__(self, /, *args: Value, **named: Any) -> Value:
         """Apply an op that has one result."""
-        (value,) = self.all(*args, **attrs)
+        (value,) = self.all(*args, **named)
         return value
 
 
@@ -140,7 +223,8 @@ class Op:
 class Node:
     """An op applied to values. Immutable; compared by identity.
 
-    `source` is where the model says this: a module path or a source line.
+    `args` are the operands that are there, in the order of the op's schema: the optional ones last,
+    which `given` names. `source` is where the model says this: a module path or a source line.
     """
 
     op: Op
@@ -148,6 +232,7 @@ class Node:
     attrs: Mapping[str, Any]
     types: Types
     source: str = ""
+    given: tuple[str, ...] = ()
 
     # A node stands for all that it is computed from: neither is shown or copied with it.
     def __repr__(self) -> str:
@@ -162,6 +247,44 @@ class Node:
         return tuple(Value(self, i) for i in range(len(self.types)))
 
     @property
+    def operands(self) -> Mapping[str, Value]:
+        """The operands that are there, by name (see `Op.by_name`)."""
+        return self.op.by_name(self.args, self.given)
+
+    def operand(self, name: str) -> Value | None:
+        """The operand called `name`, None if it is not there. KeyError if the op has no such."""
+        if name not in self.given and name in self.op.optional:
+            return None
+        return self.operands[name]
+
+    def index_of(self, name: str) -> int:
+        """Where in `args` the operand called `name` is; ValueError if it is not there."""
+        return [*self.operands].index(name)
+
+    def taken(self, items: Sequence[T]) -> tuple[tuple[T, ...], dict[str, T]]:
+        """`items`, one for each of `args`, as the op takes them: in order, and by name."""
+        first = len(self.args) - len(self.given)
+        return tuple(items[:first]), dict(zip(self.given, items[first:], strict=True))
+
+    def rebuilt(self, args: Sequence[Value], attrs: Mapping[str, Any] | None = None) -> Node:
+        """The node over `args`, the same operands as its own, checked anew."""
+        if self.op.is_variadic:
+            return self.op.node(args, self.attrs if attrs is None else attrs, self.source)
+        required, optional = self.taken(args)
+        named = {**optional, **(self.attrs if attrs is None else attrs)}
+        return self.op.node(required, named, self.source)
+
+    def replace(self, **changes: Any) -> Node:
+        """The node with these operands and attributes in place of its own or beside them.
+
+        None takes one away.
+        """
+        named = {**self.operands, **self.attrs, **changes}
+        required = tuple(named.pop(name) for name in self.op.required)
+        kept = {name: value for name, value in named.items() if value is not None}
+        return self.op.node(required, kept, self.source)
+
+    @property
     def is_symbolic(self) -> bool:
         """Whether a symbol stands in the node's types or attributes."""
         shapes = any(free_symbols(t.shape) for t in self.types)
@@ -171,12 +294,15 @@ class Node:
     def axes(self) -> Axes | None:
         """How dims of operands and results correspond; None for an op without an axis rule."""
         rule = self.op.axes
-        return rule(tuple(a.type for a in self.args), self.types, self.attrs) if rule else None
+        if rule is None:
+            return None
+        return rule({name: v.type for name, v in self.operands.items()}, self.types, self.attrs)
 
     @property
     def cost(self) -> Cost:
         """Flops and bytes, in the symbols of the graph."""
-        return self.op.cost(tuple(a.stored for a in self.args), self.types, **self.attrs)
+        operands = {name: value.stored for name, value in self.operands.items()}
+        return self.op.cost(operands, self.types, **self.attrs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,12 +457,20 @@ def show_inline(value: Value) -> str:
 
 def show_node(node: Node, names: Mapping[Value, str]) -> str:
     """One line of the textual form: results = op(arguments, attributes) : types."""
-    args = [names[a] if a in names else show_inline(a) for a in node.args]
-    attrs = [f"{k}={show_attr(v)}" for k, v in node.attrs.items()]
+    arguments = show_arguments(node, lambda a: names[a] if a in names else show_inline(a))
     return (
-        f"{', '.join(names[r] for r in node.results)} = {node.op.name}({', '.join(args + attrs)})"
+        f"{', '.join(names[r] for r in node.results)} = {node.op.name}({', '.join(arguments)})"
         f" : {', '.join(map(str, node.types))}"
     )
+
+
+def show_arguments(
+    node: Node, operand: Callable[[Value], str], attribute: Callable[[Any], str] = show_attr
+) -> list[str]:
+    """What stands in the brackets of a node: operands, optional ones by name, then attributes."""
+    required, optional = node.taken([operand(a) for a in node.args])
+    attrs = {name: attribute(value) for name, value in node.attrs.items()}
+    return [*required, *(f"{name}={shown}" for name, shown in (optional | attrs).items())]
 
 
 def text_lines(graph: Graph) -> tuple[list[str], dict[Node, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .ir import Graph, Node, Op, Value
@@ -27,14 +27,18 @@ class Pat:
     """Matches a value: any value when `op` is None, else a result of that op on matching args.
 
     The same Pat twice in a rule must match the same value. `op` may be the name of an `aten.*` op.
-    `attrs` must be equal, `where` must hold. With `args` None any arguments do. An `optional`
-    pattern also matches where its op is absent and its first argument matches instead: then both
-    stand for the same value. A pattern with `options` matches what any of them matches.
+    `args` match the op's required operands, or with None any do. Of its optional operands those in
+    `given` must be there and match, those in `absent` must not be there; others may be.
+    `attrs` must be equal (to None: absent), `where` must hold. An `optional` pattern also matches
+    where its op is absent and its first argument matches instead: then both stand for the same
+    value. A pattern with `options` matches what any of them matches.
     """
 
     op: Op | str | None = None
     args: tuple[Pat, ...] | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    given: Mapping[str, Pat] = field(default_factory=dict[str, "Pat"])
+    absent: tuple[str, ...] = ()
     where: Callable[[Value], bool] | None = None
     index: int = 0
     optional: bool = False
@@ -45,9 +49,15 @@ class Pat:
         return self.op.name if isinstance(self.op, Op) else self.op
 
 
-def pat(op: Op | str, *args: Pat, index: int = 0, **attrs: Any) -> Pat:
-    """`op` applied to `args` (any, if none are given), with these attributes."""
-    return Pat(op, args or None, attrs, index=index)
+def pat(
+    op: Op | str, *args: Pat, index: int = 0, absent: tuple[str, ...] = (), **named: Any
+) -> Pat:
+    """`op` applied to `args` (any, if none are given); `named` are patterns of optional operands,
+    and attributes.
+    """
+    given = {name: value for name, value in named.items() if isinstance(value, Pat)}
+    attrs = {name: value for name, value in named.items() if name not in given}
+    return Pat(op, args or None, attrs, given, absent, index=index)
 
 
 def maybe(op: Op, arg: Pat) -> Pat:
@@ -68,6 +78,13 @@ class Other:
     index: int
 
 
+@dataclass(frozen=True)
+class Every:
+    """Every result of the node that `pat` matched, in order."""
+
+    pat: Pat
+
+
 Match = Mapping[Pat, Value]
 
 
@@ -76,8 +93,30 @@ class Rule:
     """results[0] is matched; each result is replaced by what `build` gives for it, in order."""
 
     name: str
-    results: tuple[Pat | Other, ...]
+    results: tuple[Pat | Other | Every, ...]
     build: Callable[[Match], Value | tuple[Value, ...]]
+
+    @property
+    def root(self) -> Pat:
+        """What is matched first: the pattern of results[0]."""
+        first = self.results[0]
+        return first if isinstance(first, Pat) else first.pat
+
+    def replaced(self, found: Match) -> tuple[Value, ...] | None:
+        """The values that a match replaces; None where a pattern of theirs matched nothing."""
+        values: list[Value] = []
+        for result in self.results:
+            pattern = result if isinstance(result, Pat) else result.pat
+            if pattern not in found:
+                return None
+            match result:
+                case Pat():
+                    values.append(found[result])
+                case Other():
+                    values.append(Value(found[pattern].node, result.index))
+                case Every():
+                    values.extend(found[pattern].node.results)
+        return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -221,15 +260,22 @@ def _solutions(pattern: Pat, value: Value, found: dict[Pat, Value]) -> Iterator[
 def _argument_solutions(
     pattern: Pat, value: Value, found: dict[Pat, Value]
 ) -> Iterator[dict[Pat, Value]]:
-    if pattern.args is None:
+    if pattern.args is None and not pattern.given and not pattern.absent:
         yield found
         return
-    args = value.node.args
+    args, optional = value.node.taken(value.node.args)
+    if pattern.given.keys() - optional or optional.keys() & {*pattern.absent}:
+        return
+    named = tuple(optional[name] for name in pattern.given)
+    if pattern.args is None:
+        yield from _sequence_solutions((*pattern.given.values(),), named, found)
+        return
     if len(args) != len(pattern.args):
         return
     orders = [args, args[::-1]] if value.op.commutative and args[0] != args[1] else [args]
+    patterns = (*pattern.args, *pattern.given.values())
     for order in orders:
-        yield from _sequence_solutions(pattern.args, order, found)
+        yield from _sequence_solutions(patterns, (*order, *named), found)
 
 
 def _sequence_solutions(
@@ -260,8 +306,14 @@ def _inner_nodes(found: Match) -> set[Node]:
 
 
 def _inputs(rule: Rule, found: Match) -> set[Node]:
-    """Nodes that the rule takes as they are, whatever they are: those that a wildcard matched."""
+    """Nodes that the rule takes as they are, whatever they are: those that a wildcard matched, and
+    optional operands that no pattern speaks of.
+    """
     given = {v.node for p, v in found.items() if p.op is None and not p.options}
+    for p, v in found.items():
+        if v.op.name == p.op_name and v.node.given:
+            _, optional = v.node.taken(v.node.args)
+            given |= {operand.node for name, operand in optional.items() if name not in p.given}
     return given - {found[r].node for r in rule.results if isinstance(r, Pat) and r.op is None}
 
 
@@ -315,21 +367,15 @@ class _Sweep:
 
     def attempt(self, rule: Rule, node: Node, log: Log) -> bool:
         """Apply `rule` at `node` if it matches and the laws allow it."""
-        root = rule.results[0]
-        assert isinstance(root, Pat)
         earlier = len(log.declined)
-        for found in _solutions(root, Value(node, root.index), {}):
-            absent = any((r.pat if isinstance(r, Other) else r) not in found for r in rule.results)
-            if absent:
+        for found in _solutions(rule.root, Value(node, rule.root.index), {}):
+            kept = rule.replaced(found)
+            if kept is None:
                 continue
             given = _inputs(rule, found)
             inner = _inner_nodes(found) - given
             if inner & self.region.keys():
                 continue
-            kept = tuple(
-                Value(found[r.pat].node, r.index) if isinstance(r, Other) else found[r]
-                for r in rule.results
-            )
             if (value := self.leak(inner, set(kept))) is not None:
                 log.decline(rule.name, node, f"{value.op.name} inside the match is used outside")
                 continue
@@ -364,9 +410,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule], log: Log | None = None) -> Grap
     log = Log() if log is None else log
     by_op: dict[str | None, list[Rule]] = {}
     for rule in rules:
-        root = rule.results[0]
-        assert isinstance(root, Pat)
-        for op in _root_ops(root):
+        for op in _root_ops(rule.root):
             by_op.setdefault(op, []).append(rule)
     sweep = _Sweep(graph)
     anywhere = by_op.pop(None, [])
@@ -445,7 +489,7 @@ def rebuild(
         source = node.source or origin.get(node, "")
         same = all(a is b or a == b for a, b in zip(args, node.args, strict=True))
         kept = same and source == node.source
-        new[stack.pop()] = node if kept else Node(node.op, args, node.attrs, node.types, source)
+        new[stack.pop()] = node if kept else replace(node, args=args, source=source)
     return Graph(
         graph.name,
         graph.params,

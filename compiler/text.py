@@ -2,7 +2,8 @@
 
 The form is one line a node, `%3, %4 = topk(%2, dim=-1, k=2) : f32[T, 2], i64[T, 2]`. Parameters and
 results are written %name, weights @name (their types stand in the `where` block), scalar literals
-dtype(number). Lines that start with # are comments. Each call is read with Python's own parser, as
+dtype(number); optional operands by name, `linear(%2, @w, bias=@b)`. Lines that start with # are
+comments. Each call is read with Python's own parser, as
 data: nothing is evaluated but arithmetic on dims.
 """
 
@@ -141,7 +142,12 @@ def _parse_node(line: str, values: dict[str, Value]) -> None:
     if op is None:
         raise ParseError(f"unknown op {name!r}")
     args = tuple(_argument(a, values) for a in call.args)
-    node = op.node(args, {k.arg or "": _attr(k.value) for k in call.keywords})
+    named: dict[str, Any] = {}
+    for keyword in call.keywords:
+        is_operand = keyword.arg in op.optional or isinstance(keyword.value, ast.Subscript)
+        found = _argument(keyword.value, values) if is_operand else _attr(keyword.value)
+        named[keyword.arg or ""] = found
+    node = op.node(args, named)
     written = tuple(parse_type(t) for t in _split_types(type_text))
     if written != node.types:
         raise VerifyError(f"{name}: written as {type_text}, but the op gives {_show(node)}")
@@ -245,6 +251,7 @@ def same_structure(a: Graph, b: Graph) -> bool:
         m.op is n.op
         and _same_attrs(m, n)
         and m.types == n.types
+        and m.given == n.given
         and len(m.args) == len(n.args)
         and all(equal(x, y) for x, y in zip(m.args, n.args, strict=True))
         for m, n in zip(left, right, strict=True)

@@ -102,8 +102,8 @@ def _domains(applied: Applied, frontier: set[Value]) -> dict[Value, range]:
     found: dict[Value, range] = {}
     roots = (*applied.before, *applied.after)
     for node in {n for root in roots for n in _region(root, frontier)}:
-        for i, domain in node.op.domain.items():
-            stack = [node.args[i]]
+        for name, domain in node.op.domain.items():
+            stack = [node.operands[name]]
             while stack:
                 value = stack.pop()
                 if value in frontier:

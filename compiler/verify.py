@@ -82,7 +82,8 @@ def _check_node(graph: Graph, node: Node) -> None:
 
 def _inferred(graph: Graph, node: Node) -> Types:
     try:
-        return node.op.types(tuple(a.type for a in node.args), node.attrs)
+        required, optional = node.taken([a.type for a in node.args])
+        return node.op.types(required, {**optional, **node.attrs})
     except VerifyError as error:
         _fail(graph, node, str(error).removeprefix(f"{node.op.name}: "))
 

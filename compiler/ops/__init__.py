@@ -3,16 +3,14 @@
 `leaf` parameters, weights, literals · `pointwise` · `shape` · `reduce` · `linear` · `norm` · `rope`
 · `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` packed weights, and in the
 order of tensor cores `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange ·
-`sampling` the next token · `fused`
-products with what surrounds them, `heads` of attention and `gating` of experts alike, `prologue`
-what these share · `aten` any other functional torch operator.
+`sampling` the next token · `heads` of attention and `gating` of experts with their product,
+`prologue` what these and `linear` share · `aten` any other functional torch operator.
 """
 
 from . import (
     aten,
     attention,
     collective,
-    fused,
     gating,
     glu,
     hadamard,
@@ -35,7 +33,6 @@ __all__ = [
     "aten",
     "attention",
     "collective",
-    "fused",
     "gating",
     "glu",
     "hadamard",

@@ -48,11 +48,19 @@ def overload_of(name: str) -> Any:
     return getattr(packet, parts[2])
 
 
+def _of_x(text: str) -> AxisRule:
+    """The rule `text` of one operand x, whatever its name is."""
+    of_x = rule(text)
+    return lambda operands, results, attrs: of_x(
+        dict(zip(("x",), operands.values(), strict=True)), results, attrs
+    )
+
+
 # Operators whose dims correspond in ways that torch has no tag for.
 AXES: Mapping[str, AxisRule] = {
     "aten.polar.default": elementwise,
-    "aten.view_as_complex.default": rule("x[*,c] -> [*]; c whole"),
-    "aten.view_as_real.default": rule("x[*] -> [*,c]; c whole"),
+    "aten.view_as_complex.default": _of_x("x[*,c] -> [*]; c whole"),
+    "aten.view_as_real.default": _of_x("x[*] -> [*,c]; c whole"),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ..axes import Axes, rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import wide
 from ..types import Dim, TensorType, Types, VerifyError
 from .linear import product
@@ -42,11 +42,10 @@ def _check_heads(name: str, q: TensorType, k: TensorType, v: TensorType) -> None
 
 
 def _check_options(
-    name: str, q: TensorType, sinks: tuple[TensorType, ...], window: int, softcap: float
+    name: str, q: TensorType, sinks: TensorType | None, window: int, softcap: float
 ) -> None:
-    if len(sinks) > 1 or any(s.shape != q.shape[1:2] or s.dtype not in FLOATS for s in sinks):
-        found = ", ".join(map(str, sinks))
-        raise VerifyError(f"{name}: expected at most one float sink a head of {q}, found {found}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype not in FLOATS):
+        raise VerifyError(f"{name}: expected a float sink for each head of {q}, found {sinks}")
     if window < 0 or not softcap >= 0:
         raise VerifyError(
             f"{name}: expected window and softcap of at least 0, found {window} and {softcap}"
@@ -65,7 +64,8 @@ def _attention_infer(
     q: TensorType,
     k: TensorType,
     v: TensorType,
-    *sinks: TensorType,
+    *,
+    sinks: TensorType | None = None,
     scale: float,
     causal: bool = True,
     window: int = 0,
@@ -82,8 +82,8 @@ def _attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    sinks: torch.Tensor | None = None,
     *,
+    sinks: torch.Tensor | None = None,
     scale: float,
     causal: bool = True,
     window: int = 0,
@@ -111,10 +111,10 @@ def _attention_reference(
     return (torch.cat(blocks),)
 
 
-def _attention_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    q, k, v = args[:3]
+def _attention_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    q, k, v = (operands[name] for name in ("q", "k", "v"))
     flops = 2 * q.numel * k.shape[0] + 2 * results[0].numel * v.shape[0]
-    return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
+    return Cost(flops, moved(operands, results))
 
 
 _Q, _K, _V, _SINKS = (TensorType("f32", shape) for shape in ((7, 4, 8), (7, 2, 8), (7, 2, 6), (4,)))
@@ -125,7 +125,7 @@ attention = Op(
     _attention_cost,
     (
         Sample((_Q, _K, _V), {"scale": 0.3}),
-        Sample((_Q, _K, _V, _SINKS), {"scale": 0.3, "window": 3}),
+        Sample((_Q, _K, _V), {"sinks": _SINKS, "scale": 0.3, "window": 3}),
         Sample((_Q, _K, _V), {"scale": 0.3, "softcap": 2.0}),
         Sample((_Q, _K, _V), {"scale": 0.3, "causal": False}),
     ),
@@ -192,12 +192,12 @@ def _append_reference(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return caches
 
 
-def _append_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    rows = args[len(results) : 2 * len(results)]
+def _append_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    rows = [*operands.values()][len(results) : 2 * len(results)]
     return Cost(0, sum((2 * t.nbytes for t in rows), 0))
 
 
-def _append_axes(args: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
+def _append_axes(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
     """caches[p,z,...] rows[t,...] slots[t] positions[t] page_table[n,m] -> [p,z,...]"""
     names = [tuple(f"{i}.{j}" for j in range(cache.rank - 2)) for i, cache in enumerate(results)]
     caches = tuple(tuple((n,) for n in ("p", "z", *own)) for own in names)
@@ -205,7 +205,8 @@ def _append_axes(args: Types, results: Types, attrs: Mapping[str, Any]) -> Axes:
     sizes: dict[str, Dim] = {}
     for own, cache in zip(names, results, strict=True):
         sizes.update(zip(("p", "z", *own), cache.shape, strict=True))
-    sizes.update(t=args[-2].shape[0], n=args[-1].shape[0], m=args[-1].shape[1])
+    positions, page_table = [*operands.values()][-2:]
+    sizes.update(t=positions.shape[0], n=page_table.shape[0], m=page_table.shape[1])
     index = ((("t",),), (("t",),), (("n",), ("m",)))
     return Axes((*caches, *rows, *index), caches, sizes, whole=frozenset("pztnm"))
 
@@ -232,7 +233,8 @@ def _cached_infer(
     slots: TensorType,
     positions: TensorType,
     page_table: TensorType,
-    *sinks: TensorType,
+    *,
+    sinks: TensorType | None = None,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
@@ -288,8 +290,8 @@ def _cached_reference(
     slots: torch.Tensor,
     positions: torch.Tensor,
     page_table: torch.Tensor,
-    sinks: torch.Tensor | None = None,
     *,
+    sinks: torch.Tensor | None = None,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
@@ -315,9 +317,10 @@ def _cached_reference(
     return (out,)
 
 
-def _cached_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+def _cached_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
     """Bytes of every page a slot may hold: the most that the run can read."""
-    q, k_cache, v_cache, _, _, page_table = args[:6]
+    names = ("q", "k_cache", "v_cache", "page_table")
+    q, k_cache, v_cache, page_table = (operands[name] for name in names)
     context = page_table.shape[1] * k_cache.shape[1]
     flops = 2 * (q.numel + results[0].numel) * context
     pages_of = (c.with_shape(c.shape[1:]) for c in (k_cache, v_cache))

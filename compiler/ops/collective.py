@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ..axes import along_dim, elementwise
+from ..axes import along_dim, elementwise, rule
 from ..dtypes import FLOATS
-from ..ir import Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError
+from .prologue import check_prologue, run_prologue
 from .shape import axis_of, replaced
 
 
@@ -109,4 +110,48 @@ all_gather = Op(
     samples=(Sample((_T,), {"dim": -1, "ranks": 1}), Sample((_T,), {"dim": 0, "ranks": 1})),
     collective=True,
     axes=along_dim(),
+)
+
+
+# ---- add_rms_norm: x + delta, and its rms_norm. With several `ranks`, delta is first summed over
+# them: an all_reduce with the sum and the norm behind it. The sum is rounded before the norm reads
+# it, and the norm once, nothing else is.
+
+
+def _add_norm_infer(
+    x: TensorType, delta: TensorType, weight: TensorType, *, eps: float, ranks: int = 1
+) -> Types:
+    check_ranks("add_rms_norm", ranks)
+    check_prologue("add_rms_norm", x, weight, delta, None, eps, None)
+    return (x, x)
+
+
+def _add_norm_reference(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    ranks: int = 1,
+    communicator: Communicator | None = None,
+) -> tuple[torch.Tensor, ...]:
+    if ranks > 1:
+        delta = summed(delta, ranks, communicator)
+    n, (total,) = run_prologue(x, weight, delta, None, eps, None)
+    return (total, n)
+
+
+def _add_norm_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(5 * operands["x"].numel, moved(operands, results))
+
+
+_X, _V = TensorType("f32", (3, 8)), TensorType("f32", (8,))
+add_rms_norm = Op(
+    "add_rms_norm",
+    _add_norm_infer,
+    _add_norm_reference,
+    _add_norm_cost,
+    (Sample((_X, _X, _V), {"eps": 1e-6}),),
+    collective=True,
+    axes=rule("x[*,k] delta[*,k] weight[k] -> [*,k], [*,k]; k whole"),
 )

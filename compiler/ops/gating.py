@@ -8,15 +8,12 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import torch_dtype
 from ..types import TensorType, Types, VerifyError, dim
 from .linear import product
 from .moe import router
-from .prologue import PROLOGUE, check_prologue, named_operands, prologue_flops, run_prologue
-
-GATING_OPERANDS = (*PROLOGUE, "bias", "correction")
-
+from .prologue import check_prologue, prologue_flops, run_prologue
 
 # ---- moe_gating: x [T, K], weight [E, K] -> weights [T, k + S], indices [T, k + S], then n
 # (experts need it too) if there is a norm, then s if there is a delta.
@@ -29,60 +26,63 @@ GATING_OPERANDS = (*PROLOGUE, "bias", "correction")
 def _gating_infer(
     x: TensorType,
     weight: TensorType,
-    *operands: TensorType,
+    *,
+    norm: TensorType | None = None,
+    delta: TensorType | None = None,
+    post_norm: TensorType | None = None,
+    bias: TensorType | None = None,
+    correction: TensorType | None = None,
     logits: str,
-    optional: tuple[str, ...] = (),
     sum_eps: float = 0.0,
     eps: float | None = None,
     post_eps: float | None = None,
     **routing: Any,
 ) -> Types:
     name = "moe_gating"
-    given = named_operands(name, optional, GATING_OPERANDS, operands)
-    sums = check_prologue(name, x, given, eps, post_eps)
+    sums = check_prologue(name, x, norm, delta, post_norm, eps, post_eps)
     fits = x.rank == 2 and weight.rank == 2 and x.shape[1] == weight.shape[1]
     if not fits or not {weight.dtype, logits} <= {*FLOATS}:
         raise VerifyError(
             f"{name}: expected x [T, K], a weight [E, K] and a float dtype of the logits, "
             f"found {x}, {weight} and {logits!r}"
         )
-    bias = given.get("bias")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in FLOATS):
         raise VerifyError(f"{name}: expected a float bias [{weight.shape[0]}], found {bias}")
     scores = TensorType(logits, (x.shape[0], weight.shape[0]))
-    correction = (given["correction"],) if "correction" in given else ()
     try:
-        chosen = router.infer(scores, *correction, eps=sum_eps, **routing)
+        chosen = router.infer(scores, correction=correction, eps=sum_eps, **routing)
     except VerifyError as error:
         raise VerifyError(f"{name}: {error}") from error
-    return (*chosen, *((x,) if "norm" in given else ()), *sums)
+    return (*chosen, *(() if norm is None else (x,)), *sums)
 
 
 def _gating_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
-    *operands: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
+    post_norm: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
     logits: str,
-    optional: tuple[str, ...] = (),
     sum_eps: float = 0.0,
     eps: float | None = None,
     post_eps: float | None = None,
     **routing: Any,
 ) -> tuple[torch.Tensor, ...]:
-    given = dict(zip(optional, operands, strict=True))
-    n, sums = run_prologue(x, given, eps, post_eps)
-    dtype, bias = torch_dtype(logits), given.get("bias")
+    n, sums = run_prologue(x, norm, delta, post_norm, eps, post_eps)
+    dtype = torch_dtype(logits)
     scores = product(n.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    correction = (given["correction"],) if "correction" in given else ()
-    chosen = router.reference(scores, *correction, eps=sum_eps, **routing)
-    return (*chosen, *((n,) if "norm" in given else ()), *sums)
+    chosen = router.reference(scores, correction=correction, eps=sum_eps, **routing)
+    return (*chosen, *(() if norm is None else (n,)), *sums)
 
 
-def _gating_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    x, weight = args[:2]
+def _gating_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    x, weight = operands["x"], operands["weight"]
     flops: Any = 2 * x.shape[0] * weight.numel + 8 * x.shape[0] * weight.shape[0]
-    flops += prologue_flops(x, attrs.get("optional", ()))
-    return Cost(dim(flops), sum((t.nbytes for t in (*args, *results)), 0))
+    flops += prologue_flops(operands)
+    return Cost(dim(flops), moved(operands, results))
 
 
 _X, _W, _K, _E = (TensorType("f32", shape) for shape in ((5, 8), (6, 8), (8,), (6,)))
@@ -97,8 +97,11 @@ moe_gating = Op(
     (
         Sample((_X, _W), _CHOICE),
         Sample(
-            (_X, _W, _K, _E, _E),
+            (_X, _W),
             {
+                "norm": _K,
+                "bias": _E,
+                "correction": _E,
                 **_ROUNDED,
                 "score": "sigmoid",
                 "groups": 3,
@@ -107,15 +110,16 @@ moe_gating = Op(
                 "scale": 2.5,
                 "sum_eps": 1e-20,
                 "shared": 2,
-                "optional": ("norm", "bias", "correction"),
                 "eps": 1e-6,
             },
         ),
         Sample(
-            (_X, _W, _K, _X, _K),
+            (_X, _W),
             {
+                "norm": _K,
+                "delta": _X,
+                "post_norm": _K,
                 **_ROUNDED,
-                "optional": ("norm", "delta", "post_norm"),
                 "eps": 1e-5,
                 "post_eps": 1e-6,
             },

@@ -9,7 +9,7 @@ import torch
 
 from ..axes import elementwise
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError
 from .pointwise import gelu_of, gelu_tanh_of, sigmoid_of, silu_of
@@ -66,8 +66,8 @@ def _glu_reference(
     return (gated(gate, up, activation, alpha, limit),)
 
 
-def _glu_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(5 * results[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+def _glu_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(5 * results[0].numel, moved(operands, results))
 
 
 _X = TensorType("f32", (3, 8))

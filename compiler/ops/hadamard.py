@@ -8,7 +8,7 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError
 
@@ -38,9 +38,9 @@ def _hadamard_reference(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor]:
     return ((y.reshape(x.shape) * block**-0.5).to(x.dtype),)
 
 
-def _hadamard_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+def _hadamard_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
     steps = attrs["block"].bit_length() - 1
-    return Cost(args[0].numel * steps, sum((t.nbytes for t in (*args, *results)), 0))
+    return Cost(operands["x"].numel * steps, moved(operands, results))
 
 
 hadamard = Op(

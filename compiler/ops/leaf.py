@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Value
+from ..ir import Cost, Op, Operands, Value
 from ..types import TensorType, Types, VerifyError
 
 _INEXACT = (*FLOATS, "c64", "c128")
 
 
-def _free(args: Types, results: Types, **attrs: Any) -> Cost:
+def _free(operands: Operands, results: Types, **attrs: Any) -> Cost:
     return Cost(0, 0)
 
 

@@ -1,17 +1,22 @@
-"""Products: linear, one a head, matmul, and the embedding lookup."""
+"""Products: linear with what surrounds it, one a head, matmul, and the embedding lookup."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from math import prod
 from typing import Any
 
 import torch
 
-from ..axes import batched_matmul, rule
+from ..axes import Axes, batched_matmul, rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Node, Op, Operands, Sample, moved
 from ..torch_types import wide
-from ..types import TensorType, Types, VerifyError
+from ..types import TensorType, Types, VerifyError, dim
+from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
 from .pointwise import broadcast
+from .prologue import PROLOGUE, check_prologue, prologue_flops, run_prologue
 
 # CPU BLAS rounds a row differently by how many there are: fewer than 8, those after the last whole
 # 8, and with an odd K or few columns also by where the row starts; and by strides (seen with MKL in
@@ -44,7 +49,29 @@ def _padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, missing) if any(missing) else x.contiguous()
 
 
-def _linear_infer(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> Types:
+# ---- linear: n · weightᵀ + bias + residual, and s if there is a delta (n and s: see `prologue`).
+# x [..., K], weight [N, K], bias [N], residual [..., N] -> [..., N]. With a `gate`, the name of an
+# activation, weight [2I, K] and bias [2I] have gate rows and then up rows, and of gate ‖ up, what
+# they give, the result is activation(gate) · up [..., I] (see `glu`).
+# It equals the chain of ops that it stands for, with fewer roundings: the result, s and n are
+# rounded, nothing else is.
+
+
+def _linear_infer(
+    x: TensorType,
+    weight: TensorType,
+    *,
+    norm: TensorType | None = None,
+    delta: TensorType | None = None,
+    post_norm: TensorType | None = None,
+    bias: TensorType | None = None,
+    residual: TensorType | None = None,
+    gate: str | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    eps: float | None = None,
+    post_eps: float | None = None,
+) -> Types:
     fits = x.rank >= 1 and weight.rank == 2 and x.shape[-1] == weight.shape[1]
     if not fits or x.dtype != weight.dtype or x.dtype not in FLOATS:
         raise VerifyError(
@@ -53,19 +80,90 @@ def _linear_infer(x: TensorType, weight: TensorType, bias: TensorType | None = N
         )
     if bias is not None and bias != TensorType(x.dtype, weight.shape[:1]):
         raise VerifyError(f"linear: expected a bias [{weight.shape[0]}] of x's dtype, found {bias}")
-    return (x.with_shape((*x.shape[:-1], weight.shape[0])),)
+    sums = check_prologue("linear", x, norm, delta, post_norm, eps, post_eps)
+    rows: Any = weight.shape[0]
+    if gate is not None:
+        check_activation("linear", gate, alpha, limit)
+        if not isinstance(rows, int) or rows % 2:
+            raise VerifyError(
+                f"linear: expected as many gate rows as up rows, found a weight {weight}"
+            )
+        rows //= 2
+    elif alpha or limit:
+        raise VerifyError(f"linear: found alpha {alpha} and limit {limit} without a gate")
+    result = x.with_shape((*x.shape[:-1], rows))
+    if residual is not None and (gate is not None or residual != result):
+        raise VerifyError(
+            f"linear: expected a residual {result}, and none with a gate; found {residual}"
+        )
+    return (result, *sums)
 
 
 def _linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor]:
-    result = product(x.reshape(-1, x.shape[-1]), weight, bias)
-    return (result.view(*x.shape[:-1], weight.shape[0]),)
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
+    post_norm: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gate: str | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    eps: float | None = None,
+    post_eps: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    n, sums = run_prologue(x, norm, delta, post_norm, eps, post_eps)
+    y = product(wide(n).reshape(-1, n.shape[-1]), weight, bias)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    if gate is not None:
+        first, up = y.chunk(2, -1)
+        y = gated(first, up, gate, alpha, limit)
+    if residual is not None:
+        y = y + wide(residual)
+    return (y.to(x.dtype), *sums)
 
 
-def _linear_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    flops = 2 * results[0].numel * args[1].shape[-1]
-    return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
+def _linear_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    x, weight = operands["x"], operands["weight"]
+    flops = 2 * dim(prod(x.shape[:-1])) * weight.numel + prologue_flops(operands)
+    flops += results[0].numel if "residual" in operands else 0
+    flops += 5 * results[0].numel if attrs.get("gate") else 0
+    return Cost(dim(flops), moved(operands, results))
+
+
+_AXES = rule(
+    "x[*,k] weight[n,k] norm[k]? delta[*,k]? post_norm[k]? +bias[n]? +residual[*,n]? "
+    "-> [*,n], [*,k]; k sum; k whole if norm delta"
+)
+_AXES_WITH_GATE = rule(
+    "x[*,k] weight[(g i),k] norm[k]? delta[*,k]? post_norm[k]? bias[(g i)]? "
+    "-> [*,i], [*,k]; k dot; k whole if norm delta; g whole"
+)
+
+
+def _linear_axes(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    axes = _AXES_WITH_GATE if attrs.get("gate") else _AXES
+    return axes(operands, results, attrs)
+
+
+_K, _N = 8, 6
+_X, _V = TensorType("f32", (3, _K)), TensorType("f32", (_K,))
+
+
+def _samples(allowed: tuple[str, ...], rows: int, **attrs: Any) -> Iterator[Sample]:
+    """Every combination of the optional operands in `allowed`."""
+    types = {"norm": _V, "delta": _X, "post_norm": _V, "bias": TensorType("f32", (rows,))}
+    types["residual"] = TensorType("f32", (3, rows))
+    for size in range(len(allowed) + 1):
+        for names in combinations(allowed, size):
+            if "post_norm" in names and "delta" not in names:
+                continue
+            eps = {"eps": 1e-6} if "norm" in names else {}
+            post_eps = {"post_eps": 1e-5} if "post_norm" in names else {}
+            named = {**{name: types[name] for name in names}, **eps, **post_eps, **attrs}
+            yield Sample((_X, TensorType("f32", (rows, _K))), named)
 
 
 linear = Op(
@@ -74,11 +172,19 @@ linear = Op(
     _linear_reference,
     _linear_cost,
     (
-        Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)))),
-        Sample((TensorType("f32", (3, 8)), TensorType("f32", (5, 8)), TensorType("f32", (5,)))),
+        *_samples(("bias",), 5),
+        *_samples((*PROLOGUE, "bias", "residual"), _N),
+        *_samples((*PROLOGUE, "bias"), 2 * _N, gate="silu"),
+        *(s for gate in ACTIVATIONS for s in _samples((), 2 * _N, gate=gate)),
+        *_samples(("norm", "bias"), 2 * _N, gate=CLAMPED, alpha=1.702, limit=7.0),
     ),
-    axes=rule("x[*,k] weight[n,k] +bias[n]? -> [*,n]; k sum"),
+    axes=_linear_axes,
 )
+
+
+def is_plain(node: Node) -> bool:
+    """Whether `node` is a linear with a bias at most: no prologue, residual or gate."""
+    return node.op is linear and {*node.given} <= {"bias"} and not node.attrs
 
 
 # ---- head_linear: each head's rows by that head's weight, x [T, H, K] · weightᵀ [H, K, N]
@@ -98,11 +204,16 @@ def _head_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch
     return (product(x.transpose(0, 1), weight).transpose(0, 1),)
 
 
+def _product_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    flops = 2 * results[0].numel * operands["x"].shape[-1]
+    return Cost(flops, moved(operands, results))
+
+
 head_linear = Op(
     "head_linear",
     _head_linear_infer,
     _head_linear_reference,
-    _linear_cost,
+    _product_cost,
     (Sample((TensorType("f32", (5, 3, 8)), TensorType("f32", (3, 6, 8)))),),
     axes=rule("x[t,h,k] weight[h,n,k] -> [t,h,n]; k sum"),
 )
@@ -122,16 +233,11 @@ def _matmul_reference(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
     return (product(x, y.transpose(-1, -2)),)
 
 
-def _matmul_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    flops = 2 * results[0].numel * args[0].shape[-1]
-    return Cost(flops, sum((t.nbytes for t in (*args, *results)), 0))
-
-
 matmul = Op(
     "matmul",
     _matmul_infer,
     _matmul_reference,
-    _matmul_cost,
+    _product_cost,
     (Sample((TensorType("f32", (2, 3, 4)), TensorType("f32", (2, 4, 5)))),),
     axes=batched_matmul,
 )
@@ -149,8 +255,8 @@ def _embedding_reference(ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.
     return (torch.nn.functional.embedding(ids, table),)
 
 
-def _embedding_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(0, results[0].nbytes * 2 + args[0].nbytes)
+def _embedding_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(0, results[0].nbytes * 2 + operands["ids"].nbytes)
 
 
 embedding = Op(

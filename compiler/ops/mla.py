@@ -12,7 +12,7 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..types import TensorType, Types, VerifyError
 from .attention import attention, cached_attention, check_index
 from .norm import rms_norm
@@ -58,14 +58,14 @@ def _attention_reference(
     return (out,)
 
 
-def _flops(args: Types, results: Types, context: Any) -> Any:
+def _flops(operands: Operands, results: Types, context: Any) -> Any:
     """Scores over R + P dims, and values of R dims, for each of `context` rows."""
-    return 2 * (args[0].numel + args[1].numel + results[0].numel) * context
+    queries = operands["q_latent"].numel + operands["q_pe"].numel
+    return 2 * (queries + results[0].numel) * context
 
 
-def _attention_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    moved = sum((t.nbytes for t in (*args, *results)), 0)
-    return Cost(_flops(args, results, args[2].shape[0]), moved)
+def _attention_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(_flops(operands, results, operands["latent"].shape[0]), moved(operands, results))
 
 
 _ROWS, _WIDE_ROWS = (TensorType("f32", (7, n)) for n in (14, 5))
@@ -126,12 +126,14 @@ def _cached_reference(
     return (out,)
 
 
-def _cached_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+def _cached_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
     """Bytes of every page a slot may hold, each read once for keys and values together."""
-    q_latent, q_pe, cache, _, _, page_table = args
+    names = ("q_latent", "q_pe", "cache", "page_table")
+    q_latent, q_pe, cache, page_table = (operands[name] for name in names)
     page = cache.with_shape(cache.shape[1:])
-    moved = q_latent.nbytes + q_pe.nbytes + results[0].nbytes + page_table.numel * page.nbytes
-    return Cost(_flops(args, results, page_table.shape[1] * cache.shape[1]), moved)
+    read = q_latent.nbytes + q_pe.nbytes + page_table.numel * page.nbytes
+    flops = _flops(operands, results, page_table.shape[1] * cache.shape[1])
+    return Cost(flops, read + results[0].nbytes)
 
 
 cached_mla_attention = Op(
@@ -185,13 +187,13 @@ def _latent_reference(
     form: str,
 ) -> tuple[torch.Tensor]:
     rank = norm_weight.shape[0]
-    (c_kv,) = rms_norm.reference(kv[:, :rank], norm_weight, eps=eps)
+    (c_kv,) = rms_norm.reference(kv[:, :rank], weight=norm_weight, eps=eps)
     (k_pe,) = rope.reference(kv[:, rank:], cos, sin, form=form)
     return (torch.cat((c_kv, k_pe), -1),)
 
 
-def _latent_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(4 * args[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+def _latent_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(4 * operands["kv"].numel, moved(operands, results))
 
 
 _KV, _NORM, _TABLE = (TensorType("f32", shape) for shape in ((5, 14), (6,), (5, 4)))

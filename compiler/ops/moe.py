@@ -10,28 +10,29 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import torch_dtype, wide
 from ..types import TensorType, Types, VerifyError, dim
 from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
 from .linear import product
 from .pointwise import sigmoid_of
 
-# ---- router: logits [T, E] (and a correction bias [E]) -> weights [T, k + S], indices [T, k + S]
+# ---- router: logits [T, E] (and a correction [E]) -> weights [T, k + S], indices [T, k + S]
 #
 #   scores  = softmax or sigmoid of the logits, in f32
-#   choice  = scores + bias; of `groups` equal groups only the best `topk_groups` stay, judged by
-#             their largest choice ("max") or the sum of their two largest ("top2")
+#   choice  = scores + correction; of `groups` equal groups only the best `topk_groups` stay, judged
+#             by their largest choice ("max") or the sum of their two largest ("top2")
 #   weights = the scores of the k best choices, divided by (their sum + eps) if `normalize`,
 #             times `scale`
 # and with `shared` = S, S more columns: the experts E … E + S - 1, which every token has, weigh 1.
 # (DeepSeek-V2, arXiv:2405.04434 §2.1.2; DeepSeek-V3, arXiv:2412.19437 §2.1.2. With one group,
-# no bias and `normalize` this is also softmax over the k largest logits.)
+# no correction and `normalize` this is also softmax over the k largest logits.)
 
 
 def _router_infer(
     logits: TensorType,
-    *bias: TensorType,
+    *,
+    correction: TensorType | None = None,
     k: int,
     score: str,
     normalize: bool,
@@ -46,9 +47,9 @@ def _router_infer(
     experts = logits.shape[-1] if logits.rank == 2 else 0
     if logits.dtype not in FLOATS or not isinstance(experts, int) or not 1 <= k <= experts:
         raise VerifyError(f"router: expected logits [T, E] with E >= k = {k}, found {logits}")
-    if any(b.shape != logits.shape[1:] or b.dtype not in FLOATS for b in bias) or len(bias) > 1:
-        found = ", ".join(map(str, bias))
-        raise VerifyError(f"router: expected at most one float bias [{experts}], found {found}")
+    fits = correction is None or correction.shape == logits.shape[1:]
+    if not fits or correction and correction.dtype not in FLOATS:
+        raise VerifyError(f"router: expected a float correction [{experts}], found {correction}")
     if dtype not in FLOATS:
         raise VerifyError(f"router: expected a float dtype of the weights, found {dtype!r}")
     if score not in ("softmax", "sigmoid") or group_score not in ("max", "top2"):
@@ -72,8 +73,8 @@ def _router_infer(
 
 def _router_reference(
     logits: torch.Tensor,
-    bias: torch.Tensor | None = None,
     *,
+    correction: torch.Tensor | None = None,
     k: int,
     score: str,
     normalize: bool,
@@ -87,7 +88,7 @@ def _router_reference(
 ) -> tuple[torch.Tensor, ...]:
     scores = wide(logits)
     scores = sigmoid_of(scores) if score == "sigmoid" else torch.softmax(scores, -1)
-    choice = scores if bias is None else scores + bias
+    choice = scores if correction is None else scores + correction
     if topk_groups < groups:
         grouped = choice.view(len(choice), groups, -1)
         best = grouped.topk(2 if group_score == "top2" else 1, -1).values.sum(-1)
@@ -107,11 +108,11 @@ def _router_reference(
     return torch.cat((weights, ones), 1), torch.cat((indices, always), 1)
 
 
-def _router_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(8 * args[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+def _router_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(8 * operands["logits"].numel, moved(operands, results))
 
 
-_LOGITS, _BIAS = TensorType("f32", (5, 8)), TensorType("f32", (8,))
+_LOGITS, _CORRECTION = TensorType("f32", (5, 8)), TensorType("f32", (8,))
 router = Op(
     "router",
     _router_infer,
@@ -120,8 +121,9 @@ router = Op(
     (
         Sample((_LOGITS,), {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32"}),
         Sample(
-            (_LOGITS, _BIAS),
+            (_LOGITS,),
             {
+                "correction": _CORRECTION,
                 "k": 2,
                 "score": "sigmoid",
                 "normalize": True,
@@ -135,14 +137,14 @@ router = Op(
             },
         ),
     ),
-    axes=rule("logits[t,e] bias[e]? -> [t,j], [t,j]; e j whole"),
+    axes=rule("logits[t,e] correction[e]? -> [t,j], [t,j]; e j whole"),
 )
 
 
 # ---- experts: sum over the chosen experts of weight · down(act(gate(x)) · up(x)).
 # gate_up [E, 2I, D] holds the gate rows first, then the up rows ([E, I, D] if not `gated`);
-# down is [E, D, I]; biases, both or none, are [E, 2I] and [E, D]. With `residual` the last operand
-# [T, D] is added to the sum, in f32, before it is rounded.
+# down is [E, D, I]; biases, both or none, are [E, 2I] and [E, D]. A residual [T, D] is added to the
+# sum, in f32, before it is rounded.
 
 
 def _experts_infer(
@@ -151,14 +153,16 @@ def _experts_infer(
     indices: TensorType,
     gate_up: TensorType,
     down: TensorType,
-    *optional: TensorType,
+    *,
+    gate_up_bias: TensorType | None = None,
+    down_bias: TensorType | None = None,
+    residual: TensorType | None = None,
     activation: str,
     gated: bool = True,
     alpha: float = 0.0,
     limit: float = 0.0,
-    residual: bool = False,
 ) -> Types:
-    biases = optional[: len(optional) - residual]
+    biases = [b for b in (gate_up_bias, down_bias) if b is not None]
     check_activation("experts", activation, alpha, limit)
     if activation == CLAMPED and not gated:
         raise VerifyError(f"experts: expected gated experts for {activation}, found ungated ones")
@@ -190,9 +194,8 @@ def _experts_infer(
         raise VerifyError(
             f"experts: expected biases [{count}, {rows}], [{count}, {width}], found {found}"
         )
-    if residual and optional[-1:] != (x,):
-        found = ", ".join(map(str, optional)) or "none"
-        raise VerifyError(f"experts: expected a residual {x} as last operand, found {found}")
+    if residual is not None and residual != x:
+        raise VerifyError(f"experts: expected a residual {x}, found {residual}")
     return (x,)
 
 
@@ -202,26 +205,27 @@ def _experts_reference(
     indices: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    *optional: torch.Tensor,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     activation: str,
     gated: bool = True,
     alpha: float = 0.0,
     limit: float = 0.0,
-    residual: bool = False,
 ) -> tuple[torch.Tensor]:
-    biases = optional[: len(optional) - residual]
     tokens, k = indices.shape
     parts = x.new_empty(tokens * k, x.shape[1])
     chosen = indices.flatten()
     for expert in chosen.unique().tolist():
         mine = (chosen == expert).nonzero().squeeze(1)
-        bias = [b[expert] for b in biases] or [None, None]
-        h = product(x[mine // k], gate_up[expert], bias[0])
+        first, last = (None if b is None else b[expert] for b in (gate_up_bias, down_bias))
+        h = product(x[mine // k], gate_up[expert], first)
         h = _activate(h, activation, gated, alpha, limit)
-        parts[mine] = product(h, down[expert], bias[1])
+        parts[mine] = product(h, down[expert], last)
     out = (wide(parts).view(tokens, k, -1) * weights[..., None]).sum(1)
-    if residual:
-        out = out + wide(optional[-1])
+    if residual is not None:
+        out = out + wide(residual)
     return (out.to(x.dtype),)
 
 
@@ -243,21 +247,22 @@ def expert_hidden(
     return _activate(h, attrs["activation"], attrs.get("gated", True), alpha, limit)
 
 
-def _experts_cost(args: Types, results: Types, *, residual: bool = False, **attrs: Any) -> Cost:
+def _experts_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
     """Bytes of the experts that T · k choices can touch at most: all that there are, or T · k."""
-    x, weights, indices, *parameters = args[: len(args) - residual]
-    added = args[len(args) - residual :]
-    of_one = [t.with_shape(t.shape[1:]) for t in parameters]
-    touched: Any = sympy.Min(indices.numel, parameters[0].shape[0])
-    flops = 2 * indices.numel * sum((t.numel for t in of_one[:2]), 0)
-    flops += sum((t.numel for t in added), 0)
-    read = dim(touched) * sum((t.nbytes for t in of_one), 0)
-    return Cost(flops, read + sum((t.nbytes for t in (x, weights, indices, *added, *results)), 0))
+    per_expert = ("gate_up", "down", "gate_up_bias", "down_bias")
+    held = {name: t for name, t in operands.items() if name in per_expert}
+    others = {name: t for name, t in operands.items() if name not in held}
+    of_one = {name: t.with_shape(t.shape[1:]) for name, t in held.items()}
+    choices = operands["indices"].numel
+    touched: Any = sympy.Min(choices, held["gate_up"].shape[0])
+    flops = 2 * choices * (of_one["gate_up"].numel + of_one["down"].numel)
+    flops += operands["residual"].numel if "residual" in operands else 0
+    return Cost(flops, dim(touched) * moved(of_one, ()) + moved(others, results))
 
 
 _X, _W, _I = TensorType("f32", (5, 8)), TensorType("f32", (5, 2)), TensorType("i64", (5, 2))
 _GATE_UP, _DOWN = TensorType("f32", (4, 12, 8)), TensorType("f32", (4, 8, 6))
-_BIASES = (TensorType("f32", (4, 12)), TensorType("f32", (4, 8)))
+_BIASES = {"gate_up_bias": TensorType("f32", (4, 12)), "down_bias": TensorType("f32", (4, 8))}
 experts = Op(
     "experts",
     _experts_infer,
@@ -266,14 +271,14 @@ experts = Op(
     (
         Sample((_X, _W, _I, _GATE_UP, _DOWN), {"activation": "silu"}, high=4),
         Sample(
-            (_X, _W, _I, _GATE_UP, _DOWN, *_BIASES),
-            {"activation": "clamped_swiglu", "alpha": 1.702, "limit": 7.0},
+            (_X, _W, _I, _GATE_UP, _DOWN),
+            {**_BIASES, "activation": "clamped_swiglu", "alpha": 1.702, "limit": 7.0},
             high=4,
         ),
-        Sample((_X, _W, _I, _GATE_UP, _DOWN, _X), {"activation": "silu", "residual": True}, high=4),
+        Sample((_X, _W, _I, _GATE_UP, _DOWN), {"residual": _X, "activation": "silu"}, high=4),
         Sample(
-            (_X, _W, _I, _GATE_UP, _DOWN, *_BIASES, _X),
-            {"activation": "gelu_tanh", "residual": True},
+            (_X, _W, _I, _GATE_UP, _DOWN),
+            {**_BIASES, "residual": _X, "activation": "gelu_tanh"},
             high=4,
         ),
     ),

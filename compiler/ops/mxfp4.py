@@ -13,7 +13,7 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Node, Op, Sample, Tolerance
+from ..ir import Cost, Node, Op, Operands, Sample, Tolerance
 from ..microscaling import GROUPS, SCALE_RULES, decode, encode
 from ..torch_types import torch_dtype
 from ..types import TensorType, Types, VerifyError
@@ -51,7 +51,7 @@ def _mxfp4_reference(
     return (decode(codes, scales, torch_dtype(dtype)),)
 
 
-def _mxfp4_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+def _mxfp4_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
     """Nothing by itself: whoever uses the weight reads it in its packed form."""
     return Cost(0, 0)
 
@@ -74,7 +74,7 @@ mxfp4 = Op(
     ),
     stored=_stored,
     # Any two codes; of the scales those of weights, 2^-6 to 1.
-    domain={0: range(256), 1: range(121, 128)},
+    domain={"codes": range(256), "scales": range(121, 128)},
     axes=rule("codes[*,(b c)] scales[*,b] -> [*,(b w)]; c w whole"),
 )
 

@@ -8,19 +8,21 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError
 
 _X, _W = TensorType("f32", (3, 8)), TensorType("f32", (8,))
 
 
-def _norm_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(4 * args[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+def _norm_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(4 * operands["x"].numel, moved(operands, results))
 
 
-def _check(name: str, x: TensorType, *vectors: TensorType) -> Types:
+def _check(name: str, x: TensorType, *vectors: TensorType | None) -> Types:
     for v in vectors:
+        if v is None:
+            continue
         if v.shape != x.shape[-1:] or v.dtype not in FLOATS:
             raise VerifyError(f"{name}: weight {v} must match the last dim of x {x}")
     if x.rank < 1 or x.dtype not in FLOATS:
@@ -32,10 +34,8 @@ def _check(name: str, x: TensorType, *vectors: TensorType) -> Types:
 # (Zhang & Sennrich 2019, arXiv:1910.07467)
 
 
-def _rms_norm_infer(x: TensorType, *weight: TensorType, eps: float) -> Types:
-    if len(weight) > 1:
-        raise VerifyError(f"rms_norm: expected x and at most one weight, found {len(weight)}")
-    return _check("rms_norm", x, *weight)
+def _rms_norm_infer(x: TensorType, *, weight: TensorType | None = None, eps: float) -> Types:
+    return _check("rms_norm", x, weight)
 
 
 def rms_normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -46,7 +46,7 @@ def rms_normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torc
 
 
 def _rms_norm_reference(
-    x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float
+    x: torch.Tensor, *, weight: torch.Tensor | None = None, eps: float
 ) -> tuple[torch.Tensor]:
     return (rms_normed(x, weight, eps).to(x.dtype),)
 
@@ -56,7 +56,7 @@ rms_norm = Op(
     _rms_norm_infer,
     _rms_norm_reference,
     _norm_cost,
-    (Sample((_X, _W), {"eps": 1e-6}), Sample((_X,), {"eps": 1e-5})),
+    (Sample((_X,), {"weight": _W, "eps": 1e-6}), Sample((_X,), {"eps": 1e-5})),
     axes=rule("x[*,d] weight[d]? -> [*,d]; d whole"),
 )
 
@@ -64,17 +64,21 @@ rms_norm = Op(
 # ---- layer_norm (Ba et al. 2016, arXiv:1607.06450)
 
 
-def _layer_norm_infer(x: TensorType, *affine: TensorType, eps: float) -> Types:
-    if len(affine) > 2:
-        raise VerifyError(f"layer_norm: expected x, weight and bias, found {1 + len(affine)}")
-    return _check("layer_norm", x, *affine)
+def _layer_norm_infer(
+    x: TensorType,
+    *,
+    weight: TensorType | None = None,
+    bias: TensorType | None = None,
+    eps: float,
+) -> Types:
+    return _check("layer_norm", x, weight, bias)
 
 
 def _layer_norm_reference(
     x: torch.Tensor,
+    *,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    *,
     eps: float,
 ) -> tuple[torch.Tensor]:
     y = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], eps=eps)
@@ -87,6 +91,9 @@ layer_norm = Op(
     _layer_norm_infer,
     _layer_norm_reference,
     _norm_cost,
-    (Sample((_X, _W, _W), {"eps": 1e-5}), Sample((_X, _W), {"eps": 1e-5})),
+    (
+        Sample((_X,), {"weight": _W, "bias": _W, "eps": 1e-5}),
+        Sample((_X,), {"weight": _W, "eps": 1e-5}),
+    ),
     axes=rule("x[*,d] weight[d]? bias[d]? -> [*,d]; d whole"),
 )

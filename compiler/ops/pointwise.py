@@ -11,7 +11,7 @@ import torch
 
 from ..axes import elementwise
 from ..dtypes import DTYPES, FLOATS, INTEGERS
-from ..ir import Cost, Op, Sample, Tolerance
+from ..ir import Cost, Op, Operands, Sample, Tolerance, moved
 from ..torch_types import torch_dtype, wide
 from ..types import Dim, Shape, TensorType, Types, VerifyError
 
@@ -34,8 +34,8 @@ def broadcast(name: str, *shapes: Shape) -> Shape:
     return tuple(result)
 
 
-def _cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(results[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+def _cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(results[0].numel, moved(operands, results))
 
 
 # ---- one operand

@@ -9,15 +9,15 @@ import torch
 
 from ..axes import AxisRule, along_dim
 from ..dtypes import FLOATS, INTEGERS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..types import TensorType, Types, VerifyError
 from .shape import axis_of, replaced
 
 _T = TensorType("f32", (4, 6))
 
 
-def _cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(args[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+def _cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(operands["x"].numel, moved(operands, results))
 
 
 def _reduce_infer(name: str) -> Callable[..., Types]:

@@ -8,7 +8,7 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample, Tolerance
+from ..ir import Cost, Op, Operands, Sample, Tolerance, moved
 from ..torch_types import torch_dtype, wide
 from ..types import TensorType, Types, VerifyError
 
@@ -96,8 +96,8 @@ def _rope_reference(
     return (torch.cat((x[..., :start], turned.to(x.dtype), x[..., end:]), -1),)
 
 
-def _rope_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(3 * args[0].numel, sum((t.nbytes for t in (*args, *results)), 0))
+def _rope_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(3 * operands["x"].numel, moved(operands, results))
 
 
 _TABLE = TensorType("f32", (5, 4))

@@ -9,7 +9,7 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample, moved
 from ..types import TensorType, Types, VerifyError, dim
 
 # The operands that hold one number a row, by name and kind.
@@ -45,10 +45,20 @@ WORD = 32
 # A row that holds NaN or has no finite maximum gives token -1 and that maximum as logprob.
 
 
-def _sample_infer(*operands: TensorType, candidates: int = 0) -> Types:
-    if len(operands) != len(SETTINGS) + 3:
-        raise VerifyError(f"sample: expected {len(SETTINGS) + 3} operands, found {len(operands)}")
-    logits, *settings, seen, top = operands
+def _sample_infer(
+    logits: TensorType,
+    temperature: TensorType,
+    top_k: TensorType,
+    top_p: TensorType,
+    min_p: TensorType,
+    penalty: TensorType,
+    draw: TensorType,
+    seen: TensorType,
+    top: TensorType,
+    *,
+    candidates: int = 0,
+) -> Types:
+    settings = (temperature, top_k, top_p, min_p, penalty, draw)
     vocab = logits.shape[-1] if logits.rank == 2 else 0
     if logits.dtype not in FLOATS or not isinstance(vocab, int) or vocab < 1:
         raise VerifyError(f"sample: expected float logits [L, V], V a number, found {logits}")
@@ -134,9 +144,9 @@ def _chosen(
     return int(kept[min(index, len(kept) - 1)])
 
 
-def _sample_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+def _sample_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
     # A maximum, an exponential and a sum of every logit.
-    return Cost(dim(3 * args[0].numel), sum((t.nbytes for t in (*args, *results)), 0))
+    return Cost(dim(3 * operands["logits"].numel), moved(operands, results))
 
 
 def _row_types(dtype: str, rows: int, vocab: int) -> tuple[TensorType, ...]:

@@ -8,14 +8,14 @@ import torch
 
 from ..axes import along_dim, elementwise, permuted, reshaped, rule
 from ..dtypes import DTYPES, FLOATS, INTEGERS
-from ..ir import Cost, Op, Sample
+from ..ir import Cost, Op, Operands, Sample
 from ..torch_types import torch_dtype
 from ..types import Dim, Shape, TensorType, Types, VerifyError, dim
 
 _T = TensorType("f32", (4, 6))
 
 
-def _free(args: Types, results: Types, **attrs: Any) -> Cost:
+def _free(operands: Operands, results: Types, **attrs: Any) -> Cost:
     """A view moves nothing."""
     return Cost(0, 0)
 
@@ -131,7 +131,7 @@ def _slice_reference(
     return (x[_index(x, dim, start, stop, step)],)
 
 
-def _slice_cost(args: Types, results: Types, **attrs: Any) -> Cost:
+def _slice_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
     return Cost(0, results[0].nbytes * 2)
 
 
@@ -257,8 +257,8 @@ def _take_reference(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor]:
     return (x.index_select(0, rows),)
 
 
-def _take_cost(args: Types, results: Types, **attrs: Any) -> Cost:
-    return Cost(0, results[0].nbytes * 2 + args[1].nbytes)
+def _take_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    return Cost(0, results[0].nbytes * 2 + operands["rows"].nbytes)
 
 
 take = Op(

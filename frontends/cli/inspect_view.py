@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
-from ...compiler.ir import INLINE, Graph, Node, Value, section_of, show_attr, show_inline
+from ...compiler.ir import (
+    INLINE,
+    Graph,
+    Node,
+    Value,
+    section_of,
+    show_arguments,
+    show_attr,
+    show_inline,
+)
 from ...compiler.pipeline import count_nodes
 
 WIDTH = 100
@@ -185,7 +194,7 @@ def _signature(
         return show_inline(value) if value.op.name in INLINE else value
 
     body = tuple(
-        (n.op.name, show_attr(tuple(n.attrs.items())), n.types, tuple(map(sign, n.args)))
+        (n.op.name, show_attr(tuple(n.attrs.items())), n.types, n.given, tuple(map(sign, n.args)))
         for n in members
     )
     states = {v: name.rpartition(".")[0] for name, v in graph.updates.items()}
@@ -319,10 +328,9 @@ def _line(node: Node, names: Mapping[Value, str], path: str) -> str:
             return _below("@" + value.attrs["name"], "@" + path, "@")
         return names.get(value) or show_inline(value)
 
-    args = [argument(a) for a in node.args]
-    attrs = [f"{key}={_attribute(value)}" for key, value in node.attrs.items()]
     left = f"  {', '.join(names[r] for r in node.results):5} = {node.op.name}("
-    call = _wrapped(left, [*args, *attrs], ")", _TYPES_AT - 1)
+    arguments = show_arguments(node, argument, _attribute)
+    call = _wrapped(left, arguments, ")", _TYPES_AT - 1)
     types = _wrapped(": ", [str(t) for t in node.types], "", WIDTH - _TYPES_AT)
     gap = max(len(call[-1]) + 1, _TYPES_AT)
     rows = [*call[:-1], f"{call[-1]:{gap}}{types[0]}"]

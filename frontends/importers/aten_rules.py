@@ -390,14 +390,9 @@ def _topk(
 # ---- products and norms
 
 
-def _given(*operands: Value | None) -> list[Value]:
-    """Operands, those left out that the model does not have."""
-    return [v for v in operands if v is not None]
-
-
 @_rule("linear")
 def _linear(im: Im, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    return im.emit(linear.linear, *_given(x, weight, bias))
+    return im.emit(linear.linear, x, weight, bias=bias)
 
 
 @_rule("matmul mm bmm")
@@ -412,7 +407,7 @@ def _addmm(im: Im, bias: Value, x: Value, y: Value, *, beta: Any = 1, alpha: Any
     """bias + x · y == linear(x, yᵀ, bias)"""
     if (beta, alpha) != (1, 1) or bias.type.shape != y.type.shape[1:]:
         return NotImplemented
-    return im.emit(linear.linear, x, im.emit(shape.permute, y, dims=(1, 0)), bias)
+    return im.emit(linear.linear, x, im.emit(shape.permute, y, dims=(1, 0)), bias=bias)
 
 
 @_rule("embedding")
@@ -430,9 +425,9 @@ def _layer_norm(
     eps: float = 1e-5,
     *args: Any,
 ) -> Any:
-    if len(shape_) != 1 or (weight is None and bias is not None):
+    if len(shape_) != 1:
         return NotImplemented
-    return im.emit(norm.layer_norm, *_given(x, weight, bias), eps=eps)
+    return im.emit(norm.layer_norm, x, weight=weight, bias=bias, eps=eps)
 
 
 @_rule("_native_batch_norm_legit_no_training")
@@ -469,7 +464,7 @@ def _rms_norm(
     if len(shape_) != 1:
         return NotImplemented
     eps = torch.finfo(torch_dtype(x.type.dtype)).eps if eps is None else eps
-    return im.emit(norm.rms_norm, *_given(x, weight), eps=eps)
+    return im.emit(norm.rms_norm, x, weight=weight, eps=eps)
 
 
 # ---- attention and experts, token-major: the batch of one is dropped
@@ -492,7 +487,7 @@ def _attention(
         rows.append(im.to_shape(by_token, (tokens, heads, size)))
     usual = {"causal": True, "window": 0, "softcap": 0.0}
     attrs = _unusual(dict(zip(usual, variant, strict=True)), usual)
-    out = im.emit(attention.attention, *_given(*rows, sinks), scale=scale, **attrs)
+    out = im.emit(attention.attention, *rows, sinks=sinks, scale=scale, **attrs)
     return im.to_shape(out, im.result.shape)
 
 
@@ -528,11 +523,11 @@ def _experts(
     if transposed:
         gate_up = im.emit(shape.permute, gate_up, dims=(0, 2, 1))
         down = im.emit(shape.permute, down, dims=(0, 2, 1))
-    biases = _given(gate_up_bias, down_bias)
     if interleaved and gated:
         gate_up = _split_interleaved(im, gate_up)
-        biases = [_split_interleaved(im, biases[0]), biases[1]] if biases else []
-    attrs: dict[str, Any] = {"activation": activation}
+        gate_up_bias = gate_up_bias and _split_interleaved(im, gate_up_bias)
+    attrs: dict[str, Any] = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    attrs["activation"] = activation
     attrs.update({} if gated else {"gated": False})
     attrs.update({"alpha": alpha, "limit": limit} if alpha else {})
-    return im.emit(moe.experts, x, weights, indices, gate_up, down, *biases, **attrs)
+    return im.emit(moe.experts, x, weights, indices, gate_up, down, **attrs)

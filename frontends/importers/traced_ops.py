@@ -50,9 +50,8 @@ def traced_attention(
             f"attention {NAME!r} runs one sequence at a time, found {q.shape[0]}"
         )
     rows = [x[0].transpose(0, 1) for x in (q, k, v)]
-    extra = () if sinks is None else (sinks,)
     (out,) = attention_op.reference(
-        *rows, *extra, scale=scale, causal=causal, window=window, softcap=softcap
+        *rows, sinks=sinks, scale=scale, causal=causal, window=window, softcap=softcap
     )
     return out[None].clone()
 
@@ -89,14 +88,14 @@ def traced_experts(
         gate_up = torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), 1)
         if gate_up_bias is not None:
             gate_up_bias = torch.cat((gate_up_bias[:, ::2], gate_up_bias[:, 1::2]), 1)
-    biases = () if gate_up_bias is None else (gate_up_bias, down_bias)
     (out,) = experts_op.reference(
         x,
         weights,
         indices,
         gate_up,
         down,
-        *biases,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
         activation=activation,
         gated=gated,
         alpha=alpha,

@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...compiler.ir import Graph, Node, Value
-from ...compiler.ops.collective import all_reduce
-from ...compiler.ops.fused import add_rms_norm
+from ...compiler.ops.collective import add_rms_norm, all_reduce
 from ...compiler.ops.norm import rms_norm
 from ...compiler.ops.pointwise import add
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite
 from .fuse_linear_residual import takes_sum
-from .fuse_norm_linear import takes_norm
-from .products import readers
+from .fuse_norm_linear import readers, takes_norm
 
 X, DELTA, WEIGHT = Pat(), Pat(), Pat()
 SUM = pat(add, X, DELTA)
-NORM = pat(rms_norm, SUM, WEIGHT)
+NORM = pat(rms_norm, SUM, weight=WEIGHT)
 REDUCED = pat(all_reduce, DELTA)
 SUM_OF_RANKS = pat(add, X, REDUCED)
-NORM_OF_RANKS = pat(rms_norm, SUM_OF_RANKS, WEIGHT)
+NORM_OF_RANKS = pat(rms_norm, SUM_OF_RANKS, weight=WEIGHT)
 
 
 def _fused(m: Match, norm: Pat, **attrs: Any) -> tuple[Value, Value]:

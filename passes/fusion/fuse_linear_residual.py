@@ -8,21 +8,21 @@ from typing import ClassVar
 
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops.leaf import literal
-from ...compiler.ops.linear import linear
+from ...compiler.ops.linear import is_plain, linear
 from ...compiler.ops.moe import experts
 from ...compiler.ops.pointwise import add, mul
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
-from .products import LINEAR, readers
+from .fuse_norm_linear import readers
 
 
 def takes_residual(value: Value) -> bool:
     """Whether `value` is made by an op to whose result a residual can be added in place."""
-    return value.op is linear or (value.op is experts and not value.attrs.get("residual"))
+    return is_plain(value.node) or value.op is experts and "residual" not in value.node.given
 
 
 def _product() -> Pat:
-    return either(Pat(linear), Pat(experts, where=takes_residual))
+    return either(*(Pat(op, where=takes_residual) for op in (linear, experts)))
 
 
 P, Q, R = _product(), _product(), Pat()
@@ -34,7 +34,7 @@ SCALED = pat(add, pat(mul, P, Pat(literal)), R)
 def takes_sum(total: Value, readers: Mapping[Value, Sequence[Node | None]]) -> bool:
     """Whether `total`, a sum, can go into the epilogue of what it adds.
 
-    `readers` are those of the graph (see `products`).
+    `readers` are those of the graph (see `fuse_norm_linear`).
     """
 
     def alone(value: Value) -> bool:
@@ -48,15 +48,11 @@ def takes_sum(total: Value, readers: Mapping[Value, Sequence[Node | None]]) -> b
 
 def _with_residual(product: Value, residual: Value) -> Value:
     """product + residual, in the product's epilogue."""
-    node = product.node
     if residual == product:
         raise Decline("it is added to itself, and would be computed twice")
     if residual.type != product.type:
         raise Decline(f"{residual.type} is broadcast to {product.type}")
-    if product.op is experts:
-        return experts(*node.args, residual, **node.attrs, residual=True)
-    (value,) = LINEAR.with_operands(node, node.args[0], {"residual": residual})
-    return value
+    return Value(product.node.replace(residual=residual))
 
 
 # p + r; of two products one takes the other: the first that nothing else uses
@@ -85,7 +81,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class FuseLinearResidual:
-    """add(linear, r) -> fused_linear with r as residual, and the same for experts."""
+    """add(p, r) -> p with the residual r, where p is a linear or experts."""
 
     name: ClassVar[str] = "fuse-linear-residual"
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ...compiler.ir import Graph, Node, Op, Value
 from ...compiler.ops import norm, pointwise, shape
 from ...compiler.ops.attention import kv_append
-from ...compiler.ops.linear import head_linear, linear
+from ...compiler.ops.linear import head_linear, is_plain
 from ...compiler.ops.mla import cached_mla_attention, mla_attention, mla_latent
 from ...compiler.ops.rope import rope
 from ...compiler.pipeline import PassContext
@@ -43,7 +43,7 @@ def _before(value: Value) -> tuple[Value, ...]:
 
 def _first_products(value: Value) -> list[Node]:
     """The products nearest to `value` that it is made of, in order."""
-    if value.op is linear:
+    if is_plain(value.node):
         return [value.node]
     return [product for a in _before(value) for product in _first_products(a)]
 
@@ -52,7 +52,7 @@ def _products_of(x: Value, value: Value, inner: bool = False) -> list[Node]:
     """The products of `x` that `value` is made of through further products; `inner` says that one
     was passed. Decline where there is none in between.
     """
-    if value.op is not linear:
+    if not is_plain(value.node):
         return [p for a in _before(value) for p in _products_of(x, a, inner)]
     if value.node.args[0] != x:
         return _products_of(x, value.node.args[0], True)
@@ -83,8 +83,7 @@ def _joined(products: list[Node]) -> tuple[Value, ...]:
     results = [Value(p) for p in products]
     weight = concatenated([p.args[1] for p in products])
     bias = concatenated_biases(results)
-    args = (products[0].args[0], weight, *(() if bias is None else (bias,)))
-    whole = Value(linear.node(args, {}, products[0].source))
+    whole = Value(products[0].replace(weight=weight, bias=bias))
     slices: list[Value] = []
     start: Any = 0
     for result in results:

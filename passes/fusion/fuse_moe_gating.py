@@ -12,18 +12,21 @@ from typing import Any, ClassVar
 from ...compiler.dtypes import DTYPES
 from ...compiler.ir import Graph, Value
 from ...compiler.ops import pointwise
-from ...compiler.ops.gating import GATING_OPERANDS, moe_gating
-from ...compiler.ops.linear import linear
+from ...compiler.ops.gating import moe_gating
+from ...compiler.ops.linear import is_plain, linear
 from ...compiler.ops.moe import router
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Match, Other, Pat, Rule, either, maybe, pat, rewrite
+from ...compiler.rewrite import Every, Match, Pat, Rule, maybe, rewrite
 from .weights import is_weight
 
+
+def _weighs(value: Value) -> bool:
+    return is_plain(value.node) and all(map(is_weight, value.node.args[1:]))
+
+
 X = Pat()
-WEIGHT, BIAS, CORRECTION = (Pat(where=is_weight) for _ in range(3))
-WIDE = maybe(pointwise.cast, X)
-LOGITS = either(pat(linear, WIDE, WEIGHT), pat(linear, WIDE, WEIGHT, BIAS))
-ROUTED = either(pat(router, LOGITS), pat(router, LOGITS, CORRECTION))
+LOGITS = Pat(linear, (maybe(pointwise.cast, X), Pat()), where=_weighs)
+ROUTED = Pat(router, (LOGITS,), where=lambda v: all(map(is_weight, v.node.args[1:])))
 
 
 def _unwidened(weight: Value) -> Value:
@@ -37,16 +40,13 @@ def _unwidened(weight: Value) -> Value:
 
 # router(cast(x)·cast(W)ᵀ + b, c) == moe_gating(x, W, b, c), which brings x, W and b to the dtype
 def _gating(m: Match) -> tuple[Value, ...]:
-    attrs: dict[str, Any] = {"logits": m[LOGITS].type.dtype, **m[ROUTED].attrs}
+    product, routed = m[LOGITS].node, m[ROUTED].node
+    weight, bias = product.args[1], product.operand("bias")
+    attrs: dict[str, Any] = {"logits": m[LOGITS].type.dtype, **routed.attrs}
     if "eps" in attrs:
         attrs["sum_eps"] = attrs.pop("eps")
-    operands = {"correction": m[CORRECTION]} if CORRECTION in m else {}
-    if BIAS in m:
-        operands["bias"] = _unwidened(m[BIAS])
-    if names := tuple(name for name in GATING_OPERANDS if name in operands):
-        attrs["optional"] = names
-    given = (operands[name] for name in names)
-    return moe_gating.all(m[X], _unwidened(m[WEIGHT]), *given, **attrs)
+    operands = {"bias": bias and _unwidened(bias), "correction": routed.operand("correction")}
+    return moe_gating.all(m[X], _unwidened(weight), **operands, **attrs)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class FuseMoeGating:
         return sum(n.op is router for n in graph.nodes())
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
-        rule = Rule("moe-gating", (ROUTED, Other(ROUTED, 1)), _gating)
+        rule = Rule("moe-gating", (Every(ROUTED),), _gating)
         graph = rewrite(graph, (rule,), context.log)
         for node in graph.nodes():
             if node.op is router and node.args[0].op is not linear:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops import norm, rope, shape
 from ...compiler.ops.attention import attention, cached_attention, kv_append
-from ...compiler.ops.heads import head_operands, project_heads
-from ...compiler.ops.linear import linear
+from ...compiler.ops.heads import project_heads
+from ...compiler.ops.linear import is_plain, linear
 from ...compiler.ops.mla import cached_mla_attention, mla_attention
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
@@ -67,12 +67,11 @@ class Chain:
     """Patterns of one part: a product of `x`, and any few ops of _BETWEEN after it."""
 
     def __init__(self, x: Pat, cos: Pat, sin: Pat) -> None:
-        weight, bias = Pat(where=is_weight), Pat(where=is_weight)
-        self.product = either(pat(linear, x, weight), pat(linear, x, weight, bias))
+        self.product = Pat(linear, (x, Pat()), where=_is_projection)
         levels = [self.product]
         for _ in range(_MOST):
             below = levels[-1]
-            step = (pat(shape.view, below), pat(shape.slice_, below), *_normed(below))
+            step = (pat(shape.view, below), pat(shape.slice_, below), _normed(below))
             levels.append(either(*step, pat(rope.rope, below, cos, sin)))
         self.root = either(*reversed(levels))
 
@@ -80,8 +79,12 @@ class Chain:
         return _part(m[self.root], m[self.product].node)
 
 
-def _normed(x: Pat) -> tuple[Pat, Pat]:
-    return pat(norm.rms_norm, x, Pat(where=is_weight)), pat(norm.rms_norm, x)
+def _is_projection(value: Value) -> bool:
+    return is_plain(value.node) and all(map(is_weight, value.node.args[1:]))
+
+
+def _normed(x: Pat) -> Pat:
+    return Pat(norm.rms_norm, (x,), where=lambda v: all(map(is_weight, v.node.args[1:])))
 
 
 def _part(result: Value, product: Node) -> Part:
@@ -166,8 +169,8 @@ def _weight(parts: Sequence[Part], operands: Sequence[Value]) -> Value:
 
 
 def _bias(part: Part) -> Value:
-    if len(part.product.args) > 2:
-        return part.product.args[2]
+    if bias := part.product.operand("bias"):
+        return bias
     type_ = part.product.types[0]
     return shape.full(value=0.0, shape=type_.shape[-1:], dtype=type_.dtype)
 
@@ -183,7 +186,7 @@ def _projected(parts: Sequence[Part]) -> tuple[Value, ...]:
         "heads": tuple(p.heads for p in parts),
         "dims": tuple(p.size for p in parts),
     }
-    if any(len(p.product.args) > 2 for p in parts):
+    if any(p.product.operand("bias") for p in parts):
         operands["bias"] = _weight(parts, [_bias(p) for p in parts])
     if norms := {f"norm_{i}": p for i, p in enumerate(parts) if p.norm}:
         operands |= {name: _norm_weight(p) for name, p in norms.items()}
@@ -198,19 +201,16 @@ def _projected(parts: Sequence[Part]) -> tuple[Value, ...]:
         attrs["form"] = _one("form", [n.attrs["form"] for n in turns])
         if start := _one("start", [n.attrs.get("start", 0) for n in turns]):
             attrs["start"] = start
-    names = tuple(n for n in head_operands(len(parts)) if n in operands)
-    if names:
-        attrs["optional"] = names
     weight = _weight(parts, [p.product.args[1] for p in parts])
-    results = project_heads.all(x, weight, *(operands[n] for n in names), **attrs)
+    results = project_heads.all(x, weight, **operands, **attrs)
     return tuple(_shaped(r, p.result) for r, p in zip(results, parts, strict=True))
 
 
 def _norm_weight(part: Part) -> Value:
     """The weight of a part's norm; ones where it has none."""
     assert part.norm is not None
-    if len(part.norm.args) > 1:
-        return part.norm.args[1]
+    if weight := part.norm.operand("weight"):
+        return weight
     type_ = part.norm.types[0]
     return shape.full(value=1.0, shape=type_.shape[-1:], dtype=type_.dtype)
 
@@ -221,7 +221,7 @@ def _shaped(result: Value, like: Value) -> Value:
 
 # ---- q, k and v of one x. Attention is part of the match, to find them, and stays as it is.
 
-X, COS, SIN, SINKS = Pat(), Pat(), Pat(), Pat()
+X, COS, SIN = Pat(), Pat(), Pat()
 CHAINS = Q, K, V = tuple(Chain(X, COS, SIN) for _ in range(3))
 ROOTS = tuple(c.root for c in CHAINS)
 INDEX = Pat(), Pat(), Pat()
@@ -240,7 +240,7 @@ def _qkv_rule(of: Pat, *stay: Pat) -> Rule:
 
 ONE = Chain(X, COS, SIN)
 TURNED = pat(rope.rope, ONE.root, COS, SIN)
-ALONE = either(*_normed(TURNED), TURNED)
+ALONE = either(_normed(TURNED), TURNED)
 
 
 def _alone(m: Match) -> Value:
@@ -249,14 +249,8 @@ def _alone(m: Match) -> Value:
 
 
 RULES = (
-    _qkv_rule(either(pat(attention, *ROOTS), pat(attention, *ROOTS, SINKS))),
-    _qkv_rule(
-        either(
-            pat(cached_attention, Q.root, *APPENDED, *INDEX),
-            pat(cached_attention, Q.root, *APPENDED, *INDEX, SINKS),
-        ),
-        *APPENDED,
-    ),
+    _qkv_rule(pat(attention, *ROOTS)),
+    _qkv_rule(pat(cached_attention, Q.root, *APPENDED, *INDEX), *APPENDED),
     Rule("heads", (ALONE,), _alone),
 )
 

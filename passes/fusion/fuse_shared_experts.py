@@ -13,19 +13,18 @@ from typing import ClassVar
 from ...compiler.ir import Graph, Node, Value, walk
 from ...compiler.ops import pointwise, shape
 from ...compiler.ops.glu import glu
-from ...compiler.ops.linear import linear
+from ...compiler.ops.linear import is_plain, linear
 from ...compiler.ops.moe import experts, router
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
 from .weights import by_rows, concatenated, is_weight, rows_of
 
 
-def _weight() -> Pat:
-    return Pat(where=is_weight)
-
-
 def _product(x: Pat) -> Pat:
-    return either(pat(linear, x, _weight()), pat(linear, x, _weight(), _weight()))
+    def fits(value: Value) -> bool:
+        return is_plain(value.node) and all(map(is_weight, value.node.args[1:]))
+
+    return Pat(linear, (x, Pat()), where=fits)
 
 
 X, ROWS = Pat(), Pat()
@@ -34,9 +33,11 @@ X, ROWS = Pat(), Pat()
 
 CHOICE = tuple(Pat(router, index=i) for i in (0, 1))
 CHOSEN = tuple(either(c, pat(shape.take, c, ROWS)) for c in CHOICE)
-ROUTED = either(
-    Pat(experts, (X, *CHOSEN, _weight(), _weight())),
-    Pat(experts, (X, *CHOSEN, _weight(), _weight(), _weight(), _weight())),
+ROUTED = Pat(
+    experts,
+    (X, *CHOSEN, Pat(), Pat()),
+    absent=("residual",),
+    where=lambda v: all(map(is_weight, v.node.args[3:])),
 )
 
 # ---- a gated MLP of the same x: gate and up are two products, or columns of one
@@ -59,8 +60,7 @@ class _Operands:
     @staticmethod
     def of(value: Value) -> _Operands:
         if value.op is linear:
-            _, weight, *bias = value.node.args
-            return _Operands(weight, next(iter(bias), None))
+            return _Operands(value.node.args[1], value.node.operand("bias"))
         whole = _Operands.of(value.node.args[0])
         cut = (value.attrs["start"], value.attrs["stop"], value.attrs.get("step", 1))
         if value.attrs["dim"] % value.type.rank != value.type.rank - 1:
@@ -95,7 +95,8 @@ def _joined(m: Match) -> Value:
     (choice,) = nodes if len(nodes := {m[c].node for c in CHOICE}) == 1 else (None,)
     if choice is None or choice.attrs.get("shared"):
         raise Decline("weights and indices are not one router's, or have shared experts already")
-    x, _, _, gate_up, down_weight, *biases = routed.node.args
+    gate_up, down_weight = routed.node.args[3:5]
+    biases = [b for n in ("gate_up_bias", "down_bias") if (b := routed.node.operand(n))]
     if {k: v for k, v in routed.attrs.items() if k != "gated"} != m[UNIT].attrs:
         raise Decline(f"experts have {dict(routed.attrs)}, the shared one {dict(m[UNIT].attrs)}")
     if not routed.attrs.get("gated", True):
@@ -107,17 +108,19 @@ def _joined(m: Match) -> Value:
         raise Decline(f"a shared width of {width} is no multiple of the experts' {own}")
     count = width // own
     parts = [by_rows(lambda v: _each(v, count), o.weight) for o in (gate, up)]
-    operands = [
-        concatenated([gate_up, concatenated(parts, 1)]),
-        concatenated([down_weight, _columns_of_each(down.weight, count)]),
-    ]
+    operands = {
+        "gate_up": concatenated([gate_up, concatenated(parts, 1)]),
+        "down": concatenated([down_weight, _columns_of_each(down.weight, count)]),
+    }
     if gate.bias and up.bias and down.bias:
         ends = shape.cat(_each(gate.bias, count), _each(up.bias, count), dim=1)
-        operands += [shape.cat(biases[0], ends, dim=0), _down_bias(biases[1], down.bias, count)]
-    columns = router.all(*choice.args, **choice.attrs, shared=count)
+        operands["gate_up_bias"] = shape.cat(biases[0], ends, dim=0)
+        operands["down_bias"] = _down_bias(biases[1], down.bias, count)
+    columns = choice.replace(shared=count).results
     if ROWS in m:
         columns = tuple(shape.take(c, m[ROWS]) for c in columns)
-    return experts(x, *columns, *operands, **routed.attrs)
+    weights, indices = columns
+    return Value(routed.node.replace(weights=weights, indices=indices, **operands))
 
 
 def _down_bias(biases: Value, shared: Value, count: int) -> Value:

@@ -6,24 +6,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...compiler.ir import Graph, Value
-from ...compiler.ops.fused import gated_linear
 from ...compiler.ops.glu import glu
-from ...compiler.ops.linear import linear
+from ...compiler.ops.linear import is_plain, linear
 from ...compiler.ops.shape import slice_
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite
 from .weights import concatenated, concatenated_biases, is_weight, rows_of
 
-GATE, UP, BOTH = Pat(linear), Pat(linear), Pat(linear)
+GATE, UP, BOTH = (Pat(linear, where=lambda v: is_plain(v.node)) for _ in range(3))
 TWO = pat(glu, GATE, UP)
 GATE_PART, UP_PART = pat(slice_, BOTH), pat(slice_, BOTH)
 ONE = pat(glu, GATE_PART, UP_PART)
 
 
 def _gated(root: Value, x: Value, weight: Value, bias: Value | None) -> Value:
-    if bias is None:
-        return gated_linear(x, weight, **root.attrs)
-    return gated_linear(x, weight, bias, **root.attrs, optional=("bias",))
+    unit = {("gate" if name == "activation" else name): a for name, a in root.attrs.items()}
+    return linear(x, weight, bias=bias, **unit)
 
 
 def _check_weights(product: Value) -> None:
@@ -31,7 +29,7 @@ def _check_weights(product: Value) -> None:
         raise Decline("a weight is computed from parameters")
 
 
-# glu(x·Wᵀ, x·Vᵀ) == gated_linear(x, W ‖ V)
+# glu(x·Wᵀ, x·Vᵀ) == linear(x, W ‖ V; gate)
 def _of_two(m: Match) -> Value:
     gate, up = m[GATE], m[UP]
     x = gate.node.args[0]
@@ -45,10 +43,10 @@ def _of_two(m: Match) -> Value:
     return _gated(m[TWO], x, weight, concatenated_biases([gate, up]))
 
 
-# glu of two slices of x·Wᵀ == gated_linear(x, rows of W ‖ other rows of W)
+# glu of two slices of x·Wᵀ == linear(x, rows of W ‖ other rows of W; gate)
 def _of_one(m: Match) -> Value:
     gate, up, both = m[GATE_PART], m[UP_PART], m[BOTH]
-    x, weight, *biases = both.node.args
+    (x, weight), bias = both.node.args[:2], both.node.operand("bias")
     if gate == up:
         raise Decline("gate and up are one value, which would be computed twice")
     if any(p.attrs["dim"] % p.type.rank != p.type.rank - 1 for p in (gate, up)):
@@ -62,7 +60,7 @@ def _of_one(m: Match) -> Value:
             return rows_of(value, start, stop)
         return concatenated([rows_of(value, *_bounds(part)) for part in (gate, up)])
 
-    return _gated(m[ONE], x, chosen(weight), chosen(biases[0]) if biases else None)
+    return _gated(m[ONE], x, chosen(weight), bias and chosen(bias))
 
 
 def _bounds(part: Value) -> tuple[int, int, int]:
@@ -74,7 +72,7 @@ RULES = (Rule("two-products", (TWO,), _of_two), Rule("one-product", (ONE,), _of_
 
 @dataclass(frozen=True)
 class FuseSwiglu:
-    """glu of products of one value -> gated_linear over one weight, gate rows before up rows."""
+    """glu of products of one value -> linear with a gate over one weight, gate rows first."""
 
     name: ClassVar[str] = "fuse-swiglu"
 

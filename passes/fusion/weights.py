@@ -67,7 +67,7 @@ def by_rows(f: Callable[[Value], Value], weight: Value) -> Value:
 
 def concatenated_biases(products: Sequence[Value]) -> Value | None:
     """The biases of linear products one after the other; zeros where only others have one."""
-    biases = [p.node.args[2] if len(p.node.args) > 2 else None for p in products]
+    biases = [p.node.operand("bias") for p in products]
     if not any(biases):
         return None
     return concatenated(

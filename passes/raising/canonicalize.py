@@ -240,7 +240,7 @@ def _hoist(op: Op | str) -> Rule:
                 attrs["dim"] = attrs["dim"] if order[at] == at else order.index(at)
         if "shape" in attrs:
             attrs["shape"] = m[root].type.shape
-        return Value(node.op.node(tuple(args), attrs))
+        return Value(node.rebuilt(args, attrs))
 
     return Rule(f"permute-of-{inner.op_name}", (root,), build)
 
@@ -438,7 +438,8 @@ def common_subexpressions(graph: Graph, log: Log) -> Graph:
         args = tuple(swap.get(a, a) for a in node.args)
         if node.op.commutative:
             args = tuple(sorted(args, key=lambda v: (id(v.node), v.index)))
-        key = (node.op, args, tuple((k, type(v), v) for k, v in sorted(node.attrs.items())))
+        attrs = tuple((k, type(v), v) for k, v in sorted(node.attrs.items()))
+        key = (node.op, args, node.given, attrs)
         first = seen.setdefault(key, node)
         if first is not node:
             swap.update(zip(node.results, first.results, strict=True))

@@ -43,8 +43,8 @@ def _rms_rule(root_form: str, scaled: bool) -> Rule:
             raise Decline(f"{m[x].type} goes in and {result.type} comes out")
         if scaled and m[weight].type.shape != given.type.shape[-1:]:
             raise Decline(f"a weight {m[weight].type} does not scale the last dim of {given.type}")
-        weights = (_unwidened(m[weight]),) if scaled else ()
-        return norm.rms_norm(given, *weights, eps=float(m[eps].attrs["value"]))
+        scale = _unwidened(m[weight]) if scaled else None
+        return norm.rms_norm(given, weight=scale, eps=float(m[eps].attrs["value"]))
 
     return Rule("rms-norm", (root,), build)
 
@@ -58,16 +58,16 @@ def _unwidened(weight: Value) -> Value:
     return held if held.type.dtype in ("bf16", "f16") else weight
 
 
-def _layer_rule(scaled: bool) -> Rule:
+def _layer_rule() -> Rule:
     """rms_norm(x - mean(x), w) == layer_norm(x, w): what is left has the variance for mean square.
 
     The casts of bf16 models are around it, as around rms_norm.
     """
-    x, weight = Pat(), Pat()
+    x = Pat()
     wide = maybe(pointwise.cast, x)
     mean = Pat(reduce.mean, (wide,))
     centred = pat(pointwise.sub, wide, pat(shape.view, mean))
-    normed = pat(norm.rms_norm, centred, *((weight,) if scaled else ()))
+    normed = pat(norm.rms_norm, centred)
     root = maybe(pointwise.cast, normed)
 
     def build(m: Match) -> Value:
@@ -76,13 +76,13 @@ def _layer_rule(scaled: bool) -> Rule:
             raise Decline("the mean is not over the last dim")
         if given.type != m[root].type:
             raise Decline(f"{m[x].type} goes in and {m[root].type} comes out")
-        return norm.layer_norm(given, *m[normed].node.args[1:], eps=m[normed].attrs["eps"])
+        weight = m[normed].node.operand("weight")
+        return norm.layer_norm(given, weight=weight, eps=m[normed].attrs["eps"])
 
     return Rule("layer-norm", (root,), build)
 
 
 RULES = (
     *(_rms_rule(form, scaled) for scaled, form in product((True, False), ("rsqrt", "sqrt", "pow"))),
-    _layer_rule(scaled=True),
-    _layer_rule(scaled=False),
+    _layer_rule(),
 )

@@ -97,7 +97,6 @@ def _router(values: bool) -> Rule:
         along = [p for p in (SOFTMAX, BEST, TOP2, MAX, GROUP_TOPK, TOPK, GATHERED, SUM) if p in m]
         if m[LOGITS].type.rank != 2 or not all(_last(m[p]) for p in along):
             raise Decline("scores are not over the experts of a token")
-        bias = (m[BIAS],) if BIAS in m else ()
         attrs: dict[str, Any] = {
             "k": m[PICKED].type.shape[-1],
             "score": "softmax" if SOFTMAX in m else "sigmoid",
@@ -109,7 +108,7 @@ def _router(values: bool) -> Rule:
             attrs["scale"] = float(m[SCALE].attrs["value"])
         if eps := _epsilon(m):
             attrs["eps"] = eps
-        return moe.router.all(m[LOGITS], *bias, **attrs)
+        return moe.router.all(m[LOGITS], correction=m.get(BIAS), **attrs)
 
     chosen = TOPK_VALUES if values else TOPK
     return Rule("router", (WEIGHTS, Other(chosen, 1)), build)

@@ -51,7 +51,7 @@ def _without_unit_dims(node: Node) -> tuple[Value, ...] | None:
         a if a.op is literal else _viewed(a, tuple(a.type.shape[i] for i in at), node.source)
         for a, at in zip(node.args, operands, strict=True)
     )
-    after = node.op.node(args, attrs, node.source).results
+    after = node.rebuilt(args, attrs).results
     return tuple(
         _viewed(new, old.shape, node.source) for new, old in zip(after, node.types, strict=True)
     )

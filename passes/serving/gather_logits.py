@@ -55,9 +55,9 @@ def _rule(op: Op) -> Rule:
                 return x
             raise Decline(f"{x.type} does not have the rows, it is broadcast over the rows")
 
-        args = tuple(map(taken, node.args, axes.operands))
+        args = [*map(taken, node.args, axes.operands)]
         resized = {"shape": m[root].type.shape} if "shape" in node.attrs else {}
-        return Value(op.node(args, {**node.attrs, **resized}, node.source))
+        return Value(node.rebuilt(args, {**node.attrs, **resized}))
 
     return Rule(f"take-before-{op.name}", (root,), build)
 

@@ -83,12 +83,13 @@ class InsertKvCache:
                 raise CannotCache(f"{node.op.name} at {node.source or f'number {i}'}: {reason}")
             cached, names, first = _CACHED[node.op]
             end = first + len(names)
-            queries, written, rest = node.args[:first], node.args[first:end], node.args[end:]
+            queries, written = node.args[:first], node.args[first:end]
             empty = tuple(self._cache(f"{n}.{i}", x) for n, x in zip(names, written, strict=True))
             appended = kv_append.node((*empty, *written, *index), {}, node.source).results
+            _, optional = node.taken(node.args)
             attrs = {key: value for key, value in node.attrs.items() if key != "causal"}
-            args = (*queries, *appended, *index, *rest)
-            (out,) = cached.node(args, attrs, node.source).results
+            args = (*queries, *appended, *index)
+            (out,) = cached.node(args, {**optional, **attrs}, node.source).results
             params.extend(empty)
             caches.update(zip((c.attrs["name"] for c in empty), appended, strict=True))
             held.update(zip((c.attrs["name"] for c in empty), written, strict=True))

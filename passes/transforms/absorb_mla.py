@@ -29,7 +29,7 @@ Users = Mapping[Value, list[Node]]
 
 Q, V = Pat(), Pat()
 KEYS = Pat(where=lambda v: v.op is shape.cat and len(v.node.args) == 2)
-PLAIN, WITH_SINKS = (pat(attention, Q, KEYS, V, *rest) for rest in ((), (Pat(),)))
+ROOT = pat(attention, Q, KEYS, V)
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ def _latent(c_kv: Value, k_pe: Value, shared: bool) -> Value:
     With `shared` they have other users: to compute them in one op too would run them twice.
     """
     joined = shape.cat(c_kv, k_pe, dim=1)
-    if shared or c_kv.op is not rms_norm or k_pe.op is not rope or len(c_kv.node.args) != 2:
+    weight = c_kv.node.operand("weight") if c_kv.op is rms_norm else None
+    if shared or weight is None or k_pe.op is not rope:
         return joined
-    (x, weight), (turned, cos, sin) = c_kv.node.args, k_pe.node.args
+    x, (turned, cos, sin) = c_kv.node.args[0], k_pe.node.args
     low, high = span_of(x), span_of(turned)
     beside = low.base == high.base and low.step == high.step == 1 and low.stop == high.start
     if not beside or 2 * cos.type.shape[1] != k_pe.type.shape[1]:
@@ -113,12 +114,12 @@ def _latent(c_kv: Value, k_pe: Value, shared: bool) -> Value:
 
 def _refuse(node: Node) -> None:
     """Decline what attention over the latent does not know."""
-    (q, k), sinks, attrs = node.args[:2], node.args[3:], node.attrs
+    (q, k), attrs = node.args[:2], node.attrs
     reasons = {
         "it is not causal": not attrs.get("causal", True),
         "it has a window": attrs.get("window", 0),
         "it has a soft cap": attrs.get("softcap", 0.0),
-        "it has sinks": sinks,
+        "it has sinks": node.operand("sinks"),
         f"{q.type} attends to other rows, {k.type}": q.type.shape[0] != k.type.shape[0],
         f"heads of {q.type} share those of {k.type}": q.type.shape[1] != k.type.shape[1],
     }
@@ -131,8 +132,8 @@ def _refuse(node: Node) -> None:
 #   Σ p (W_UV c) == W_UV (Σ p c)
 # and with biases b_UK, b_UV of the up-projection: q_nope · b_UK is the same for all keys, which
 # softmax does not see, and Σ p b_UV == b_UV, for the weights p sum to 1.
-def _absorbed(users: Users, roots: frozenset[Value], root: Pat, m: Match) -> Value:
-    node, (q, k, v) = m[root].node, (m[p] for p in (Q, KEYS, V))
+def _absorbed(users: Users, roots: frozenset[Value], m: Match) -> Value:
+    node, (q, k, v) = m[ROOT].node, (m[p] for p in (Q, KEYS, V))
     _refuse(node)
     values = head_rows(v)
     c_kv = values.x
@@ -177,11 +178,8 @@ class AbsorbMla:
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         users, roots = graph.users(), frozenset(graph.roots)
-        rules = [
-            Rule("absorb-mla", (root,), partial(_absorbed, users, roots, root))
-            for root in (PLAIN, WITH_SINKS)
-        ]
-        absorbed = rewrite(graph, rules, context.log)
+        rule = Rule("absorb-mla", (ROOT,), partial(_absorbed, users, roots))
+        absorbed = rewrite(graph, [rule], context.log)
         if absorbed is graph:
             return graph
         absorbed = common_subexpressions(absorbed, context.log)

@@ -38,10 +38,9 @@ def head_rows(value: Value) -> HeadRows:
         value = value.node.args[0]
     if value.op is not linear or value.type.rank != 2:
         raise Decline(f"{value.op.name} where a product of tokens and a weight is expected")
-    x, weight, *biases = value.node.args
-    if not all(map(depends_only_on_constants, (weight, *biases))):
+    (x, weight), bias = value.node.args[:2], value.node.operand("bias")
+    if not all(map(depends_only_on_constants, value.node.args[1:])):
         raise Decline("a weight of the product depends on the input")
-    bias = biases[0] if biases else None
     for node in reversed(moves):
         weight = _on_rows(node, weight, x.type.shape[-1:])
         bias = None if bias is None else _on_rows(node, bias, ())

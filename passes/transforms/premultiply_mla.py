@@ -7,8 +7,8 @@ less depends on the model's sizes. So for W_UV and W_O.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import sympy
@@ -78,7 +78,7 @@ def _heads(value: Value, *sizes: Any) -> Value:
 
 C_Q, COS, SIN, LATENT = Pat(), Pat(), Pat(), Pat()
 W_UQ, W_UK = _weight(), _weight()
-TURNED = pat(rope, pat(shape.view, pat(linear, C_Q, W_UQ)), COS, SIN)
+TURNED = pat(rope, pat(shape.view, pat(linear, C_Q, W_UQ, absent=("bias",))), COS, SIN)
 Q_NOPE, Q_PE = pat(shape.slice_, TURNED), pat(shape.slice_, TURNED)
 QUERY = pat(mla_attention, pat(head_linear, Q_NOPE, W_UK), Q_PE, LATENT)
 
@@ -118,11 +118,12 @@ def _query(choice: _Choice, m: Match) -> Value:
 # ---- W_O (W_UV o) == (W_O W_UV) o, heads side by side
 
 MIXED = Pat(where=lambda v: v.op is mla_attention)
-W_UV, W_O, BIAS = _weight(), _weight(), _weight()
+W_UV, W_O = _weight(), _weight()
 JOINED = pat(shape.view, pat(head_linear, MIXED, W_UV))
+OUTPUT = pat(linear, JOINED, W_O)
 
 
-def _output(choice: _Choice, root: Pat, m: Match) -> Value:
+def _output(choice: _Choice, m: Match) -> Value:
     (tokens, heads, rank), size = m[MIXED].type.shape, m[W_UV].type.shape[1]
     if m[JOINED].type.shape != (tokens, heads * size):
         raise Decline(f"the output is projected as {m[JOINED].type}, not heads side by side")
@@ -130,9 +131,10 @@ def _output(choice: _Choice, root: Pat, m: Match) -> Value:
     by_head = shape.permute(_heads(m[W_O], rows, heads, size), dims=(1, 0, 2))
     weight = shape.permute(matmul(by_head, m[W_UV]), dims=(1, 0, 2))
     mixed = _heads(m[MIXED], tokens, heads * rank)
-    bias = m[root].node.args[2:]
-    after = linear(mixed, _heads(weight, rows, heads * rank), *bias)
-    choice.take("output", (m[root],), (after,), (m[MIXED], m[W_UV], m[W_O], *bias))
+    product = m[OUTPUT].node
+    after = Value(product.replace(x=mixed, weight=_heads(weight, rows, heads * rank)))
+    leaves = (m[MIXED], m[W_UV], m[W_O], *product.args[2:])
+    choice.take("output", (m[OUTPUT],), (after,), leaves)
     return after
 
 
@@ -142,14 +144,9 @@ def premultiplied(graph: Graph, premultiply: bool | Literal["auto"], log: Log) -
     What was chosen is noted, with the bytes that one token moves either way.
     """
     choice = _Choice(premultiply, {name: r.start for name, r in graph.symbols.items()})
-    outputs = (pat(linear, JOINED, W_O), pat(linear, JOINED, W_O, BIAS))
-
-    def rule(name: str, root: Pat, build: Callable[[Match], Value]) -> Rule:
-        return Rule(f"premultiply-{name}", (root,), build)
-
     rules = [
-        rule("query", QUERY, lambda m: _query(choice, m)),
-        *(rule("output", root, lambda m, root=root: _output(choice, root, m)) for root in outputs),
+        Rule("premultiply-query", (QUERY,), partial(_query, choice)),
+        Rule("premultiply-output", (OUTPUT,), partial(_output, choice)),
     ]
     graph = rewrite(graph, rules, log)
     chosen = tuple(f": {reason}" for reason in choice.declined)

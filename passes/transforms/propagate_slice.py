@@ -207,7 +207,7 @@ def cut_weight(value: Value, cut: Cut) -> Value:
 
 def _cut_each(value: Value, inner: Propagated) -> Value:
     args = tuple(cut_weight(a, c) if c else a for a, c in inner.args)
-    return value.op.node(args, inner.attrs, value.node.source).results[0]
+    return value.node.rebuilt(args, inner.attrs).results[0]
 
 
 def joined_cuts(weight: Value, cuts: Sequence[Cut]) -> Value:

@@ -177,4 +177,4 @@ def _with_operands(swap: Mapping[tuple[Node, int], Value]) -> dict[Node, Node]:
     changed: dict[Node, list[Value]] = {}
     for (node, i), value in swap.items():
         changed.setdefault(node, list(node.args))[i] = value
-    return {n: n.op.node(tuple(args), n.attrs, n.source) for n, args in changed.items()}
+    return {node: node.rebuilt(args) for node, args in changed.items()}

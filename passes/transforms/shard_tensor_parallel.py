@@ -93,7 +93,7 @@ class _Builder:
         value, ranks = Value(node), self.plan.facts.ranks
         match self.plan.how[node]:
             case "whole":
-                made = node.op.node(tuple(map(self._get, node.args)), node.attrs, node.source)
+                made = node.rebuilt([*map(self._get, node.args)])
                 for old, new in zip(node.results, made.results, strict=True):
                     self.made[old, "whole"] = new
             case "cuts":
@@ -114,9 +114,8 @@ class _Builder:
     def _cut(self, node: Node, cut: Cut) -> Value:
         inner = propagate_slice(node, cut)
         assert inner is not None
-        return _emit(
-            node, node.op, *(self._get(a, c or "whole") for a, c in inner.args), **inner.attrs
-        )
+        args = [self._get(a, c or "whole") for a, c in inner.args]
+        return node.rebuilt(args, inner.attrs).results[0]
 
     def _summand(self, node: Node) -> Value:
         """This rank's summand of the node's result."""
@@ -126,9 +125,9 @@ class _Builder:
         if node.op is linear.linear:
             ((_, mine),) = forms
             assert isinstance(mine, Cut)
-            _, weight, *bias = node.args
-            once = bias if rank == 0 else ()
-            return _emit(node, linear.linear, *given, cut_weight(weight, mine.at(1)), *once)
+            weight = cut_weight(node.args[1], mine.at(1))
+            bias = node.operand("bias") if rank == 0 else None
+            return _emit(node, linear.linear, *given, weight, bias=bias)
         if node.op is linear.embedding:
             return vocab_parallel_embedding(node, given[0], facts.ranks, rank)
         if node.op is moe.experts:

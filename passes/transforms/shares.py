@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...compiler.ir import Node, Op, Value
-from ...compiler.ops import linear, moe, pointwise, shape
+from ...compiler.ops import linear, pointwise, shape
 from ...compiler.ops.leaf import literal
 from .propagate_slice import Cut, cut_label, cut_weight
 
@@ -45,7 +45,7 @@ def tensor_parallel_experts(node: Node, args: tuple[Value, ...], ranks: int, ran
         else cut_label(weight, axes, dims, "i", (mine.start, mine.stop))
         for i, (weight, dims) in enumerate(zip(node.args, axes.operands, strict=True))
     ]
-    return _emit(node, moe.experts, *args, *weights[len(args) :], **node.attrs)
+    return node.rebuilt((*args, *weights[len(args) :])).results[0]
 
 
 # Σ over the chosen experts == Σ over ranks of those chosen experts that the rank holds
@@ -59,7 +59,7 @@ def expert_parallel_experts(node: Node, args: tuple[Value, ...], ranks: int, ran
     zero = literal(value=0.0, dtype=weights.type.dtype)
     weights = _emit(node, pointwise.where, held, weights, zero)
     parameters = (cut_weight(p, mine) for p in node.args[3:])
-    return _emit(node, moe.experts, x, weights, index, *parameters, **node.attrs)
+    return node.rebuilt((x, weights, index, *parameters)).results[0]
 
 
 def _held(node: Node, ids: Value, mine: Cut) -> tuple[Value, Value]:

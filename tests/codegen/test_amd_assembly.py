@@ -12,7 +12,6 @@ from ingot.codegen.build import build_one
 from ingot.codegen.kernel_source import KernelSource
 from ingot.compiler.ir import Op
 from ingot.compiler.ops.attention import cached_attention
-from ingot.compiler.ops.fused import gated_linear
 from ingot.compiler.ops.linear import head_linear, linear
 from ingot.compiler.ops.moe import experts
 from ingot.compiler.target import target_of
@@ -54,7 +53,7 @@ def moe(tokens: int, kernels: tuple[str, ...], mfma: bool) -> Case:
         HeldPacked(bf16(count, 2 * inner, width)),
         HeldPacked(bf16(count, width, inner)),
     )
-    attrs = (("activation", "silu"), ("gated", True), ("residual", False))
+    attrs = (("activation", "silu"), ("gated", True))
     return Case(experts, args, attrs, kernels, mfma)
 
 
@@ -66,14 +65,12 @@ def attending(tokens: int, size: int) -> Case:
 
 
 FEW, MANY = ("mfma_kernel",), ("product_kernel",)
-SILU = (("activation", "silu"),)
+SILU = (("gate", "silu"),)
 CASES = {
     "few": Case(linear, (bf16(1, 4096), HeldPacked(bf16(6144, 4096))), (), FEW),
     "few, deep": Case(linear, (bf16(16, 14336), HeldPacked(bf16(4096, 14336))), (), FEW),
-    "few, gated": Case(gated_linear, (bf16(16, 2048), HeldPacked(bf16(1536, 2048))), SILU, FEW),
-    "few, gated, large": Case(
-        gated_linear, (bf16(1, 4096), HeldPacked(bf16(28672, 4096))), SILU, FEW
-    ),
+    "few, gated": Case(linear, (bf16(16, 2048), HeldPacked(bf16(1536, 2048))), SILU, FEW),
+    "few, gated, large": Case(linear, (bf16(1, 4096), HeldPacked(bf16(28672, 4096))), SILU, FEW),
     "few, dense": Case(linear, (bf16(1, 4096), Held(bf16(128256, 4096))), (), FEW, packed=False),
     "few, heads": Case(
         head_linear, (bf16(1, 128, 512), HeldPacked(bf16(128, 128, 512))), (), ("product_kernel",)

@@ -31,8 +31,8 @@ PLACES = "%slots: i32[T], %positions: i32[T], %table: i32[2, 2]"
 TABLES = "%cos: f32[T, 4], %sin: f32[T, 4]"
 HEADS = f"""
 graph @heads(%x: $d[T, 48], {TABLES}, {PLACES}, %kc: $cache, %vc: $cache) T=1..8 {{
-  %q, %k, %v, %s = project_heads(%x, @w, @norm, %x, @norm_1, %cos, %sin, heads=[4, 2, 2], \
-dims=[8, 8, 8], optional=['norm', 'delta', 'norm_1', 'cos', 'sin'], rotate=[True, True, False], \
+  %q, %k, %v, %s = project_heads(%x, @w, norm=@norm, delta=%x, norm_1=@norm_1, cos=%cos, \
+sin=%sin, heads=[4, 2, 2], dims=[8, 8, 8], rotate=[True, True, False], \
 form='half', head_eps=1e-05, eps=1e-05) : $d[T, 4, 8], $d[T, 2, 8], $d[T, 2, 8], $d[T, 48]
 $body
 }} where {{

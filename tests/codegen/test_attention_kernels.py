@@ -65,7 +65,7 @@ def test_sinks(context: int, window: int) -> None:
     given = batch([(0, context - 1), (-1, 9), (1, 20)], 16, context // 16)
     args = _args(given, 4, 2, 16, 16, torch.bfloat16)
     for sinks in (torch.randn(4), torch.randn(4).bfloat16()):
-        check_node(cached_attention, (*args, sinks), {"scale": 0.3, "window": window})
+        check_node(cached_attention, args, {"sinks": sinks, "scale": 0.3, "window": window})
 
 
 def test_verification_of_drafts_beside_other_slots() -> None:
@@ -189,8 +189,8 @@ def test_decoding_builds_for_every_target() -> None:
 
 def test_prefill_with_sinks_builds_for_every_target() -> None:
     q, cache = empty(torch.bfloat16, 2048, 64, 64), empty(torch.bfloat16, 1024, 64, 8, 64)
-    args = (q, cache, cache, *index(2048), empty(torch.bfloat16, 64))
-    build_attention(cached_attention, args, {"scale": 0.1, "window": 128})
+    named = {"sinks": empty(torch.bfloat16, 64), "scale": 0.1, "window": 128}
+    build_attention(cached_attention, (q, cache, cache, *index(2048)), named)
 
 
 def test_pages_that_are_no_power_of_two_are_told() -> None:

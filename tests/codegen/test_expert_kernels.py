@@ -48,9 +48,11 @@ class Case:
         attrs: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
         if self.activation == CLAMPED:
             attrs |= {"alpha": 1.702, "limit": 1.5}
-        return {**attrs, "residual": self.residual}
+        return attrs
 
-    def args(self, indices: torch.Tensor | None = None) -> list[Given]:
+    def call(self, indices: torch.Tensor | None = None) -> tuple[list[Given], dict[str, Any]]:
+        """Its operands and attributes."""
+
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape).to(self.dtype)
 
@@ -69,19 +71,21 @@ class Case:
             weight(self.gate_up, self.count, rows, self.width),
             weight(self.down, self.count, self.width, self.inner),
         ]
+        named = self.attrs()
         if self.biased:
-            args += [Weight(draw(self.count, rows)), Weight(draw(self.count, self.width))]
+            named["gate_up_bias"] = Weight(draw(self.count, rows))
+            named["down_bias"] = Weight(draw(self.count, self.width))
         if self.residual:
             added = draw(self.tokens, self.width)
-            args.append(Strided(added) if self.strided else added)
-        return args
+            named["residual"] = Strided(added) if self.strided else added
+        return args, named
 
 
 def check(case: Case, indices: torch.Tensor | None = None, **driver: Any) -> Any:
     """The node equals its reference; `driver` as check_node takes it."""
     # A hidden value rounds once more than the reference's in f64, and so does every part.
     tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[case.dtype]
-    return check_node(experts, case.args(indices), case.attrs(), tolerance=tolerance, **driver)
+    return check_node(experts, *case.call(indices), tolerance=tolerance, **driver)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -146,10 +150,10 @@ def test_sizes_past_one_block(kind: str) -> None:
 def test_costs_choose_the_template() -> None:
     small = Case(1, 4, 8, 128, 64, torch.bfloat16)
     few = ["expert_gemv_kernel", "expert_gemv_kernel", "combine_kernel"]
-    assert chosen(experts, small.args(), small.attrs()) == few
+    assert chosen(experts, *small.call()) == few
     large = replace(small, tokens=512)
     tiles = ["grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel"]
-    assert chosen(experts, large.args(), large.attrs()) == ["count_kernel", "place_kernel", *tiles]
+    assert chosen(experts, *large.call()) == ["count_kernel", "place_kernel", *tiles]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,7 @@ def test_costs_choose_the_template() -> None:
 def test_experts_build_everywhere(kind: str, dtype: torch.dtype, group: int | None) -> None:
     tokens = 1 if kind == "few" else 64
     case = Case(tokens, 1, 1, 704, 352, dtype, group, group, biased=True, residual=True)
-    facts = build_everywhere(experts, case.args(), case.attrs())
+    facts = build_everywhere(experts, *case.call())
     if kind == "many" and dtype == torch.float32:  # tf32 would not be what was asked for
         for found in (*facts["cuda:sm_90"], *facts["cuda:sm_100"]):
             assert not found.keys() & {"mma", "wgmma", "tcgen05"}
@@ -167,4 +171,4 @@ def test_experts_build_everywhere(kind: str, dtype: torch.dtype, group: int | No
 @pytest.mark.parametrize("kind", ["many"], indirect=True)
 def test_the_largest_tiles_build_everywhere(kind: str) -> None:
     case = Case(256, 1, 1, 704, 352, torch.bfloat16, 32, 32)
-    build_everywhere(experts, case.args(), case.attrs())
+    build_everywhere(experts, *case.call())

@@ -70,7 +70,9 @@ def test_router_by_softmax(dtype: torch.dtype, tokens: int) -> None:
 def test_router_of_groups(group_score: str, count: int) -> None:
     attrs = {**DEEPSEEK, "group_score": group_score, "eps": 1e-20}
     correction = Weight(apart(1, count)[0] / 4)
-    check_node(router, (Strided(apart(3, count) / 4), correction), attrs, tolerance=1e-5)
+    check_node(
+        router, (Strided(apart(3, count) / 4),), {**attrs, "correction": correction}, tolerance=1e-5
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -82,7 +84,7 @@ def test_any_router(data: st.DataObject) -> None:
     groups = draw(1, 6)
     count = groups * draw(2, 7)
     top = draw(1, groups)
-    attrs = {
+    attrs: dict[str, Any] = {
         "k": draw(1, top * count // groups),
         "score": data.draw(st.sampled_from(["softmax", "sigmoid"])),
         "normalize": data.draw(st.booleans()),
@@ -94,10 +96,10 @@ def test_any_router(data: st.DataObject) -> None:
         "shared": draw(0, 3),
     }
     torch.manual_seed(draw(0, 2**31))
-    args: list[Given] = [torch.randn(draw(1, 4), count)]
+    logits = torch.randn(draw(1, 4), count)
     if data.draw(st.booleans()):
-        args.append(Weight(torch.randn(count)))
-    check_node(router, args, attrs, tolerance=1e-5)
+        attrs["correction"] = Weight(torch.randn(count))
+    check_node(router, (logits,), attrs, tolerance=1e-5)
 
 
 def test_ties_go_to_the_first_and_none_is_chosen_twice() -> None:
@@ -127,7 +129,7 @@ def test_indices_name_experts_whatever_the_logits_are(attrs: dict[str, Any], val
 
 @dataclass(frozen=True)
 class Gate:
-    """Sizes and forms of a node. Its logits lie far apart: see `args`."""
+    """Sizes and forms of a node. Its logits lie far apart: see `call`."""
 
     tokens: int = 3
     width: int = 70
@@ -141,14 +143,17 @@ class Gate:
 
     def attrs(self) -> dict[str, Any]:
         attrs = {**(SOFTMAX if self.routing == "softmax" else DEEPSEEK), "logits": self.logits}
-        attrs |= {"optional": self.optional, "sum_eps": 1e-20}
+        attrs["sum_eps"] = 1e-20
         for name, eps in (("norm", "eps"), ("post_norm", "post_eps")):
             attrs[eps] = 1e-5 if name in self.optional else None
         return attrs
 
-    def args(self) -> list[Given]:
-        """Rows are one row of ± 1, turned or halved; an expert's weight is that row times a number
-        of its own, so that logits are about these numbers, whole and distinct."""
+    def call(self) -> tuple[list[Given], dict[str, Any]]:
+        """Its operands and attributes.
+
+        Rows are one row of ± 1, turned or halved; an expert's weight is that row times a number of
+        its own, so that logits are about these numbers, whole and distinct.
+        """
         signs = torch.randint(0, 2, (self.width,)) * 2.0 - 1
         x = signs.repeat(self.tokens, 1)
         x *= torch.tensor([1.0, -1.0, 0.5])[torch.arange(self.tokens) % 3][:, None]
@@ -163,7 +168,8 @@ class Gate:
             # So far apart that it alone decides, by groups as well.
             "correction": Weight(4 * 2.0 ** torch.rand(self.count).argsort()),
         }
-        return [self._rows(x), Weight(weight), *(given[name] for name in self.optional)]
+        named = {name: given[name] for name in self.optional}
+        return [self._rows(x), Weight(weight)], {**named, **self.attrs()}
 
     def _rows(self, x: torch.Tensor) -> Given:
         x = x.to(self.x)
@@ -175,7 +181,7 @@ def check(gate: Gate, tolerance: float = 1e-5) -> Any:
     narrow = gate.x != torch.float32 or gate.logits != "f32"
     if narrow:
         tolerance = 2e-2
-    return check_node(moe_gating, gate.args(), gate.attrs(), tolerance=tolerance)
+    return check_node(moe_gating, *gate.call(), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -234,12 +240,12 @@ def test_templates_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     template, and over lanes as they were loaded in the others.
     """
     gate = Gate(3, 1100, x=torch.bfloat16, optional=("norm", "delta", "bias"))
-    args = gate.args()
+    args, named = gate.call()
     args[1] = Weight(torch.randn(gate.count, gate.width))
     found = []
     for template in KINDS.values():
         monkeypatch.setattr(select, "_TABLES", ({"moe_gating": (template,)},))
-        found.append(run_node(moe_gating, args, gate.attrs())[0])
+        found.append(run_node(moe_gating, args, named)[0])
     for other in found[1:]:
         (weights, *rest), (same, *others) = found[0], other
         torch.testing.assert_close(same, weights, rtol=1e-6 if ON_DEVICE else 0, atol=0)
@@ -260,7 +266,7 @@ def test_templates_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_costs_choose_the_template(gate: Gate, kernels: list[str]) -> None:
     bf16 = replace(gate, x=torch.bfloat16, weight=torch.bfloat16, optional=("norm", "delta"))
-    assert chosen(moe_gating, bf16.args(), bf16.attrs()) == kernels
+    assert chosen(moe_gating, *bf16.call()) == kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -269,4 +275,5 @@ def test_gates_build_everywhere(kind: str, dtype: torch.dtype) -> None:
     tokens = 64 if kind == "many" else 1
     gate = Gate(tokens, 2880, count, torch.bfloat16, dtype, optional=("norm", "delta"))
     routing = {"groups": 8, "topk_groups": 4, "k": 8} if count == 256 else {}
-    build_everywhere(moe_gating, gate.args(), {**gate.attrs(), **routing})
+    args, named = gate.call()
+    build_everywhere(moe_gating, args, {**named, **routing})

@@ -32,6 +32,7 @@ from ingot.compiler.ops.collective import all_gather
 from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.linear import linear
 from ingot.compiler.target import target_of
+from ingot.compiler.types import TensorType
 from kernel_checks import Given, Packed, Weight, check_node, graph_of_node, run_node
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -55,19 +56,24 @@ def test_every_op_is_accounted_for() -> None:
     assert not any(templates_of(n) for n in named)
 
 
-def arguments(op: Op, sample: Sample, dtype: str | None) -> list[torch.Tensor]:
-    """Drawn for a sample, floats in `dtype` if given, where the op is defined."""
+Call = tuple[list[torch.Tensor], dict[str, Any]]
+
+
+def arguments(op: Op, sample: Sample, dtype: str | None) -> Call:
+    """Drawn for a sample, floats in `dtype` if given, where the op is defined; and attributes."""
     generator = torch.Generator().manual_seed(0)
     symbols = {"T": 3, "L": 2}
-    drawn: list[torch.Tensor] = []
-    for type_ in sample.args:
-        bound: Any = type_.bind(symbols)
+
+    def drawn(type_: TensorType) -> torch.Tensor:
+        bound = type_.bind(symbols)
         if dtype and bound.dtype == "f32":
             bound = bound.with_dtype(dtype)
         x = random_tensor(bound, generator, sample.high)
         positive = op.name in ("log", "sqrt", "rsqrt", "pow", "div")
-        drawn.append(x.abs() + 0.5 if positive and x.is_floating_point() else x)
-    return drawn
+        return x.abs() + 0.5 if positive and x.is_floating_point() else x
+
+    named = {k: drawn(v) if k in op.optional else v for k, v in sample.named.items()}
+    return [*map(drawn, sample.args)], named
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])
@@ -77,9 +83,9 @@ def arguments(op: Op, sample: Sample, dtype: str | None) -> list[torch.Tensor]:
 def test_samples(op: Op, sample: Sample, dtype: str | None) -> None:
     # A product that norms its own input rounds x · weight where the reference rounds the normed x,
     # and rows of 8 show it. How near that is to float64 is tested in test_norm_in_product.
-    within = dtype is not None and "norm" in sample.attrs.get("optional", ())
+    within = dtype is not None and "norm" in sample.named
     tolerance = 2**-5 if within else None
-    check_node(op, arguments(op, sample, dtype), dict(sample.attrs), tolerance=tolerance)
+    check_node(op, *arguments(op, sample, dtype), tolerance=tolerance)
 
 
 def test_what_ranks_exchange_is_refused() -> None:
@@ -134,7 +140,7 @@ def test_a_kernel_that_may_not_wait_is_found(body: str) -> None:
 
 def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:
     """Nodes of which, with every template in turn, all kernels are made."""
-    yield from ((op, arguments(op, sample, None), dict(sample.attrs)) for op, sample in CASES)
+    yield from ((op, *arguments(op, sample, None)) for op, sample in CASES)
     bf16 = torch.bfloat16
     yield linear, (torch.randn(2, 64).to(bf16), Packed(torch.randn(32, 64).to(bf16))), {}
     paged = empty(bf16, 1024, 64, 8, 128)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.compiler.ops.fused import GATED_OPTIONS, LINEAR_OPTIONS, fused_linear, gated_linear
 from ingot.compiler.ops.heads import project_heads
 from ingot.compiler.ops.linear import head_linear, linear, matmul
+from ingot.compiler.ops.prologue import PROLOGUE
 from kernel_checks import Packed, Strided, Weight, build_everywhere, check_node, operands
 
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
@@ -31,7 +31,7 @@ def test_linear(tokens: int, n: int, k: int, dtype: torch.dtype, group: int) -> 
 
 def test_linear_with_a_bias_and_odd_sizes() -> None:
     x, w, b = torch.randn(3, 45).half(), torch.randn(7, 45).half(), torch.randn(7).half()
-    check_node(linear, (x, Weight(w), Weight(b)))
+    check_node(linear, (x, Weight(w)), {"bias": Weight(b)})
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,15 @@ def test_linear_with_a_bias_and_odd_sizes() -> None:
         ("delta", "post_norm"),
         ("norm", "delta", "post_norm"),
         ("bias", "residual"),
-        LINEAR_OPTIONS,
+        linear.optional,
     ],
 )
 @pytest.mark.parametrize("tokens", [2, 21])
-def test_fused_linear(names: tuple[str, ...], tokens: int) -> None:
+def test_linear_with_operands(names: tuple[str, ...], tokens: int) -> None:
     dtype = BF16 if tokens == 2 else F32
-    rest, attrs = operands(names, tokens, 96, 50, 50, dtype)
+    named = operands(names, tokens, 96, 50, 50, dtype)
     x = torch.randn(tokens, 96).to(dtype)
-    check_node(fused_linear, (x, weight(50, 96, dtype, 32), *rest), attrs)
+    check_node(linear, (x, weight(50, 96, dtype, 32)), named)
 
 
 def test_a_slice_is_read_where_it_lies() -> None:
@@ -61,16 +61,16 @@ def test_a_slice_is_read_where_it_lies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "alpha", "limit"),
+    ("gate", "alpha", "limit"),
     [("silu", 0.0, 0.0), ("gelu", 0.0, 0.0), ("gelu_tanh", 0.0, 0.0), ("clamped_swiglu", 1.7, 7.0)],
 )
 @pytest.mark.parametrize(("tokens", "group"), [(3, 32), (19, 0), (19, 16)])
-def test_gated_linear(activation: str, alpha: float, limit: float, tokens: int, group: int) -> None:
-    names = GATED_OPTIONS if group else ()
-    rest, attrs = operands(names, tokens, 64, 24, 48, BF16)
-    attrs |= {"activation": activation, "alpha": alpha, "limit": limit}
+def test_linear_with_a_gate(gate: str, alpha: float, limit: float, tokens: int, group: int) -> None:
+    names = (*PROLOGUE, "bias") if group else ()
+    named = operands(names, tokens, 64, 24, 48, BF16)
+    named |= {"gate": gate, "alpha": alpha, "limit": limit}
     x = torch.randn(tokens, 64).to(BF16)
-    check_node(gated_linear, (x, weight(48, 64, BF16, group), *rest), attrs)
+    check_node(linear, (x, weight(48, 64, BF16, group)), named)
 
 
 @pytest.mark.parametrize("group", [0, 32])
@@ -97,15 +97,14 @@ def test_linear_of_more_dims() -> None:
 @pytest.mark.parametrize("sample", project_heads.samples, ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_project_heads(sample: Any, dtype: torch.dtype) -> None:
-    tensors = [torch.randn(tuple(t.shape)).to(dtype) for t in sample.args]
-    args = [t if i in (0,) else Weight(t) for i, t in enumerate(tensors)]
-    if "delta" in sample.attrs["optional"]:
-        args[2 + sample.attrs["optional"].index("delta")] = tensors[
-            2 + sample.attrs["optional"].index("delta")
-        ]
+    x, w = (torch.randn(tuple(t.shape)).to(dtype) for t in sample.args)
+    named = dict(sample.named)
+    for name in named.keys() & {*project_heads.optional}:
+        tensor = torch.randn(tuple(named[name].shape)).to(dtype)
+        named[name] = tensor if name == "delta" else Weight(tensor)
     # In bf16 a norm rounds other numbers within the product: see test_kernel_coverage.
-    tolerance = 2**-5 if dtype == BF16 and "norm" in sample.attrs["optional"] else None
-    check_node(project_heads, args, sample.attrs, tolerance=tolerance)
+    tolerance = 2**-5 if dtype == BF16 and "norm" in named else None
+    check_node(project_heads, (x, Weight(w)), named, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("form", ["half", "interleaved", "deinterleaved"])
@@ -118,7 +117,6 @@ def test_project_heads_in_every_form(form: str, norm_of: str, start: int, turned
     attrs = {
         "heads": heads,
         "dims": (size,) * 3,
-        "optional": ("norm", "bias", "norm_0", "norm_1", "cos", "sin"),
         "rotate": (True, True, False),
         "form": form,
         "start": start,
@@ -127,16 +125,15 @@ def test_project_heads_in_every_form(form: str, norm_of: str, start: int, turned
         "eps": 1e-6,
     }
     angles = torch.randn(tokens, turned // 2)
-    args = (
-        torch.randn(tokens, k).to(BF16),
-        weight(n, k, BF16, 32),
-        Weight(torch.randn(k)),
-        Weight(torch.randn(n).to(BF16)),
-        *(Weight(1 + torch.randn(w)) for w in width),
-        angles.cos(),
-        angles.sin(),
-    )
-    check_node(project_heads, args, attrs)
+    operands = {
+        "norm": Weight(torch.randn(k)),
+        "bias": Weight(torch.randn(n).to(BF16)),
+        **{f"norm_{i}": Weight(1 + torch.randn(w)) for i, w in enumerate(width)},
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+    }
+    args = (torch.randn(tokens, k).to(BF16), weight(n, k, BF16, 32))
+    check_node(project_heads, args, {**operands, **attrs})
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
@@ -145,7 +142,7 @@ def test_products_are_built_for_every_target(tokens: int, group: int) -> None:
     x = torch.empty(tokens, 4096, dtype=BF16)
     w = torch.zeros(8192, 4096, dtype=BF16)
     facts = build_everywhere(
-        gated_linear, (x, Packed(w, group) if group else Weight(w)), {"activation": "silu"}
+        linear, (x, Packed(w, group) if group else Weight(w)), {"gate": "silu"}
     )
     assert all("mfma" in f for target in ("hip:gfx942", "hip:gfx950") for f in facts[target][:1])
     assert {"mma", "wgmma"} & {*facts["cuda:sm_90"][0]}

@@ -32,7 +32,7 @@ MODEL = """
 graph @model(%tokens: i32[T], %positions: i32[T]) T=1..64 {
   %0 = embedding(%tokens, @embed) : f32[T, 8]
   %1, %2 = rope_tables(%positions, @inv_freq, scale=1.0, dtype='f32') : f32[T, 2], f32[T, 2]
-  %3 = rms_norm(%0, @norm, eps=1e-06) : f32[T, 8]
+  %3 = rms_norm(%0, weight=@norm, eps=1e-06) : f32[T, 8]
   %4 = linear(%3, @w.0) : f32[T, 8]
   %5 = view(%4, shape=[T, 2, 4]) : f32[T, 2, 4]
   %6 = rope(%5, %1, %2, form='half') : f32[T, 2, 4]
@@ -41,7 +41,7 @@ graph @model(%tokens: i32[T], %positions: i32[T]) T=1..64 {
   %9 = permute(@w.1, dims=[1, 0]) : f32[8, 8]
   %10 = linear(%8, %9) : f32[T, 8]
   %11 = add(%0, %10) : f32[T, 8]
-  %12 = rms_norm(%11, @norm, eps=1e-06) : f32[T, 8]
+  %12 = rms_norm(%11, weight=@norm, eps=1e-06) : f32[T, 8]
   %13 = linear(%12, @w.2) : f32[T, 8]
   %14 = view(%13, shape=[T, 2, 4]) : f32[T, 2, 4]
   %15 = rope(%14, %1, %2, form='half') : f32[T, 2, 4]

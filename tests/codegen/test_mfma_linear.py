@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from ingot.codegen.templates.gemm import mfma_linear
-from ingot.compiler.ops.fused import LINEAR_OPTIONS, fused_linear, gated_linear
 from ingot.compiler.ops.heads import project_heads
 from ingot.compiler.ops.linear import linear
 from kernel_checks import Packed, Strided, Weight, check_node, operands, run_node
@@ -46,21 +45,21 @@ def test_dense(target: str, tokens: int, n: int, k: int, dtype: torch.dtype) -> 
     assert kernels(check_node(linear, (x, w), target=target)) == ["mfma_kernel"]
 
 
-@pytest.mark.parametrize("names", [("bias", "residual"), LINEAR_OPTIONS])
+@pytest.mark.parametrize("names", [("bias", "residual"), linear.optional])
 def test_what_stands_before_and_after(target: str, names: tuple[str, ...]) -> None:
-    rest, attrs = operands(names, 3, 96, 50, 50, BF16)
+    named = operands(names, 3, 96, 50, 50, BF16)
     x = torch.randn(3, 96).to(BF16)
-    lowered = check_node(fused_linear, (x, Packed(drawn(50, 96)), *rest), attrs, target)
+    lowered = check_node(linear, (x, Packed(drawn(50, 96))), named, target)
     assert kernels(lowered)[-1] == "mfma_kernel"
 
 
 @pytest.mark.parametrize(("n", "k"), [(24, 64), (9, 4096)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gated(target: str, n: int, k: int, biased: bool) -> None:
-    rest, attrs = operands(("bias",) if biased else (), 5, k, n, 2 * n, BF16)
-    attrs["activation"] = "silu"
+    named = operands(("bias",) if biased else (), 5, k, n, 2 * n, BF16)
+    named["gate"] = "silu"
     x = Strided(torch.randn(5, k).to(BF16))
-    check_node(gated_linear, (x, Packed(drawn(2 * n, k)), *rest), attrs, target)
+    check_node(linear, (x, Packed(drawn(2 * n, k))), named, target)
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -70,10 +69,7 @@ def test_more_rows_a_program(
 ) -> None:
     monkeypatch.setattr(mfma_linear, "_MANY_PROGRAMS", 1)
     args = (torch.randn(3, 320).to(BF16), form(drawn(70, 320)))
-    if gate:
-        check_node(gated_linear, args, {"activation": "silu"}, target)
-    else:
-        check_node(linear, args, target=target)
+    check_node(linear, args, {"gate": "silu"} if gate else {}, target)
 
 
 def test_a_token_is_the_same_among_others(target: str) -> None:
@@ -85,11 +81,7 @@ def test_a_token_is_the_same_among_others(target: str) -> None:
 
 
 def test_heads(target: str) -> None:
-    attrs = {
-        "heads": (2, 1, 1),
-        "dims": (16, 16, 16),
-        "optional": (),
-    }
+    attrs = {"heads": (2, 1, 1), "dims": (16, 16, 16)}
     args = (torch.randn(2, 64).to(BF16), Packed(drawn(64, 64)))
     lowered = check_node(project_heads, args, attrs, target)
     assert kernels(lowered)[0] == "mfma_kernel"

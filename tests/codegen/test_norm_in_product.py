@@ -8,16 +8,15 @@ import pytest
 import torch
 from ingot.codegen import prices
 from ingot.compiler.ir import Op
-from ingot.compiler.ops.fused import fused_linear, gated_linear
 from ingot.compiler.ops.heads import project_heads
+from ingot.compiler.ops.linear import linear
 from kernel_checks import Packed, Strided, Weight, build_everywhere, check_node, run_node
 
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
-NORM = {"optional": ("norm",), "eps": 1e-5}
 OPS: dict[str, tuple[Op, dict[str, Any]]] = {
-    "linear": (fused_linear, NORM),
-    "gated": (gated_linear, {**NORM, "activation": "silu"}),
-    "heads": (project_heads, {**NORM, "heads": (3, 2), "dims": (8, 8)}),
+    "linear": (linear, {}),
+    "gated": (linear, {"gate": "silu"}),
+    "heads": (project_heads, {"heads": (3, 2), "dims": (8, 8)}),
 }
 ops = pytest.mark.parametrize("name", OPS)
 N = 40
@@ -37,8 +36,9 @@ def residual_stream(tokens: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def gain(k: int, dtype: torch.dtype) -> Weight:
-    return Weight(torch.exp(torch.randn(k) / 2).to(dtype))
+def normed(k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A norm of the input, and its eps."""
+    return {"norm": Weight(torch.exp(torch.randn(k) / 2).to(dtype)), "eps": 1e-5}
 
 
 def launches(lowered: Any) -> int:
@@ -64,8 +64,8 @@ def test_launches_of_a_normed_product(
 ) -> None:
     """One, and another where operands are made in registers for AMD's matrix cores."""
     op, attrs = OPS[name]
-    args = (residual_stream(tokens, k, dtype), held(dtype, k, group), gain(k, of_norm))
-    lowered = check_node(op, args, attrs, target, ALLOWED[dtype])
+    args = (residual_stream(tokens, k, dtype), held(dtype, k, group))
+    lowered = check_node(op, args, {**normed(k, of_norm), **attrs}, target, ALLOWED[dtype])
     first = target.startswith("hip") and dtype == BF16 and group != 16
     assert launches(lowered) == (2 if name == "heads" else 1) + first
     (choice,) = lowered.choices
@@ -77,10 +77,10 @@ def test_launches_of_a_normed_product(
 def test_rounding_is_as_good_as_of_a_norm_before(name: str, group: int) -> None:
     """Nearer to float64 than 1.5 times the reference, which rounds the normed rows."""
     op, attrs = OPS[name]
-    args = (residual_stream(16, 640, BF16), held(BF16, 640, group), gain(640, BF16))
-    found, plain, _ = run_node(op, args, attrs)
-    best = op.reference(*(p.double() for p in plain), **attrs)
-    for mine, rounded, exact in zip(found, op.reference(*plain, **attrs), best, strict=True):
+    args = (residual_stream(16, 640, BF16), held(BF16, 640, group))
+    found, plain, _ = run_node(op, args, {**normed(640, BF16), **attrs})
+    best = plain.in_f64().reference()
+    for mine, rounded, exact in zip(found, plain.reference(), best, strict=True):
         errors = [(y.double() - exact).norm() / exact.norm() for y in (mine, rounded)]
         assert errors[0] <= 1.5 * errors[1], errors
 
@@ -91,30 +91,29 @@ def test_a_token_has_the_same_bits_in_every_batch(
     name: str, dtype: torch.dtype, group: int
 ) -> None:
     op, attrs = OPS[name]
-    x, weight, of_norm = residual_stream(16, 288, dtype), held(dtype, 288, group), gain(288, dtype)
-    together, _, _ = run_node(op, (x, weight, of_norm), attrs)
+    x, weight = residual_stream(16, 288, dtype), held(dtype, 288, group)
+    named = {**normed(288, dtype), **attrs}
+    together, _, _ = run_node(op, (x, weight), named)
     for start, stop in ((0, 1), (3, 11), (15, 16)):
-        alone, _, _ = run_node(op, (x[start:stop], weight, of_norm), attrs)
+        alone, _, _ = run_node(op, (x[start:stop], weight), named)
         for mine, all_of in zip(alone, together, strict=True):
             assert torch.equal(mine, all_of[start:stop])
 
 
 def test_rows_that_lie_apart() -> None:
     for group in (0, 32):
-        args = (Strided(residual_stream(9, 96, BF16)), held(BF16, 96, group), gain(96, BF16))
-        assert launches(check_node(fused_linear, args, NORM, tolerance=ALLOWED[BF16])) == 1
+        args = (Strided(residual_stream(9, 96, BF16)), held(BF16, 96, group))
+        lowered = check_node(linear, args, normed(96, BF16), tolerance=ALLOWED[BF16])
+        assert launches(lowered) == 1
 
 
 def test_every_epilogue_comes_after_the_scale() -> None:
     for group in (0, 32):
-        rest = (Weight(torch.randn(N).to(BF16)), torch.randn(5, N).to(BF16))
-        args = (residual_stream(5, 96, BF16), held(BF16, 96, group), gain(96, BF16), *rest)
-        attrs = {**NORM, "optional": ("norm", "bias", "residual")}
-        lowered = check_node(fused_linear, args, attrs, tolerance=ALLOWED[BF16])
-        assert launches(lowered) == 1
-        attrs = {**NORM, "optional": ("norm", "bias"), "activation": "gelu"}
-        lowered = check_node(gated_linear, args[:4], attrs, tolerance=ALLOWED[BF16])
-        assert launches(lowered) == 1
+        args = (residual_stream(5, 96, BF16), held(BF16, 96, group))
+        named = {**normed(96, BF16), "bias": Weight(torch.randn(N).to(BF16))}
+        for last in ({"residual": torch.randn(5, N).to(BF16)}, {"gate": "gelu"}):
+            lowered = check_node(linear, args, {**named, **last}, tolerance=ALLOWED[BF16])
+            assert launches(lowered) == 1
 
 
 def test_a_row_of_zeros() -> None:
@@ -122,7 +121,7 @@ def test_a_row_of_zeros() -> None:
     for group in (0, 32):
         x = residual_stream(3, 96, BF16)
         x[1] = 0
-        found, _, _ = run_node(fused_linear, (x, held(BF16, 96, group), gain(96, BF16)), NORM)
+        found, _, _ = run_node(linear, (x, held(BF16, 96, group)), normed(96, BF16))
         assert found[0][1].eq(0).all()
         assert found[0].isfinite().all()
 
@@ -138,8 +137,8 @@ FIRST: dict[str, tuple[torch.dtype, torch.dtype, int, int, str]] = {
 @pytest.mark.parametrize("case", FIRST)
 def test_norms_that_stay_before(case: str) -> None:
     dtype, of_norm, group, tokens, why = FIRST[case]
-    args = (torch.randn(tokens, 96).to(dtype), held(dtype, 96, group), gain(96, of_norm))
-    lowered = check_node(fused_linear, args, NORM)
+    args = (torch.randn(tokens, 96).to(dtype), held(dtype, 96, group))
+    lowered = check_node(linear, args, normed(96, of_norm))
     (choice,) = lowered.choices
     assert choice.kernels[0] == "prologue_kernel"
     assert choice.reason.endswith(f", after its norm: {why}")
@@ -147,8 +146,8 @@ def test_norms_that_stay_before(case: str) -> None:
 
 def test_a_sum_that_is_a_result_stays_before() -> None:
     x, delta = torch.randn(2, 2, 96).to(BF16)
-    attrs = {**NORM, "optional": ("norm", "delta")}
-    lowered = check_node(fused_linear, (x, held(BF16, 96, 32), gain(96, BF16), delta), attrs)
+    named = {**normed(96, BF16), "delta": delta}
+    lowered = check_node(linear, (x, held(BF16, 96, 32)), named)
     (choice,) = lowered.choices
     assert choice.kernels == ("prologue_kernel", "fragment_kernel")
     assert choice.reason.endswith("the sum before it is a result")
@@ -161,8 +160,8 @@ def test_a_large_product_stays_after(group: int, monkeypatch: pytest.MonkeyPatch
     size = N * 96 * 2 if not group else 48 * 64 + 48 // 16 * 64
     for most, count in ((size, 1), (size - 1, 2)):
         monkeypatch.setattr(prices, "NORM_WITHIN_BYTES", most)
-        args = (torch.randn(2, 96).to(BF16), weight, gain(96, BF16))
-        lowered = check_node(fused_linear, args, NORM, tolerance=ALLOWED[BF16])
+        args = (torch.randn(2, 96).to(BF16), weight)
+        lowered = check_node(linear, args, normed(96, BF16), tolerance=ALLOWED[BF16])
         assert launches(lowered) == count
 
 
@@ -171,8 +170,8 @@ def test_a_large_product_stays_after(group: int, monkeypatch: pytest.MonkeyPatch
 def test_built_for_every_target(tokens: int, group: int) -> None:
     w = torch.zeros(6144, 4096, dtype=BF16)
     x, of_norm = torch.empty(tokens, 4096, dtype=BF16), Weight(torch.ones(4096, dtype=BF16))
-    attrs = {**NORM, "activation": "silu"}
-    facts = build_everywhere(gated_linear, (x, Packed(w) if group else Weight(w), of_norm), attrs)
+    named = {"norm": of_norm, "gate": "silu", "eps": 1e-5}
+    facts = build_everywhere(linear, (x, Packed(w) if group else Weight(w)), named)
     if group:
         counts = {target: len(found) for target, found in facts.items()}
         assert counts == {target: 2 if target.startswith("hip") else 1 for target in facts}

@@ -35,7 +35,7 @@ def test_the_ends_of_the_number_line(op: Op) -> None:
     if op.name in ("sin", "cos", "exp"):
         x = x[[0, 1, 4, 7]]
     found, plain, _ = run_node(op, (x,), attrs.get(op.name, {}))
-    (expected_,) = op.reference(*plain, **attrs.get(op.name, {}))
+    (expected_,) = plain.reference()
     torch.testing.assert_close(found[0], expected_, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 

@@ -14,7 +14,8 @@ from ingot.compiler.ops import attention, linear, mla, moe, pointwise, rope, sha
 from ingot.compiler.ops.aten import aten_op
 from ingot.compiler.ops.leaf import param
 from ingot.compiler.types import TensorType, symbol
-from random_graphs import sampled_ops
+from op_cases import Case as OpCase
+from op_cases import sampled_ops
 
 F = "f32"
 
@@ -25,7 +26,7 @@ def t(*dims: Any, dtype: str = F) -> TensorType:
 
 # Beside the samples of the ops: more dims, dims that are broadcast, dims that are made of several.
 MORE: list[tuple[Op, Sample]] = [
-    (linear.linear, Sample((t(3, 4, 8), t(6, 8), t(6)))),
+    (linear.linear, Sample((t(3, 4, 8), t(6, 8)), {"bias": t(6)})),
     (linear.linear, Sample((t(8), t(6, 8)))),
     (linear.embedding, Sample((t(4, 3, dtype="i64"), t(7, 6)), high=7)),
     (linear.matmul, Sample((t(2, 1, 3, 4), t(5, 4, 2)))),
@@ -39,7 +40,8 @@ MORE: list[tuple[Op, Sample]] = [
     (shape.permute, Sample((t(3, 4, 6),), {"dims": (2, 0, 1)})),
     (shape.cat, Sample((t(3, 4), t(3, 2), t(3, 5)), {"dim": 1})),
     (rope.rope, Sample((t(5, 4, 8), t(5, 4), t(5, 4)), {"form": "half"})),
-    (attention.attention, Sample((t(5, 6, 4), t(5, 3, 4), t(5, 3, 2), t(6)), {"scale": 0.5})),
+    (attention.attention, Sample((t(5, 6, 4), t(5, 3, 4), t(5, 3, 2)),
+                                   {"sinks": t(6), "scale": 0.5})),
     (moe.experts, Sample((t(5, 8), t(5, 2), t(5, 2, dtype="i64"), t(4, 6, 8), t(4, 8, 6)),
                          {"activation": "relu", "gated": False}, high=4)),
     (aten_op("aten.hypot.default"), Sample((t(3, 4), t(4)))),
@@ -52,13 +54,13 @@ OPAQUE = {"param", "constant", "literal", "mxfp4_fragments"}
 Case = tuple[Node, list[torch.Tensor]]
 
 
-def case(op: Op, sample: Sample) -> Case:
+def case(op: Op, sample: OpCase) -> Case:
     params = tuple(param(name=f"x{i}", type=x) for i, x in enumerate(sample.args))
     generator = torch.Generator().manual_seed(0)
     values = [random_tensor(x, generator, sample.high) for x in sample.args]
     if op.name in ("log", "sqrt", "rsqrt", "pow"):
         values = [x.abs() + 0.5 for x in values]
-    return op.node(params, sample.attrs), values
+    return sample.node(params), values
 
 
 def cached() -> Iterator[Case]:
@@ -71,18 +73,23 @@ def cached() -> Iterator[Case]:
     ]
     index_types = tuple(t(*x.shape, dtype="i32") for x in index)
     latent = (t(5, 3, 10), t(5, 3, 4), t(6, 4, 14))
-    for op, floats, more, attrs in (
-        (attention.kv_append, (*caches, *rows), (), {}),
-        (attention.cached_attention, (t(5, 4, 8), *caches), (), {"scale": 0.3}),
-        (attention.cached_attention, (t(5, 4, 8), *caches), (t(4),), {"scale": 0.3, "window": 3}),
-        (mla.cached_mla_attention, latent, (), {"scale": 0.3}),
+    q, sunk = t(5, 4, 8), {"sinks": t(4), "scale": 0.3, "window": 3}
+    for op, floats, named in (
+        (attention.kv_append, (*caches, *rows), {}),
+        (attention.cached_attention, (q, *caches), {"scale": 0.3}),
+        (attention.cached_attention, (q, *caches), sunk),
+        (mla.cached_mla_attention, latent, {"scale": 0.3}),
     ):
-        node, values = case(op, Sample((*floats, *index_types, *more), attrs))
+        node, values = case(op, OpCase.of(op, Sample((*floats, *index_types), named)))
         at = len(floats)
         yield node, [*values[:at], *index, *values[at + len(index) :]]
 
 
-CASES = [case(*c) for c in (*sampled_ops(), *MORE) if c[0].axes] + list(cached())
+def more_cases() -> list[tuple[Op, OpCase]]:
+    return [(op, OpCase.of(op, sample)) for op, sample in MORE]
+
+
+CASES = [case(*c) for c in (*sampled_ops(), *more_cases()) if c[0].axes] + list(cached())
 every_case = pytest.mark.parametrize(
     ("node", "values"), [pytest.param(*c, id=f"{c[0].op.name}-{i}") for i, c in enumerate(CASES)]
 )
@@ -105,7 +112,8 @@ def taken(x: torch.Tensor, dims: Dims, axes: Axes, label: str, at: Sequence[int]
 
 
 def run(node: Node, values: Sequence[torch.Tensor], **attrs: Any) -> tuple[torch.Tensor, ...]:
-    return node.op.reference(*values, **{**node.attrs, **attrs})
+    required, optional = node.taken(values)
+    return node.op.reference(*required, **{**optional, **node.attrs, **attrs})
 
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -224,7 +232,7 @@ VIEWS = [
 def test_views_are_products_of_common_factors(
     old: Any, new: Any, operand: str, result: str | None
 ) -> None:
-    axes = reshaped((t(*old),), (t(*new),), {})
+    axes = reshaped({"x": t(*old)}, (t(*new),), {})
 
     def shown(dims: Dims) -> str:
         return "; ".join(" ".join(f) or "()" for f in dims)

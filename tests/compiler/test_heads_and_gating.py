@@ -13,6 +13,7 @@ from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.heads import NORM_OF, project_heads
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.types import TensorType, VerifyError, symbol
+from op_cases import Case
 
 ROWS, K = 9, 24
 HEADS, DIMS, HALF = (4, 2, 2), (8, 8, 12), 3  # the last part has heads of another size
@@ -43,17 +44,17 @@ def multiplied(given: Given, prologue: tuple[str, ...]) -> tuple[torch.Tensor, t
     """n and s through the ops by themselves."""
     s = given["x"]
     if "delta" in prologue:
-        s = s + norm.rms_norm.reference(given["delta"], given["post_norm"], eps=POST_EPS)[0]
+        s = s + norm.rms_norm.reference(given["delta"], weight=given["post_norm"], eps=POST_EPS)[0]
     if "norm" not in prologue:
         return s, s
-    return norm.rms_norm.reference(s, given["norm"], eps=EPS)[0], s
+    return norm.rms_norm.reference(s, weight=given["norm"], eps=EPS)[0], s
 
 
 def computed(op: Op, given: Given, optional: tuple[str, ...], **attrs: Any) -> Any:
-    args = (given["x"], given["weight"], *(given[name] for name in optional))
-    attrs = {"optional": optional, **attrs}
-    results = op.reference(*args, **attrs)
-    assert tuple(map(type_of, results)) == op.types(tuple(map(type_of, args)), attrs)
+    case = Case(op, (), attrs, optional)
+    args = [given[name] for name in ("x", "weight", *optional)]
+    results = case.reference(args)
+    assert tuple(map(type_of, results)) == case.types([*map(type_of, args)])
     return results
 
 
@@ -77,8 +78,8 @@ def heads_by_ops(
     given: Given, optional: tuple[str, ...], prologue: tuple[str, ...], attrs: dict[str, Any]
 ) -> list[torch.Tensor]:
     n, s = multiplied(given, prologue)
-    bias = (given["bias"],) if "bias" in optional else ()
-    (y,) = linear.linear.reference(n, given["weight"], *bias)
+    bias = given["bias"] if "bias" in optional else None
+    (y,) = linear.linear.reference(n, given["weight"], bias=bias)
     parts: list[torch.Tensor] = []
     start = 0
     for i, (heads, size) in enumerate(zip(HEADS, DIMS, strict=True)):
@@ -96,7 +97,7 @@ def heads_by_ops(
             order.insert(place, "norm")
         for step in order:
             if step == "norm":
-                (part,) = norm.rms_norm.reference(part, given[f"norm_{i}"], eps=HEAD_EPS)
+                (part,) = norm.rms_norm.reference(part, weight=given[f"norm_{i}"], eps=HEAD_EPS)
             else:
                 part = steps[step](part)
         parts.append(part)
@@ -135,8 +136,8 @@ def test_heads_are_rounded_once() -> None:
     weight = torch.tensor([[256.0], [0.0]], dtype=torch.bfloat16)
     bias = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
     gain = torch.tensor([1.0, 256.0], dtype=torch.bfloat16)
-    attrs = {"heads": (1,), "dims": (2,), "optional": ("bias", "norm_0"), "head_eps": 0.0}
-    (found,) = project_heads.reference(one, weight, bias, gain, **attrs)
+    attrs = {"heads": (1,), "dims": (2,), "head_eps": 0.0}
+    (found,) = project_heads.reference(one, weight, bias=bias, norm_0=gain, **attrs)
     exact = torch.tensor([257.0, 1.0]) * (2 / (257.0**2 + 1)) ** 0.5 * gain.float()
     assert torch.equal(found.flatten(), exact.bfloat16())
 
@@ -203,7 +204,7 @@ def test_gating_equals_the_ops(
     optional = (*prologue, "bias", "correction")
     attrs = {**CHOICE, **FAMILIES[family], "logits": logits}
     found = computed(moe_gating, given, optional, **attrs, **PROLOGUES[prologue])
-    # n and s are tested with fused_linear: here they are what was found.
+    # n and s are tested with linear: here they are what was found.
     n, s = multiplied(given, prologue)
     if "norm" in prologue:
         assert_close(found[2], n)
@@ -211,10 +212,10 @@ def test_gating_equals_the_ops(
     if "delta" in prologue:
         assert_close(found[3], s)
     to = torch.float32 if logits == "f32" else torch.bfloat16
-    (scores,) = linear.linear.reference(n.to(to), given["weight"].to(to), given["bias"].to(to))
+    (scores,) = linear.linear.reference(n.to(to), given["weight"].to(to), bias=given["bias"].to(to))
     routing = {key: v for key, v in attrs.items() if key not in ("logits", "sum_eps")}
     eps = attrs.get("sum_eps", 0.0)
-    expected = moe.router.reference(scores, given["correction"], **routing, eps=eps)
+    expected = moe.router.reference(scores, correction=given["correction"], **routing, eps=eps)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -242,86 +243,91 @@ def t(*shape: Any, dtype: str = "f32") -> TensorType:
 
 
 QKV: dict[str, Any] = {"heads": (2, 1, 1), "dims": (4, 4, 4)}
-TURN: dict[str, Any] = {"rotate": (True, True, False), "form": "half", "optional": ("cos", "sin")}
-TABLES = (t(T, 2), t(T, 2))
+TABLES = {"cos": t(T, 2), "sin": t(T, 2)}
+TURN: dict[str, Any] = {**TABLES, "rotate": (True, True, False), "form": "half"}
 ROUTER: dict[str, Any] = {k: CHOICE[k] for k in ("k", "score", "normalize", "dtype", "logits")}
 REFUSALS: dict[str, tuple[Op, tuple[TensorType, ...], dict[str, Any], str]] = {
     "parts without sizes": (project_heads, (X, t(16, 8)), {"heads": (2, 1), "dims": (4,)}, "dims"),
-    "no parts": (project_heads, (X, t(16, 8)), {"heads": (), "dims": ()}, "of each part"),
-    "no heads": (project_heads, (X, t(16, 8)), {**QKV, "heads": (4, 0, 0)}, "of each part"),
+    "no parts": (project_heads, (X, t(16, 8)), {"heads": (), "dims": ()}, "one to three parts"),
+    "no heads": (project_heads, (X, t(16, 8)), {**QKV, "heads": (4, 0, 0)}, "one to three parts"),
     "rows": (project_heads, (X, t(17, 8)), QKV, r"weight \[16, K\]"),
     "dtype": (project_heads, (X, t(16, 8, dtype="bf16")), QKV, "of its dtype"),
-    "bias": (project_heads, (X, t(16, 8), t(8)), {**QKV, "optional": ("bias",)}, r"bias \[16\]"),
+    "bias": (project_heads, (X, t(16, 8)), {**QKV, "bias": t(8)}, r"bias \[16\]"),
     "head norm": (
         project_heads,
-        (X, t(16, 8), t(8)),
-        {**QKV, "optional": ("norm_0",), "head_eps": 0.1},
+        (X, t(16, 8)),
+        {**QKV, "norm_0": t(8), "head_eps": 0.1},
         r"norm_0 \[4\], found f32\[8\]",
     ),
     "part norm": (
         project_heads,
-        (X, t(16, 8), t(4)),
-        {**QKV, "optional": ("norm_0",), "head_eps": 0.1, "norm_of": "part"},
+        (X, t(16, 8)),
+        {**QKV, "norm_0": t(4), "head_eps": 0.1, "norm_of": "part"},
         r"norm_0 \[8\], found f32\[4\]",
     ),
     "a norm of nothing known": (
         project_heads,
-        (X, t(16, 8), t(4)),
-        {**QKV, "optional": ("norm_0",), "head_eps": 0.1, "norm_of": "token"},
+        (X, t(16, 8)),
+        {**QKV, "norm_0": t(4), "head_eps": 0.1, "norm_of": "token"},
         "norm_of one of",
     ),
     "a norm without eps": (
         project_heads,
-        (X, t(16, 8), t(4)),
-        {**QKV, "optional": ("norm_0",)},
+        (X, t(16, 8)),
+        {**QKV, "norm_0": t(4)},
         "a head_eps where",
     ),
     "eps without a norm": (project_heads, (X, t(16, 8)), {**QKV, "head_eps": 0.1}, "a head_eps"),
     "a norm of no part": (
         project_heads,
-        (X, t(16, 8), t(4)),
-        {**QKV, "optional": ("norm_3",), "head_eps": 0.1},
-        "optional is of",
+        (X, t(16, 8)),
+        {"heads": (4,), "dims": (4,), "norm_1": t(4), "head_eps": 0.1},
+        r"norms of parts \[1\]",
     ),
     "tables for nothing": (
         project_heads,
-        (X, t(16, 8), *TABLES),
-        {**QKV, "optional": ("cos", "sin")},
+        (X, t(16, 8)),
+        {**QKV, **TABLES},
         "one `rotate` a part",
     ),
-    "no tables": (project_heads, (X, t(16, 8)), {**QKV, **TURN, "optional": ()}, "tables none"),
-    "no form": (project_heads, (X, t(16, 8), *TABLES), {**QKV, **TURN, "form": ""}, "form ''"),
+    "no tables": (
+        project_heads,
+        (X, t(16, 8)),
+        {**QKV, "rotate": (True, True, False), "form": "half"},
+        "tables none",
+    ),
+    "no form": (project_heads, (X, t(16, 8)), {**QKV, **TURN, "form": ""}, "form ''"),
     "a form that is none": (
         project_heads,
-        (X, t(16, 8), *TABLES),
+        (X, t(16, 8)),
         {**QKV, **TURN, "form": "quarter"},
         "form is one of",
     ),
     "rotate of two": (
         project_heads,
-        (X, t(16, 8), *TABLES),
+        (X, t(16, 8)),
         {**QKV, **TURN, "rotate": (True, True)},
         "one `rotate` a part",
     ),
     "tables too wide": (
         project_heads,
-        (X, t(16, 8), t(T, 3), t(T, 3)),
-        {**QKV, **TURN},
+        (X, t(16, 8)),
+        {**QKV, **TURN, "cos": t(T, 3), "sin": t(T, 3)},
         "project_heads: rope: tables",
     ),
     "gating weight": (moe_gating, (X, t(6, 9)), ROUTER, r"weight \[E, K\]"),
     "gating logits": (moe_gating, (X, t(6, 8)), {**ROUTER, "logits": "i32"}, "dtype of the logits"),
     "gating bias": (
         moe_gating,
-        (X, t(6, 8), t(5)),
-        {**ROUTER, "optional": ("bias",)},
+        (X, t(6, 8)),
+        {**ROUTER, "bias": t(5)},
         r"float bias \[6\], found f32\[5\]",
     ),
     "correction": (
         moe_gating,
-        (X, t(6, 8), t(5)),
-        {**ROUTER, "optional": ("correction",)},
-        "moe_gating: router: expected at most one float bias",
+        (X, t(6, 8)),
+        {**ROUTER, "correction": t(5)},
+        "moe_gating: router: expected a float correction",
     ),
     "too many": (moe_gating, (X, t(2, 8)), ROUTER, "moe_gating: router: expected logits"),
     "shared": (moe_gating, (X, t(6, 8)), {**ROUTER, "shared": -1}, "at least 0 shared experts"),
@@ -338,13 +344,12 @@ def test_refusals(name: str) -> None:
 def test_costs_are_those_of_the_ops() -> None:
     """A product, 4 flops a normed and 3 a turned element; every operand moved once."""
     args = (t(5, 8), t(16, 8), t(8), t(4), t(5, 2), t(5, 2))
-    attrs = {**QKV, **TURN, "optional": ("norm", "norm_0", "cos", "sin"), "eps": 0.1}
-    attrs |= {"head_eps": 0.1}
-    results = project_heads.types(args, attrs)
-    cost = project_heads.cost(args, results, **attrs)
+    attrs = {**QKV, "rotate": (True, True, False), "form": "half", "eps": 0.1, "head_eps": 0.1}
+    case = Case(project_heads, args, attrs, ("norm", "norm_0", "cos", "sin"))
+    results = case.types(args)
+    cost = case.cost(args, results)
     assert cost.flops == 2 * 5 * 16 * 8 + 4 * 5 * 8 + 4 * 5 * 8 + 3 * 5 * 12
     assert cost.bytes == sum(a.nbytes for a in (*args, *results))
     args = (t(5, 8), t(6, 8), t(8))
-    attrs = {**ROUTER, "optional": ("norm",), "eps": 0.1}
-    results = moe_gating.types(args, attrs)
-    assert moe_gating.cost(args, results, **attrs).flops == 2 * 5 * 6 * 8 + 8 * 5 * 6 + 4 * 5 * 8
+    case = Case(moe_gating, args, {**ROUTER, "eps": 0.1}, ("norm",))
+    assert case.cost(args, case.types(args)).flops == 2 * 5 * 6 * 8 + 8 * 5 * 6 + 4 * 5 * 8

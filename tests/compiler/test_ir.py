@@ -185,7 +185,9 @@ def layered(nodes: int) -> Graph:
         ws = [
             constant(name=f"layers.{i}.{n}.weight", type=TensorType("f32", (8, 8))) for n in "qkvo"
         ]
-        n = norm.rms_norm(h, constant(name=f"layers.{i}.n", type=TensorType("f32", (8,))), eps=1e-6)
+        n = norm.rms_norm(
+            h, weight=constant(name=f"layers.{i}.n", type=TensorType("f32", (8,))), eps=1e-6
+        )
         q, k, v = (linear.linear(n, w) for w in ws[:3])
         s = reduce.softmax(pointwise.mul(q, k), dim=-1)
         o = linear.linear(pointwise.mul(s, v), ws[3])

@@ -10,6 +10,7 @@ import torch
 from ingot.compiler.ops import attention, linear, mla, norm, rope
 from ingot.compiler.torch_types import dtype_name, type_of
 from ingot.compiler.types import TensorType, VerifyError, symbol
+from op_cases import cost_of
 from op_checks import SOME, TOKENS, assert_same_bits, both, error, parsed, seeded, tokens_of
 
 T = symbol("T")
@@ -34,7 +35,7 @@ def test_head_linear_is_a_product_for_each_head(dtype: torch.dtype) -> None:
     expected = torch.einsum("thk,hnk->thn", x.double(), w.double())
     assert found.dtype == dtype
     assert torch.equal(found, expected.to(dtype)) or error(found, expected) < 1e-6
-    cost = linear.head_linear.cost((type_of(x), type_of(w)), (type_of(found),))
+    cost = cost_of(linear.head_linear, (type_of(x), type_of(w)), (type_of(found),))
     assert cost.flops == 2 * 7 * 3 * 5 * 9
     assert cost.bytes == sum(t.nbytes for t in (x, w, found))
 
@@ -181,7 +182,7 @@ Q = ("bf16[T, 4, 8]", "bf16[T, 4, 2]")
 def test_the_cache_is_read_once() -> None:
     types = tuple(map(parsed, (*Q, "bf16[6, 4, 10]", *INDEX)))
     results = mla.cached_mla_attention.types(types, {"scale": 1.0})
-    cost = mla.cached_mla_attention.cost(types, results, scale=1.0)
+    cost = cost_of(mla.cached_mla_attention, types, results, scale=1.0)
     context = 3 * 4  # pages a slot · tokens a page
     assert results == types[:1]
     assert cost.flops == 2 * T * 4 * (8 + 2 + 8) * context
@@ -225,7 +226,7 @@ def test_mla_latent_is_the_norm_beside_the_rotated_part(dtype: torch.dtype, form
     tables = tuple(torch.randn(5, PE // 2, generator=g) for _ in range(2))
     kv, weight = kv.to(dtype), weight.to(dtype)
     (found,) = mla.mla_latent.reference(kv, weight, *tables, eps=1e-5, form=form)
-    (c_kv,) = norm.rms_norm.reference(kv[:, :RANK], weight, eps=1e-5)
+    (c_kv,) = norm.rms_norm.reference(kv[:, :RANK], weight=weight, eps=1e-5)
     (k_pe,) = rope.rope.reference(kv[:, RANK:], *tables, form=form)
     assert torch.equal(found, torch.cat((c_kv, k_pe), -1))
     types = tuple(type_of(x) for x in (kv, weight, *tables))
@@ -269,5 +270,5 @@ def test_mla_latent_refuses(changes: dict[int, str], attrs: Any, message: str) -
 def test_a_row_of_latent_is_what_the_cache_appends() -> None:
     cache, rows = TensorType("bf16", (6, 4, RANK + PE)), TensorType("bf16", (T, RANK + PE))
     index = tuple(map(parsed, INDEX))
-    cost = attention.kv_append.cost((cache, rows, *index), (cache,))
+    cost = cost_of(attention.kv_append, (cache, rows, *index), (cache,))
     assert cost.bytes == 2 * (RANK + PE) * 2 * T  # read once, written once

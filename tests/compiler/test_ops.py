@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.compiler.dtypes import FLOATS
 from ingot.compiler.interpret import compute, random_tensor
-from ingot.compiler.ir import Op, Sample, Value
+from ingot.compiler.ir import Op, Value
 from ingot.compiler.ops import attention, glu, linear, moe, norm, pointwise, reduce, rope, shape
 from ingot.compiler.ops.leaf import is_literal, literal, param
 from ingot.compiler.torch_types import TORCH_DTYPES, dtype_name, torch_dtype, type_of
 from ingot.compiler.types import TensorType, VerifyError
+from op_cases import Case, cost_of, sampled_ops
 from op_checks import (
     COUNTS,
     SOME,
@@ -36,7 +37,6 @@ from op_checks import (
     seeded,
     tokens_of,
 )
-from random_graphs import refuses, sampled_ops
 
 CASES = sampled_ops()
 every_sample = pytest.mark.parametrize(
@@ -50,7 +50,7 @@ WITHOUT_SAMPLES = {
 }
 
 
-def draw(sample: Sample, dtype: str | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def draw(sample: Case, dtype: str | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Arguments for `sample`, floats in `dtype` if given; positive where the op needs it is not."""
     generator = seeded(seed)
     tensors = [random_tensor(t, generator, sample.high) for t in sample.args]
@@ -87,19 +87,19 @@ def test_every_op_has_samples_or_tests_of_its_own() -> None:
 
 @every_sample
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
-def test_infer_gives_the_types_of_the_reference(op: Op, sample: Sample, dtype: str) -> None:
+def test_infer_gives_the_types_of_the_reference(op: Op, sample: Case, dtype: str) -> None:
     args = domain(op, draw(sample, dtype))
-    results = op.reference(*args, **sample.attrs)
-    assert types_of(results) == op.types(types_of(args), sample.attrs)
+    results = sample.reference(args)
+    assert types_of(results) == sample.types(types_of(args))
 
 
 @every_sample
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
-def test_reference_is_close_to_itself_in_f64(op: Op, sample: Sample, dtype: str) -> None:
+def test_reference_is_close_to_itself_in_f64(op: Op, sample: Case, dtype: str) -> None:
     args = domain(op, draw(sample, dtype))
     exact = tuple(x.double() if x.is_floating_point() else x for x in args)
-    found = op.reference(*args, **sample.attrs)
-    expected = op.reference(*exact, **in_f64(dict(sample.attrs)))
+    found = sample.reference(args)
+    expected = sample.changed(**in_f64(dict(sample.attrs))).reference(exact)
     for a, b in zip(found, expected, strict=True):
         if a.is_floating_point():
             assert error(a, b) <= op.tolerance.of(dtype_name(a.dtype))
@@ -108,16 +108,14 @@ def test_reference_is_close_to_itself_in_f64(op: Op, sample: Sample, dtype: str)
 
 
 @every_sample
-def test_references_leave_their_arguments_alone_and_take_any_strides(
-    op: Op, sample: Sample
-) -> None:
+def test_references_leave_their_arguments_alone_and_take_any_strides(op: Op, sample: Case) -> None:
     args = domain(op, draw(sample))
     kept = [x.clone() for x in args]
-    expected = op.reference(*args, **sample.attrs)
+    expected = sample.reference(args)
     assert all(torch.equal(a, b) for a, b in zip(args, kept, strict=True))
     strided = [x.mT.contiguous().mT if x.ndim > 1 else x.repeat_interleave(2)[::2] for x in args]
     assert all(x.numel() < 2 or not x.is_contiguous() or 1 in x.shape for x in strided)
-    for a, b in zip(op.reference(*strided, **sample.attrs), expected, strict=True):
+    for a, b in zip(sample.reference(strided), expected, strict=True):
         if a.is_floating_point():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         else:
@@ -125,13 +123,13 @@ def test_references_leave_their_arguments_alone_and_take_any_strides(
 
 
 @every_sample
-def test_cost_is_bounded_by_each_operand_moved_once(op: Op, sample: Sample) -> None:
-    results = op.types(sample.args, sample.attrs)
-    cost = op.cost(sample.args, results, **sample.attrs)
+def test_cost_is_bounded_by_each_operand_moved_once(op: Op, sample: Case) -> None:
+    results = sample.types(sample.args)
+    cost = sample.cost(sample.args, results)
     moved: Any = sum(t.nbytes for t in (*sample.args, *results))
     assert cost.flops >= 0
     assert 0 <= cost.bytes <= moved
-    symbolic = Op.registry[op.name].cost(sample.args, results, **sample.attrs)
+    symbolic = sample.cost(sample.args, results)
     assert symbolic == cost
 
 
@@ -145,11 +143,11 @@ EXACT_BYTES = {
 
 
 @every_sample
-def test_bytes_are_those_documented(op: Op, sample: Sample) -> None:
-    results = op.types(sample.args, sample.attrs)
+def test_bytes_are_those_documented(op: Op, sample: Case) -> None:
+    results = sample.types(sample.args)
     everything = lambda a, r: sum(t.nbytes for t in (*a, *r))  # noqa: E731
     expected = EXACT_BYTES.get(op.name, everything)(sample.args, results)
-    found = op.cost(sample.args, results, **sample.attrs).bytes
+    found = sample.cost(sample.args, results).bytes
     if op.name == "experts":  # four experts, ten choices: all four are read
         assert found == everything(sample.args, results)
     assert found == expected
@@ -160,8 +158,8 @@ FUZZED_DTYPES = ("bool", "i32", "i64", "f16", "bf16", "f32", "f64", "c64")
 
 
 @st.composite
-def changed(draw_: Any) -> tuple[str, tuple[TensorType, ...], dict[str, Any]]:
-    op, sample = draw_(st.sampled_from(CASES))
+def changed(draw_: Any) -> Case:
+    _, sample = draw_(st.sampled_from(CASES))
     args, attrs = list(sample.args), dict(sample.attrs)
     for _ in range(draw_(st.integers(1, 3))):
         what = draw_(st.sampled_from(("dtype", "dim", "rank", "count", "attr")))
@@ -182,7 +180,7 @@ def changed(draw_: Any) -> tuple[str, tuple[TensorType, ...], dict[str, Any]]:
             args[i] = args[i].with_shape(shape.replaced(args[i].shape, axis, new))
         if not args:
             break
-    return op.name, tuple(args), attrs
+    return replace(sample, args=tuple(args), attrs=attrs)
 
 
 def changed_attribute(value: Any) -> st.SearchStrategy[Any]:
@@ -202,26 +200,24 @@ def changed_attribute(value: Any) -> st.SearchStrategy[Any]:
 @settings(max_examples=600)
 @given(changed())
 def test_infer_refuses_what_the_reference_cannot_compute_as_typed(
-    case: tuple[str, tuple[TensorType, ...], dict[str, Any]],
+    case: Case,
 ) -> None:
-    name, args, attrs = case
-    op = Op.registry[name]
-    if refuses(op, args, attrs) is not None:
+    if case.refuses(case.args) is not None:
         return
-    if op.collective and attrs.get("ranks", 1) > 1:
+    if case.op.collective and case.attrs.get("ranks", 1) > 1:
         return  # nobody is there to exchange with: test_collective has several ranks
-    expected = op.types(args, attrs)
+    expected = case.types(case.args)
     # Indices within every range: all fall on the first.
-    tensors = domain(op, tuple(random_tensor(t, seeded(), high=1) for t in args))
-    assert types_of(op.reference(*tensors, **attrs)) == expected
+    tensors = domain(case.op, tuple(random_tensor(t, seeded(), high=1) for t in case.args))
+    assert types_of(case.reference(tensors)) == expected
 
 
 @every_sample
-def test_a_refusal_names_the_op_and_what_came(op: Op, sample: Sample) -> None:
+def test_a_refusal_names_the_op_and_what_came(op: Op, sample: Case) -> None:
     for i, type_ in enumerate(sample.args):
         wrong = TensorType("c64", (2, 2, *type_.shape, 3))
         args = (*sample.args[:i], wrong, *sample.args[i + 1 :])
-        reason = refuses(op, args, sample.attrs)
+        reason = sample.refuses(args)
         if reason is not None:
             assert reason.startswith(op.name)
             assert str(wrong) in reason or str(list(wrong.shape)) in reason or "found" in reason
@@ -261,11 +257,15 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: _call("sum", "f32[4]", dim=1, keepdim=True), "has no dim 1"),
     (lambda: _call("linear", "f32[4, 6]", "f32[6, 4]"), r"x \[..., K\] and weight \[N, K\]"),
     (lambda: _call("linear", "i64[4, 6]", "i64[4, 6]"), "one float dtype"),
-    (lambda: _call("linear", "f32[4, 6]", "f32[5, 6]", "f32[6]"), r"expected a bias \[5\]"),
+    (lambda: _call("linear", "f32[4, 6]", "f32[5, 6]", bias="f32[6]"), r"expected a bias \[5\]"),
+    (
+        lambda: _call("linear", "f32[4, 6]", "f32[5, 6]", "f32[5]"),
+        r"linear: expected x, weight, norm\?, .* found \(f32\[4, 6\], f32\[5, 6\], f32\[5\]\)",
+    ),
     (lambda: _call("matmul", "f32[4, 6]", "f32[4, 6]"), "matmul: expected"),
     (lambda: _call("embedding", "f32[4]", "f32[6, 2]"), "expected integer ids"),
-    (lambda: _call("rms_norm", "f32[4, 6]", "f32[4]", eps=1e-6), "must match the last dim"),
-    (lambda: _call("layer_norm", "f32[6]", *["f32[6]"] * 3, eps=1e-6), "found 4"),
+    (lambda: _call("rms_norm", "f32[4, 6]", weight="f32[4]", eps=1e-6), "must match the last dim"),
+    (lambda: _call("layer_norm", "f32[6]", bias="f32[5]", eps=1e-6), "must match the last dim"),
     (lambda: _call("glu", "f32[6]", "f32[6]", activation="swish"), "one of silu.*found 'swish'"),
     (lambda: _call("glu", "f32[6]", "f32[6]", activation="clamped_swiglu"), "alpha 0.0"),
     (lambda: _call("glu", "f32[6]", "f32[5]", activation="silu"), "of one float type"),
@@ -287,8 +287,10 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
 ]
 
 
-def _call(name: str, *types: str, **attrs: Any) -> Any:
-    return Op.registry[name].types(tuple(map(parsed, types)), attrs)
+def _call(name: str, *types: str, **named: Any) -> Any:
+    op = Op.registry[name]
+    named = {k: parsed(v) if k in op.optional else v for k, v in named.items()}
+    return op.types(tuple(map(parsed, types)), named)
 
 
 def _router(**changes: Any) -> Any:
@@ -389,13 +391,13 @@ def test_norms_agree_with_torch(dtype: str) -> None:
     )
     functional = torch.nn.functional
     close = dict(rtol=0.0, atol=2e-2 if dtype == "bf16" else 1e-5)
-    (found,) = norm.rms_norm.reference(x, w, eps=1e-3)
+    (found,) = norm.rms_norm.reference(x, weight=w, eps=1e-3)
     torch.testing.assert_close(found, functional.rms_norm(x, (16,), w, 1e-3), **close)
     (found,) = norm.rms_norm.reference(x, eps=1e-3)
     torch.testing.assert_close(found, functional.rms_norm(x, (16,), eps=1e-3), **close)
-    for vectors in ((), (w,), (w, b)):
-        (found,) = norm.layer_norm.reference(x, *vectors, eps=1e-3)
-        expected = functional.layer_norm(x, (16,), *vectors, eps=1e-3)
+    for vectors in ({}, {"weight": w}, {"bias": b}, {"weight": w, "bias": b}):
+        (found,) = norm.layer_norm.reference(x, **vectors, eps=1e-3)
+        expected = functional.layer_norm(x, (16,), **vectors, eps=1e-3)
         torch.testing.assert_close(found, expected, **close)
 
 
@@ -518,11 +520,13 @@ def naive_router(logits: Any, bias: Any, attrs: dict[str, Any]) -> list[dict[int
 def test_router_agrees_with_a_naive_one(attrs: dict[str, Any], biased: bool, seed: int) -> None:
     attrs = {**attrs, "dtype": "f64"}
     types = (TensorType("f64", (7, 12)), *([TensorType("f64", (12,))] if biased else []))
-    if refuses(moe.router, types, attrs):
+    given = ("correction",) if biased else ()
+    case = Case(moe.router, types, attrs, given)
+    if case.refuses(types):
         assert attrs["topk_groups"] > attrs["groups"] or attrs["k"] > 12 // attrs["groups"]
         return
     args = [random_tensor(t, seeded(seed)) for t in types]
-    weights, indices = moe.router.reference(*args, **attrs)
+    weights, indices = case.reference(args)
     bias = args[1].tolist() if biased else [0.0] * 12
     for row, chosen, expected in zip(
         weights.tolist(), indices.tolist(), naive_router(args[0], bias, attrs), strict=True
@@ -567,10 +571,12 @@ def test_experts_agree_with_a_loop_over_tokens(attrs: dict[str, Any], biased: bo
         else:
             h = TORCH_ACTIVATIONS[attrs["activation"]](h)
         expected[t] += weights[t, j] * (down[e] @ h + (biases[1][e] if biased else 0))
-    (found,) = moe.experts.reference(*args, **attrs)
+    given = ("gate_up_bias", "down_bias") if biased else ()
+    case = Case(moe.experts, (), attrs, given)
+    (found,) = case.reference(args)
     torch.testing.assert_close(found, expected)
     in_f32 = [a.float() if a.is_floating_point() else a for a in args]
-    (single,) = moe.experts.reference(*in_f32, **attrs)
+    (single,) = case.reference(in_f32)
     assert error(single, expected) < 1e-5
 
 
@@ -581,7 +587,7 @@ def test_experts_read_no_more_than_there_are_or_are_chosen() -> None:
     def weight_bytes(tokens: Any) -> Any:
         x = TensorType("bf16", (tokens, 16))
         args = (x, TensorType("f32", (tokens, 2)), TensorType("i64", (tokens, 2)), gate_up, down)
-        cost = moe.experts.cost(args, (x,), activation="silu")
+        cost = cost_of(moe.experts, args, (x,), activation="silu")
         return cost.bytes - sum(t.nbytes for t in (*args[:3], x))
 
     assert weight_bytes(1) == 2 * one
@@ -628,8 +634,7 @@ def test_attention_agrees_with_a_naive_one(attrs: dict[str, Any], sunk: bool, be
     q = torch.randn(7, 4, 8, generator=g)
     k, v = torch.randn(7 + before, 2, 8, generator=g), torch.randn(7 + before, 2, 6, generator=g)
     sinks = torch.randn(4, generator=g) if sunk else None
-    extra = (sinks,) if sunk else ()
-    (found,) = attention.attention.reference(q, k, v, *extra, scale=0.4, **attrs)
+    (found,) = attention.attention.reference(q, k, v, sinks=sinks, scale=0.4, **attrs)
     assert error(found, naive_attention(q, k, v, sinks, scale=0.4, **attrs)) < 1e-5
 
 
@@ -693,7 +698,6 @@ def serve(layout: Layout, steps: list[Step], sinks: Any = None, **attrs: Any) ->
     sequences, caches, table = layout.sequences(), layout.caches(), layout.page_table()
     done = [0] * len(layout.lengths)
     out: list[list[torch.Tensor]] = [[] for _ in layout.lengths]
-    extra = () if sinks is None else (sinks,)
     for step in steps:
         rows: list[tuple[int, int]] = []
         for slot, count in step:
@@ -713,7 +717,7 @@ def serve(layout: Layout, steps: list[Step], sinks: Any = None, **attrs: Any) ->
         )
         caches = attention.kv_append.reference(*caches, k, v, slots, positions, table)
         (result,) = attention.cached_attention.reference(
-            q, *caches, slots, positions, table, *extra, scale=0.4, **attrs
+            q, *caches, slots, positions, table, sinks=sinks, scale=0.4, **attrs
         )
         for (slot, _), row in zip(rows, result, strict=True):
             if slot >= 0:
@@ -763,10 +767,9 @@ def test_cached_attention_is_attention_over_each_sequence(
     layout: Layout, attrs: dict[str, Any], sunk: bool
 ) -> None:
     sinks = torch.randn(layout.heads, generator=seeded(3)) if sunk else None
-    extra = (sinks,) if sunk else ()
     results = [serve(layout, f(layout), sinks, **attrs) for f in (at_once, one_by_one, mixed)]
     for slot, (q, k, v) in enumerate(layout.sequences()):
-        (expected,) = attention.attention.reference(q, k, v, *extra, scale=0.4, **attrs)
+        (expected,) = attention.attention.reference(q, k, v, sinks=sinks, scale=0.4, **attrs)
         for result in results:
             assert error(result[slot], expected) < 2e-6
         assert torch.equal(results[0][slot], results[1][slot])
@@ -793,7 +796,7 @@ def test_sinks_of_any_size_stay_finite(sink: float) -> None:
     sinks = torch.full((layout.heads,), sink)
     for slot, result in enumerate(serve(layout, at_once(layout), sinks)):
         q, k, v = layout.sequences()[slot]
-        (expected,) = attention.attention.reference(q, k, v, sinks, scale=0.4)
+        (expected,) = attention.attention.reference(q, k, v, sinks=sinks, scale=0.4)
         assert result.isfinite().all()
         torch.testing.assert_close(result, expected)
 
@@ -835,7 +838,7 @@ def test_latent_rows_without_heads_can_be_appended() -> None:
     cache, rows = TensorType("bf16", (6, 4, 8)), TensorType("bf16", (T, 8))
     index = (TensorType("i32", (T,)),) * 2 + (TensorType("i32", (2, 3)),)
     assert attention.kv_append.types((cache, rows, *index), {}) == (cache,)
-    assert attention.kv_append.cost((cache, rows, *index), (cache,)).bytes == 2 * 16 * T
+    assert cost_of(attention.kv_append, (cache, rows, *index), (cache,)).bytes == 2 * 16 * T
 
 
 INDEX = ("i32[7]", "i32[7]", "i32[2, 3]")
@@ -870,7 +873,11 @@ def test_kv_append_refuses(args: tuple[str, ...], message: str) -> None:
         (("f32[7, 4, 8]", CACHE, "f32[5, 4, 2, 8]", *INDEX), {}, "expected caches"),
         (("f32[7, 4, 8]", "f32[8]", CACHE, *INDEX), {}, "static heads"),
         (("f32[7, 4, 8]", CACHE, CACHE, *INDEX[1:], "i32[3]"), {}, "page table"),
-        (("f32[7, 4, 8]", CACHE, CACHE, *INDEX, "f32[2]"), {}, "at most one float sink a head"),
+        (
+            ("f32[7, 4, 8]", CACHE, CACHE, *INDEX),
+            {"sinks": "f32[2]"},
+            "a float sink for each head",
+        ),
         (("f32[7, 4, 8]", CACHE, CACHE, *INDEX), {"window": -2}, "at least 0, found -2"),
     ],
 )
@@ -882,7 +889,7 @@ def test_cached_attention_refuses(args: tuple[str, ...], attrs: Any, message: st
 def test_costs_of_the_paged_cache() -> None:
     types = tuple(map(parsed, ("bf16[7, 4, 8]", "bf16[6, 4, 2, 8]", "bf16[6, 4, 2, 6]", *INDEX)))
     results = attention.cached_attention.types(types, {"scale": 1.0})
-    cost = attention.cached_attention.cost(types, results, scale=1.0)
+    cost = cost_of(attention.cached_attention, types, results, scale=1.0)
     context = 3 * 4  # pages a slot · tokens a page
     assert cost.flops == 2 * 7 * 4 * (8 + 6) * context
     pages = 2 * 3 * (4 * 2 * 8 + 4 * 2 * 6) * 2
@@ -917,9 +924,9 @@ def test_linear_gives_each_token_the_same_bits(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for args in ((w,), (w, b)):
+        for bias in (None, b):
             assert_same_bits(
-                lambda x, args=args: linear.linear.reference(x, *args)[0],
+                lambda x, bias=bias: linear.linear.reference(x, w, bias=bias)[0],
                 tokens_of(k, dtype=dtype),
                 counts=SOME,
             )
@@ -971,7 +978,7 @@ ROWWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda x: reduce.softmax.reference(x, dim=-1)[0],
     "sum": lambda x: reduce.sum_.reference(x, dim=-1, keepdim=True)[0],
     "mean": lambda x: reduce.mean.reference(x, dim=-1, keepdim=True)[0],
-    "rms_norm": lambda x: norm.rms_norm.reference(x, x[0] * 0 + 1, eps=1e-6)[0],
+    "rms_norm": lambda x: norm.rms_norm.reference(x, weight=x[0] * 0 + 1, eps=1e-6)[0],
     "layer_norm": lambda x: norm.layer_norm.reference(x, eps=1e-5)[0],
     **{
         f"glu {a}": (lambda x, a=a: glu.glu.reference(x, x + 1, activation=a)[0])
@@ -1025,8 +1032,10 @@ def test_experts_give_each_token_the_same_bits(
 ) -> None:
     x, weights, indices, *rest = expert_arguments(attrs, biased, dtype_name(dtype), TOKENS)
 
+    given = ("gate_up_bias", "down_bias") if biased else ()
+
     def mixed_experts(*rows: torch.Tensor) -> torch.Tensor:
-        return moe.experts.reference(*rows, *rest, **attrs)[0]
+        return Case(moe.experts, (), attrs, given).reference((*rows, *rest))[0]
 
     assert_same_bits(mixed_experts, x, weights, indices, counts=SOME)
 

@@ -60,15 +60,48 @@ class Strided:
 Given = torch.Tensor | Weight | Packed | Strided | bool | int | float
 
 
+@dataclass(frozen=True)
+class Plain:
+    """What the reference of a node is called with: tensors and numbers, and attributes."""
+
+    op: Op
+    args: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def in_f64(self) -> Plain:
+        def wide(x: Any) -> Any:
+            is_float = isinstance(x, torch.Tensor) and x.is_floating_point()
+            return x.double() if is_float else x
+
+        named = {name: wide(x) for name, x in self.named.items()}
+        return Plain(self.op, tuple(map(wide, self.args)), named)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a tensor is in a dtype in which results are rounded much."""
+        tensors = (x for x in (*self.args, *self.named.values()) if isinstance(x, torch.Tensor))
+        return any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+
+    def reference(self) -> tuple[Any, ...]:
+        return self.op.reference(*self.args, **self.named)
+
+
 def graph_of_node(
-    op: Op, args: Sequence[Given], attrs: Mapping[str, Any]
-) -> tuple[Graph, Weights, dict[str, torch.Tensor], list[Any]]:
-    """The graph, its weights, its inputs, and the arguments as the reference takes them."""
+    op: Op, args: Sequence[Given], named: Mapping[str, Any]
+) -> tuple[Graph, Weights, dict[str, torch.Tensor], Plain]:
+    """The graph, its weights, its inputs, and how the reference is called.
+
+    `args` are the required operands, `named` the optional ones and attributes.
+    """
     params: list[Value] = []
     values: list[Value] = []
     held: dict[str, torch.Tensor] = {}
     inputs: dict[str, torch.Tensor] = {}
     plain: list[Any] = []
+    optional = tuple(name for name in op.optional if name in named)
+    attrs = {name: value for name, value in named.items() if name not in optional}
+    first = len(args)
+    args = (*args, *(named[name] for name in optional))
 
     def weight(name: str, tensor: torch.Tensor) -> Value:
         held[name] = tensor
@@ -106,10 +139,12 @@ def graph_of_node(
                 tensor = arg
                 values.append(literal(value=arg, dtype=beside[0]))
         plain.append(tensor)
-    graph = Graph("node", tuple(params), op.node(tuple(values), attrs).results, {})
+    by_name = dict(zip(optional, values[first:], strict=True))
+    graph = Graph("node", tuple(params), op.node(values[:first], {**by_name, **attrs}).results, {})
     verify(graph)
     entries = {n: Entry(type_of(t), partial(torch.clone, t), "the test") for n, t in held.items()}
-    return graph, Weights(entries), inputs, plain
+    by_name = dict(zip(optional, plain[first:], strict=True))
+    return graph, Weights(entries), inputs, Plain(op, tuple(plain[:first]), {**by_name, **attrs})
 
 
 ON_DEVICE = os.environ.get("INGOT_TEST_KERNELS") == "device"
@@ -122,10 +157,10 @@ def _device() -> Any:
 
 
 def run_node(
-    op: Op, args: Sequence[Given], attrs: Mapping[str, Any], target: str = "cuda:sm_90"
-) -> tuple[list[torch.Tensor], list[Any], Any]:
-    """The results of the node, its plain arguments, and what was lowered."""
-    graph, weights, inputs, plain = graph_of_node(op, args, attrs)
+    op: Op, args: Sequence[Given], named: Mapping[str, Any], target: str = "cuda:sm_90"
+) -> tuple[list[torch.Tensor], Plain, Any]:
+    """The results of the node, how its reference is called, and what was lowered."""
+    graph, weights, inputs, plain = graph_of_node(op, args, named)
     names = [f"out{i}" for i in range(len(graph.outputs))]
     driver = _device() if ON_DEVICE else InterpretedDriver(target)
     chosen = target_of(driver.target)
@@ -144,31 +179,22 @@ def _numpy(tensor: torch.Tensor) -> Any:
     return tensor if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def expected(op: Op, plain: Sequence[Any], attrs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The reference's results: as it rounds in narrow dtypes, else computed in float64."""
-    if any(
-        isinstance(a, torch.Tensor) and a.dtype in (torch.bfloat16, torch.float16) for a in plain
-    ):
-        return op.reference(*plain, **attrs)
-    wide = [
-        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in plain
-    ]
-    return op.reference(*wide, **attrs)
-
-
 def check_node(
     op: Op,
     args: Sequence[Given],
-    attrs: Mapping[str, Any] | None = None,
+    named: Mapping[str, Any] | None = None,
     target: str = "cuda:sm_90",
     tolerance: float | None = None,
 ) -> Any:
-    """The node computed by kernels equals its reference; integers and bools exactly."""
-    attrs = attrs or {}
-    found, plain, lowered = run_node(op, args, attrs, target)
+    """The node computed by kernels equals its reference; integers and bools exactly.
+
+    The reference rounds as it does in narrow dtypes; all else is computed in float64.
+    """
+    found, plain, lowered = run_node(op, args, named or {}, target)
     (entry,) = lowered.program.entries
     dtypes = {b.name: b.dtype for b in entry.buffers}
-    for i, (a, b) in enumerate(zip(expected(op, plain, attrs), found, strict=True)):
+    expected = (plain if plain.is_narrow else plain.in_f64()).reference()
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         assert a.shape == b.shape
         if not b.is_floating_point():
             assert torch.equal(a.to(b.dtype), b), f"result {i}"
@@ -187,7 +213,7 @@ _SPILLED = {"cuda:sm_100": 16}
 
 
 def build_everywhere(
-    op: Op, args: Sequence[Given], attrs: Mapping[str, Any] | None = None
+    op: Op, args: Sequence[Given], named: Mapping[str, Any] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Facts of every kernel of the node, built for all four GPU targets; nothing spills."""
     if ON_DEVICE:
@@ -195,7 +221,7 @@ def build_everywhere(
     facts: dict[str, list[dict[str, Any]]] = {}
     for name in ALL_TARGETS:
         target = target_of(name)
-        graph, weights, _, _ = graph_of_node(op, args, attrs or {})
+        graph, weights, _, _ = graph_of_node(op, args, named or {})
         backend = InterpretedBackend(target)
         names = [f"out{i}" for i in range(len(graph.outputs))]
         lower(graph, weights, target, [{}], names, backend=backend)
@@ -207,9 +233,9 @@ def build_everywhere(
     return facts
 
 
-def chosen(op: Op, args: Sequence[Given], attrs: Mapping[str, Any]) -> list[str]:
+def chosen(op: Op, args: Sequence[Given], named: Mapping[str, Any]) -> list[str]:
     """The kernels that compute the node for cuda:sm_90, by name, in order."""
-    graph, weights, _, _ = graph_of_node(op, args, attrs)
+    graph, weights, _, _ = graph_of_node(op, args, named)
     target = target_of("cuda:sm_90")
     backend = InterpretedBackend(target)
     names = [f"out{i}" for i in range(len(graph.outputs))]
@@ -220,7 +246,7 @@ def chosen(op: Op, args: Sequence[Given], attrs: Mapping[str, Any]) -> list[str]
 
 def operands(
     names: tuple[str, ...], tokens: int, k: int, n: int, rows: int, dtype: torch.dtype
-) -> tuple[list[Any], dict[str, Any]]:
+) -> dict[str, Any]:
     """The optional operands of a product, some norms in f32, and the attributes with them."""
     made = {
         "norm": lambda: Weight(1 + 0.1 * torch.randn(k)),
@@ -229,9 +255,9 @@ def operands(
         "bias": lambda: Weight(torch.randn(rows).to(dtype)),
         "residual": lambda: torch.randn(tokens, n).to(dtype),
     }
-    attrs: dict[str, Any] = {"optional": names}
+    named: dict[str, Any] = {name: made[name]() for name in names}
     if "norm" in names:
-        attrs["eps"] = 1e-5
+        named["eps"] = 1e-5
     if "post_norm" in names:
-        attrs["post_eps"] = 1e-6
-    return [made[name]() for name in names], attrs
+        named["post_eps"] = 1e-6
+    return named

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 QUERY = """
     %ql = linear(%x, @w_dq)
-    %qn = rms_norm(%ql, @q_norm, eps=1e-06)
+    %qn = rms_norm(%ql, weight=@q_norm, eps=1e-06)
     %qp = linear(%qn, @w_uq)
     %qh = view(%qp, shape=[T, 3, 10])
     %q = rope(%qh, %c, %s, form='deinterleaved', start=6)
@@ -15,7 +15,7 @@ QUERY = """
 LATENT = """
     %kv = linear(%x, @w_dkv)
     %low = slice(%kv, dim=1, start=0, stop=7)
-    %c_kv = rms_norm(%low, @kv_norm, eps=1e-05)
+    %c_kv = rms_norm(%low, weight=@kv_norm, eps=1e-05)
     %pe = slice(%kv, dim=1, start=7, stop=11)
     %k_pe = rope(%pe, %c, %s, form='deinterleaved')
 """

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from ingot.compiler.interpret import interpret, random_tensor
-from ingot.compiler.ir import Graph
+from ingot.compiler.ir import INLINE, Graph, Node
 from ingot.compiler.pipeline import Pass, PassContext
 from ingot.compiler.rewrite import Log
 from ingot.compiler.text import parse
@@ -46,6 +46,17 @@ def graph_of(text: str) -> Graph:
                 raise
             lines[i] = f"{lines[i]} : {found[1]}"
     return parse("\n".join(lines))
+
+
+def form(node: Node) -> str:
+    """The op and what it has beside its required operands: `linear norm gate`."""
+    gate = ("gate",) if node.attrs.get("gate") else ()
+    return " ".join((node.op.name, *node.given, *gate))
+
+
+def forms(graph: Graph) -> Counter[str]:
+    """How many nodes there are of each form; of parameters, weights and literals none."""
+    return Counter(form(n) for n in graph.nodes() if n.op.name not in INLINE)
 
 
 def random_weights(graph: Graph, seed: int = 0) -> Weights:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hypothesis import strategies as st
-from ingot.compiler.ir import Graph, Op, Sample, Value
+from ingot.compiler.ir import Graph, Op, Value
 from ingot.compiler.ops.leaf import constant, literal, param
-from ingot.compiler.types import TensorType, VerifyError, symbol
+from ingot.compiler.types import TensorType, symbol
+from op_cases import sampled_ops
 
 T = symbol("T")
 SYMBOLS = {"T": range(1, 65)}
@@ -15,11 +16,6 @@ SYMBOLS = {"T": range(1, 65)}
 TOKENWISE = ("neg", "abs", "exp", "tanh", "sigmoid", "silu", "relu", "cos", "sin")
 PAIRWISE = ("add", "sub", "mul", "maximum", "minimum")
 NUMBERS = (0.0, -0.0, 1.0, -1.5, 1e-6, 3.25, float("inf"), float("-inf"))
-
-
-def sampled_ops() -> list[tuple[Op, Sample]]:
-    """Every op with each of its samples; aten ops have none."""
-    return [(op, sample) for op in list(Op.registry.values()) for sample in op.samples]
 
 
 @st.composite
@@ -31,7 +27,7 @@ def sample_nodes(draw: Any) -> tuple[Value, ...]:
         (param if kind == "param" else constant)(name=f"{op.name}.{i}", type=type_)
         for i, (kind, type_) in enumerate(zip(kinds, sample.args, strict=True))
     )
-    return op.all(*leaves, **sample.attrs)
+    return sample.node(leaves).results
 
 
 @st.composite
@@ -92,13 +88,4 @@ def rename(results: tuple[Value, ...], prefix: str) -> tuple[Value, ...]:
     """The node of `results` again, on leaves whose names start with `prefix`."""
     node = results[0].node
     args = tuple(a.op(name=prefix + a.attrs["name"], type=a.type) for a in node.args)
-    return node.op.node(args, node.attrs).results
-
-
-def refuses(op: Op, args: tuple[TensorType, ...], attrs: Any) -> str | None:
-    """Why `op` does not take these types and attributes; None if it does."""
-    try:
-        op.types(args, attrs)
-    except VerifyError as error:
-        return str(error)
-    return None
+    return node.rebuilt(args).results

@@ -46,8 +46,8 @@ class Builder:
 
     def linear(self, x: Value, rows: int) -> Value:
         size: Any = x.type.shape[-1]
-        bias = (self.weight(rows),) if self.chance() else ()
-        return linear.linear(x, self.weight(rows, size), *bias)
+        bias = self.weight(rows) if self.chance() else None
+        return linear.linear(x, self.weight(rows, size), bias=bias)
 
     def added(self, x: Value, y: Value) -> Value:
         return pointwise.add(x, y) if self.chance() else pointwise.add(y, x)
@@ -56,9 +56,9 @@ class Builder:
         kind = self.draw(st.sampled_from(("rms", "rms", "rms", "bare", "layer")))
         size: Any = x.type.shape[-1]
         if kind == "layer":
-            return norm.layer_norm(x, self.weight(size), eps=1e-5)
-        weight = (self.weight(size),) if kind == "rms" else ()
-        return norm.rms_norm(x, *weight, eps=1e-6)
+            return norm.layer_norm(x, weight=self.weight(size), eps=1e-5)
+        weight = self.weight(size) if kind == "rms" else None
+        return norm.rms_norm(x, weight=weight, eps=1e-6)
 
     def residual(self, x: Value, delta: Value) -> Value:
         return self.added(x, self.normed(delta) if self.draw(st.integers(0, 3)) == 0 else delta)
@@ -91,7 +91,7 @@ class Builder:
     def heads(self, x: Value, heads: int, kind: str) -> Value:
         rows = shape.view(self.linear(x, heads * DIM), shape=(T, heads, DIM))
         if kind == "norm":
-            rows = norm.rms_norm(rows, self.weight(DIM), eps=1e-6)
+            rows = norm.rms_norm(rows, weight=self.weight(DIM), eps=1e-6)
         return rows
 
     def attention(self) -> Value:
@@ -102,9 +102,9 @@ class Builder:
         form = self.draw(st.sampled_from((*rope.FORMS, "")))
         if form:
             q, k = (rope.rope(y, *self.tables, form=form) for y in (q, k))
-        sinks = (self.weight(HEADS),) if self.chance() else ()
+        sinks = self.weight(HEADS) if self.chance() else None
         attrs = {"scale": 0.4, "window": self.draw(st.sampled_from((0, 3)))}
-        out = attention.attention(q, k, v, *sinks, **attrs)
+        out = attention.attention(q, k, v, sinks=sinks, **attrs)
         return self.linear(shape.view(out, shape=(T, HEADS * DIM)), WIDTH)
 
     def latent_attention(self) -> Value:
@@ -126,7 +126,7 @@ class Builder:
 
     def mixture(self) -> Value:
         x = self.normed(self.any())
-        correction = (self.weight(EXPERTS),) if self.chance() else ()
+        correction = self.weight(EXPERTS) if self.chance() else None
         logits = linear.linear(x, self.weight(EXPERTS, WIDTH))
         attrs = self.draw(
             st.sampled_from(
@@ -137,7 +137,7 @@ class Builder:
                 )
             )
         )
-        weights, indices = moe.router.all(logits, *correction, k=2, dtype=DTYPE, **attrs)
+        weights, indices = moe.router.all(logits, correction=correction, k=2, dtype=DTYPE, **attrs)
         hidden = 6
         out = moe.experts(
             x,

@@ -106,7 +106,7 @@ FORMS: dict[str, tuple[str, int]] = {
         mla_text(
             query="""
             %ql = linear(%x, @w_dq)
-            %qn = rms_norm(%ql, @q_norm, eps=1e-06)
+            %qn = rms_norm(%ql, weight=@q_norm, eps=1e-06)
             %qp = linear(%qn, @w_uq_nope)
             %qh = view(%qp, shape=[T, 3, 6])
             %qr = linear(%qn, @w_uq_pe)
@@ -147,7 +147,7 @@ FORMS: dict[str, tuple[str, int]] = {
         mla_text(
             latent="""
             %low = linear(%x, @w_dc)
-            %c_kv = rms_norm(%low, @kv_norm, eps=1e-05)
+            %c_kv = rms_norm(%low, weight=@kv_norm, eps=1e-05)
             %pe = linear(%x, @w_kr)
             %k_pe = rope(%pe, %c, %s, form='deinterleaved')"""
         ),
@@ -160,7 +160,7 @@ FORMS: dict[str, tuple[str, int]] = {
         0,
     ),
     "a latent without a norm": (
-        mla_text(latent=LATENT.replace("rms_norm(%low, @kv_norm, eps=1e-05)", "tanh(%low)")),
+        mla_text(latent=LATENT.replace("rms_norm(%low, weight=@kv_norm, eps=1e-05)", "tanh(%low)")),
         0,
     ),
     "a norm without a weight": (mla_text(latent=LATENT.replace(", @kv_norm", "")), 0),

@@ -17,20 +17,20 @@ PICO = Path(__file__).parents[2] / "examples" / "pico"
 # No groups of experts, and one dense layer before the others: Kimi K2 is DeepSeek-V3 made so.
 KIMI = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 
-DENSE = ("project_heads", "cached_attention", "fused_linear", "gated_linear", "fused_linear")
+DENSE = ("project_heads", "cached_attention", "linear", "linear", "linear")
 # Norms behind the products too: they, the sums and the norms before go into what comes next.
-SANDWICH = ("project_heads", "cached_attention", "linear", "gated_linear", "linear")
-MOE = ("project_heads", "cached_attention", "fused_linear", "moe_gating", "experts")
+SANDWICH = ("project_heads", "cached_attention", "linear", "linear", "linear")
+MOE = ("project_heads", "cached_attention", "linear", "moe_gating", "experts")
 LATENT = (
-    "fused_linear",  # W_DQ ‖ W_DKV ‖ W_KR of the normed input
+    "linear",  # W_DQ ‖ W_DKV ‖ W_KR of the normed input
     "project_heads",  # W_UQ of its norm, and RoPE
     "head_linear",  # W_UK
     "mla_latent",  # the row that the cache holds
     "cached_mla_attention",
     "head_linear",  # W_UV
-    "fused_linear",  # W_O and the residual
+    "linear",  # W_O and the residual
 )
-LATENT_DENSE = (*LATENT, "gated_linear", "fused_linear")
+LATENT_DENSE = (*LATENT, "linear", "linear")
 LATENT_MOE = (*LATENT, "moe_gating", "experts")
 
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -26,7 +26,7 @@ GRAPH = """
     }}"""
 
 ADD = "%s = add(%x, %d)\n"
-NORM = "%h = rms_norm(%s, @n, eps=0.01)\n"
+NORM = "%h = rms_norm(%s, weight=@n, eps=0.01)\n"
 THREE = """%q = linear(%h, @w)
     %k = linear(%h, @w)
     %v = linear(%h, @w)
@@ -97,8 +97,8 @@ DECLINES = {
         ", %s",
         "the norm goes into the prologue of a product",
     ),
-    "the norm is a gated_linear's": (
-        ADD + NORM + "%r = gated_linear(%h, @both, activation='silu')",
+    "the norm is that of a linear with a gate": (
+        ADD + NORM + "%r = linear(%h, @both, gate='silu')",
         ", %s",
         "the norm goes into the prologue of a product",
     ),
@@ -177,7 +177,9 @@ def test_a_row_parallel_product(golden: Callable[[str], None]) -> None:
 
 def test_a_norm_between_collective_and_sum_stays() -> None:
     """Sandwich norms: what is added is normed after the ranks' sum."""
-    lines = f"{REDUCE}%n = rms_norm(%c, @post, eps=0.1)\n{ADD.replace('%d', '%n')}{NORM}{ONE}"
+    lines = (
+        f"{REDUCE}%n = rms_norm(%c, weight=@post, eps=0.1)\n{ADD.replace('%d', '%n')}{NORM}{ONE}"
+    )
     before = graph_of(text(lines))
     after, _ = applied(FuseCollectiveNorm(), before)
     assert body(after) == body(before)

@@ -27,7 +27,7 @@ from tiny_models import tiny_model
 PASS = FuseMlaProjections()
 APART = """
     %low = linear(%x, @w_dc)
-    %c_kv = rms_norm(%low, @kv_norm, eps=1e-05)
+    %c_kv = rms_norm(%low, weight=@kv_norm, eps=1e-05)
     %pe = linear(%x, @w_kr)
     %k_pe = rope(%pe, %c, %s, form='deinterleaved')
 """
@@ -96,7 +96,7 @@ def test_packed_weights_are_joined_packed() -> None:
           %e1, %e2 = mxfp4_encode(@w_dkv, group=KV, scale='mse')
           %e = mxfp4(%e1, %e2, dtype='f32')
           %ql = linear(%x, %d)
-          %qn = rms_norm(%ql, @q_norm, eps=1e-06)
+          %qn = rms_norm(%ql, weight=@q_norm, eps=1e-06)
           %qp = linear(%qn, @w_uq)
           %qh = view(%qp, shape=[T, 2, 7])
           %q_latent = slice(%qh, dim=2, start=0, stop=4)

@@ -49,15 +49,15 @@ def test_widened(golden: Callable[[str], None]) -> None:
         %xf = cast(%x, dtype='f32')
         %wf = cast(@gate, dtype='f32')
         %bf = cast(@bias, dtype='f32')
-        %l = linear(%xf, %wf, %bf)
-        """ + route("sigmoid", ", @correction", ", scale=2.5, eps=1e-20")
+        %l = linear(%xf, %wf, bias=%bf)
+        """ + route("sigmoid", ", correction=@correction", ", scale=2.5, eps=1e-20")
     golden(str(checked(PASS, text(lines, "bf16"))))
 
 
 WIDEN = "%xf = cast(%x, dtype='f32')\n"
 FORMS = {
-    "plain": ("%l = linear(%x, @gate)\n" + route(), {"logits": "f32", "optional": None}),
-    "bias": ("%l = linear(%x, @gate, @bias)\n" + route(), {"optional": ("bias",)}),
+    "plain": ("%l = linear(%x, @gate)\n" + route(), {"logits": "f32", "given": ()}),
+    "bias": ("%l = linear(%x, @gate, bias=@bias)\n" + route(), {"given": ("bias",)}),
     "groups": (
         "%l = linear(%x, @gate)\n"
         + route("softmax", "", ", groups=3, topk_groups=2, group_score='top2'"),
@@ -65,8 +65,8 @@ FORMS = {
     ),
     "shared": ("%l = linear(%x, @gate)\n" + route("sigmoid", "", ", shared=2"), {"shared": 2}),
     "eps": (
-        "%l = linear(%x, @gate)\n" + route("sigmoid", ", @correction", ", eps=0.5"),
-        {"sum_eps": 0.5, "eps": None, "optional": ("correction",)},
+        "%l = linear(%x, @gate)\n" + route("sigmoid", ", correction=@correction", ", eps=0.5"),
+        {"sum_eps": 0.5, "eps": None, "given": ("correction",)},
     ),
 }
 
@@ -76,7 +76,8 @@ def test_forms(name: str) -> None:
     lines, expected = FORMS[name]
     after = checked(PASS, text(lines))
     assert ops(after) == {"moe_gating": 1}
-    assert {key: gating(after).attrs.get(key) for key in expected} == expected
+    said = {"given": gating(after).given, **gating(after).attrs}
+    assert {key: said.get(key) for key in expected} == expected
 
 
 def test_a_wide_weight_is_not_narrowed() -> None:
@@ -99,7 +100,7 @@ EXPERTS = "\n%y = experts(%h, %w, %i, @up, @down, activation='silu')"
 
 
 def test_with_a_norm_that_the_experts_read_too(golden: Callable[[str], None]) -> None:
-    lines = "%h = rms_norm(%x, @norm, eps=0.1)\n%l = linear(%h, @gate)\n" + route() + EXPERTS
+    lines = "%h = rms_norm(%x, weight=@norm, eps=0.1)\n%l = linear(%h, @gate)\n" + route() + EXPERTS
     before = graph_of(text(lines, results="%y"))
     after = run_pipeline(before, (PASS, FuseNormLinear()))[-1].graph
     assert_equal_results(before, after)
@@ -108,14 +109,15 @@ def test_with_a_norm_that_the_experts_read_too(golden: Callable[[str], None]) ->
 
 def test_with_a_sum_and_norms() -> None:
     lines = (
-        "%p = rms_norm(%d, @norm, eps=0.2)\n%s = add(%x, %p)\n%h = rms_norm(%s, @norm, eps=0.1)\n"
+        "%p = rms_norm(%d, weight=@norm, eps=0.2)\n%s = add(%x, %p)\n"
+        "%h = rms_norm(%s, weight=@norm, eps=0.1)\n"
         "%l = linear(%h, @gate)\n" + route() + EXPERTS + "\n%z = add(%s, %y)"
     )
     before = graph_of(text(lines, results="%z", params=", %d: f32[T, 8]"))
     after = run_pipeline(before, (PASS, FuseNormLinear()))[-1].graph
     assert_equal_results(before, after)
     assert ops(after) == {"moe_gating": 1, "experts": 1, "add": 1}
-    assert gating(after).attrs["optional"] == ("norm", "delta", "post_norm")
+    assert gating(after).given == ("norm", "delta", "post_norm")
 
 
 DECLINES = {
@@ -185,5 +187,5 @@ def test_traced_in_bf16(name: str) -> None:
     assert len(gates) == LAYERS[name]
     for node in gates:
         assert (node.attrs["logits"], node.args[1].type.dtype) == IN_BF16[name]
-        correction = node.attrs.get("optional", ())[-1:] == ("correction",)
-        assert not correction or node.args[-1].type.dtype == "f32"
+        correction = node.operand("correction")
+        assert correction is None or correction.type.dtype == "f32"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from ingot.compiler.ir import Graph
 from ingot.passes.fusion.fuse_norm_linear import FuseNormLinear
-from pass_checks import applied, assert_equal_results, body, checked, graph_of, ops
+from pass_checks import applied, assert_equal_results, body, checked, forms, graph_of
 
 GRAPH = """
     graph @block(%x: f32[T, 8], %d: f32[T, 8], %row: f32[8]) T=1..8 {{
@@ -23,18 +22,16 @@ GRAPH = """
       @bias: f32[12]
     }}"""
 
-NORM = "%h = rms_norm({}, @n, eps=0.01)\n"
+NORM = "%h = rms_norm({}, weight=@n, eps=0.01)\n"
 ADD = "%s = add(%x, %d)\n"
-SANDWICH = "%q = rms_norm(%d, @post, eps=0.1)\n%s = add(%x, %q)\n"
+SANDWICH = "%q = rms_norm(%d, weight=@post, eps=0.1)\n%s = add(%x, %q)\n"
 # Every product that has a prologue, over %h, with and without operands of its own.
 PRODUCTS = {
     "linear": "%r = linear(%h, @w)",
-    "linear with a bias": "%r = linear(%h, @w, @b)",
-    "fused_linear": "%r = fused_linear(%h, @w, @b, %res, optional=['bias', 'residual'])",
-    "gated_linear": "%r = gated_linear(%h, @both, activation='silu')",
-    "gated_linear with a bias": (
-        "%r = gated_linear(%h, @both, @bias, activation='gelu', optional=['bias'])"
-    ),
+    "linear with a bias": "%r = linear(%h, @w, bias=@b)",
+    "bias and residual": "%r = linear(%h, @w, bias=@b, residual=%res)",
+    "gate": "%r = linear(%h, @both, gate='silu')",
+    "gate with a bias": "%r = linear(%h, @both, bias=@bias, gate='gelu')",
 }
 PROLOGUES = {
     "norm": (NORM.format("%x"), ("norm",)),
@@ -53,116 +50,105 @@ def text(lines: str, more: str = "") -> str:
     return GRAPH.format(lines=lines, more=more)
 
 
-def optional_of(graph: Graph) -> tuple[str, ...]:
-    (node,) = (n for n in graph.nodes() if n.op.name in ("fused_linear", "gated_linear"))
-    return node.attrs["optional"]
-
-
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_every_prologue_of_every_product(prologue: str, product: str) -> None:
     lines, expected = PROLOGUES[prologue]
     residual = "%res = slice(%d, dim=1, start=0, stop=6)\n" if "%res" in PRODUCTS[product] else ""
     after = checked(FuseNormLinear(), text(residual + lines + PRODUCTS[product]))
-    name = "gated_linear" if "gated" in product else "fused_linear"
-    assert ops(after) == {name: 1, **({"slice": 1} if residual else {})}
-    own = {name for name in ("bias", "residual") if name in optional_of(after)}
-    assert optional_of(after)[: len(expected)] == expected
-    assert len(optional_of(after)) == len(expected) + len(own)
-    assert ("bias" in own) == ("@b" in PRODUCTS[product] and "@both, act" not in PRODUCTS[product])
+    own = [name for name in ("bias", "residual", "gate") if name in product]
+    found = " ".join(("linear", *expected, *own))
+    assert forms(after) == {found: 1, **({"slice": 1} if residual else {})}
 
 
 def test_a_sum_that_others_use_is_returned(golden: Callable[[str], None]) -> None:
     """The residual chain: the product that computes s gives it to the next sum."""
     lines = f"""{SANDWICH}{NORM.format("%s")}
-        %m = gated_linear(%h, @both, activation='silu')
+        %m = linear(%h, @both, gate='silu')
         %o = linear(%m, @down)
         %z = tanh(%s)
-        %r = fused_linear(%o, @sq, %s, optional=['residual'])"""
+        %r = linear(%o, @sq, residual=%s)"""
     before = text(lines, ", %z, %s").replace("@sq:", "@down: f32[8, 6]\n@sq:")
     after = checked(FuseNormLinear(), before)
-    assert ops(after) == {"gated_linear": 1, "linear": 1, "tanh": 1, "fused_linear": 1}
+    assert forms(after) == {
+        "linear norm delta post_norm gate": 1,
+        "linear": 1,
+        "tanh": 1,
+        "linear residual": 1,
+    }
     golden(str(after))
 
 
 def test_a_chain_of_layers() -> None:
     """Each product takes the sum before it, and gives it to the next."""
-    layer = """%q{i} = rms_norm(%d{i}, @post, eps=0.1)
+    layer = """%q{i} = rms_norm(%d{i}, weight=@post, eps=0.1)
         %s{j} = add(%s{i}, %q{i})
-        %h{j} = rms_norm(%s{j}, @n, eps=0.01)
+        %h{j} = rms_norm(%s{j}, weight=@n, eps=0.01)
         %d{j} = linear(%h{j}, @sq)
         """
     lines = "".join(layer.format(i=i, j=i + 1) for i in range(4))
     lines = lines.replace("%d0", "%d").replace("%s0", "%x") + "%r = add(%s4, %d4)"
     after = checked(FuseNormLinear(), text(lines))
-    assert ops(after) == {"fused_linear": 4, "add": 1}
+    assert forms(after) == {"linear norm delta post_norm": 4, "add": 1}
 
 
 def test_several_products_of_a_sum() -> None:
     """One computes it and returns it; the others read that."""
-    lines = f"{ADD}%a = linear(%s, @w)\n%c = linear(%s, @w, @b)\n%r = add(%a, %c)"
+    lines = f"{ADD}%a = linear(%s, @w)\n%c = linear(%s, @w, bias=@b)\n%r = add(%a, %c)"
     after = checked(FuseNormLinear(), text(lines))
-    assert ops(after) == {"fused_linear": 1, "linear": 1, "add": 1}
+    assert forms(after) == {"linear delta bias": 1, "linear": 1, "add": 1}
 
 
 def test_two_norms_of_a_sum() -> None:
     lines = f"""{ADD}{NORM.format("%s")}
-        %k = rms_norm(%s, @post, eps=0.1)
+        %k = rms_norm(%s, weight=@post, eps=0.1)
         %a = linear(%h, @w)
-        %c = linear(%k, @w, @b)
+        %c = linear(%k, @w, bias=@b)
         %r = add(%a, %c)"""
     after = checked(FuseNormLinear(), text(lines))
-    assert ops(after) == {"fused_linear": 2, "add": 1}
-    assert sorted(n.attrs["optional"] for n in after.nodes() if n.op.name == "fused_linear") == [
-        ("norm",),
-        ("norm", "delta", "bias"),
-    ]
+    assert forms(after) == {"linear norm": 1, "linear norm delta bias": 1, "add": 1}
 
 
 def test_a_product_that_adds_the_sum_that_it_reads() -> None:
     """It cannot take as an operand what it computes: the norm goes in, the sum stays."""
-    residual = "%r = fused_linear(%h, @sq, %s, optional=['residual'])"
+    residual = "%r = linear(%h, @sq, residual=%s)"
     before = graph_of(text(ADD + NORM.format("%s") + residual))
     after, log = applied(FuseNormLinear(), before)
     assert_equal_results(before, after)
-    assert body(after)[1] == (
-        "%1 = fused_linear(%0, @sq, @n, %0, optional=['norm', 'residual'], eps=0.01)"
-    )
+    assert body(after)[1] == "%1 = linear(%0, @sq, norm=@n, residual=%0, eps=0.01)"
     assert "an input of the match depends on one of its results" in "\n".join(log.declined)
 
 
 def test_a_sum_stays_where_an_operand_waits_for_it() -> None:
-    residual = "%t = tanh(%s)\n%r = fused_linear(%h, @sq, %t, optional=['residual'])"
+    residual = "%t = tanh(%s)\n%r = linear(%h, @sq, residual=%t)"
     before = graph_of(text(ADD + NORM.format("%s") + residual))
     after, log = applied(FuseNormLinear(), before)
     assert_equal_results(before, after)
-    assert ops(after) == {"add": 1, "tanh": 1, "fused_linear": 1}
+    assert forms(after) == {"add": 1, "tanh": 1, "linear norm residual": 1}
     assert "an input of the match depends on one of its results" in "\n".join(log.declined)
 
 
 def test_a_post_norm_that_others_use_stays() -> None:
     after = checked(FuseNormLinear(), text(SANDWICH + "%r = linear(%s, @w)", ", %q"))
-    assert ops(after) == {"rms_norm": 1, "fused_linear": 1}
-    assert optional_of(after) == ("delta",)
+    assert forms(after) == {"rms_norm weight": 1, "linear delta": 1}
 
 
 def test_a_sum_of_a_normed_value_with_itself() -> None:
-    lines = "%q = rms_norm(%d, @post, eps=0.1)\n%s = add(%q, %q)\n%r = linear(%s, @w)"
+    lines = "%q = rms_norm(%d, weight=@post, eps=0.1)\n%s = add(%q, %q)\n%r = linear(%s, @w)"
     after = checked(FuseNormLinear(), text(lines))
-    assert ops(after) == {"rms_norm": 1, "fused_linear": 1}
-    assert optional_of(after) == ("delta",)
+    assert forms(after) == {"rms_norm weight": 1, "linear delta": 1}
 
 
 OUTSIDE = "rms_norm inside the match is used outside"
 DECLINES = {
     "a norm of several products": (
-        NORM.format("%x") + "%a = linear(%h, @w)\n%c = linear(%h, @w, @b)\n%r = add(%a, %c)",
+        NORM.format("%x") + "%a = linear(%h, @w)\n%c = linear(%h, @w, bias=@b)\n%r = add(%a, %c)",
         "",
         OUTSIDE,
     ),
     "a norm that is returned": (NORM.format("%x") + "%r = linear(%h, @w)", ", %h", OUTSIDE),
     "a norm that is also the residual": (
-        NORM.format("%x") + "%r = fused_linear(%h, @sq, %h, optional=['residual'])",
+        NORM.format("%x") + "%r = linear(%h, @sq, residual=%h)",
         "",
         "the product has the rms_norm as another operand too",
     ),
@@ -172,7 +158,7 @@ DECLINES = {
         "the norm has no weight",
     ),
     "a layer_norm": (
-        "%h = layer_norm(%x, @n, @post, eps=0.01)\n%r = linear(%h, @w)",
+        "%h = layer_norm(%x, weight=@n, bias=@post, eps=0.01)\n%r = linear(%h, @w)",
         "",
         "a layer_norm is no prologue",
     ),
@@ -201,7 +187,6 @@ def test_declines(name: str) -> None:
 
 
 def test_a_prologue_that_is_there_stays() -> None:
-    lines = NORM.format("%x") + ("%r = fused_linear(%h, @w, @n, optional=['norm'], eps=0.01)")
+    lines = NORM.format("%x") + "%r = linear(%h, @w, norm=@n, eps=0.01)"
     after, _ = applied(FuseNormLinear(), graph_of(text(lines)))
-    assert ops(after) == {"rms_norm": 1, "fused_linear": 1}
-    assert optional_of(after) == ("norm",)
+    assert forms(after) == {"rms_norm weight": 1, "linear norm": 1}

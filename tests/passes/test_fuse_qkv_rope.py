@@ -90,12 +90,12 @@ def in_order(*lines: str) -> str:
 # What is written -> what the one project_heads says beside heads and dims, and the ops that stay.
 FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "biases, one missing": (
-        PLAIN.replace("@wq)", "@wq, @bq)").replace("@wk)", "@wk, @bk)"),
-        {"optional": ("bias", "cos", "sin")},
+        PLAIN.replace("@wq)", "@wq, bias=@bq)").replace("@wk)", "@wk, bias=@bk)"),
+        {"given": ("bias", "cos", "sin")},
     ),
     "no rope": (
         PLAIN.replace(Q, "").replace(K, "").replace("%q3", "%q").replace("%k3", "%k"),
-        {"optional": None, "rotate": None},
+        {"given": (), "rotate": None},
     ),
     "interleaved": (
         PLAIN.replace("form='half'", "form='interleaved'"),
@@ -106,52 +106,52 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
         .replace("rope(%k3", "rope(%kn")
         .replace(
             Q.replace("%q3", "%qn"),
-            "%qn = rms_norm(%q3, @g4, eps=0.1)\n" + Q.replace("%q3", "%qn"),
+            "%qn = rms_norm(%q3, weight=@g4, eps=0.1)\n" + Q.replace("%q3", "%qn"),
         )
         .replace(
             K.replace("%k3", "%kn"),
-            "%kn = rms_norm(%k3, @h4, eps=0.1)\n" + K.replace("%k3", "%kn"),
+            "%kn = rms_norm(%k3, weight=@h4, eps=0.1)\n" + K.replace("%k3", "%kn"),
         ),
-        {"optional": ("norm_0", "norm_1", "cos", "sin"), "head_eps": 0.1, "norm_of": None},
+        {"given": ("norm_0", "norm_1", "cos", "sin"), "head_eps": 0.1, "norm_of": None},
     ),
     "a norm of q alone, without a weight": (
         PLAIN.replace(Q, "%qn = rms_norm(%q3, eps=0.1)\n" + Q.replace("%q3", "%qn")),
-        {"optional": ("norm_0", "cos", "sin")},
+        {"given": ("norm_0", "cos", "sin")},
     ),
     "norms of whole parts": (
         PLAIN.replace("view(%q1", "view(%qn")
         .replace("view(%k1", "view(%kn")
-        .replace("%q3 =", "%qn = rms_norm(%q1, @g16, eps=0.1)\n%q3 =")
-        .replace("%k3 =", "%kn = rms_norm(%k1, @g8, eps=0.1)\n%k3 ="),
-        {"norm_of": "part", "optional": ("norm_0", "norm_1", "cos", "sin")},
+        .replace("%q3 =", "%qn = rms_norm(%q1, weight=@g16, eps=0.1)\n%q3 =")
+        .replace("%k3 =", "%kn = rms_norm(%k1, weight=@g8, eps=0.1)\n%k3 ="),
+        {"norm_of": "part", "given": ("norm_0", "norm_1", "cos", "sin")},
     ),
     "norms after rope": (
         PLAIN.replace("%q = rope", "%qr = rope").replace("%k = rope", "%kr = rope")
-        + "\n%q = rms_norm(%qr, @g4, eps=0.1)\n%k = rms_norm(%kr, @h4, eps=0.1)",
-        {"norm_of": "rotated head", "optional": ("norm_0", "norm_1", "cos", "sin")},
+        + "\n%q = rms_norm(%qr, weight=@g4, eps=0.1)\n%k = rms_norm(%kr, weight=@h4, eps=0.1)",
+        {"norm_of": "rotated head", "given": ("norm_0", "norm_1", "cos", "sin")},
     ),
     "a norm of v": (
-        PLAIN.replace("%v = view", "%v3 = view") + "\n%v = rms_norm(%v3, @g4, eps=0.1)",
-        {"optional": ("norm_2", "cos", "sin"), "norm_of": None},
+        PLAIN.replace("%v = view", "%v3 = view") + "\n%v = rms_norm(%v3, weight=@g4, eps=0.1)",
+        {"given": ("norm_2", "cos", "sin"), "norm_of": None},
     ),
     "one key head, whose unit dim comes last": (
         in_order(
             "%q1 = linear(%x, @wq)\n%q3 = view(%q1, shape=[T, 4, 4])",
-            "%qn = rms_norm(%q3, @g4, eps=0.1)",
+            "%qn = rms_norm(%q3, weight=@g4, eps=0.1)",
             Q.replace("%q3", "%qn"),
-            "%k1 = linear(%x, @w1)\n%kn = rms_norm(%k1, @h4, eps=0.1)",
+            "%k1 = linear(%x, @w1)\n%kn = rms_norm(%k1, weight=@h4, eps=0.1)",
             "%kr = rope(%kn, %c, %s, form='half')\n%k = view(%kr, shape=[T, 1, 4])",
             "%w = slice(@wv, dim=0, start=0, stop=4)\n%v1 = linear(%x, %w)",
             "%v = view(%v1, shape=[T, 1, 4])",
         ),
-        {"heads": (4, 1, 1), "norm_of": None, "optional": ("norm_0", "norm_1", "cos", "sin")},
+        {"heads": (4, 1, 1), "norm_of": None, "given": ("norm_0", "norm_1", "cos", "sin")},
     ),
     "whole parts normed, of which k is one head": (
         in_order(
-            "%q1 = linear(%x, @wq)\n%qn = rms_norm(%q1, @g16, eps=0.1)",
+            "%q1 = linear(%x, @wq)\n%qn = rms_norm(%q1, weight=@g16, eps=0.1)",
             "%q3 = view(%qn, shape=[T, 4, 4])",
             Q,
-            "%k1 = linear(%x, @w1)\n%kn = rms_norm(%k1, @h4, eps=0.1)",
+            "%k1 = linear(%x, @w1)\n%kn = rms_norm(%k1, weight=@h4, eps=0.1)",
             "%k = view(%kn, shape=[T, 1, 4])",
             "%w = slice(@wv, dim=0, start=0, stop=4)\n%v1 = linear(%x, %w)",
             "%v = view(%v1, shape=[T, 1, 4])",
@@ -165,7 +165,7 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
 def test_forms(name: str) -> None:
     lines, expected = FORMS[name]
     after = checked(PASS, text(lines))
-    attrs = projected(after).attrs
+    attrs = {"given": projected(after).given, **projected(after).attrs}
     assert {key: attrs.get(key) for key in expected} == expected
     assert attrs["dims"] == (4, 4, 4)
     rope_of_x = {"linear", "view", "rope", "rms_norm"} & ops(after).keys()
@@ -201,19 +201,17 @@ def columns(*bounds: int, bias: str = "") -> str:
     return COLUMNS.format(*bounds, bias=bias)
 
 
-@pytest.mark.parametrize("bias", ["", ", @b32"])
+@pytest.mark.parametrize("bias", ["", ", bias=@b32"])
 def test_a_fused_projection_keeps_its_weight(bias: str) -> None:
     after = checked(PASS, text(columns(0, 16, 16, 24, 24, 32, bias=bias)))
     node = projected(after)
     assert node.args[1].attrs["name"] == "wide"
-    names = {
-        n: a.attrs.get("name") for n, a in zip(node.attrs["optional"], node.args[2:], strict=True)
-    }
-    assert names.get("bias") == ("b32" if bias else None)
+    held = node.operand("bias")
+    assert (held and held.attrs["name"]) == ("b32" if bias else None)
     assert ops(after) == {"rope_tables": 1, "project_heads": 1, "attention": 1}
 
 
-@pytest.mark.parametrize("bias", ["", ", @b32"])
+@pytest.mark.parametrize("bias", ["", ", bias=@b32"])
 def test_a_fused_projection_in_another_order(bias: str) -> None:
     after = checked(PASS, text(columns(16, 32, 0, 8, 8, 16, bias=bias)))
     slices = 2 * (2 if bias else 1)
@@ -302,15 +300,15 @@ def test_declines_packed_and_plain_weights() -> None:
 def test_with_a_norm_and_a_sum(shared: bool) -> None:
     """The sum that others use too is the last result."""
     before_heads = """
-        %p = rms_norm(%z, @g8, eps=0.2)
+        %p = rms_norm(%z, weight=@g8, eps=0.2)
         %sum = add(%x, %p)
-        %n = rms_norm(%sum, @bk, eps=0.1)"""
+        %n = rms_norm(%sum, weight=@bk, eps=0.1)"""
     lines = before_heads + PLAIN.replace("linear(%x", "linear(%n")
     lines += "\n%other = tanh(%sum)" if shared else ""
     before = graph_of(text(lines, more=", %other" if shared else ""))
     after = run_pipeline(before, (PASS, FuseNormLinear()))[-1].graph
     assert_equal_results(before, after)
-    assert projected(after).attrs["optional"] == ("norm", "delta", "post_norm", "cos", "sin")
+    assert projected(after).given == ("norm", "delta", "post_norm", "cos", "sin")
     assert {"rms_norm", "add", "linear"}.isdisjoint(ops(after))
 
 
@@ -358,7 +356,7 @@ DECLINES: dict[str, tuple[str, str, str]] = {
         "mul stands between q and its product",
     ),
     "layer_norm": (
-        PLAIN.replace("%v = view", "%v3 = view") + "\n%v = layer_norm(%v3, @g4, eps=0.1)",
+        PLAIN.replace("%v = view", "%v3 = view") + "\n%v = layer_norm(%v3, weight=@g4, eps=0.1)",
         "",
         "layer_norm stands between v and its product",
     ),
@@ -371,13 +369,13 @@ DECLINES: dict[str, tuple[str, str, str]] = {
     ),
     "normed twice": (
         PLAIN.replace("%v = view", "%v3 = view")
-        + "\n%v4 = rms_norm(%v3, @g4, eps=0.1)\n%v = rms_norm(%v4, @g4, eps=0.1)",
+        + "\n%v4 = rms_norm(%v3, weight=@g4, eps=0.1)\n%v = rms_norm(%v4, weight=@g4, eps=0.1)",
         "",
         "normed or turned twice",
     ),
     "another eps": (
         PLAIN.replace("%v = view", "%v3 = view").replace("%q = rope", "%qr = rope")
-        + "\n%v = rms_norm(%v3, @g4, eps=0.1)\n%q = rms_norm(%qr, @g4, eps=0.2)",
+        + "\n%v = rms_norm(%v3, weight=@g4, eps=0.1)\n%q = rms_norm(%qr, weight=@g4, eps=0.2)",
         "",
         "parts differ in",
     ),
@@ -399,7 +397,7 @@ DECLINES: dict[str, tuple[str, str, str]] = {
         .replace(
             "%q3 = view(%q1, shape=[T, 4, 4])",
             "%q2 = view(%q1, shape=[T, 2, 8])\n"
-            "%qn = rms_norm(%q2, @g8, eps=0.1)\n%q3 = view(%qn, shape=[T, 4, 4])",
+            "%qn = rms_norm(%q2, weight=@g8, eps=0.1)\n%q3 = view(%qn, shape=[T, 4, 4])",
         )
         .replace("%v2", "%v"),
         "",
@@ -463,14 +461,14 @@ PER_LAYER = (
 LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
 SAID = {
     "llama": {"rotate": (True, True, False), "form": "half"},
-    "qwen2": {"optional": ("bias", "cos", "sin")},
-    "qwen3": {"optional": ("norm_0", "norm_1", "cos", "sin")},
+    "qwen2": {"given": ("bias", "cos", "sin")},
+    "qwen3": {"given": ("norm_0", "norm_1", "cos", "sin")},
     "olmo2": {"norm_of": "part"},
     "olmoe": {"norm_of": "part"},
-    "gemma3_text": {"optional": ("norm_0", "norm_1", "cos", "sin")},
+    "gemma3_text": {"given": ("norm_0", "norm_1", "cos", "sin")},
     "cohere2": {"form": "interleaved"},
     "ernie4_5_moe": {"form": "interleaved"},
-    "gpt_oss": {"optional": ("bias", "cos", "sin")},
+    "gpt_oss": {"given": ("bias", "cos", "sin")},
 }
 
 
@@ -482,7 +480,8 @@ def test_traced(name: str) -> None:
         assert result.matches == ({"heads": 2} if name in LATENT else {"qkv": 2})
         first = next(n for n in result.graph.nodes() if n.op.name == "project_heads")
         expected = SAID.get(name, {})
-        assert {key: first.attrs.get(key) for key in expected} == expected
+        said = {"given": first.given, **first.attrs}
+        assert {key: said.get(key) for key in expected} == expected
         left = ops(result.graph)
         assert left["rope"] == (2 if name in LATENT else 0)  # k_pe of latent attention
         assert_same_logits(before, result.graph, weights)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from ingot.compiler.ops.glu import ACTIVATIONS, CLAMPED
 from ingot.passes.fusion.fuse_swiglu import FuseSwiglu
-from pass_checks import applied, assert_equal_results, body, checked, graph_of, ops
+from pass_checks import applied, assert_equal_results, body, checked, forms, graph_of, ops
 
 MLP = """
     graph @mlp(%x: f32[T, 8], %z: f32[T, 8], %v: f32[6, 8]) T=1..8 {{
@@ -38,26 +38,25 @@ def text(lines: str, more: str = "") -> str:
 def test_every_activation(lines: str, activation: str) -> None:
     more = ", alpha=1.702, limit=0.5" if activation == CLAMPED else ""
     after = checked(FuseSwiglu(), text(f"{lines}%r = glu(%g, %u, activation='{activation}'{more})"))
-    assert ops(after)["gated_linear"] == 1
-    assert not ops(after).keys() & {"linear", "glu", "slice"}
-    (node,) = (n for n in after.nodes() if n.op.name == "gated_linear")
-    assert node.attrs["activation"] == activation
+    assert ops(after)["linear"] == 1
+    assert not ops(after).keys() & {"glu", "slice"}
+    (node,) = (n for n in after.nodes() if n.op.name == "linear")
+    assert node.attrs["gate"] == activation
     assert node.attrs.get("limit", 0.0) == (0.5 if more else 0.0)
 
 
 BIASES = {
-    "both": "%g = linear(%x, @wg, @bg)\n%u = linear(%x, @wu, @bu)\n",
-    "gate": "%g = linear(%x, @wg, @bg)\n%u = linear(%x, @wu)\n",
-    "up": "%g = linear(%x, @wg)\n%u = linear(%x, @wu, @bu)\n",
-    "one product": HALVES.replace("@both)", "@both, @bias)"),
+    "both": "%g = linear(%x, @wg, bias=@bg)\n%u = linear(%x, @wu, bias=@bu)\n",
+    "gate": "%g = linear(%x, @wg, bias=@bg)\n%u = linear(%x, @wu)\n",
+    "up": "%g = linear(%x, @wg)\n%u = linear(%x, @wu, bias=@bu)\n",
+    "one product": HALVES.replace("@both)", "@both, bias=@bias)"),
 }
 
 
 @pytest.mark.parametrize("which", BIASES)
 def test_biases(which: str) -> None:
     after = checked(FuseSwiglu(), text(BIASES[which] + SILU))
-    (node,) = (n for n in after.nodes() if n.op.name == "gated_linear")
-    assert node.attrs["optional"] == ("bias",)
+    assert forms(after)["linear bias gate"] == 1
 
 
 def test_two_products(golden: Callable[[str], None]) -> None:
@@ -66,7 +65,7 @@ def test_two_products(golden: Callable[[str], None]) -> None:
 
 def test_halves_of_one_product_keep_their_weight() -> None:
     after = checked(FuseSwiglu(), text(HALVES + SILU))
-    assert body(after)[0] == "%0 = gated_linear(%x, @both, activation='silu')"
+    assert body(after)[0] == "%0 = linear(%x, @both, gate='silu')"
 
 
 CUTS = {
@@ -81,10 +80,9 @@ CUTS = {
 @pytest.mark.parametrize("cut", CUTS)
 def test_other_rows_of_one_product_are_chosen_in_the_weight(cut: str) -> None:
     gate, up = CUTS[cut]
-    lines = f"%l = linear(%x, @both, @bias)\n%g = slice(%l, dim=1, {gate})\n"
+    lines = f"%l = linear(%x, @both, bias=@bias)\n%g = slice(%l, dim=1, {gate})\n"
     after = checked(FuseSwiglu(), text(f"{lines}%u = slice(%l, dim=1, {up})\n{SILU}"))
-    assert ops(after)["gated_linear"] == 1
-    assert "linear" not in ops(after)
+    assert forms(after)["linear bias gate"] == ops(after)["linear"] == 1
     assert "slice" in ops(after)
 
 
@@ -104,14 +102,14 @@ def test_packed_weights_are_joined_packed() -> None:
     lines = "%v = mxfp4(@s2, @t2, dtype='f32')\n%g = linear(%x, %w)\n%u = linear(%x, %v)"
     packed = PACKED.format(lines=lines)
     packed = packed.replace("@s: u8[6, 1]", "@s: u8[6, 1]\n@s2: u8[6, 16]\n@t2: u8[6, 1]")
-    assert ops(checked(FuseSwiglu(), packed)) == {"cat": 2, "mxfp4": 1, "gated_linear": 1}
+    assert forms(checked(FuseSwiglu(), packed)) == {"cat": 2, "mxfp4": 1, "linear gate": 1}
 
 
 def test_packed_weights_are_cut_packed() -> None:
     halves = HALVES.replace("@both", "%w").replace("start=0, stop=6", "start=0, stop=6, step=2")
     lines = halves.replace("start=6, stop=12", "start=1, stop=6, step=2")
     after = checked(FuseSwiglu(), PACKED.format(lines=lines))
-    assert ops(after) == {"slice": 4, "cat": 2, "mxfp4": 1, "gated_linear": 1}
+    assert forms(after) == {"slice": 4, "cat": 2, "mxfp4": 1, "linear gate": 1}
 
 
 ONE_HALF = "%l = linear(%x, @both)\n%g = slice(%l, dim=1, start=0, stop=6)\n"
@@ -149,5 +147,5 @@ def test_one_of_two_units_over_one_value() -> None:
         %b = glu(%g2, %u2, activation='relu')
         %r = add(%a, %b)"""
     after = checked(FuseSwiglu(), text(lines))
-    assert ops(after)["gated_linear"] == 2
+    assert forms(after)["linear gate"] == 2
     assert_equal_results(graph_of(text(lines)), after)

@@ -57,13 +57,13 @@ def taken(graph: Graph) -> list[str]:
 
 MOVES = {
     "linear": "%r = linear(%x, @v)",
-    "linear with a bias": "%r = linear(%x, @w, @b)",
+    "linear with a bias": "%r = linear(%x, @w, bias=@b)",
     "head_linear": (
         "%a = view(%x, shape=[T, 4, 2])\n%h = slice(@up, dim=2, start=0, stop=2)\n"
         "%r = head_linear(%a, %h)"
     ),
-    "rms_norm": "%r = rms_norm(%x, @norm, eps=1e-05)",
-    "layer_norm": "%r = layer_norm(%x, @norm, @b, eps=1e-05)",
+    "rms_norm": "%r = rms_norm(%x, weight=@norm, eps=1e-05)",
+    "layer_norm": "%r = layer_norm(%x, weight=@norm, bias=@b, eps=1e-05)",
     "element-wise": "%a = tanh(%x)\n%c = mul(%a, f32(30.0))\n%r = cast(%c, dtype='f64')",
     "slices of columns": (
         "%a = slice(%x, dim=1, start=0, stop=4)\n%b = slice(%x, dim=-1, start=1, stop=8, step=2)\n"
@@ -144,7 +144,7 @@ def test_stops_at_what_other_tokens_need() -> None:
 
 def test_values_that_two_need_are_taken_once() -> None:
     """The residual sum feeds the norm and the last sum."""
-    lines = "%a = linear(%x, @w)\n%n = rms_norm(%a, @norm, eps=1e-05)\n%m = linear(%n, @w)\n"
+    lines = "%a = linear(%x, @w)\n%n = rms_norm(%a, weight=@norm, eps=1e-05)\n%m = linear(%n, @w)\n"
     after, _ = gathered(lines + "%r = add(%a, %m)")
     assert ops(after) == {"take": 1, "linear": 2, "rms_norm": 1, "add": 1}
     assert taken(after) == ["x"]
@@ -156,11 +156,11 @@ def test_the_end_of_a_network(golden: Callable[[str], None]) -> None:
       %o = attention(%q, %q, %q, scale=0.5)
       %f = view(%o, shape=[T, 8])
       %s = add(%x, %f)
-      %n = rms_norm(%s, @norm, eps=1e-05)
+      %n = rms_norm(%s, weight=@norm, eps=1e-05)
       %g = linear(%n, @w)
       %h = glu(%g, %n, activation='silu')
       %m = add(%s, %h)
-      %k = rms_norm(%m, @norm, eps=1e-05)
+      %k = rms_norm(%m, weight=@norm, eps=1e-05)
       %l = linear(%k, @v)
       %d = div(%l, f32(30.0))
       %r = tanh(%d)"""

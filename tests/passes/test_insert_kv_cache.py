@@ -357,9 +357,8 @@ TOKEN_WISE = {
     "filled": "%e = full(value=2.0, shape=[T, 8], dtype='f32')",
     "weights for all": "%e = expand(@inv8, shape=[T, 8])",
     "fused products": (
-        "%f = fused_linear(%x, @wq, %x, optional=['residual'])\n"
-        "%g, %h = gated_linear(%x, @both, @inv8, %f, activation='silu',"
-        " optional=['norm', 'delta'], eps=0.01)\n"
+        "%f = linear(%x, @wq, residual=%x)\n"
+        "%g, %h = linear(%x, @both, norm=@inv8, delta=%f, gate='silu', eps=0.01)\n"
         "%i, %e = add_rms_norm(%g, %h, @inv8, eps=0.01)"
     ),
 }

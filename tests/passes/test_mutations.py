@@ -32,13 +32,13 @@ Change = Callable[[Node, tuple[Value, ...]], Node]
 
 
 def attributes(**attrs: Any) -> Change:
-    return lambda node, args: node.op.node(args, {**node.attrs, **attrs}, node.source)
+    return lambda node, args: node.rebuilt(args, {**node.attrs, **attrs})
 
 
 def without(attribute: str) -> Change:
     def change(node: Node, args: tuple[Value, ...]) -> Node:
         kept = {k: v for k, v in node.attrs.items() if k != attribute}
-        return node.op.node(args, kept, node.source)
+        return node.rebuilt(args, kept)
 
     return change
 
@@ -47,27 +47,18 @@ def swapped(i: int, j: int) -> Change:
     def change(node: Node, args: tuple[Value, ...]) -> Node:
         order = list(args)
         order[i], order[j] = order[j], order[i]
-        return node.op.node(tuple(order), node.attrs, node.source)
+        return node.rebuilt(order)
 
     return change
-
-
-def shortened(node: Node, args: tuple[Value, ...]) -> Node:
-    """The last operand left out."""
-    return node.op.node(args[:-1], node.attrs, node.source)
 
 
 def dropped(name: str) -> Change:
     """The optional operand `name` left out, with its eps."""
 
     def change(node: Node, args: tuple[Value, ...]) -> Node:
-        optional = node.attrs["optional"]
-        at = len(args) - len(optional) + optional.index(name)
-        attrs = {**node.attrs, "optional": tuple(n for n in optional if n != name)}
-        for eps, owner in (("eps", "norm"), ("post_eps", "post_norm")):
-            if owner == name:
-                del attrs[eps]
-        return node.op.node((*args[:at], *args[at + 1 :]), attrs, node.source)
+        eps = {"norm": "eps", "post_norm": "post_eps"}.get(name)
+        left_out = {name: None, **({eps: None} if eps else {})}
+        return node.rebuilt(args).replace(**left_out)
 
     return change
 
@@ -76,8 +67,7 @@ def exchanged(name: str, other: str) -> Change:
     """Two optional operands in each other's place."""
 
     def change(node: Node, args: tuple[Value, ...]) -> Node:
-        optional, first = node.attrs["optional"], len(args) - len(node.attrs["optional"])
-        return swapped(*(first + optional.index(n) for n in (name, other)))(node, args)
+        return swapped(node.index_of(name), node.index_of(other))(node, args)
 
     return change
 
@@ -91,7 +81,7 @@ def first_more(i: int) -> Change:
 
     def change(node: Node, args: tuple[Value, ...]) -> Node:
         more = add(args[i], literal(value=1, dtype=args[i].type.dtype))
-        return node.op.node((*args[:i], more, *args[i + 1 :]), node.attrs, node.source)
+        return node.rebuilt((*args[:i], more, *args[i + 1 :]))
 
     return change
 
@@ -108,14 +98,14 @@ def swapped_along(dim: int) -> Change:
 
     def change(node: Node, args: tuple[Value, ...]) -> Node:
         there = node.attrs["dim"] == dim
-        return swapped(0, 1)(node, args) if there else node.op.node(args, node.attrs, node.source)
+        return swapped(0, 1)(node, args) if there else node.rebuilt(args)
 
     return change
 
 
 def doubled_last(node: Node, args: tuple[Value, ...]) -> Node:
     """Twice the last operand."""
-    return node.op.node((*args[:-1], add(args[-1], args[-1])), node.attrs, node.source)
+    return node.rebuilt((*args[:-1], add(args[-1], args[-1])))
 
 
 @dataclass(frozen=True)
@@ -137,11 +127,7 @@ class Mutation:
                 continue
             args = tuple(Value(new.get(a.node, a.node), a.index) for a in node.args)
             changed = node.op.name == self.op
-            new[node] = (
-                self.change(node, args)
-                if changed
-                else Node(node.op, args, node.attrs, node.types, node.source)
-            )
+            new[node] = self.change(node, args) if changed else replace(node, args=args)
         return tuple(Value(new.get(v.node, v.node), v.index) for v in after)
 
 
@@ -150,7 +136,7 @@ def zeroed(i: int) -> Change:
 
     def change(node: Node, args: tuple[Value, ...]) -> Node:
         none = mul(args[i], literal(value=0, dtype=args[i].type.dtype))
-        return node.op.node((*args[:i], none, *args[i + 1 :]), node.attrs, node.source)
+        return node.rebuilt((*args[:i], none, *args[i + 1 :]))
 
     return change
 
@@ -162,7 +148,7 @@ MUTATIONS: dict[str, Mutation] = {
         "llama", "drop-unit-dims", "cat", swapped(0, 1)
     ),
     "eps of another norm": Mutation("llama", "rms-norm", "rms_norm", attributes(eps=0.1)),
-    "norm without its weight": Mutation("llama", "rms-norm", "rms_norm", shortened),
+    "norm without its weight": Mutation("llama", "rms-norm", "rms_norm", dropped("weight")),
     "halves of rope are pairs": Mutation(
         "llama", "rope-half", "rope", attributes(form="interleaved")
     ),
@@ -174,7 +160,7 @@ MUTATIONS: dict[str, Mutation] = {
     "missing renormalise": Mutation(MLA, "router", "router", attributes(normalize=False)),
     "wrong group limit": Mutation(MLA, "router", "router", attributes(topk_groups=1)),
     "groups by their largest": Mutation(MLA, "router", "router", attributes(group_score="max")),
-    "dropped correction": Mutation(MLA, "router", "router", shortened),
+    "dropped correction": Mutation(MLA, "router", "router", dropped("correction")),
     "dropped scaling factor": Mutation(MLA, "router", "router", without("scale")),
     "softmax for sigmoid": Mutation(MLA, "router", "router", attributes(score="softmax")),
     # what they compute with
@@ -191,7 +177,7 @@ MUTATIONS: dict[str, Mutation] = {
     "window off by one": Mutation(
         "mistral", "cache", "cached_attention", one_more("window"), (("sliding_window", 3),)
     ),
-    "dropped sinks": Mutation("gpt_oss", "cache", "cached_attention", shortened),
+    "dropped sinks": Mutation("gpt_oss", "cache", "cached_attention", dropped("sinks")),
     "dropped soft cap": Mutation("gemma2", "cache", "cached_attention", without("softcap")),
     "written one position on": Mutation("llama", "cache", "kv_append", first_more(5)),
     # what one kernel does
@@ -212,14 +198,12 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "gating without groups": Mutation(MLA, "moe-gating", "moe_gating", attributes(topk_groups=4)),
     "up before gate in experts": Mutation("glm4_moe", "shared-experts", "cat", swapped_along(1)),
-    "residual twice": Mutation("llama", "product-residual", "fused_linear", doubled_last),
-    "dropped norm": Mutation("llama", "norm-gated_linear", "gated_linear", dropped("norm")),
+    "residual twice": Mutation("llama", "product-residual", "linear", doubled_last),
+    "dropped norm": Mutation("llama", "norm-linear", "linear", dropped("norm")),
     "post-norm for norm": Mutation(
-        "gemma3_text", "sandwich-gated_linear", "gated_linear", exchanged("norm", "post_norm")
+        "gemma3_text", "sandwich-linear", "linear", exchanged("norm", "post_norm")
     ),
-    "dropped post-norm": Mutation(
-        "gemma3_text", "sandwich-gated_linear", "gated_linear", dropped("post_norm")
-    ),
+    "dropped post-norm": Mutation("gemma3_text", "sandwich-linear", "linear", dropped("post_norm")),
     # the same on packed weights: codes and scales are drawn for what they stand for
     "packed, up before gate": Mutation("llama", "two-products", "cat", swapped(0, 1), packed=True),
     "packed, rotated values": Mutation(
@@ -235,7 +219,7 @@ MUTATIONS: dict[str, Mutation] = {
         "glm4_moe", "shared-experts", "cat", swapped_along(1), packed=True
     ),
     "packed, dropped norm": Mutation(
-        "llama", "norm-gated_linear", "gated_linear", dropped("norm"), packed=True
+        "llama", "norm-linear", "linear", dropped("norm"), packed=True
     ),
 }
 

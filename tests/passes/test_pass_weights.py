@@ -90,7 +90,7 @@ def test_rows_of_packed_weights(step: int) -> None:
 
 def test_biases() -> None:
     plain = linear(X, weight("a", 3, 64))
-    biased = linear(X, weight("b", 5, 64), weight("bias", 5))
+    biased = linear(X, weight("b", 5, 64), bias=weight("bias", 5))
     assert concatenated_biases([plain, plain]) is None
     both = concatenated_biases([plain, biased])
     assert both is not None

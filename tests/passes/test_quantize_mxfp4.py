@@ -32,7 +32,7 @@ graph @model(%tokens: i32[T], %x: f32[T, 64]) T=1..64 {
   %2 = linear(%1, @router)
   %3, %4 = router(%2, k=2, score='softmax', normalize=True, dtype='f32')
   %5 = experts(%1, %3, %4, @gate_up, @down, activation='silu')
-  %6 = linear(%5, @proj, @bias)
+  %6 = linear(%5, @proj, bias=@bias)
   %7 = linear(%6, @odd)
   %8 = linear(%6, @proj2)
   %9 = linear(%6, @gate)

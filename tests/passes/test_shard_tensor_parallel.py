@@ -70,7 +70,7 @@ def checked(text: str, ranks: int, tolerance: float = 1e-5, high: int = 8) -> tu
 # ---- the text of one layer
 
 LAYER = """graph @layer(%x: f32[T, 16], %positions: i32[T]) T=1..64 {
-  %n = rms_norm(%x, @norm, eps=1e-05)
+  %n = rms_norm(%x, weight=@norm, eps=1e-05)
   %q = linear(%n, @wq)
   %qh = view(%q, shape=[T, 4, 4])
   %cos, %sin = rope_tables(%positions, @inv_freq, scale=1.0, dtype='f32')
@@ -84,7 +84,7 @@ LAYER = """graph @layer(%x: f32[T, 16], %positions: i32[T]) T=1..64 {
   %f = view(%a, shape=[T, 16])
   %o = linear(%f, @wo)
   %h = add(%x, %o)
-  %m = rms_norm(%h, @post, eps=1e-05)
+  %m = rms_norm(%h, weight=@post, eps=1e-05)
   %g = linear(%m, @gate)
   %u = linear(%m, @up)
   %s = glu(%g, %u, activation='silu')
@@ -235,9 +235,9 @@ def test_options() -> None:
 # ---- sums
 
 MLP = """graph @mlp(%x: f32[T, 16]) T=1..8 {{
-  %h = linear(%x, @up, @up_bias)
+  %h = linear(%x, @up, bias=@up_bias)
   %a = silu(%h)
-  %d = linear(%a, @down, @down_bias)
+  %d = linear(%a, @down, bias=@down_bias)
   {tail}
 }} where {{
   @up: f32[64, 16]
@@ -272,7 +272,7 @@ def test_sums_are_added_before_they_are_exchanged() -> None:
 
 
 def test_sum_that_others_need_whole_is_exchanged_where_it_is_made() -> None:
-    tail = """%n = rms_norm(%d, @norm, eps=1e-05)
+    tail = """%n = rms_norm(%d, weight=@norm, eps=1e-05)
     %s = mul(%d, f32(0.5))
     %y = add(%n, %s)
     return %y"""
@@ -295,7 +295,8 @@ MOE = """graph @moe(%x: f32[T, 64]) T=1..8 {{
   %l = linear(%x, @router)
   %w, %i = router(%l, k=2, score='softmax', normalize=True, dtype='f32')
   {weights}
-  %y = experts(%x, %w, %i, %g, %d, @gb, @db, activation='clamped_swiglu', alpha=1.7, limit=7.0)
+  %y = experts(%x, %w, %i, %g, %d, gate_up_bias=@gb, down_bias=@db, \
+activation='clamped_swiglu', alpha=1.7, limit=7.0)
   return %y
 }} where {{
   @router: f32[{experts}, 64]

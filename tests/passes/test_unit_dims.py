@@ -70,9 +70,9 @@ NODES = {
     "outer product": (
         "%a = view(%i, shape=[1, T, 1])\n%c = cast(%a, dtype='f32')\n%r = matmul(%c, @col)"
     ),
-    "rms_norm": "%r = rms_norm(%z, @w, eps=1e-05)",
+    "rms_norm": "%r = rms_norm(%z, weight=@w, eps=1e-05)",
     "rms_norm of one": "%a = view(%x, shape=[T, 24, 1])\n%r = rms_norm(%a, eps=0.5)",
-    "layer_norm": "%r = layer_norm(%z, @w, eps=1e-05)",
+    "layer_norm": "%r = layer_norm(%z, weight=@w, eps=1e-05)",
     "attention keeps its shapes": (
         "%a = view(%x, shape=[T, 4, 6])\n%c = view(%z, shape=[T, 1, 6])\n"
         "%r = attention(%a, %c, %c, scale=0.5)"

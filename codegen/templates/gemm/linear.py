@@ -94,24 +94,20 @@ def normed_products(
         yield from candidates(product, given)
 
 
-def fused_linear(query: KernelQuery) -> Iterator[Candidate | Declined]:
-    """linear and fused_linear: norm or sum of the input, the product, its epilogue."""
-    step = query.results[0].shape[-1]
-    epilogue = epilogue_of(query, Result(0), step, bias=query.ref("bias"), residual=True)
-    return normed_products(query, epilogue)
-
-
-def gated_linear(query: KernelQuery) -> Iterator[Candidate | Declined]:
-    """gated_linear: the same with gate and up rows in one program."""
+def linear(query: KernelQuery) -> Iterator[Candidate | Declined]:
+    """linear: norm or sum of the input, the product, its epilogue; with a gate, gate and up rows
+    in one program."""
+    gate = query.attrs.get("gate")
     epilogue = epilogue_of(
         query,
         Result(0),
         query.results[0].shape[-1],
         bias=query.ref("bias"),
-        activation=query.attrs["activation"],
-        gated=True,
+        activation=gate,
+        gated=gate is not None,
+        residual=True,
     )
-    return normed_products(query, epilogue, halved=True)
+    return normed_products(query, epilogue, halved=gate is not None)
 
 
 def head_linear(query: KernelQuery) -> Iterator[Candidate | Declined]:
@@ -176,8 +172,6 @@ def _batch_step(x: Operand, batch: tuple[int, ...]) -> int | None:
 
 TEMPLATES = {
     "matmul": (matmul,),
-    "linear": (fused_linear,),
-    "fused_linear": (fused_linear,),
-    "gated_linear": (gated_linear,),
+    "linear": (linear,),
     "head_linear": (head_linear,),
 }

@@ -64,14 +64,16 @@ def row_launch(width: int, warp: int) -> tuple[int, int]:
     return block, max(1, min(512 // warp, block // (warp * _PER_THREAD)))
 
 
-def input_rows(query: KernelQuery, eps: float | None, post_eps: float | None) -> InputRows:
-    """Argument 0, x [..., K], with the node's operands `delta`, `norm` and `post_norm`, where it
-    has them. An `eps` without `norm` is a norm without a weight."""
+def input_rows(
+    query: KernelQuery, eps: float | None, post_eps: float | None, norm: str = "norm"
+) -> InputRows:
+    """Argument 0, x [..., K], with the node's operands `delta`, `post_norm` and the one called
+    `norm`, where it has them. An `eps` without it is a norm without a weight."""
     delta = query.operand("delta")
     return InputRows(
         Arg(0),
         query.ref("delta"),
-        query.ref("norm"),
+        query.ref(norm),
         query.ref("post_norm"),
         row_step(query.args[0]) or 0,
         (row_step(delta) or 0) if delta else 0,
@@ -87,6 +89,7 @@ def prologue_call(
     s: Ref | None,
     eps: float | None,
     post_eps: float | None = None,
+    norm: str = "norm",
 ) -> Call | Declined:
     """The launch of a prologue (compiler/ops/prologue.py) for all rows of argument 0.
 
@@ -94,14 +97,14 @@ def prologue_call(
     the rest. Declined where rows cannot be read as they lie.
     """
     x, delta = query.args[0], query.operand("delta")
-    weights = [w for name in ("post_norm", "norm") if (w := query.operand(name))]
+    weights = [w for name in ("post_norm", norm) if (w := query.operand(name))]
     apart = row_step(x) is None or (delta and row_step(delta) is None)
     if apart or not all(w.dense for w in weights):
         return Declined(f"rows of x {x.type}, its delta or weights do not lie in one step")
     if odd := [o.type for o in (x, *weights) if o.type.dtype not in _FLOATS]:
         return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
     block, warps = row_launch(x.shape[-1], query.target.warp)
-    return rows_call(input_rows(query, eps, post_eps), x.shape, n, s, block, warps)
+    return rows_call(input_rows(query, eps, post_eps, norm), x.shape, n, s, block, warps)
 
 
 def rows_call(
@@ -127,14 +130,16 @@ def _of_rows(query: KernelQuery, call: Call | Declined) -> Candidate | Declined:
 
 def rms_norm(query: KernelQuery) -> Candidate | Declined:
     """rms_norm(x, weight?)."""
-    return _of_rows(query, prologue_call(query, Result(0), None, query.attrs["eps"]))
+    call = prologue_call(query, Result(0), None, query.attrs["eps"], norm="weight")
+    return _of_rows(query, call)
 
 
 def add_rms_norm(query: KernelQuery) -> Candidate | Declined:
     """add_rms_norm(x, delta, weight): the sum, and its norm."""
     if (ranks := query.attrs.get("ranks", 1)) != 1:
         return Declined(f"the sum is one over {ranks} ranks")
-    return _of_rows(query, prologue_call(query, Result(1), Result(0), query.attrs["eps"]))
+    call = prologue_call(query, Result(1), Result(0), query.attrs["eps"], norm="weight")
+    return _of_rows(query, call)
 
 
 # ---- layer_norm
@@ -194,7 +199,7 @@ def layer_norm(query: KernelQuery) -> Candidate | Declined:
         layer_norm_kernel,
         {
             "x": Arg(0),
-            "weight": query.ref("norm"),
+            "weight": query.ref("weight"),
             "bias": query.ref("bias"),
             "out": Result(0),
             "K": x.shape[-1],
