@@ -44,7 +44,7 @@ from ingot.compiler.text import parse
 from ingot.compiler.validate import check_rewrite
 from ingot.passes.pipelines import module
 graph = parse('''graph @g(%x: f32[T, 8], %w: f32[8]) T=1..16 {
-  %0 = rms_norm(%x, %w, eps=1e-06) : f32[T, 8]
+  %0 = rms_norm(%x, weight=%w, eps=1e-06) : f32[T, 8]
   %1 = mul(%0, f32(0.5)) : f32[T, 8]
   return %1
 }''')
