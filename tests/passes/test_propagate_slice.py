@@ -23,12 +23,13 @@ from ingot.passes.transforms.propagate_slice import (
     propagate_slice,
     sliced,
 )
-from random_graphs import sampled_ops
+from op_cases import Case, sampled_ops
 
 F = "f32"
 # Beside the samples of the ops: dims that are cut in places where the samples have none.
 MORE = {
-    linear.linear: [Sample((TensorType(F, (3, 4, 8)), TensorType(F, (6, 8)), TensorType(F, (6,))))],
+    linear.linear: [Sample((TensorType(F, (3, 4, 8)), TensorType(F, (6, 8))),
+                           {"bias": TensorType(F, (6,))})],
     linear.embedding: [Sample((TensorType("i64", (4, 3)), TensorType(F, (7, 6))), high=7)],
     pointwise.add: [Sample((TensorType(F, (4, 1, 6)), TensorType(F, (3, 6))))],
     shape.view: [
@@ -45,10 +46,11 @@ MORE = {
     rope.rope: [
         Sample((TensorType(F, (5, 4, 8)), *[TensorType(F, (5, 4))] * 2), {"form": "half"})
     ],
-    norm.rms_norm: [Sample((TensorType(F, (3, 4, 8)), TensorType(F, (8,))), {"eps": 1e-6})],
+    norm.rms_norm: [Sample((TensorType(F, (3, 4, 8)),),
+                           {"weight": TensorType(F, (8,)), "eps": 1e-6})],
     attention.attention: [
-        Sample((TensorType(F, (5, 6, 4)), TensorType(F, (5, 3, 4)), TensorType(F, (5, 3, 2)),
-                TensorType(F, (6,))), {"scale": 0.5}),
+        Sample((TensorType(F, (5, 6, 4)), TensorType(F, (5, 3, 4)), TensorType(F, (5, 3, 2))),
+               {"sinks": TensorType(F, (6,)), "scale": 0.5}),
         Sample((TensorType(F, (5, 4, 4)), *[TensorType(F, (5, 1, 4))] * 2), {"scale": 0.5}),
     ],
     mxfp4: [Sample((TensorType("u8", (4, 48)), TensorType("u8", (4, 3))), {"dtype": F}, high=99)],
@@ -57,9 +59,10 @@ MORE = {
 
 def nodes_of(op: Op) -> Iterator[tuple[Node, list[torch.Tensor]]]:
     for sample in (*op.samples, *MORE.get(op, ())):
-        params = tuple(param(name=f"x{i}", type=t) for i, t in enumerate(sample.args))
-        values = [random_tensor(t, high=sample.high) for t in sample.args]
-        yield op.node(params, sample.attrs), values
+        case = Case.of(op, sample)
+        params = tuple(param(name=f"x{i}", type=t) for i, t in enumerate(case.args))
+        values = [random_tensor(t, high=case.high) for t in case.args]
+        yield case.node(params), values
 
 
 # An index of arange is its place: a slice of it is no arange from the same start.
@@ -93,7 +96,7 @@ def test_cut_is_the_slice(op: Op) -> None:
                     param(name=f"y{i}", type=a.type if c is None else sliced(a, c).type)
                     for i, (a, c) in enumerate(inner.args)
                 )
-                made = op.node(args, inner.attrs)
+                made = node.rebuilt(args, inner.attrs)
                 assert made.types[0].shape == taken(whole, cut).shape
                 (found,) = compute(made, given, {})
                 expected = taken(whole, cut)
