@@ -1,12 +1,12 @@
-"""From the final graph to the static plan. Imports `compiler` and `runtime`.
+"""From the final graph to the program. Imports `compiler` and `runtime`.
+
+For the cpu target that is the graph itself, which `cpu` interprets. For a GPU it is a static plan.
 
 Read `lower` first (graph to `Program`: one entry a bucket), then `entries` (the walk over the graph
 for one bucket), `memory` (lifetimes, donation, places in the arena) and `constants` (what weights
-become when they are loaded). A backend turns nodes into launches: `reference_backend` on a CPU,
-`kernel_backend` on a GPU. The latter asks `templates` (a folder: Triton kernels) by way of `select`
-in the terms of `kernel_query`, and takes the cheapest by `prices`; what a template names is a
-`kernel_source`, and `build` compiles it.
-Element-wise ops need no template: `regions` groups those that one launch computes, and `pointwise`
-generates its kernel out of their `expressions`. `appends` joins what is appended to the cache with
-what computes it.
+become when they are loaded). `kernel_backend` turns nodes into launches. It asks `templates` (a
+folder: Triton kernels) by way of `select` in the terms of `kernel_query`, and takes the cheapest by
+`prices`; what a template names is a `kernel_source`, and `build` compiles it. Element-wise ops need
+no template: `regions` groups those that one launch computes, and `pointwise` generates its kernel
+out of their `expressions`. `appends` joins what is appended to the cache with what computes it.
 """

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from ..compiler.interpret import writes_in_place
 from ..compiler.ir import Graph, Node, Value
 from ..compiler.ops.leaf import literal, param
 from ..compiler.ops.mxfp4_fragments import mxfp4_fragments
 from ..compiler.types import TensorType, bind_attr
-from ..runtime.program import Buffer, Entry, Kernel, Launch, Slice
+from ..runtime.program import Buffer, Entry, Function, Kernel, Launch, Slice, Spec
 from .memory import Access, Block, Lifetime, dependencies, plan_blocks
 
 
@@ -23,6 +24,29 @@ def buffer_of(name: str, type_: TensorType, binding: Mapping[str, int], kind: An
     """A buffer for a value of `type_`, its dims bound."""
     bound: Any = type_.bind(binding)
     return Buffer(name, bound.dtype, bound.shape, kind, bound.nbytes)
+
+
+def signature(
+    graph: Graph,
+    symbols: Mapping[str, tuple[int, int]],
+    outputs: Sequence[str],
+    entries: Sequence[Entry] = (),
+    text: str = "",
+) -> Function:
+    """The function that `graph` is: its entries, or its text where it is interpreted."""
+
+    def spec(type_: TensorType) -> Spec:
+        return Spec(type_.dtype, tuple(d if isinstance(d, int) else str(d) for d in type_.shape))
+
+    params = {p.attrs["name"]: spec(p.type) for p in graph.params}
+    return Function(
+        symbols,
+        {name: given for name, given in params.items() if name not in graph.updates},
+        {name: spec(v.type) for name, v in zip(outputs, graph.outputs, strict=True)},
+        tuple(graph.updates),
+        tuple(entries),
+        text,
+    )
 
 
 @dataclass(frozen=True)
@@ -122,13 +146,6 @@ class Backend(Protocol):
         ...
 
 
-def _in_place(node: Node, uses: Mapping[Value, int]) -> bool:
-    """Whether results may take over the memory of the first arguments: parameters that nothing
-    else, no other operand either, looks at."""
-    donors = node.args[: len(node.types)]
-    return node.op.inplace is not None and all(a.op is param and uses[a] == 1 for a in donors)
-
-
 @dataclass
 class EntryBuilder:
     """Builds one entry: walks the graph once, then places the buffers."""
@@ -148,8 +165,7 @@ class EntryBuilder:
 
     def build(self) -> tuple[Entry, int]:
         """The entry and the bytes of arena that it needs."""
-        uses = Counter(a for node in self.graph.nodes() for a in node.args)
-        uses.update(self.graph.roots)
+        uses = self.graph.use_counts()
         for p in self.graph.params:
             name = p.attrs["name"]
             kind = "state" if name in self.graph.updates else "input"
@@ -189,7 +205,7 @@ class EntryBuilder:
         types = tuple(t.bind(self.binding) for t in node.types)
         attrs = {k: bind_attr(v, self.binding) for k, v in node.attrs.items()}
         args = tuple(self._place_of(node, i) for i in range(len(node.args)))
-        in_place = _in_place(node, uses)
+        in_place = writes_in_place(node, uses)
         bound = Bound(node, attrs, args, types, in_place)
         seen = self.backend.view(bound)
         if seen is not None:
@@ -216,7 +232,7 @@ class EntryBuilder:
         attrs = [{k: bind_attr(v, self.binding) for k, v in n.attrs.items()} for n in nodes]
         group = BoundGroup(nodes, tuple(attrs), places, outputs)
         donated: dict[Value, Any] = {
-            v: places[v.node.args[v.index]] for v in outputs if _in_place(v.node, uses)
+            v: places[v.node.args[v.index]] for v in outputs if writes_in_place(v.node, uses)
         }
         results = tuple(donated.get(v) or self._memory_of(v) for v in outputs)
         self.backend.emit_group(group, self, results)

@@ -1,8 +1,9 @@
 """From the final graph to a program: every symbol bound, every buffer placed, every launch listed.
 
-One entry is made for each bucket of the symbols. Values are dense buffers; views are the same bytes
-under another type; an op with an in-place form writes into memory that is donated to it; what
-depends on weights alone is folded when the program is loaded, tensor by tensor.
+The cpu target runs the graph itself. For a GPU one entry is made for each bucket of the symbols.
+Values are dense buffers; views are the same bytes under another type; an op with an in-place form
+writes into memory that is donated to it; what depends on weights alone is folded when the program
+is loaded, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from typing import Any
 import torch
 
 from ..compiler.ir import Graph
-from ..compiler.ops.collective import Communicator
 from ..compiler.target import Target
-from ..compiler.types import TensorType
 from ..compiler.weights import Weights
-from ..runtime.program import STEP, Entry, Function, Program, Spec
-from .constants import ConstantMaker, Observer, folded
-from .entries import Backend, Choice, EntryBuilder, buffer_of
-from .reference_backend import ReferenceBackend
+from ..runtime.program import STEP, Entry, Program
+from .constants import ConstantMaker, Observer, folded, folded_graph
+from .cpu import cpu_program
+from .entries import Backend, Choice, EntryBuilder, buffer_of, signature
 
 
 class UnsupportedTarget(Exception):
@@ -45,23 +44,29 @@ def lower(
     outputs: Sequence[str],
     meta: Mapping[str, Any] | None = None,
     observe: Observer | None = None,
-    communicator: Communicator | None = None,
     backend: Backend | None = None,
 ) -> Lowered:
     """A program whose one function, `step`, is `graph`: an entry for each of `bindings`.
 
-    `outputs` names its outputs.
-
-    `observe` sees every op on weights when it is computed, which is when a weight is loaded.
-    `communicator` is this rank's way to the others, where the graph is one rank's of several (cpu
-    only). Parameters that `graph.updates` names are state; the others are inputs. A GPU needs its
-    `backend` (kernel_backend: it needs triton, which the cpu target does without): NoKernelError
-    where no template computes a node, BuildError.
+    `outputs` names its outputs. `observe` sees every op on weights when it is computed, which is
+    when a weight is loaded. Parameters that `graph.updates` names are state; the others are inputs.
+    A GPU needs its `backend` (kernel_backend: it needs triton, which the cpu target does without):
+    NoKernelError where no template computes a node, BuildError. On the cpu there are no entries:
+    the function runs at any values of its symbols between those of `bindings`.
     """
+    symbols = {
+        name: (min(b[name] for b in bindings), max(b[name] for b in bindings))
+        for name in dict.fromkeys(name for binding in bindings for name in binding)
+    }
+    for name, ends in symbols.items():
+        if outside := [size for size in ends if size not in graph.symbols[name]]:
+            raise ValueError(f"{name}={outside[0]} is outside the ranges of {graph.symbols}")
     if backend is None:
         if target.is_gpu:
             raise ValueError(f"{target.name}: expected a KernelBackend, found none")
-        backend = ReferenceBackend(communicator)
+        program = cpu_program(folded_graph(graph), symbols, outputs, meta or {})
+        names = folded(graph, graph.constants())
+        return Lowered(program, ConstantMaker(names, weights, observe))
     constant_nodes = graph.constants()
     names = folded(graph, constant_nodes, backend.packed)
     state = {name: buffer_of(name, graph.param(name).type, {}, "state") for name in graph.updates}
@@ -69,33 +74,17 @@ def lower(
     entries: list[Entry] = []
     arena = 0
     for binding in bindings:
-        if outside := [n for n, size in binding.items() if size not in graph.symbols[n]]:
-            raise ValueError(f"{dict(binding)} is outside the ranges of {outside}: {graph.symbols}")
         entry, size = EntryBuilder(
             graph, names, constant_nodes, outputs, dict(binding), backend
         ).build()
         entries.append(entry)
         arena = max(arena, size)
-    step = Function(
-        {
-            name: (min(b[name] for b in bindings), max(b[name] for b in bindings))
-            for name in dict.fromkeys(name for binding in bindings for name in binding)
-        },
-        {n: spec_of(p.type) for p in graph.params if (n := p.attrs["name"]) not in graph.updates},
-        {n: spec_of(v.type) for n, v in zip(outputs, graph.outputs, strict=True)},
-        tuple(state),
-        tuple(entries),
-    )
+    step = signature(graph, symbols, outputs, entries)
     buffers = {**state, **constants}
     program = Program(
         target.name, backend.kernels(), buffers, {STEP: step}, arena, dict(meta or {})
     )
     return Lowered(program, ConstantMaker(names, weights, observe), backend.choices)
-
-
-def spec_of(type_: TensorType) -> Spec:
-    """A type as signatures have it."""
-    return Spec(type_.dtype, tuple(d if isinstance(d, int) else str(d) for d in type_.shape))
 
 
 def serving_bindings(

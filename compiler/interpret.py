@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from .ir import Graph, Node, Value
 from .ops.collective import Communicator
 from .ops.leaf import constant, param
+from .ops.shape import view
 from .torch_types import dtype_name, torch_dtype
 from .types import TensorType, VerifyError, bind_attr, evaluate, free_symbols
 from .weights import Weights
@@ -65,10 +66,9 @@ def compute(
 
     `communicator` is this rank's way to the others, for collectives.
     """
-    attrs = {k: bind_attr(v, binding) for k, v in node.attrs.items()}
     required, optional = node.taken(_literals_as_tensors(node, args))
     line = {"communicator": communicator} if node.op.collective else {}
-    results = node.op.reference(*required, **optional, **attrs, **line)
+    results = node.op.reference(*required, **optional, **_attrs(node, binding), **line)
     for result, type_ in zip(results, node.types, strict=True):
         if isinstance(result, torch.Tensor):
             expected = type_.bind(binding)
@@ -76,6 +76,10 @@ def compute(
                 found = f"{dtype_name(result.dtype)}{list(result.shape)}"
                 raise VerifyError(f"{node.op.name}: reference gave {found}, not {expected}")
     return results
+
+
+def _attrs(node: Node, binding: Mapping[str, int]) -> dict[str, Any]:
+    return {k: bind_attr(v, binding) for k, v in node.attrs.items()}
 
 
 def _literals_as_tensors(node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -96,6 +100,98 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
 
 
+class Interpreter:
+    """A graph that is run again and again: its nodes in order, and what is let go after each."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._nodes = list(graph.nodes())
+        last = {a.node: i for i, n in enumerate(self._nodes) for a in n.args}
+        kept = {r.node for r in graph.roots}
+        ends = {node: i for node, i in last.items() if node not in kept}
+        self._dead = [
+            {v for a in node.args if ends.get(a.node) == i for v in a.node.results}
+            for i, node in enumerate(self._nodes)
+        ]
+        self._touched: dict[tuple[tuple[str, int], ...], int] = {}
+        uses = graph.use_counts()
+        self._in_place = {
+            node
+            for node in self._nodes
+            if writes_in_place(node, uses)
+            and all(a.attrs["name"] in graph.updates for a in node.args[: len(node.types)])
+        }
+
+    def run(
+        self,
+        params: Mapping[str, torch.Tensor],
+        constants: Callable[[Node], torch.Tensor],
+        binding: Mapping[str, int],
+        communicator: Communicator | None = None,
+        *,
+        in_place: bool = False,
+    ) -> Results:
+        """Run every node's reference once, and free values after their last use.
+
+        With `in_place` ops write into the parameters that the graph updates, where nothing else
+        reads these: the update is then the parameter itself. `constants` gives weights.
+        """
+        values: dict[Value, Any] = {}
+        for node, dead in zip(self._nodes, self._dead, strict=True):
+            if node.op is param:
+                values[Value(node)] = params[node.attrs["name"]]
+            elif node.op is constant:
+                values[Value(node)] = constants(node)
+            else:
+                args = tuple(values[a] for a in node.args)
+                if in_place and node in self._in_place:
+                    assert node.op.inplace is not None
+                    node.op.inplace(*args, **_attrs(node, binding))
+                    results = args[: len(node.types)]
+                else:
+                    results = compute(node, args, binding, communicator)
+                values.update(zip(node.results, results, strict=True))
+            for value in dead:
+                del values[value]
+        return Results(
+            tuple(values[o] for o in self.graph.outputs),
+            {name: values[v] for name, v in self.graph.updates.items()},
+        )
+
+    def touched_bytes(self, binding: Mapping[str, int]) -> int:
+        """Bytes that a run reads and writes, but of state, of which it touches a few rows."""
+        key = tuple(binding.items())
+        if key not in self._touched:
+            sizes, state = self._sizes(binding), {self.graph.param(n) for n in self.graph.updates}
+            self._touched[key] = sum(
+                sizes[v]
+                for node in self._nodes
+                if node.op is not view
+                for v in (*node.args, *node.results)
+                if v not in state and v.node not in self._in_place
+            )
+        return self._touched[key]
+
+    def peak_bytes(self, binding: Mapping[str, int]) -> int:
+        """Bytes of all values but parameters and weights that are there at once, at most."""
+        sizes, now, most = self._sizes(binding), 0, 0
+        for node, dead in zip(self._nodes, self._dead, strict=True):
+            now += sum(sizes[v] for v in node.results if v.op not in (param, constant))
+            most = max(most, now)
+            now -= sum(sizes[v] for v in dead if v.op not in (param, constant))
+        return most
+
+    def _sizes(self, binding: Mapping[str, int]) -> dict[Value, int]:
+        return {v: v.type.bind(binding).nbytes for node in self._nodes for v in node.results}  # pyright: ignore[reportReturnType]
+
+
+def writes_in_place(node: Node, uses: Mapping[Value, int]) -> bool:
+    """Whether results may take over the memory of the first arguments: parameters that nothing
+    else, no other operand either, looks at. `uses` counts how often each value is read."""
+    donors = node.args[: len(node.types)]
+    return node.op.inplace is not None and all(a.op is param and uses[a] == 1 for a in donors)
+
+
 def interpret(
     graph: Graph,
     inputs: Mapping[str, torch.Tensor],
@@ -113,27 +209,13 @@ def interpret(
     for p in graph.params:
         if (found := dtype_name(inputs[p.attrs["name"]].dtype)) != p.type.dtype:
             raise ValueError(f"parameter %{p.attrs['name']}: expected {p.type}, found {found}")
-    nodes = list(graph.nodes())
-    last: dict[Node, int] = {a.node: i for i, n in enumerate(nodes) for a in n.args}
-    kept = {r.node for r in graph.roots}
-    values: dict[Value, Any] = {}
-    for i, node in enumerate(nodes):
-        if node.op is param:
-            values[Value(node)] = inputs[node.attrs["name"]]
-        elif node.op is constant:
-            if weights is None:
-                raise KeyError(f"weight @{node.attrs['name']} is needed, but no weights were given")
-            values[Value(node)] = _load(node, weights)
-        else:
-            results = compute(node, tuple(values[a] for a in node.args), binding, communicator)
-            values.update(zip(node.results, results, strict=True))
-        for arg in node.args:
-            if last[arg.node] == i and arg.node not in kept:
-                for result in arg.node.results:
-                    values.pop(result, None)
-    return Results(
-        tuple(values[o] for o in graph.outputs), {n: values[v] for n, v in graph.updates.items()}
-    )
+
+    def load(node: Node) -> torch.Tensor:
+        if weights is None:
+            raise KeyError(f"weight @{node.attrs['name']} is needed, but no weights were given")
+        return _load(node, weights)
+
+    return Interpreter(graph).run(inputs, load, binding, communicator)
 
 
 def _load(node: Node, weights: Weights) -> torch.Tensor:

@@ -7,6 +7,7 @@ next content of which parameter (a KV cache, say). There are no side effects and
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -366,6 +367,12 @@ class Graph:
             for arg in dict.fromkeys(node.args):
                 users.setdefault(arg, []).append(node)
         return users
+
+    def use_counts(self) -> Counter[Value]:
+        """How often each value is read, by nodes and as a root."""
+        uses = Counter(a for node in self.nodes() for a in node.args)
+        uses.update(self.roots)
+        return uses
 
     def constants(self) -> set[Node]:
         """Nodes that depend on weights and literals alone, so that they are computed only once."""

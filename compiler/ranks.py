@@ -1,10 +1,10 @@
-"""The ranks of a tensor-parallel run in one process: for tests, and where no group is needed."""
+"""The ranks of a tensor-parallel run: threads of one process that exchange tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from threading import Barrier, BrokenBarrierError
 from typing import Any, TypeVar
 
@@ -32,60 +32,82 @@ class Echo:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Where threads, one a rank, lay what they exchange."""
-
-    ranks: int
-    barrier: Barrier
-    given: list[Any] = field(default_factory=list[Any])
-
-
-@dataclass(frozen=True)
 class _Seat:
-    """One rank's place at the table."""
+    """One rank's end of an exchange; `given` has a place for each."""
 
-    table: _Table
     rank: int
+    barrier: Barrier
+    given: list[Any]
 
     @property
     def ranks(self) -> int:
-        return self.table.ranks
+        return len(self.given)
 
     def exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
         """RuntimeError when the ranks give tensors of several types, or not all of them come."""
-        given = self.table.given
-        given[self.rank] = x
-        self.table.barrier.wait()
-        found = list(given)
-        self.table.barrier.wait()
+        self.given[self.rank] = x
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
         if len({(g.dtype, g.shape) for g in found}) > 1:
             shown = ", ".join(f"{g.dtype}{list(g.shape)}" for g in found)
             raise RuntimeError(f"the ranks exchange tensors of different types: {shown}")
         return found
 
 
-def run_ranks(jobs: Sequence[Callable[[Communicator], R]]) -> list[R]:
-    """Run one job a rank in threads, each with its end of the line; results in order.
+class RankThreads:
+    """A thread for each of some ranks, which run jobs together. An error of one ends them all:
+    nothing runs after it."""
 
-    An exception of any rank ends them all and is raised.
-    """
-    ranks = len(jobs)
-    table = _Table(ranks, Barrier(ranks, timeout=_SECONDS), [None] * ranks)
+    def __init__(self, ranks: int) -> None:
+        self._pool = ThreadPoolExecutor(ranks, "rank")
+        self._barrier = Barrier(ranks, timeout=_SECONDS)
+        given = [None] * ranks
+        self._seats = [_Seat(rank, self._barrier, given) for rank in range(ranks)]
+        self._running: list[Future[Any]] = []
 
-    def run(rank: int) -> R:
+    def run(self, jobs: Sequence[Callable[[Communicator], R]]) -> list[R]:
+        """What one job a rank gives, called with its end of the line, in the order of ranks.
+
+        An exception of any rank is raised, that which came first if others only waited for it.
+        """
+        wait(self._running)  # of a run that a KeyboardInterrupt broke off
         try:
-            return jobs[rank](_Seat(table, rank))
+            futures = [
+                self._pool.submit(self._job, job, seat)
+                for job, seat in zip(jobs, self._seats, strict=True)
+            ]
         except BaseException:
-            table.barrier.abort()
+            self._barrier.abort()  # some may wait for what was never started
+            raise
+        self._running = list(futures)
+        wait(futures)
+        errors = [e for f in futures if (e := f.exception()) is not None]
+        # Those that were waiting for the one that failed have nothing to tell.
+        for error in sorted(errors, key=lambda e: isinstance(e, BrokenBarrierError)):
+            raise error
+        return [f.result() for f in futures]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._barrier.abort()
+        self._pool.shutdown()
+
+    def _job(self, job: Callable[[Communicator], R], seat: _Seat) -> R:
+        try:
+            return job(seat)
+        except BaseException:
+            self._barrier.abort()
             raise
 
-    with ThreadPoolExecutor(ranks) as pool:
-        futures = [pool.submit(run, rank) for rank in range(ranks)]
-    errors = [e for f in futures if (e := f.exception()) is not None]
-    # Those that were waiting for the one that failed have nothing to tell.
-    for error in sorted(errors, key=lambda e: isinstance(e, BrokenBarrierError)):
-        raise error
-    return [f.result() for f in futures]
+
+def run_ranks(jobs: Sequence[Callable[[Communicator], R]]) -> list[R]:
+    """Run one job a rank, once; see RankThreads.run."""
+    threads = RankThreads(len(jobs))
+    try:
+        return threads.run(jobs)
+    finally:
+        threads.close()
 
 
 def interpret_ranks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
@@ -44,11 +44,15 @@ def evaluate(d: Dim, binding: Mapping[str, int]) -> int:
 
     KeyError names a symbol that `binding` lacks; ValueError for a dim that is then no integer.
     """
-    if isinstance(d, int):
-        return d
+    return d if isinstance(d, int) else _evaluate(d, tuple(binding.items()))
+
+
+@lru_cache(1 << 12)
+def _evaluate(d: sympy.Expr, values: tuple[tuple[str, int], ...]) -> int:
+    binding = dict(values)
     value: Any = d.xreplace({s: sympy.Integer(binding[s.name]) for s in d.free_symbols})  # pyright: ignore
     if not value.is_Integer:
-        raise ValueError(f"dim {d} is {value} at {dict(binding)}, which is no integer")
+        raise ValueError(f"dim {d} is {value} at {binding}, which is no integer")
     return int(value)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from msgspec import convert
 
-from ..codegen.constants import folded_graph
 from ..codegen.lower import Lowered
 from ..compiler.ir import Graph
 from ..compiler.types import TensorType
@@ -34,7 +33,7 @@ from ..runtime.artifact.reader import (
 from ..runtime.artifact.safetensors_file import Item, ShardWriter, shards_of
 from ..runtime.artifact.writer import IngotWriter
 from ..runtime.devices.check_program import check_program
-from ..runtime.program import Buffer, Program
+from ..runtime.program import STEP, Buffer, Program
 from .checkpoints.safetensors_files import torch_item
 
 # A loader proves shards beside each other: several, so that a large model does not wait for one.
@@ -79,12 +78,12 @@ def export(
         raise ValueError("an ingot holds a whole model: export one with tensor_parallel=1")
     if not on_cpu:
         check_program(program)
-    texts = {FINAL_GRAPH: what.graph}
+    texts = {FINAL_GRAPH: str(what.graph)}
     if on_cpu:
-        texts[FOLDED_GRAPH] = folded_graph(what.graph)
+        texts[FOLDED_GRAPH] = program.functions[STEP].graph
     with IngotWriter(path, overwrite=overwrite) as out:
-        for name, graph in texts.items():
-            out.add(name, (str(graph) + "\n").encode())
+        for name, text in texts.items():
+            out.add(name, f"{text}\n".encode())
         if not on_cpu:
             _write_plan(out, program)
         for name, data in _kept(what.model_files).items():
@@ -124,7 +123,7 @@ def _manifest(what: Exportable) -> Manifest:
         model_type=what.model_type,
         dtype=what.dtype,
         made_with=f"torch {torch.__version__}",
-        symbols={name: (r.start, r.stop - 1) for name, r in what.graph.symbols.items()},
+        symbols=program.functions[STEP].symbols,
         entries=tuple(
             EntryFact(name, dict(e.symbols), len(e.launches))
             for name, function in program.functions.items()

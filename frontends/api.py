@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 
+from ..codegen.cpu import CpuDriver
+from ..codegen.lower import Lowered
 from ..compiler.target import target_of
 from ..passes.transforms.mxfp4_policy import MXFP4
 from ..runtime.artifact.writer import check_free
-from ..runtime.devices.collectives import ProcessGroup
 from ..runtime.driver import Driver
 from ..runtime.serving.session import Session
 from .aot import export
@@ -63,11 +65,10 @@ def compile(
     The cpu target computes with what packed weights stand for; the report lists them. Code for a
     device that is not here is compiled by `compile_to`.
 
-    With `tensor_parallel` N processes that were started together (torchrun) and share a gloo group
-    of torch.distributed each call `compile` with the same arguments, load their share of the
-    weights, and then make the same calls; every one gets the same tokens. GroupError tells what is
-    amiss with the group, PassError heads and dims that do not divide. With `passes` of your own,
-    put ShardTensorParallel among them. `target` "auto" is then the cpu.
+    With `tensor_parallel` N ranks, which are threads of this process, each compute with their share
+    of the weights; the graphs and the passes of the report are the first rank's. PassError tells of
+    heads and dims that do not divide. With `passes` of your own, put ShardTensorParallel(N, 0)
+    among them. `target` "auto" is then the cpu.
 
     Raises SourceError for a checkpoint that cannot be read, ImportFailure for a model that cannot
     be expressed, PassError for a pass that broke the graph, NoKernelError and BuildError where a
@@ -96,9 +97,7 @@ def compile(
             )
         if example_inputs is not None or dynamic_shapes is not None:
             raise ValueError("example_inputs and dynamic_shapes belong to an nn.Module")
-        group = ProcessGroup(ranks) if ranks > 1 else None
-        lowered = lower_language_model(model, chosen, target, progress, group=group)
-        return _open(lowered, driver, progress, group)
+        return _open(lower_language_model(model, chosen, target, progress), driver, progress)
 
 
 @keywords_of(CompileOptions)
@@ -149,7 +148,8 @@ def plan(
             source, chosen, target_of(_target(chosen)), progress, plan_only=True, entry=entry
         )
     program = lowered.exportable.lowered.program
-    name = chosen_entry([e.name for e in program.entries], entry)
+    names = [e.name for e in program.entries]
+    name = chosen_entry(names, entry) if names else ""
     return Plan(program, name, lowered.graphs, lowered.report())
 
 
@@ -175,21 +175,23 @@ def _language_model(source: Any) -> str | Path | PreTrainedModel | None:
     return model
 
 
-def _open(
-    model: LoweredModel, driver: Driver, progress: Progress, group: ProcessGroup | None
-) -> Model:
+def _open(model: LoweredModel, driver: Driver, progress: Progress) -> Model:
     """Load the weights of `model` and make it ready to serve."""
-    lowered = model.exportable.lowered
+
+    def load_weight(rank: Lowered, name: str) -> torch.Tensor:
+        tensor = rank.load_weight(name)
+        progress.done()
+        return tensor
+
+    programs = [rank.program for rank in model.ranks]
+    loaders = [partial(load_weight, rank) for rank in model.ranks]
     with progress.timed("load weights"):
         progress.count(0, model.weight_count)
-
-        def load_weight(name: str) -> torch.Tensor:
-            tensor = lowered.load_weight(name)
-            progress.done()
-            return tensor
-
-        draw_seed = group.draw_seed if group else None
-        session = Session(lowered.program, driver, load_weight, draw_seed=draw_seed)
+        if len(programs) == 1:
+            executable = driver.load(programs[0], loaders[0])
+        else:
+            executable = CpuDriver().load_ranks(programs, loaders)
+    session = Session(programs[0], executable)
     return Model(session, model.exportable, model.graphs, model.report(), model.tokenizer)
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..codegen.lower import UnsupportedTarget, lower, serving_bindings
+from ..codegen.lower import Lowered, UnsupportedTarget, lower, serving_bindings
 from ..compiler.ir import Graph
 from ..compiler.pipeline import Pass, PassContext, PassResult, run_pipeline
 from ..compiler.target import Target
 from ..compiler.torch_types import dtype_name, torch_dtype
 from ..compiler.validate import check_rewrite
-from ..passes.pipelines import STAGES, causal_lm
+from ..passes.pipelines import STAGES, causal_lm, of_rank
 from ..passes.serving.insert_kv_cache import InsertKvCache
 from ..passes.serving.sample_on_device import output_names
 from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ..passes.transforms.shard_tensor_parallel import ShardTensorParallel
-from ..runtime.devices.collectives import ProcessGroup
 from ..runtime.program import entry_name
 from .aot import Exportable
 from .cli.launches import chosen_entry
@@ -70,8 +69,12 @@ def graphs_by_stage(traced: Graph, results: Sequence[PassResult]) -> dict[str, G
 
 @dataclass(frozen=True)
 class LoweredModel:
-    """A language model on its way: all but its weights, which no one has loaded yet."""
+    """A language model on its way: all but its weights, which no one has loaded yet.
 
+    `ranks` are what each rank was lowered to; `exportable` and `graphs` are those of the first.
+    """
+
+    ranks: Sequence[Lowered]
     exportable: Exportable
     graphs: Mapping[str, Graph]
     tokenizer: Tokenizer | None
@@ -79,8 +82,8 @@ class LoweredModel:
 
     @property
     def weight_count(self) -> int:
-        buffers = self.exportable.lowered.program.buffers.values()
-        return sum(b.kind == "weight" for b in buffers)
+        programs = (rank.program for rank in self.ranks)
+        return sum(b.kind == "weight" for p in programs for b in p.buffers.values())
 
 
 def lower_language_model(
@@ -89,7 +92,6 @@ def lower_language_model(
     target: Target,
     progress: Progress,
     *,
-    group: ProcessGroup | None = None,
     plan_only: bool = False,
     entry: str | None = None,
 ) -> LoweredModel:
@@ -97,10 +99,11 @@ def lower_language_model(
     and whose weights need not be there."""
     from .importers.huggingface import import_hugging_face  # needs transformers, which is an extra
 
-    if group and target.is_gpu:
+    count = options.tensor_parallel
+    if count > 1 and target.is_gpu:
         raise UnsupportedTarget(
-            f"tensor_parallel: this version exchanges data between cpu processes only, not on "
-            f"{target.name}"
+            f"tensor_parallel: this version exchanges data between threads of the cpu target only, "
+            f"not on {target.name}"
         )
     with progress.timed("trace and import"):
         model = import_hugging_face(
@@ -115,32 +118,42 @@ def lower_language_model(
             max_sequences=options.max_sequences,
             max_tokens_per_sequence=model.max_tokens,
             quantize=options.packing,
-            shard=ShardTensorParallel(group.ranks, group.rank) if group else None,
+            shard=ShardTensorParallel(count, 0) if count > 1 else None,
             sample=target.is_gpu,
         )
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
     tokenizer = Tokenizer.open(directory) if directory else None
     calibration = TextCalibration(tokenizer, model.max_tokens, progress)
-    context = PassContext(target, model.weights, calibration)
-    results = run_passes(model.graph, passes, context, options, progress)
+    errors = PackingErrors()
+
+    def lowered_rank(rank: int) -> _Rank:
+        context = PassContext(target, model.weights, calibration)
+        results = run_passes(model.graph, of_rank(passes, rank), context, options, progress)
+        final = results[-1].graph if results else model.graph
+        if (meta := context.facts.get(InsertKvCache.name)) is None:
+            raise ValueError(f"a serving pipeline has {InsertKvCache.name}, found none in passes=")
+        assert context.weights is not None
+        with progress.timed("lower"):
+            bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
+            only = chosen_entry(list(map(entry_name, bindings)), entry) if plan_only else None
+            backend = kernel_backend(target, progress, only)
+            lowered = lower(
+                final,
+                context.weights,
+                target,
+                bindings,
+                output_names(final),
+                meta,
+                errors.observe,
+                backend,
+            )
+        return _Rank(results, context, lowered, backend)
+
+    ranks = [lowered_rank(rank) for rank in range(count)]
+    results, context, lowered, backend = ranks[0]
     graphs = graphs_by_stage(model.graph, results)
     final = graphs["final"]
-    if (meta := context.facts.get(InsertKvCache.name)) is None:
-        raise ValueError(f"a serving pipeline has {InsertKvCache.name}, found none in passes=")
-    assert context.weights is not None
-    weights = context.weights
-    errors = PackingErrors()
-    with progress.timed("lower"):
-        bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-        only = chosen_entry(list(map(entry_name, bindings)), entry) if plan_only else None
-        backend = kernel_backend(target, progress, only)
-        outputs = output_names(final)
-        lowered = lower(
-            final, weights, target, bindings, outputs, meta, errors.observe, group, backend
-        )
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
-    if group:
-        group.agree(_exchanges(final, meta, stops))
     exportable = Exportable(
         lowered,
         final,
@@ -151,7 +164,8 @@ def lower_language_model(
     )
 
     def report() -> Report:
-        buffers = lowered.program.buffers.values()
+        programs = [rank.lowered.program for rank in ranks]
+        buffers = [b for program in programs for b in program.buffers.values()]
         return Report(
             model_type=exportable.model_type,
             target=target.name,
@@ -160,7 +174,7 @@ def lower_language_model(
             entries=entry_sizes(lowered.program),
             weight_bytes=sum(b.nbytes for b in buffers if b.kind == "weight"),
             state_bytes=sum(b.nbytes for b in buffers if b.kind == "state"),
-            arena_bytes=lowered.program.arena_bytes,
+            arena_bytes=sum(program.arena_bytes for program in programs),
             unused=model.unused,
             seconds=progress.seconds,
             weights=weight_reports(context.facts.get(QuantizeMxfp4.name, ()), errors),
@@ -169,15 +183,16 @@ def lower_language_model(
             kernels_cached=backend.from_cache if backend else 0,
         )
 
-    return LoweredModel(exportable, graphs, tokenizer, report)
+    return LoweredModel([rank.lowered for rank in ranks], exportable, graphs, tokenizer, report)
 
 
-def _exchanges(final: Graph, meta: Mapping[str, Any], stops: Iterable[int]) -> str:
-    """What must be the same on every rank: the collectives in order, and what steps depend on."""
-    lines = [
-        f"{node.op.name} {node.attrs} {node.types}" for node in final.nodes() if node.op.collective
-    ]
-    return "\n".join([*lines, str(sorted(meta.items())), str(sorted(stops))])
+class _Rank(NamedTuple):
+    """What one rank's way to a program left."""
+
+    results: list[PassResult]
+    context: PassContext
+    lowered: Lowered
+    backend: KernelBackend | None
 
 
 def _eos(source: Any, config: Any) -> set[int]:

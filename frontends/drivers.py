@@ -20,7 +20,7 @@ def driver_for(target: str) -> Driver:
     """
     kind = target.partition(":")[0]
     if kind == "cpu":
-        from ..runtime.devices.cpu import CpuDriver
+        from ..codegen.cpu import CpuDriver
 
         return CpuDriver()
     if kind == "cuda":

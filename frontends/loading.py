@@ -65,14 +65,14 @@ def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
     driver = driver or driver_for(target)
     tokenizer = _tokenizer(artifact)
     if artifact.program is None:
-        from .relower import cpu_program, torch_weights
+        from .cpu_ingot import read_cpu_program, torch_weights
 
-        program = cpu_program(artifact)
+        program = read_cpu_program(artifact)
         weights = torch_weights(artifact.weights(program.buffers), program.buffers)
     else:
         program = artifact.program
         weights = artifact.weights(program.buffers)
-    session = Session(program, driver, weights)
+    session = Session(program, driver.load(program, weights))
     return LoadedModel(session, tokenizer, artifact.manifest, artifact.graphs)
 
 

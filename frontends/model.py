@@ -24,7 +24,8 @@ from .weight_report import WeightReport
 class Report:
     """What the compiler did and what the program takes.
 
-    `entries` has, for each bucket, its name, its launches, and the bytes of arena that it uses.
+    `entries` has, for each bucket of a GPU program, its name, its launches, and the bytes of arena
+    that it uses.
     Sizes are bytes. `unused` names tensors of the checkpoint that the program does not read.
     `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `choices` says,
     for a GPU, by which kernels each node of each entry is computed, and why; `kernels_built` of

@@ -40,8 +40,8 @@ class ModuleReport:
 
 
 class CompiledModule(Compiled):
-    """Calls the program that fits the shapes of its arguments; one is built for each new binding
-    of the dynamic dims.
+    """Calls the program that fits the shapes of its arguments; for a GPU one is built for each new
+    binding of the dynamic dims.
     """
 
     def __init__(
@@ -72,9 +72,10 @@ class CompiledModule(Compiled):
             raise ValueError(f"expected {len(graph.params)} inputs, found {len(inputs)}")
         named = {p.attrs["name"]: x for p, x in zip(graph.params, inputs, strict=True)}
         binding = bind_symbols(graph, {n: tuple(x.shape) for n, x in named.items()})
-        key = tuple(binding[n] for n in graph.symbols if n in binding)
+        symbols = binding if self._target.is_gpu else {}
+        key = tuple(symbols.values())
         if key not in self._programs:
-            self._programs[key] = self._build(graph, binding)
+            self._programs[key] = self._build(graph, symbols)
         arrays: dict[str, Any] = {n: x.detach() for n, x in named.items()}
         results = self._programs[key].run(STEP, binding, arrays)
         outputs = [
@@ -83,10 +84,14 @@ class CompiledModule(Compiled):
         ]
         return tree_unflatten(outputs, self._structure)
 
-    def _build(self, graph: Graph, binding: Mapping[str, int]) -> Executable:
+    def _build(self, graph: Graph, symbols: Mapping[str, int]) -> Executable:
+        """The program where `symbols` have these values, and others any in their range."""
         names = _output_names(graph)
-        backend = self._backend()
-        lowered = lower(graph, self._weights, self._target, [binding], names, backend=backend)
+        ends = [{**{n: r[end] for n, r in graph.symbols.items()}, **symbols} for end in (0, -1)]
+        bindings = ends[: 1 if self._target.is_gpu else 2]
+        lowered = lower(
+            graph, self._weights, self._target, bindings, names, backend=self._backend()
+        )
         return self._driver.load(lowered.program, lowered.load_weight)
 
 

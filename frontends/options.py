@@ -68,8 +68,9 @@ class CompileOptions:
     the first GPU of this machine, or the cpu. `dtype` None keeps the checkpoint's; weights are
     converted as they are loaded. `quantize` "mxfp4", or an MXFP4 with options, packs the weights of
     products; those options that need a text (GPTQ) run the model over it. `tensor_parallel` N
-    splits a language model over N ranks. `passes` replaces the pipeline. `verify` runs every
-    rewritten region, before and after, on sampled inputs. `progress` shows a bar on stderr.
+    splits a language model over N ranks, threads of one process on the cpu target. `passes`
+    replaces the pipeline. `verify` runs every rewritten region, before and after, on sampled
+    inputs. `progress` shows a bar on stderr.
 
     ValueError names the option, what was expected and what came; NotYetError what this version
     lacks. Equal options are normalized to the same values: "mxfp4" to MXFP4(), dtypes to "bf16" …

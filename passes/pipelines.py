@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ..compiler.ir import Graph, Node
 from ..compiler.ops.attention import attention
@@ -100,6 +101,11 @@ def causal_lm(
         *FUSIONS,
         *((SampleOnDevice(),) if sample else ()),
     )
+
+
+def of_rank(passes: Sequence[Pass], rank: int) -> tuple[Pass, ...]:
+    """`passes` as rank `rank` of a tensor-parallel model runs them."""
+    return tuple(replace(p, rank=rank) if isinstance(p, ShardTensorParallel) else p for p in passes)
 
 
 def module() -> tuple[Pass, ...]:

@@ -5,7 +5,7 @@ Standard library only. Nothing here computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,19 +30,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One piece of device code, or for the cpu target one Python callable.
+    """One piece of device code.
 
-    `binary` is a cubin or hsaco, or the callable, called as `binary(*args)` with one tensor view
-    per argument, outputs last. For a GPU: `symbol` is the function in the binary, `num_warps` warps
-    make a block, `shared` is bytes of shared memory (LDS), `args` what it takes (behind them come
-    two pointers that are null: Triton's scratch), and `programmatic` says that it may start while
-    the launches that it depends on still run: it waits for them itself. `facts` are figures of the
-    build (registers, spills, ...) that nothing depends on.
+    `binary` is a cubin or hsaco, `symbol` the function in it, `num_warps` warps make a block,
+    `shared` is bytes of shared memory (LDS), `args` what it takes (behind them come two pointers
+    that are null: Triton's scratch), and `programmatic` says that it may start while the launches
+    that it depends on still run: it waits for them itself. `facts` are figures of the build
+    (registers, spills, ...) that nothing depends on.
     """
 
     id: str
     symbol: str
-    binary: bytes | Callable[..., None]
+    binary: bytes
     num_warps: int = 1
     shared: int = 0
     args: tuple[Argument, ...] = ()
@@ -70,7 +69,7 @@ class Buffer:
 class Slice:
     """A view of a buffer: `offset` bytes in, seen as `dtype[shape]`.
 
-    `strides` are in elements; None is dense (row-major). The cpu target has only dense ones.
+    `strides` are in elements; None is dense (row-major).
     """
 
     buffer: str
@@ -146,6 +145,9 @@ class Function:
 
     `symbols` has the first and last value of each symbol. `state` names the state buffers that it
     reads or writes. What an input is called, an output or a buffer of the program is not.
+
+    A function for the cpu target has no entries: it is `graph`, the text of its IR, and runs at any
+    values of its symbols.
     """
 
     symbols: Mapping[str, tuple[int, int]]
@@ -153,6 +155,7 @@ class Function:
     outputs: Mapping[str, Spec]
     state: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
+    graph: str = ""
 
     def entry(self, symbols: Mapping[str, int]) -> Entry:
         """The entry for these values; ValueError lists those there are."""

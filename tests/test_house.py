@@ -46,8 +46,6 @@ DOORS = {
     "frontends/loading.py",
     "frontends/options.py",
 }
-# The cpu driver computes with torch; the ranks of a tensor-parallel run on it exchange its tensors.
-RUNTIME_WITH_TORCH = {"runtime/devices/cpu.py", "runtime/devices/collectives.py"}
 STANDARD_LIBRARY_ONLY = {"runtime/program.py", *MAY_IMPORT["runtime"]}
 IMPORT_SECONDS = 0.2
 
@@ -194,10 +192,8 @@ def runtime_breaches(root: Path) -> list[str]:
             breaches.append(f"{found}: it is for the standard library alone")
         if room_of(found.file) != "runtime":
             continue
-        if top == "triton" or (top == "torch" and found.file not in RUNTIME_WITH_TORCH):
+        if top in ("triton", "torch"):
             breaches.append(f"{found}: runtime/ replays without it")
-        if found.target in RUNTIME_WITH_TORCH:
-            breaches.append(f"{found}: it imports torch; whoever opens a session brings the driver")
     return breaches
 
 
@@ -316,7 +312,6 @@ print(json.dumps([seconds, sorted(sys.modules), ingot.__file__, dir(ingot)]))
 
 def test_runtime_replays_without_torch(tmp_path: Path) -> None:
     files = [f for f in package_files(ROOT) if f.startswith("runtime/")]
-    files = [f for f in files if f not in RUNTIME_WITH_TORCH]
     names = [f"ingot.{f[:-3].replace('/', '.').removesuffix('.__init__')}" for f in files]
     code = f"import sys, {', '.join(names)}; print(*{{'torch', 'triton'}} & set(sys.modules))"
     assert run_python(code, tmp_path).split() == []
@@ -431,22 +426,10 @@ BROKEN: dict[str, tuple[Callable[[Path], list[str]], dict[str, str | None], str]
         {"runtime/serving/session.py": "import torch.nn"},
         "torch",
     ),
-    "triton in cpu": (runtime_breaches, {"runtime/devices/cpu.py": "import triton"}, "triton"),
-    "cpu driver in session": (
+    "triton in a driver": (
         runtime_breaches,
-        {
-            "runtime/serving/session.py": "from ..devices.cpu import Cpu",
-            "runtime/devices/cpu.py": "",
-        },
-        "runtime/devices/cpu.py",
-    ),
-    "process group in session": (
-        runtime_breaches,
-        {
-            "runtime/serving/session.py": "from ..devices import collectives",
-            "runtime/devices/collectives.py": "",
-        },
-        "runtime/devices/collectives.py",
+        {"runtime/devices/cuda.py": "import triton"},
+        "triton",
     ),
     "program beyond the standard library": (
         runtime_breaches,

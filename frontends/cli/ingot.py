@@ -71,7 +71,8 @@ def ingot_lines(data: Mapping[str, Any]) -> list[str]:
 def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[Table]:
     """Entries; the kernels of `program` and the weights, where there are any to show."""
     entries = [[e["name"], str(e["launches"])] for e in data["entries"]]
-    yield table("Entries", ["entry", "launches"], entries, right=(1,))
+    if entries:
+        yield table("Entries", ["entry", "launches"], entries, right=(1,))
     if program is not None:
         report = static_report(program, program.entries)
         yield static_table(report, f"Kernels of all entries, as built for {report.target}")

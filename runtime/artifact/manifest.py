@@ -65,7 +65,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
     model_type: _Name
     dtype: Annotated[str, Meta(pattern=r"^\w+\Z", max_length=64)]
     symbols: Annotated[Mapping[_Symbol, tuple[Size, Size]], Meta(max_length=16)]
-    entries: Annotated[tuple[EntryFact, ...], Meta(min_length=1, max_length=4096)]
+    entries: Annotated[tuple[EntryFact, ...], Meta(max_length=4096)]
     meta: ServingFacts
     stop_tokens: Annotated[tuple[Size, ...], Meta(max_length=4096)]
     generation: Annotated[

@@ -1,6 +1,5 @@
 """Drivers: a program in device memory, replayed.
 
-`cpu` (the driver that runs the references), `collectives` (ranks that exchange tensors). For GPUs:
 `device_api` (what a graph runtime asks of a driver, and its errors), `native_api` (what CUDA and
 HIP share, through ctypes), `cuda` and `hip` (the two bindings and their drivers),
 `graph_executable` (a program as one explicit graph an entry) and its parts `host_arrays`, `staging`

@@ -1,6 +1,7 @@
 """The serving ABI: what a program's `step` takes and gives.
 
-It has an entry for each bucket of T tokens and L result rows, two independent sizes:
+It has an entry for each bucket of T tokens and L result rows, two independent sizes; where it is
+interpreted it takes any up to the largest:
 
     tokens i32[T]  positions i32[T]  slots i32[T]  logit_rows i32[L]
     page_table i32[max_sequences, pages_per_slot]               →  logits [L, vocab_size]
@@ -30,7 +31,7 @@ from typing import Any
 
 from ...compiler.dtypes import DTYPES
 from ..driver import Array
-from ..program import STEP, Entry, Function, Program, Spec
+from ..program import STEP, Function, Program, Spec, entry_name
 
 # Tokens in a word of `seen`.
 SEEN_BITS = 32
@@ -63,7 +64,7 @@ class ServingMeta:
 
 
 class ServingAbi:
-    """The entries of a serving program, by size."""
+    """What a serving program can take at once."""
 
     def __init__(self, program: Program) -> None:
         """ValueError says which part of the ABI `program` does not keep."""
@@ -74,23 +75,28 @@ class ServingAbi:
         # How many most likely tokens the device can give; None where it does not sample.
         self.candidates = _candidates_of(step)
         _check_signature(step, self.meta, self.candidates)
-        if not step.entries:
-            raise ValueError(f"{STEP}: expected at least one entry, found none")
-        for entry in step.entries:
-            _check_entry(entry)
-        self._entries = sorted(step.entries, key=_size)
+        self._entries = sorted((_checked(entry.symbols) for entry in step.entries), key=_size)
         # The most tokens and the most rows of one replay: the largest entry takes any batch.
-        self.tokens, self.rows = _size(self._entries[-1])
-        if more := [e.name for e in self._entries if e.symbols["L"] > self.rows]:
+        if self._entries:
+            self.tokens, self.rows = _size(self._entries[-1])
+        elif step.graph:
+            if {name: first for name, (first, _) in step.symbols.items()} != {"T": 1, "L": 1}:
+                raise ValueError(f"{STEP}: expected T and L from 1, found {dict(step.symbols)}")
+            self.tokens, self.rows = (step.symbols[name][1] for name in ("T", "L"))
+        else:
+            raise ValueError(f"{STEP}: expected at least one entry, found none")
+        if more := [entry_name(symbols) for symbols in self._entries if symbols["L"] > self.rows]:
             raise ValueError(
-                f"{STEP}: expected {self._entries[-1].name}, the entry of the most tokens, to "
-                f"have the most rows, found more in {more}"
+                f"{STEP}: expected {entry_name(self._entries[-1])}, the entry of the most tokens, "
+                f"to have the most rows, found more in {more}"
             )
 
-    def smallest(self, tokens: int, rows: int) -> Entry:
-        """The smallest entry for `tokens` ≤ `self.tokens` tokens and `rows` ≤ `self.rows` rows."""
-        fits = (e for e in self._entries if e.symbols["T"] >= tokens and e.symbols["L"] >= rows)
-        return next(fits)
+    def smallest(self, tokens: int, rows: int) -> Mapping[str, int]:
+        """The symbols of the smallest entry for `tokens` ≤ `self.tokens` tokens and `rows` ≤
+        `self.rows` rows; just these where there are no entries."""
+        if not self._entries:
+            return {"T": tokens, "L": max(rows, 1)}
+        return next(s for s in self._entries if s["T"] >= tokens and s["L"] >= rows)
 
     def checked_prompt(self, tokens: Iterable[int], pages: int) -> tuple[int, ...]:
         """The ids of a prompt; ValueError for one that a cache of `pages` could never serve."""
@@ -116,15 +122,15 @@ class ServingAbi:
             )
         return ids
 
-    def check_outputs(self, entry: Entry, found: Mapping[str, Array]) -> None:
+    def check_outputs(self, symbols: Mapping[str, int], found: Mapping[str, Array]) -> None:
         """ValueError for an output of a replay that is not as the program says."""
         expected = serving_outputs(self.meta, self.candidates)
         for name, array in found.items():
             dtype = DTYPES[expected[name].dtype].numpy
-            shape = expected[name].bound(entry.symbols)
+            shape = expected[name].bound(symbols)
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(
-                    f"entry {entry.name}: expected {name} {dtype}{list(shape)}, "
+                    f"entry {entry_name(symbols)}: expected {name} {dtype}{list(shape)}, "
                     f"found {array.dtype}{list(array.shape)}"
                 )
 
@@ -150,8 +156,8 @@ def serving_outputs(meta: ServingMeta, candidates: int | None) -> dict[str, Spec
     return expected
 
 
-def _size(entry: Entry) -> tuple[int, int]:
-    return entry.symbols["T"], entry.symbols["L"]
+def _size(symbols: Mapping[str, int]) -> tuple[int, int]:
+    return symbols["T"], symbols["L"]
 
 
 def _candidates_of(step: Function) -> int | None:
@@ -181,11 +187,12 @@ def _shown(specs: Mapping[str, Spec]) -> str:
     return ", ".join(f"{name} {spec}" for name, spec in specs.items())
 
 
-def _check_entry(entry: Entry) -> None:
-    if min(entry.symbols.get(name, 0) for name in ("T", "L")) < 1:
+def _checked(symbols: Mapping[str, int]) -> Mapping[str, int]:
+    if min(symbols.get(name, 0) for name in ("T", "L")) < 1:
         raise ValueError(
-            f"entry {entry.name}: expected symbols T ≥ 1 and L ≥ 1, found {dict(entry.symbols)}"
+            f"entry {entry_name(symbols)}: expected symbols T ≥ 1 and L ≥ 1, found {dict(symbols)}"
         )
+    return symbols
 
 
 __all__ = [

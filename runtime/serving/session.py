@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import count, groupby
 from time import perf_counter
 from typing import Unpack
@@ -13,7 +12,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..driver import Array, Driver, WeightLoader
+from ..driver import Array, Executable
 from ..program import STEP, Program
 from .abi import ServingAbi
 from .batch import Batch, Chunk, Row
@@ -54,19 +53,16 @@ class Session:
     def __init__(
         self,
         program: Program,
-        driver: Driver,
-        weights: WeightLoader,
+        executable: Executable,
         *,
         pages: int | None = None,
-        draw_seed: Callable[[], int] | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """Load `program`. `pages` uses fewer of the program's KV pages than there are.
+        """`executable` is `program`, loaded; it is closed with the session.
 
-        `draw_seed` gives a number in [0, 2^64) for sampling that fixes none, by default from the
-        operating system; processes that serve the same sequences together must draw the same.
-        What `drafter` proposes is verified in the rows that a step has left, and changes nothing
-        but how many tokens a step gives.
+        `pages` uses fewer of the program's KV pages than there are. What `drafter` proposes is
+        verified in the rows that a step has left, and changes nothing but how many tokens a step
+        gives.
 
         ValueError when the program is no serving program or `pages` is out of range.
         """
@@ -85,14 +81,13 @@ class Session:
             self._cache, tokens=self._abi.tokens, rows=self._abi.rows, drafter=drafter
         )
         self._sampler = RowSampler(self.meta.vocab_size, self._abi.candidates)
-        self._draw_seed = draw_seed or partial(secrets.randbits, 64)
         self._ids = count(1)
         self._events: list[Event] = []
         self._stats = SessionStats()
         self._first_tokens = 0
         self._ended = ""
         self._closed = False
-        self._executable = driver.load(program, weights)
+        self._executable = executable
 
     def __enter__(self) -> Session:
         return self
@@ -184,7 +179,7 @@ class Session:
         fixed = request.sampling.seed
         return [
             Sequence(
-                next(self._ids), tokens, request, self._draw_seed() if fixed is None else fixed
+                next(self._ids), tokens, request, secrets.randbits(64) if fixed is None else fixed
             )
             for tokens in checked
         ]
@@ -303,16 +298,16 @@ class Session:
 
         Any failure of the device ends the session and is raised as SessionEndedError.
         """
-        entry = self._abi.smallest(batch.tokens, len(batch.rows))
-        size, rows = entry.symbols["T"], entry.symbols["L"]
+        symbols = self._abi.smallest(batch.tokens, len(batch.rows))
+        size, rows = symbols["T"], symbols["L"]
         inputs: dict[str, Array] = {
             **batch.inputs(size, rows, self._cache.page_table),
             **self._sampler.inputs(rows, batch.rows),
         }
         # A device may fail in any way, and after none is the state of the cache known.
         try:
-            found = self._executable.run(STEP, entry.symbols, inputs, outputs)
-            self._abi.check_outputs(entry, {name: found[name] for name in outputs})
+            found = self._executable.run(STEP, symbols, inputs, outputs)
+            self._abi.check_outputs(symbols, {name: found[name] for name in outputs})
         except Exception as error:
             self._end(f"{type(error).__name__}: {error}", "error")
             raise SessionEndedError(f"the session ended: {self._ended}") from error

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ingot.codegen.cpu import CpuDriver
 from ingot.codegen.kernel_backend import KernelBackend
 from ingot.codegen.lower import Lowered, lower
 from ingot.compiler.pipeline import run_pipeline
@@ -23,7 +24,6 @@ from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving.sample_on_device import output_names
 from ingot.passes.transforms.mxfp4_policy import MXFP4
-from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.serving.sampling import Sampling
 from ingot.runtime.serving.session import Session
 from interpreted import InterpretedBackend, InterpretedDriver
@@ -94,7 +94,7 @@ def assert_as_good(found: Any, plain: Any, exact: Any, dtype: torch.dtype) -> No
 
 def served(model: Lowered, driver: Any, prompts: list[list[int]], count: int) -> tuple[Any, ...]:
     """Logits of every prompt, and what greedy and drawn sequences became."""
-    session = Session(model.program, driver, model.load_weight)
+    session = Session(model.program, driver.load(model.program, model.load_weight))
     try:
         logits = [session.logits(prompt) for prompt in prompts]
         greedy = session.generate(prompts, max_new_tokens=count)

@@ -12,19 +12,18 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from ingot.codegen.lower import Lowered, lower, serving_bindings
+from ingot.codegen.lower import Lowered, serving_bindings
 from ingot.codegen.memory import ALIGNMENT
 from ingot.compiler.interpret import interpret, random_tensor
 from ingot.compiler.ir import Graph
 from ingot.compiler.pipeline import run_pipeline
-from ingot.compiler.target import CPU
 from ingot.compiler.text import parse
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.weights import Entry, Weights
-from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.devices.staging import lay_out
 from ingot.runtime.program import STEP, Program, Slice
 from pass_checks import plain_serving
+from planned import PlannedDriver, planned
 from programs import with_entries
 
 # Two layers that share a shape, so that their kernels are the same; heads of 4.
@@ -111,7 +110,7 @@ def run(
     entry: int = 0,
 ) -> dict[str, np.ndarray]:
     program = lowered.program if isinstance(lowered, Lowered) else lowered
-    executable = CpuDriver().load(program, load)  # pyright: ignore
+    executable = PlannedDriver().load(program, load)  # pyright: ignore
     found = executable.run(
         STEP, program.entries[entry].symbols, {k: v.numpy() for k, v in inputs.items()}
     )
@@ -122,8 +121,8 @@ def run(
 def test_every_entry_computes_what_the_interpreter_does() -> None:
     graph = served()
     weights = Loads().weights(graph)
-    lowered = lower(graph, weights, CPU, BINDINGS, ("logits",))
-    executable = CpuDriver().load(lowered.program, lowered.load_weight)
+    lowered = planned(graph, weights, BINDINGS, ("logits",))
+    executable = PlannedDriver().load(lowered.program, lowered.load_weight)
     caches = caches_of(graph)
     for step, (binding, entry) in enumerate(zip(BINDINGS, lowered.program.entries, strict=True)):
         inputs = inputs_of(graph, binding, seed=step)
@@ -137,7 +136,7 @@ def test_every_entry_computes_what_the_interpreter_does() -> None:
 
 def test_any_order_that_the_dependencies_allow_gives_the_same() -> None:
     graph = served()
-    lowered = lower(graph, Loads().weights(graph), CPU, BINDINGS[2:], ("logits",))
+    lowered = planned(graph, Loads().weights(graph), BINDINGS[2:], ("logits",))
     (entry,) = lowered.program.entries
     expected = run(lowered, lowered.load_weight, inputs_of(graph, BINDINGS[2]))["logits"]
     waiting = nx.DiGraph(list(entry.dependencies))
@@ -159,7 +158,7 @@ def test_any_order_that_the_dependencies_allow_gives_the_same() -> None:
 def test_each_dependency_is_needed() -> None:
     """The last launch, a place too early, reads what is not there yet."""
     graph = served()
-    lowered = lower(graph, Loads().weights(graph), CPU, BINDINGS[2:], ("logits",))
+    lowered = planned(graph, Loads().weights(graph), BINDINGS[2:], ("logits",))
     (entry,) = lowered.program.entries
     expected = run(lowered, lowered.load_weight, inputs_of(graph, BINDINGS[2]))["logits"]
     *before, first, second = entry.launches
@@ -171,7 +170,7 @@ def test_each_dependency_is_needed() -> None:
 
 
 def test_buffers_of_a_real_entry_do_not_meet() -> None:
-    lowered = lower(served(), Loads().weights(served()), CPU, BINDINGS[2:], ("logits",))
+    lowered = planned(served(), Loads().weights(served()), BINDINGS[2:], ("logits",))
     (entry,) = lowered.program.entries
     used: dict[str, list[int]] = {}
     for at, launch in enumerate(entry.launches):
@@ -198,7 +197,7 @@ def test_buffers_of_a_real_entry_do_not_meet() -> None:
 
 def test_inputs_travel_in_one_copy() -> None:
     """However early some of them have been read: side by side, till the last is."""
-    program = lower(served(), Loads().weights(served()), CPU, BINDINGS, ("logits",)).program
+    program = planned(served(), Loads().weights(served()), BINDINGS, ("logits",)).program
     for entry in program.entries:
         inputs = [b for b in entry.buffers if b.kind == "input"]
         assert len(inputs) == 5
@@ -218,7 +217,7 @@ graph @outs(%x: f32[T, 256], %y: i32[T], %w: f32[512, 256]) T=1..8 {
   %5 = linear(%3, %w) : f32[T, 512]
   return %4, %5, %3, %2
 }""")
-    lowered = lower(graph, Weights({}), CPU, [{"T": 8}], tuple("abcd"))
+    lowered = planned(graph, Weights({}), [{"T": 8}], tuple("abcd"))
     (entry,) = lowered.program.entries
     kept = {b.name: b for b in entry.buffers if b.kind == "output"}
     assert len(lay_out(b for b in kept.values() if b.name != "b").copies) == 1
@@ -230,7 +229,7 @@ graph @outs(%x: f32[T, 256], %y: i32[T], %w: f32[512, 256]) T=1..8 {
 
 def test_equal_kernels_are_one() -> None:
     graph = served()
-    program = lower(graph, Loads().weights(graph), CPU, BINDINGS[1:2], ("logits",)).program
+    program = planned(graph, Loads().weights(graph), BINDINGS[1:2], ("logits",)).program
     (entry,) = program.entries
     by_op: dict[str, set[str]] = {}
     for launch in entry.launches:
@@ -245,7 +244,7 @@ def test_equal_kernels_are_one() -> None:
 
 def test_weights_are_loaded_once_each_and_folded() -> None:
     graph, loads = served(), Loads()
-    lowered = lower(graph, loads.weights(graph), CPU, BINDINGS, ("logits",))
+    lowered = planned(graph, loads.weights(graph), BINDINGS, ("logits",))
     assert not loads  # nothing is read before the program is loaded
     folded = [n for n in lowered.program.buffers if n.startswith("@folded")]
     assert len(folded) == 1
@@ -271,7 +270,7 @@ graph @stack(%x: f32[T, 4]) T=1..8 {
 """)
     loads = Loads()
     weights = loads.weights(graph)
-    lowered = lower(graph, weights, CPU, [{"T": 3}], ("y", "best", "a"))
+    lowered = planned(graph, weights, [{"T": 3}], ("y", "best", "a"))
     kinds = {n: b.kind for n, b in lowered.program.buffers.items()}
     assert set(kinds.values()) == {"weight"} and len(kinds) == 3
     x = torch.randn(3, 4)
@@ -300,10 +299,8 @@ def append(results: str, caches: str) -> str:
 def stepped(text: str, steps: int = 2) -> tuple[Program, list[dict[str, np.ndarray]]]:
     """The program, and what some steps of it gave; the interpreter must give the same."""
     graph = parse(text)
-    lowered = lower(
-        graph, Weights({}), CPU, [{"T": 2}], [f"y{i}" for i in range(len(graph.outputs))]
-    )
-    executable = CpuDriver().load(lowered.program, lowered.load_weight)
+    lowered = planned(graph, Weights({}), [{"T": 2}], [f"y{i}" for i in range(len(graph.outputs))])
+    executable = PlannedDriver().load(lowered.program, lowered.load_weight)
     state = {n: torch.zeros([int(d) for d in graph.param(n).type.shape]) for n in graph.updates}
     given = {p.attrs["name"]: p.type for p in graph.params}
     results: list[dict[str, np.ndarray]] = []
@@ -432,7 +429,7 @@ graph @outs(%x: f32[T, 4]) T=1..8 {
   return %x, %0, %2, %1, %1
 }""")
     names = tuple("abcde")
-    lowered = lower(graph, Weights({}), CPU, [{"T": 3}, {"T": 8}], names)
+    lowered = planned(graph, Weights({}), [{"T": 3}, {"T": 8}], names)
     for entry, tokens in enumerate((3, 8)):
         x = torch.randn(tokens, 4)
         found = run(lowered, lowered.load_weight, {"x": x}, entry)

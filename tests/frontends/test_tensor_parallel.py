@@ -1,133 +1,96 @@
-"""`tensor_parallel=N` of compile: N processes over gloo give the tokens that one process gives."""
+"""`tensor_parallel=N` of compile: N ranks, which are threads, give the tokens of one."""
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerContext
+from collections.abc import Sequence
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import ingot
 import pytest
-import rank_worker
-from ingot.compiler.pipeline import run_pipeline
-from ingot.frontends.importers.huggingface import import_hugging_face
-from ingot.passes.raising.canonicalize import Canonicalize
-from ingot.passes.raising.raise_ops import RaiseOps
-from ingot.runtime.devices.collectives import GroupError
-from safetensors.torch import save_file
+import torch
+from ingot.codegen.lower import UnsupportedTarget
+from ingot.compiler.ops import collective
+from ingot.frontends.model import Model
+from ingot.runtime.serving.session import SessionEndedError
 from tiny_models import tiny_model
 
-MODELS = ("llama", "qwen3_moe", "deepseek_v3", "gpt_oss")
+PROMPTS = ((5, 9, 77, 3), (64, 1, 30), (120, 119, 118, 7, 8, 9, 10, 11, 12))
 ROOT = Path(__file__).parents[2]
-# A rank that waits for another one for ever must not keep the tests waiting.
-SECONDS = 120.0
 
 
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    """A server that has everything imported, and no thread, when it forks a rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ingot.frontends.api", "ingot.frontends.importers.huggingface"])
-    return context
+def compiled(name: str, ranks: int, **options: Any) -> Model:
+    limits = {"max_sequences": 2, "max_tokens_per_sequence": 64, "progress": False}
+    return ingot.compile(tiny_model(name), tensor_parallel=ranks, **limits, **options)
 
 
-Run = Callable[..., list[Any]]
+def served(model: Model) -> list[Sequence[int]]:
+    """Greedy tokens of more prompts than slots, and such as are drawn by a fixed seed."""
+    greedy = model.generate(PROMPTS, max_new_tokens=12)
+    drawn = model.generate(PROMPTS, max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3)
+    return [c.tokens for c in (*greedy, *drawn)]
 
 
-@pytest.fixture
-def run(server: ForkServerContext, tmp_path: Path) -> Iterator[Run]:
-    """`run(ranks, job, *args)`: what `job(*args, ranks)` gave on each rank."""
-    processes: list[Any] = []
-
-    def start(ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
-        queue = server.Queue()
-        meeting = str(tmp_path / f"meeting-{len(processes)}")
-        mine = [
-            server.Process(
-                target=rank_worker.work, args=(rank, ranks, meeting, queue, job, args), daemon=True
-            )
-            for rank in range(ranks)
-        ]
-        processes.extend(mine)
-        for process in mine:
-            process.start()
-        results: dict[int, Any] = {}
-        end = time.monotonic() + SECONDS
-        while len(results) < ranks:
-            try:
-                rank, result = queue.get(timeout=1)
-                results[rank] = result
-            except Empty:
-                failed = [p.exitcode for p in mine if p.exitcode]
-                assert not failed, f"ranks ended with {failed}; their errors stand above"
-                assert time.monotonic() < end, f"only ranks {sorted(results)} came back"
-        return [results[rank] for rank in range(ranks)]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.join()
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("llama", 2), ("qwen3_moe", 2), ("deepseek_v3", 2), ("gpt_oss", 2), ("llama", 4)],
+)
+def test_tokens_of_ranks_are_those_of_one(name: str, ranks: int) -> None:
+    with compiled(name, 1) as one, compiled(name, ranks) as several:
+        assert served(several) == served(one)
+        logits = torch.from_numpy(several.logits(list(PROMPTS[2])))
+        expected = torch.from_numpy(one.logits(list(PROMPTS[2])))
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> rank_worker.Models:
-    """Traced once: ranks are given the graph and the weights."""
-    folder = tmp_path_factory.mktemp("models")
-    found: dict[str, tuple[str, str]] = {}
-    for name in MODELS:
-        model = import_hugging_face(tiny_model(name), dtype=None, max_tokens=rank_worker.TOKENS)
-        graph = run_pipeline(model.graph, (Canonicalize(), RaiseOps()))[-1].graph
-        used = {n.attrs["name"] for n in graph.nodes() if n.op.name == "constant"}
-        file = str(folder / f"{name}.safetensors")
-        save_file({n: model.weights.load(n).clone() for n in used}, file)
-        found[name] = (str(graph), file)
-    return found
+def test_each_rank_holds_its_share_alone() -> None:
+    with compiled("llama", 1) as one, compiled("llama", 2) as two:
+        whole, shares = one.report.weight_bytes, two.report.weight_bytes
+        assert whole < shares < 1.3 * whole, "norms alone are held twice"
+        assert two.report.state_bytes == one.report.state_bytes
+        ops = {node.op.name for node in two.graph().nodes()}
+        assert ops & {"all_reduce", "add_rms_norm"}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_tokens_of_ranks_are_those_of_one(ranks: int, run: Run, models: rank_worker.Models) -> None:
-    expected = rank_worker.tokens(models, 1)
-    for found in run(ranks, rank_worker.tokens, models):
-        assert found == expected
+def test_a_rank_that_fails_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it in an exchange: they end with it, and nobody hangs."""
+    with compiled("llama", 2) as model:
+        model.generate([1, 2], max_new_tokens=2)
+        exchanged = collective.exchanged
+
+        def failing(x: torch.Tensor, ranks: int, communicator: Any) -> list[torch.Tensor]:
+            if communicator.rank == 1:
+                raise RuntimeError("rank 1 is gone")
+            return exchanged(x, ranks, communicator)
+
+        monkeypatch.setattr(collective, "exchanged", failing)
+        (sequence,) = model.session.generate([[1, 2]], max_new_tokens=2)
+        assert sequence.finish_reason == "error"
+        assert sequence.message == "the session ended: RuntimeError: rank 1 is gone"
+        monkeypatch.undo()
+        with pytest.raises(SessionEndedError, match="rank 1 is gone"):
+            model.session.generate([[1, 2]], max_new_tokens=2)
 
 
-def test_front_door(run: Run) -> None:
-    """`compile` gives every rank the tokens of one process, and draws of one seed."""
-    expected, _ = rank_worker.compiled(1)
-    (first, drawn), (second, also_drawn) = run(2, rank_worker.compiled)
-    assert first == second == expected
-    assert drawn == also_drawn and drawn[0] != drawn[1]
-
-
-def test_groups_that_do_not_fit(run: Run) -> None:
-    for size, options in run(2, rank_worker.refused):
-        assert size.startswith("GroupError: tensor_parallel=3: expected a group of 3, found one of")
-        assert "compiled different programs: expected the same model and the same" in options
-
-
-def test_without_a_group_it_says_how_to_start_one() -> None:
-    with pytest.raises(GroupError, match="in no group; start 2 processes with torchrun --nproc-"):
-        ingot.compile(tiny_model("llama"), tensor_parallel=2, progress=False)
+def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="tensor_parallel: expected at least 1, found 0"):
-        ingot.compile(tiny_model("llama"), tensor_parallel=0, progress=False)
+        compiled("llama", 0)
+    with pytest.raises(ValueError, match="tensor_parallel=1"), compiled("llama", 2) as model:
+        model.export("nowhere")
+
+
+def test_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingot.frontends.api, "driver_here", lambda target: None)  # pyright: ignore
+    with pytest.raises(UnsupportedTarget, match="threads of the cpu target only, not on cuda"):
+        compiled("llama", 2, target="cuda:sm_90")
 
 
 @pytest.mark.slow
 def test_example() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     example = [str(ROOT / "examples" / "tensor_parallel.py"), str(ROOT / "examples" / "pico")]
-    options = ["Once upon a time", "--tokens", "8"]
-    done = subprocess.run(
-        [*command, *example, *options], capture_output=True, text=True, timeout=240, check=True
-    )
-    assert "over 2 ranks, weights 5.3 + 5.3 MiB" in done.stdout
-    alone = subprocess.run(
-        [sys.executable, *example, *options], capture_output=True, text=True, check=False
-    )
-    assert alone.returncode == 2 and "torchrun --nproc-per-node 2" in alone.stderr
+    options = ["Once upon a time", "--tokens", "8", "--ranks", "2"]
+    command = [sys.executable, *example, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert "over 2 ranks" in done.stdout

@@ -12,7 +12,7 @@ import ingot
 import pytest
 from ingot.codegen import kernel_backend
 from ingot.compiler.target import target_of
-from ingot.frontends import api
+from ingot.frontends import api, compilation
 from ingot.frontends.drivers import driver_here, present_target
 from ingot.runtime.driver import Driver
 from interpreted import InterpretedBackend, InterpretedDriver
@@ -53,7 +53,7 @@ def entries_of(sizes: Sequence[int]) -> Iterator[None]:
         assert max_sequences <= sizes[-1] <= max_tokens, (max_sequences, sizes, max_tokens)
         return [{"T": t, "L": min(t, max_sequences)} for t in sizes]
 
-    with patch.object(api, "serving_bindings", bindings):
+    with patch.object(compilation, "serving_bindings", bindings):
         yield
 
 

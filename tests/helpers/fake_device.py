@@ -17,6 +17,7 @@ from ingot.runtime.driver import Array, WeightLoader
 from ingot.runtime.program import STEP, Buffer, Entry, Function, Program, Spec
 from ingot.runtime.serving.abi import sampling_inputs
 from ingot.runtime.serving.sampling import Sampling, most_likely, sample, uniform
+from ingot.runtime.serving.session import Session
 from numpy.typing import NDArray
 
 POISON = np.uint64(2**64 - 1)
@@ -233,3 +234,9 @@ class FakeExecutable:
             assert (np.diff(mine) == 1).all(), "positions of a slot increase"
             owned += table[slot, : mine.max() // self.meta["page_size"] + 1].tolist()
         assert len(set(owned)) == len(owned), "a page with two owners"
+
+
+def session_of(program: Program, driver: FakeDriver | None = None, **options: Any) -> Session:
+    """A session of `program` on a fake device."""
+    executable = (driver or FakeDriver()).load(program, lambda _name: None)
+    return Session(program, executable, **options)

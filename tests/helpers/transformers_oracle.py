@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from ingot.codegen.cpu import CpuDriver
 from ingot.codegen.lower import lower, serving_bindings
 from ingot.compiler.ir import Graph
 from ingot.compiler.pipeline import Pass, run_pipeline
@@ -13,7 +14,6 @@ from ingot.compiler.target import CPU
 from ingot.frontends.importers.huggingface import HuggingFaceModel
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
-from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.serving.session import Session
 from transformers import PreTrainedModel
 
@@ -59,7 +59,7 @@ def served(
     lowered = lower(
         graph, model.weights, CPU, serving_bindings(len(PROMPTS), 64), ("logits",), meta
     )
-    return graph, Session(lowered.program, CpuDriver(), lowered.load_weight)
+    return graph, Session(lowered.program, CpuDriver().load(lowered.program, lowered.load_weight))
 
 
 def eager_logits(model: PreTrainedModel, tokens: Sequence[int]) -> np.ndarray:

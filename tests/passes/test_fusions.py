@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from ingot.codegen.cpu import CpuDriver
 from ingot.codegen.lower import lower, serving_bindings
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph
@@ -24,7 +25,6 @@ from ingot.passes.fusion.weights import is_quantized
 from ingot.passes.pipelines import RAISING
 from ingot.passes.transforms.mxfp4_policy import MXFP4
 from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
-from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.serving.session import Session
 from pass_checks import forms, ops, plain_serving
 from tiny_models import tiny_model
@@ -180,7 +180,10 @@ def test_a_session_of_the_fused_graph_gives_what_transformers_computes(name: str
     meta["max_tokens_per_sequence"] = LENGTH
     lowered = lower(graph, source.weights, CPU, serving_bindings(SLOTS, LENGTH), ("logits",), meta)
     tokens = torch.randint(3, 128, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    with Session(lowered.program, CpuDriver(), lowered.load_weight) as session, torch.no_grad():
+    with (
+        Session(lowered.program, CpuDriver().load(lowered.program, lowered.load_weight)) as session,
+        torch.no_grad(),
+    ):
         found = session.logits(tokens)
         expected = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].numpy()
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()

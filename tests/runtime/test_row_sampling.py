@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import FakeDriver, FakeExecutable, expected_logits, serving_program
+from fake_device import FakeDriver, FakeExecutable, expected_logits, serving_program, session_of
 from hypothesis import given
 from hypothesis import strategies as st
 from ingot.runtime.serving.abi import ServingAbi
@@ -34,7 +34,7 @@ SETTINGS = (
 
 def open_session(candidates: int | None, **shape: Any) -> tuple[Session, FakeExecutable]:
     driver = FakeDriver()
-    session = Session(serving_program(candidates=candidates, **shape), driver, lambda _: None)
+    session = session_of(serving_program(candidates=candidates, **shape), driver)
     assert driver.executable is not None
     return session, driver.executable
 

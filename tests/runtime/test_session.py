@@ -16,6 +16,7 @@ from fake_device import (
     expected_logits,
     expected_tokens,
     serving_program,
+    session_of,
 )
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def open_session(
     *, pages: int | None = None, driver: FakeDriver | None = None, **shape: Any
 ) -> tuple[Session, FakeExecutable]:
     driver = driver or FakeDriver()
-    session = Session(serving_program(**shape), driver, lambda _name: None, pages=pages)
+    session = session_of(serving_program(**shape), driver, pages=pages)
     assert driver.executable is not None
     return session, driver.executable
 
@@ -529,8 +530,9 @@ def without(program: Program, name: str) -> Program:
 def test_programs_that_do_not_serve_are_refused(
     change: Callable[[Program], Program], message: str
 ) -> None:
+    program = serving_program()
     with pytest.raises(ValueError, match=message):
-        Session(change(serving_program()), FakeDriver(), lambda _name: None)
+        Session(change(program), FakeDriver().load(program, lambda _name: None))
 
 
 class SessionMachine(RuleBasedStateMachine):

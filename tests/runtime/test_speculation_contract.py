@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from drafters import KINDS, Coming, OracleDrafter
-from fake_device import FakeDriver, expected_tokens, serving_program
+from fake_device import FakeDriver, expected_tokens, serving_program, session_of
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from ingot.codegen.cpu import CpuDriver
 from ingot.codegen.lower import Lowered, lower, serving_bindings
 from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.target import CPU
@@ -27,12 +28,12 @@ from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
 from ingot.passes.serving.sample_on_device import output_names
-from ingot.runtime.devices.cpu import CpuDriver
 from ingot.runtime.serving.sampling import Sampling
 from ingot.runtime.serving.sequence import Request, SessionStats
 from ingot.runtime.serving.sequence import Sequence as ServedSequence
 from ingot.runtime.serving.session import Session
 from ingot.runtime.serving.speculation import Drafter
+from planned import PlannedDriver, ReferenceBackend
 from tiny_models import tiny_model
 
 VOCAB = 50
@@ -172,7 +173,7 @@ def test_nothing_changes_but_the_number_of_steps(
     program = serving_program(**shape, pages=1000)
 
     def opened(drafter: Drafter | None) -> Session:
-        return Session(program, FakeDriver(), lambda _: None, pages=pages, drafter=drafter)
+        return session_of(program, pages=pages, drafter=drafter)
 
     expected, _ = serve(opened(None), asked)
     found, _ = serve(opened(OracleDrafter(kind, known(asked, 40), VOCAB, seed)), asked)
@@ -185,7 +186,7 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none() -> None:
     steps: dict[str | None, int] = {}
     for kind in (None, *KINDS):
         drafter = OracleDrafter(kind, known(asked, 40), VOCAB) if kind else None
-        session = Session(program, FakeDriver(), lambda _: None, drafter=drafter)
+        session = session_of(program, drafter=drafter)
         steps[kind] = serve(session, asked)[1].steps
     assert steps[None] == steps["wrong"] == 30
     assert steps["right"] < steps["mixed"] < 30
@@ -197,7 +198,7 @@ def test_what_a_step_computed_is_taken_back_by_cancel() -> None:
     asked = Asked((3, 1), Request(20, Sampling(seed=0)))
     program = serving_program(rows=32)
     drafter = OracleDrafter("right", known([asked], 40), VOCAB, seed=1)
-    session = Session(program, FakeDriver(), lambda _: None, drafter=drafter)
+    session = session_of(program, drafter=drafter)
     stream = session.stream([asked.prompt], max_new_tokens=20, sampling=asked.request.sampling)
     sequence = next(stream).sequence
     while sequence.generated < 15:
@@ -217,7 +218,7 @@ def test_a_drafter_that_proposes_too_much_is_refused() -> None:
         def draft(self, sequence: ServedSequence, most: int) -> list[int]:
             return [0] * (most + 1)
 
-    session = Session(serving_program(rows=32), FakeDriver(), lambda _: None, drafter=Endless())
+    session = session_of(serving_program(rows=32), drafter=Endless())
     session.submit([1], max_new_tokens=5)
     with pytest.raises(ValueError, match="draft: expected at most 4 tokens, found 5"):
         session.step()
@@ -227,11 +228,11 @@ def test_a_drafter_that_proposes_too_much_is_refused() -> None:
 def test_an_interrupted_step_leaves_nothing_of_its_drafts(kind: str) -> None:
     asked = [Asked((n, 7), Request(12, replace(SAMPLINGS[n % 6], seed=n))) for n in range(5)]
     program = serving_program(rows=32, max_sequences=3, pages=12, page_size=2)
-    expected, _ = serve(Session(program, FakeDriver(), lambda _: None), asked)
+    expected, _ = serve(session_of(program), asked)
     for fail_at in (1, 3, 4):
         driver = FakeDriver(fail_at=fail_at, failure=KeyboardInterrupt())
         drafter = OracleDrafter(kind, known(asked, 40), VOCAB, fail_at)
-        session = Session(program, driver, lambda _: None, drafter=drafter)
+        session = session_of(program, driver, drafter=drafter)
         sequences = [session.requests([a.prompt], a.request)[0] for a in asked]
         for sequence in sequences:
             session._enqueue(sequence)
@@ -261,7 +262,7 @@ CPU_SAMPLINGS = (
 
 @cache
 def lowered(name: str, sample: bool, buckets: str) -> Lowered:
-    """A tiny model with entries of more rows than sequences."""
+    """A tiny model with entries of more rows than sequences: one of them, or interpreted."""
     imported = import_hugging_face(tiny_model(name), dtype=None, max_tokens=LENGTH)
     passes = causal_lm(max_sequences=SEQUENCES, max_tokens_per_sequence=LENGTH, sample=sample)
     small = [replace(p, page_size=PAGE) if isinstance(p, InsertKvCache) else p for p in passes]
@@ -274,8 +275,10 @@ def lowered(name: str, sample: bool, buckets: str) -> Lowered:
         "pages": SEQUENCES * LENGTH // PAGE,
     }
     bindings = serving_bindings(SEQUENCES, LENGTH, 32, rows=ROWS)
-    bindings = bindings[-1:] if buckets == "one bucket" else bindings
-    return lower(graph, imported.weights, CPU, bindings, output_names(graph), meta)
+    backend = ReferenceBackend() if buckets == "one bucket" else None
+    bindings = bindings[-1:] if backend else bindings
+    outputs = output_names(graph)
+    return lower(graph, imported.weights, CPU, bindings, outputs, meta, backend=backend)
 
 
 def asked_of_models() -> list[Asked]:
@@ -299,10 +302,10 @@ def asked_of_models() -> list[Asked]:
 
 def cases() -> list[Any]:
     """Every model, sampled by the host and by the device; two of them are quick enough."""
-    quick = {("llama", "host", "one bucket"), ("deepseek_v3", "device", "one bucket")}
+    quick = {("llama", "host", "interpreted"), ("deepseek_v3", "device", "one bucket")}
     return [
         pytest.param(*case, marks=() if case in quick else pytest.mark.slow)
-        for case in product(MODELS, ("host", "device"), ("one bucket", "buckets"))
+        for case in product(MODELS, ("host", "device"), ("one bucket", "interpreted"))
     ]
 
 
@@ -312,7 +315,9 @@ def test_a_model_on_the_cpu(name: str, by: str, buckets: str) -> None:
     made = lowered(name, by == "device", buckets)
 
     def opened(pages: int, drafter: Drafter | None = None) -> Session:
-        return Session(made.program, CpuDriver(), made.load_weight, pages=pages, drafter=drafter)
+        driver = PlannedDriver() if buckets == "one bucket" else CpuDriver()
+        executable = driver.load(made.program, made.load_weight)
+        return Session(made.program, executable, pages=pages, drafter=drafter)
 
     asked = asked_of_models()
     endless = [

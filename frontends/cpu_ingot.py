@@ -1,4 +1,4 @@
-"""The program of a cpu ingot, lowered again from its IR; its weights as torch tensors."""
+"""The program of a cpu ingot, whose IR may come from anywhere; its weights as torch tensors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from msgspec import structs
 
-from ..codegen.lower import lower
-from ..compiler.target import CPU
+from ..codegen.cpu import cpu_program
+from ..compiler.ops.leaf import constant, literal
 from ..compiler.text import ParseError, parse
 from ..compiler.torch_types import torch_dtype
 from ..compiler.types import VerifyError
 from ..compiler.verify import verify
-from ..compiler.weights import Weights
-from ..runtime.artifact.reader import FOLDED_GRAPH, Artifact, check_manifest
+from ..runtime.artifact.reader import FOLDED_GRAPH, Artifact
 from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import WeightLoader
 from ..runtime.program import Buffer, Program
@@ -25,7 +24,7 @@ from ..runtime.serving.abi import ServingAbi
 
 # Operators that reach outside the program: a model has none, and text may come from anywhere.
 _OUTSIDE = re.compile(r"\baten\.(from_file|_?save|_?load)\w*")
-# What parsing and lowering raise for graphs that no compiler made.
+# What parsing raises for graphs that no compiler made.
 _BROKEN = (
     ParseError,
     VerifyError,
@@ -41,8 +40,8 @@ _BROKEN = (
 )
 
 
-def cpu_program(artifact: Artifact) -> Program:
-    """The program, with the entries of the manifest. IngotError for IR that is none."""
+def read_cpu_program(artifact: Artifact) -> Program:
+    """The program that the folded IR is. IngotError for IR that is none."""
     manifest, text = artifact.manifest, artifact.graphs[FOLDED_GRAPH]
     where = f"{artifact.path}: {FOLDED_GRAPH}"
     if found := _OUTSIDE.search(text):
@@ -51,17 +50,19 @@ def cpu_program(artifact: Artifact) -> Program:
         graph = parse(text)
         verify(graph)
         ranges = {name: (r.start, r.stop - 1) for name, r in graph.symbols.items()}
-        if ranges != dict(manifest.symbols):
+        wider = all(
+            name in ranges and ranges[name][0] <= first and last <= ranges[name][1]
+            for name, (first, last) in manifest.symbols.items()
+        )
+        if not wider or ranges.keys() != manifest.symbols.keys():
             raise IngotError(f"expected symbols {dict(manifest.symbols)}, found {ranges}")
-        bindings = [entry.symbols for entry in manifest.entries]
-        program = lower(
-            graph, Weights({}), CPU, bindings, ["logits"], structs.asdict(manifest.meta)
-        ).program
+        if made := [n.op.name for n in graph.constants() if n.op not in (constant, literal)]:
+            raise IngotError(f"expected weights in place of what they make, found {made[0]}")
+        program = cpu_program(graph, manifest.symbols, ["logits"], structs.asdict(manifest.meta))
         ServingAbi(program)
     except _BROKEN as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise IngotError(f"{where}: {first}") from error
-    check_manifest(manifest, program)
     _check_memory(where, program)
     return program
 
@@ -91,4 +92,4 @@ def torch_weights(load: WeightLoader, buffers: Mapping[str, Buffer]) -> WeightLo
     return tensor
 
 
-__all__ = ["cpu_program", "torch_weights"]
+__all__ = ["read_cpu_program", "torch_weights"]
