@@ -1,9 +1,9 @@
-"""Drivers: a program in device memory, replayed.
+"""Drivers: load a program into device memory and replay its entries.
 
-`device_api` (what a graph runtime asks of a driver, and its errors), `native_api` (what CUDA and
-HIP share, through ctypes), `cuda` and `hip` (the two bindings and their drivers),
-`graph_executable` (a program as one explicit graph an entry) and its parts `host_arrays`, `staging`
-(inputs and outputs on their way) and `gpu_memory` (arena, state, weights). What both the executable
-and the ingot need: `check_program` (what a GPU program must hold to, whatever runs it) and `elf`
-(which target code is for).
+`device_api` (the interface of a GPU driver, and its errors), `native_api` (functions that CUDA and
+HIP share, through ctypes), `cuda` and `hip` (the two bindings), `gpu_driver` (loads programs
+through either), `graph_executable` (one CUDA or HIP graph per entry) with `host_arrays` (dtype
+conversion), `staging` (pinned memory for inputs and outputs) and `gpu_memory` (arena, state,
+weights). Checks shared with the ingot reader: `check_program` (validity of a GPU program) and `elf`
+(the target of device code).
 """

@@ -20,11 +20,9 @@ from ctypes import (
     c_void_p,
 )
 
-from ..driver import WeightLoader
-from ..program import Program
 from .device_api import DeviceError, DeviceInfo, DriverMissingError, Edge, KernelNode
-from .graph_executable import GpuExecutable
-from .native_api import HANDLE, NativeApi, handles, open_library, pointers
+from .gpu_driver import GpuDriver
+from .native_api import HANDLE, NativeApi, handles, pointers
 
 LIBRARIES = ("libcuda.so.1", "libcuda.so")
 
@@ -82,10 +80,10 @@ COMPUTE_CAPABILITY = (75, 76)
 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
 # CUfunction_attribute
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-# Up to this many bytes a block of any function may use.
-SHARED_WITHOUT_ASKING = 48 << 10
+# Bytes of shared memory a block may use without opting in.
+SHARED_WITHOUT_OPT_IN = 48 << 10
 
-# CUresult after which a context takes no more work: deinitialized, ECC, NVLink, a contained fault,
+# CUresult after which a context is unusable: deinitialized, ECC, NVLink, a contained fault,
 # illegal address, timeout, context destroyed, assert, 714 to 719 (faults of a kernel), a leak of
 # tensor memory, the end of the MPS client, unknown.
 STICKY = frozenset({4, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721, 810, 999})
@@ -132,7 +130,7 @@ OWN_SIGNATURES = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
 }
-# Since CUDA 12.3; what has no programmatic edges runs on older drivers too.
+# Since CUDA 12.3; graphs without programmatic edges run on older drivers too.
 ADD_NODE = "cuGraphAddNode_v2"
 ADD_NODE_SIGNATURE = (
     HANDLE,
@@ -148,13 +146,12 @@ class CudaApi(NativeApi):
     """One NVIDIA GPU, in its primary context: the one that torch uses too."""
 
     has_programmatic_edges = True
+    libraries, shared_names = LIBRARIES, SHARED_NAMES
+    own_signatures, sticky = OWN_SIGNATURES, STICKY
 
-    def __init__(self, ordinal: int = 0, libraries: Sequence[str] = LIBRARIES) -> None:
-        """Start the driver and look at device `ordinal`; no context is made before `open`.
-
-        DriverMissingError without a driver; DeviceError when there is no such device.
-        """
-        super().__init__(open_library(libraries), SHARED_NAMES, OWN_SIGNATURES, STICKY)
+    def __init__(self, ordinal: int = 0, libraries: Sequence[str] | None = None) -> None:
+        """See NativeApi. No context is made before `open`."""
+        super().__init__(ordinal, libraries)
         if hasattr(self._library, ADD_NODE):
             self._functions[ADD_NODE] = self._bind(ADD_NODE, ADD_NODE_SIGNATURE)
             self._names[ADD_NODE] = ADD_NODE
@@ -188,7 +185,7 @@ class CudaApi(NativeApi):
         return value.value
 
     def _error_text(self, code: int) -> str:
-        # Called through the library itself: an unknown code makes these two fail as well.
+        # Not through _call: both fail for an unknown code.
         name, text = c_char_p(), c_char_p()
         self._functions["cuGetErrorName"](code, byref(name))
         self._functions["cuGetErrorString"](code, byref(text))
@@ -208,13 +205,13 @@ class CudaApi(NativeApi):
         try:
             yield
         except BaseException:
-            # Of two errors the first is the cause: this one is not looked at.
+            # The first of two errors is the cause: a second is ignored.
             self._functions["cuCtxPopCurrent_v2"](byref(c_void_p()))
             raise
         self._create("cuCtxPopCurrent_v2")
 
     def allow_shared(self, function: int, nbytes: int) -> None:
-        if nbytes > SHARED_WITHOUT_ASKING:
+        if nbytes > SHARED_WITHOUT_OPT_IN:
             self._call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_SIZE_BYTES, nbytes)
 
     def add_kernel_node(self, graph: int, node: KernelNode, edges: Sequence[Edge]) -> int:
@@ -242,32 +239,13 @@ class CudaApi(NativeApi):
         try:
             self._call("cuGraphUpload", executable, stream)
         except DeviceError:
-            with suppress(DeviceError):  # of two errors the first is the cause
+            with suppress(DeviceError):  # the first of two errors is the cause
                 self.destroy_executable(executable)
             raise
         return executable
 
 
-class CudaDriver:
+class CudaDriver(GpuDriver):
     """Runs programs on one NVIDIA GPU."""
 
-    def __init__(self, ordinal: int = 0, libraries: Sequence[str] = LIBRARIES) -> None:
-        """DriverMissingError without a driver; DeviceError when there is no such device."""
-        self._ordinal, self._libraries = ordinal, libraries
-        self.info = CudaApi(ordinal, libraries).info
-        self.target = self.info.target
-
-    @staticmethod
-    def find(libraries: Sequence[str] = LIBRARIES) -> str | None:
-        """The target of device 0, such as cuda:sm_90, or None where there is no such device.
-
-        It makes no context, but it starts the driver: processes forked later cannot use it.
-        """
-        try:
-            return CudaApi(0, libraries).info.target
-        except (DriverMissingError, DeviceError):
-            return None
-
-    def load(self, program: Program, weights: WeightLoader) -> GpuExecutable:
-        """See Driver.load, and GpuExecutable for the other errors."""
-        return GpuExecutable(program, CudaApi(self._ordinal, self._libraries), weights)
+    api = CudaApi

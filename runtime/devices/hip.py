@@ -19,16 +19,14 @@ from ctypes import (
 )
 from typing import Any
 
-from ..driver import WeightLoader
-from ..program import Program
 from .device_api import DeviceError, DeviceInfo, DriverMissingError, Edge, KernelNode
-from .graph_executable import GpuExecutable
-from .native_api import HANDLE, NativeApi, handles, open_library, pointers
+from .gpu_driver import GpuDriver
+from .native_api import HANDLE, NativeApi, handles, pointers
 
-# The versions first: libamdhip64.so is whatever the last development package left. A library that
-# torch has loaded is found by these names as well, and is the one used.
+# Versioned names first: libamdhip64.so is whatever the last development package left. If torch has
+# loaded a library of one of these names, that one is used.
 LIBRARIES = ("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so")
-# HIP numbers its versions major · 10⁷ + minor · 10⁵ + patch; graphs of older ones are not sound.
+# HIP numbers its versions major · 10⁷ + minor · 10⁵ + patch; graphs of older ones are unsound.
 OLDEST = 6 * 10**7 + 4 * 10**5
 
 
@@ -46,7 +44,7 @@ class KernelNodeParams(Structure):
 
 
 class DeviceProperties(Structure):
-    """hipDeviceProp_tR0600; what is not read is padding."""
+    """hipDeviceProp_tR0600; fields that are not read are padding."""
 
     _fields_ = (
         ("name", c_char * 256),
@@ -65,7 +63,7 @@ class DeviceProperties(Structure):
     )
 
 
-# hipError_t after which the device takes no more work: deinitialized, ECC, illegal address,
+# hipError_t after which the device is unusable: deinitialized, ECC, illegal address,
 # timeout, context destroyed, assert, launch failure, unknown.
 STICKY = frozenset({4, 214, 700, 702, 709, 710, 719, 999})
 
@@ -104,7 +102,7 @@ OWN_SIGNATURES = {
     "hipGraphAddKernelNode": (HANDLE, c_void_p, c_void_p, c_size_t, POINTER(KernelNodeParams)),
     "hipGraphInstantiate": (HANDLE, c_void_p, HANDLE, c_char_p, c_size_t),
 }
-# These two give their text back instead of a code.
+# These two return their text instead of a code.
 TEXTS = ("hipGetErrorName", "hipGetErrorString")
 
 
@@ -112,17 +110,15 @@ class HipApi(NativeApi):
     """One AMD GPU, in its primary context: the one that torch uses too."""
 
     has_programmatic_edges = False
+    libraries, shared_names = LIBRARIES, SHARED_NAMES
+    own_signatures, sticky = OWN_SIGNATURES, STICKY
 
-    def __init__(self, ordinal: int = 0, libraries: Sequence[str] = LIBRARIES) -> None:
-        """Start the runtime and look at device `ordinal`.
-
-        DriverMissingError without a driver; DeviceError when there is no such device.
-        """
-        super().__init__(open_library(libraries), SHARED_NAMES, OWN_SIGNATURES, STICKY)
+    def __init__(self, ordinal: int = 0, libraries: Sequence[str] | None = None) -> None:
+        """See NativeApi. DriverMissingError also for a HIP older than 6.4."""
+        super().__init__(ordinal, libraries)
         for name in TEXTS:
             function = getattr(self._library, name)
             function.argtypes, function.restype = (c_int,), c_char_p
-        self._ordinal = ordinal
         version = c_int()
         self._call("hipRuntimeGetVersion", byref(version))
         if version.value < OLDEST:
@@ -133,7 +129,7 @@ class HipApi(NativeApi):
         self._call("init", 0)
         properties = DeviceProperties()
         self._call("hipGetDevicePropertiesR0600", byref(properties), ordinal)
-        # gfx942:sramecc+:xnack-: what follows the name are switches.
+        # gfx942:sramecc+:xnack-: the name is followed by feature flags.
         arch = properties.gcnArchName.decode(errors="replace").partition(":")[0]
         x, y, z = properties.maxGridSize
         self.info = DeviceInfo(
@@ -151,8 +147,7 @@ class HipApi(NativeApi):
         try:
             super()._call(role, *args)
         except DeviceError:
-            # The error is told here. It must not be left to be this thread's last one: torch asks
-            # for that after launches of its own.
+            # Reported here, so cleared: torch reads the thread's last error after its launches.
             self._functions["hipGetLastError"]()
             raise
 
@@ -162,10 +157,10 @@ class HipApi(NativeApi):
         )
 
     def open(self) -> None:
-        """Nothing to hold: the runtime keeps the primary context for the process."""
+        """Does nothing: the runtime keeps the primary context for the process."""
 
     def close(self) -> None:
-        """Nothing to let go of; see open."""
+        """Does nothing; see open."""
 
     @contextmanager
     def current(self) -> Generator[None]:
@@ -175,13 +170,13 @@ class HipApi(NativeApi):
         try:
             yield
         except BaseException:
-            # Of two errors the first is the cause: this one is not looked at.
+            # The first of two errors is the cause: a second is ignored.
             self._functions["hipSetDevice"](before.value)
             raise
         self._call("hipSetDevice", before.value)
 
     def allow_shared(self, function: int, nbytes: int) -> None:
-        """Nothing to ask for: on AMD a launch may use all of a block's LDS."""
+        """Does nothing: on AMD a launch may use all of a block's LDS."""
 
     def add_kernel_node(self, graph: int, node: KernelNode, edges: Sequence[Edge]) -> int:
         """See DeviceApi. HIP has no programmatic edges: ValueError for one."""
@@ -202,23 +197,7 @@ class HipApi(NativeApi):
         return self._create("hipGraphInstantiate", graph, None, None, 0)
 
 
-class HipDriver:
+class HipDriver(GpuDriver):
     """Runs programs on one AMD GPU."""
 
-    def __init__(self, ordinal: int = 0, libraries: Sequence[str] = LIBRARIES) -> None:
-        """DriverMissingError without a driver; DeviceError when there is no such device."""
-        self._ordinal, self._libraries = ordinal, libraries
-        self.info = HipApi(ordinal, libraries).info
-        self.target = self.info.target
-
-    @staticmethod
-    def find(libraries: Sequence[str] = LIBRARIES) -> str | None:
-        """The target of device 0, such as hip:gfx942, or None where there is no such device."""
-        try:
-            return HipApi(0, libraries).info.target
-        except (DriverMissingError, DeviceError):
-            return None
-
-    def load(self, program: Program, weights: WeightLoader) -> GpuExecutable:
-        """See Driver.load, and GpuExecutable for the other errors."""
-        return GpuExecutable(program, HipApi(self._ordinal, self._libraries), weights)
+    api = HipApi

@@ -1,4 +1,4 @@
-"""The part of a GPU driver's C interface that CUDA and HIP share but for names, through ctypes."""
+"""`NativeApi`: the functions that CUDA and HIP share under different names, through ctypes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_void_p
-from typing import Any
+from typing import Any, ClassVar
 
 from .device_api import DeviceError, DeviceInfo, DriverMissingError, Edge, KernelNode
 
 HANDLE = POINTER(c_void_p)
 NON_BLOCKING = 1  # a stream that does not wait for the default stream, in CUDA and in HIP
 
-# What both interfaces have with the same arguments: role -> argument types.
+# Functions of both interfaces with the same arguments: role -> argument types.
 SHARED_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "init": (c_uint,),
     "synchronize": (),
@@ -55,27 +55,27 @@ def open_library(names: Sequence[str]) -> ctypes.CDLL:
 
 
 class NativeApi(ABC):
-    """A DeviceApi over a C library; see device_api.DeviceApi for what the methods do."""
+    """Implements device_api.DeviceApi, which documents the methods, over a C library."""
 
     info: DeviceInfo
     has_programmatic_edges: bool
 
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        shared: Mapping[str, str],
-        own: Mapping[str, tuple[Any, ...]],
-        sticky: frozenset[int],
-    ) -> None:
-        """Bind the functions: `shared` names those of SHARED_SIGNATURES, `own` has the others.
+    # Default library names; C names of SHARED_SIGNATURES; other functions; sticky error codes.
+    libraries: ClassVar[Sequence[str]]
+    shared_names: ClassVar[Mapping[str, str]]
+    own_signatures: ClassVar[Mapping[str, tuple[Any, ...]]]
+    sticky: ClassVar[frozenset[int]]
 
-        DriverMissingError names what the library lacks.
+    def __init__(self, ordinal: int = 0, libraries: Sequence[str] | None = None) -> None:
+        """Load the first of `libraries` that exists and bind its functions.
+
+        DriverMissingError for a missing library or function. Subclasses fill `info` of device
+        `ordinal`; DeviceError when there is no such device.
         """
-        assert shared.keys() == SHARED_SIGNATURES.keys()
-        self._library = library
-        self._sticky = sticky
-        self._names = {**shared, **{name: name for name in own}}
-        signatures = {**SHARED_SIGNATURES, **own}
+        library = open_library(libraries or self.libraries)
+        self._library, self._ordinal = library, ordinal
+        self._names = {**self.shared_names, **{name: name for name in self.own_signatures}}
+        signatures = {**SHARED_SIGNATURES, **self.own_signatures}
         lacking = [name for name in self._names.values() if not hasattr(library, name)]
         if lacking:
             raise DriverMissingError(
@@ -93,7 +93,7 @@ class NativeApi(ABC):
     def _call(self, role: str, *args: Any) -> None:
         code = self._functions[role](*args)
         if code:
-            sticky = code in self._sticky
+            sticky = code in self.sticky
             raise DeviceError(self._names[role], code, self._error_text(code), sticky=sticky)
 
     def _create(self, role: str, *args: Any) -> int:
@@ -104,7 +104,7 @@ class NativeApi(ABC):
 
     @abstractmethod
     def _error_text(self, code: int) -> str:
-        """The driver's name and words for `code`."""
+        """The driver's name and message of error `code`."""
 
     @abstractmethod
     def open(self) -> None: ...
