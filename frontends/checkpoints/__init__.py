@@ -1,7 +1,7 @@
-"""Weights: read lazily from safetensors, whatever format they are in, and written.
+"""Hugging Face checkpoints: lazy reading from safetensors, dequantization, and MXFP4 export.
 
-`checkpoint` and `safetensors_files` read them, over `conversions` (what transformers does to them)
-and `quantized` (several stored tensors as one weight) with `quantization_config` (what the config
-promises) and `dequantize` (formats that become dense). `model_files` finds the files of a
-directory. The way out: `export_quantized` (a directory in MXFP4 for others to read).
+`checkpoint` opens one over `safetensors_files` (mapped files, sharded writing), `conversions`
+(transformers' renames, stacks and concatenations), `quantized` (codes and scales as one weight),
+`quantization_config` (the scheme that config.json declares) and `dequantize` (FP8, NVFP4, INT4 to
+floats). `model_files` reads tokenizer and generation files; `export_quantized` writes MXFP4.
 """

@@ -1,9 +1,8 @@
-"""A directory of safetensors files as a lazy `Weights` store under a model's own names.
+"""Opens a directory of safetensors files as lazy `Weights` under the model's parameter names.
 
-Opening reads headers only. A tensor that is stored as the model wants it is a view into a mapping
-of its file; one that must be cast, transposed, dequantized or stacked from several (per-expert
-tensors) is built when it is asked for, in its own memory plus that of one part. A weight in MXFP4
-is two entries, its codes and its scales.
+Opening reads headers only. A tensor of the model's own type is a view into the mapped file; one
+that must be cast, transposed, dequantized or stacked (per-expert tensors) is built on loading, with
+one source tensor in memory beside it. A weight in MXFP4 is two entries, codes and scales.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, Entry, Weights, within
 from ..importers.meta_model import MetaModel, named_tensors, read_config, refuse_quantized
 from ..importers.source_error import SourceError
-from .conversions import Conversion, dense, places_of
+from .conversions import Conversion, dense, destinations
 from .dequantize import Dequantized
-from .quantization_config import quantization_of
+from .quantization_config import quantization_scheme
 from .quantized import Packed, Source, sources_of
 from .safetensors_files import File, Stored, listed, safetensors_files
 
@@ -34,10 +33,10 @@ class Checkpoint:
     """An opened checkpoint.
 
     `weights` has an entry for every parameter and buffer name of the model: stored ones, tied ones
-    (the same entry under each name) and the non-persistent buffers. A name in `packed` has none of
-    its own but `<name>.codes` and `<name>.scales`: mxfp4 of both, its dims permuted as `packed`
-    says, is the parameter. `unused` are the stored names that the model has no place for, `files`
-    the safetensors files, `total_bytes` their tensor data.
+    (the same entry under each name) and the non-persistent buffers. A name in `packed` has instead
+    `<name>.codes` and `<name>.scales`: mxfp4 of both, its dims permuted as `packed` says, is the
+    parameter. `unused` are stored names without a parameter, `files` the safetensors files,
+    `total_bytes` the size of their tensor data.
     """
 
     weights: Weights
@@ -52,13 +51,13 @@ def open_checkpoint(directory: str | Path, meta: MetaModel) -> Checkpoint:
 
     Names and layouts are converted as transformers does when it loads; a tensor stored in another
     float dtype than the model's is cast when it is loaded. SourceError names what is missing, of
-    another shape, truncated, quantized otherwise than config.json promises, stored as a pickle or
-    outside the directory.
+    another shape, truncated, not in the format that config.json declares, a pickle, or outside the
+    directory.
     """
     directory = Path(directory)
     stored, files = stored_tensors(directory)
-    promise = quantization_of(read_config(directory), directory)
-    entries, packed, unused = _entries(sources_of(stored, promise), meta)
+    scheme = quantization_scheme(read_config(directory), directory)
+    entries, packed, unused = _entries(sources_of(stored, scheme), meta)
     _resolve_ties(entries, packed, meta)
     held = entries.keys() | packed.keys()
     if missing := [name for name in meta.stored_names() if name not in held]:
@@ -92,8 +91,9 @@ def stored_tensors(directory: Path) -> tuple[dict[str, Stored], list[File]]:
 def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
     """The weights of `model`, which is in memory, under the names and types of `meta`.
 
-    Tensors on the CPU in the wanted dtype are not copied; others are when they are loaded. Buffers
-    are the model's own. SourceError for a quantized model, meta tensors, missing names and shapes.
+    Tensors on the CPU in the dtype of `meta` are not copied; others are converted when loaded.
+    Buffers are the model's own. SourceError for a quantized model, meta tensors, missing names and
+    wrong shapes.
     """
     refuse_quantized(model)
     tensors = dict(named_tensors(model))
@@ -119,21 +119,21 @@ def _cast_part(tensor: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> torc
 def _entries(
     stored: Mapping[str, Source], meta: MetaModel
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]], list[str]]:
-    """Entries by the model's names, which of them are packed, and the names without a place."""
+    """Entries by the model's names, the permutations of packed ones, and unused stored names."""
     types = meta.types()
     entries: dict[str, Entry] = {}
     packed: dict[str, tuple[int, ...]] = {}
     conversions: dict[str, Conversion] = {}
     unused: list[str] = []
-    for source, place in places_of(stored, meta):
-        if place is None:
+    for source, target in destinations(stored, meta):
+        if target is None:
             unused.append(source)
             continue
-        name, tensor = place.name, stored[source]
-        if place.converter is not None:
-            new = Conversion(place.converter, meta.model, name, {})
+        name, tensor = target.name, stored[source]
+        if target.converter is not None:
+            new = Conversion(target.converter, meta.model, name, {})
             conversion = conversions.setdefault(name, new)
-            conversion.sources.setdefault(place.pattern, []).append((source, tensor))
+            conversion.sources.setdefault(target.pattern, []).append((source, tensor))
         elif name in entries or name in packed:
             raise SourceError(f"two stored tensors for {name}: {source!r} and another")
         elif isinstance(tensor, Packed):
@@ -163,7 +163,7 @@ def _direct(name: str, type_: TensorType, source: str, stored: Stored | Dequanti
 
 
 def _order(packed: Packed) -> tuple[int, ...]:
-    """The permutation that gives the model's layout."""
+    """The permutation of the dims of `packed` that gives the parameter."""
     *lead, row, column = range(len(packed.shape))
     return (*lead, column, row) if packed.transposed else (*lead, row, column)
 
@@ -200,7 +200,7 @@ def _without_nan(name: str, load: Callable[[], torch.Tensor]) -> Callable[[], to
 def _converted(
     conversion: Conversion, types: Mapping[str, TensorType]
 ) -> Iterable[tuple[str, dict[str, Entry]]]:
-    """For each target that the model has: its entry, or those of its codes and scales."""
+    """The entry of each target that the model has, or the entries of its codes and scales."""
     for parts in conversion.sources.values():
         _check_indices(conversion.name, [name for name, _ in parts])
     if conversion.packed is None:
@@ -224,7 +224,7 @@ def _converted(
 def _converted_packed(
     conversion: Conversion, types: Mapping[str, TensorType]
 ) -> Iterable[tuple[str, dict[str, Entry]]]:
-    """Codes are converted like the rows that they stand for, and scales likewise."""
+    """Apply the conversion to codes and to scales, whose rows are the rows of the weight."""
     if not conversion.keeps_rows:
         raise SourceError(
             f"{conversion.name}: {conversion.origin} are stored in MXFP4, and transformers loads "
@@ -254,7 +254,7 @@ def _converted_packed(
 
 
 def _check(name: str, expected: TensorType, found: TensorType, verb: str) -> None:
-    """SourceError unless `found` has the expected shape and a dtype that a cast can bring over."""
+    """SourceError unless `found` has the expected shape and a dtype that can be cast."""
     if found.shape != expected.shape:
         raise SourceError(f"{name}: the model expects {expected}, {verb} {found}")
     castable = found.dtype in FLOATS and expected.dtype in FLOATS
@@ -266,7 +266,7 @@ def _check(name: str, expected: TensorType, found: TensorType, verb: str) -> Non
 
 
 def _check_indices(name: str, sources: list[str]) -> None:
-    """SourceError when stacked tensors (experts.0, experts.1, ...) leave an index out."""
+    """SourceError for a missing index among stacked tensors (experts.0, experts.1, ...)."""
     if len(sources) < 2:
         return
     columns = zip(*(source.split(".") for source in sources), strict=True)
@@ -283,9 +283,9 @@ def _check_indices(name: str, sources: list[str]) -> None:
 def _resolve_ties(
     entries: dict[str, Entry], packed: Mapping[str, tuple[int, ...]], meta: MetaModel
 ) -> None:
-    """Give every tied name the one entry that is stored, under whichever of the names it is.
+    """Give both names of a tied weight the one entry that is stored.
 
-    SourceError when both are stored and differ: the model would be traced as if they were one.
+    SourceError when both are stored and differ.
     """
     for alias, original in meta.tied.items():
         if alias in packed or original in packed:

@@ -1,4 +1,4 @@
-"""What transformers does to stored tensors when it loads them: renames, stacks, concatenates."""
+"""transformers' weight conversions at load: renaming, stacking and concatenating stored tensors."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from ..importers.source_error import SourceError
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in the model a stored tensor goes: to `name`, or to what `converter` makes of it.
+class Destination:
+    """The parameter that a stored tensor is loaded into: `name`, by way of `converter` if any.
 
-    `name` is the first of those; `pattern` is the converter's source pattern that matched.
+    With a converter, `name` is its first target and `pattern` its source pattern that matched.
     """
 
     name: str
@@ -43,29 +43,31 @@ class Place:
     pattern: str = ""
 
 
-def places_of(stored: Iterable[str], meta: MetaModel) -> Iterator[tuple[str, Place | None]]:
-    """Each stored name, in natural order, and its place; None where the model has none for it."""
-    places = meta.model.state_dict()
+def destinations(
+    stored: Iterable[str], meta: MetaModel
+) -> Iterator[tuple[str, Destination | None]]:
+    """Each stored name, in natural order, and its destination; None if the model has none."""
+    parameters = meta.model.state_dict()
     transforms = get_model_conversion_mapping(meta.model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = meta.model.base_model_prefix
     for source in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(source, renamings, converters, prefix, places)
-        if name not in places and source in places:
+        name, pattern = rename_source_key(source, renamings, converters, prefix, parameters)
+        if name not in parameters and source in parameters:
             name, pattern = source, None
-        if name not in places:
+        if name not in parameters:
             yield source, None
         elif pattern is None:
-            yield source, Place(name)
+            yield source, Destination(name)
         else:
-            yield source, Place(name, converter_of[pattern], pattern)
+            yield source, Destination(name, converter_of[pattern], pattern)
 
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """One converter of transformers and the stored tensors of one place in the model.
+    """One converter of transformers applied to the stored tensors of one target parameter.
 
     `name` is the first target. `sources` maps each source pattern to its tensors in index order.
     """
@@ -76,17 +78,17 @@ class Conversion:
     sources: dict[str, list[tuple[str, Source]]]
 
     def apply(self, tensors: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The targets by full name, from tensors by source pattern."""
-        converter = deepcopy(self.converter)  # it collects tensors: one for each use
+        """Convert `tensors`, given by source pattern, to the targets by full name."""
+        converter = deepcopy(self.converter)  # stateful: a fresh copy per use
         for pattern, parts in tensors.items():
             for part in parts:
-                future: Any = part  # a tensor that is there already serves as a future
+                future: Any = part  # a loaded tensor serves as a future
                 converter.add_tensor(self.name, pattern, pattern, future)
         results = converter.convert(self.name, model=self.model, config=self.model.config)
         return {k: v[0] if isinstance(v, list) else v for k, v in results.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each target, by converting meta tensors; SourceError when they do not fit."""
+        """Shape of each target, from converting meta tensors; SourceError when that fails."""
         tensors = {
             pattern: [torch.empty(stored.shape, device="meta") for _, stored in parts]
             for pattern, parts in self.sources.items()
@@ -108,9 +110,9 @@ class Conversion:
 
     @property
     def stack_dim(self) -> int | None:
-        """For a stack whose elements are sources side by side: along which dim of an element.
+        """The dim along which element i of a stack concatenates the i-th source of each pattern.
 
-        None for other conversions. Element i comes from the i-th source of every pattern.
+        None for conversions that are no such stack.
         """
         if self.sources.keys() != set(self.converter.source_patterns):
             return None
@@ -129,7 +131,7 @@ class Conversion:
         return kinds.pop() if len(kinds) == 1 else None
 
     def of(self, part: Callable[[Packed], Stored]) -> Conversion:
-        """The same conversion of the codes or the scales of sources in MXFP4."""
+        """This conversion applied to the codes, or to the scales, of sources in MXFP4."""
         sources: dict[str, list[tuple[str, Source]]] = {
             pattern: [(name, part(s)) for name, s in parts if isinstance(s, Packed)]
             for pattern, parts in self.sources.items()
@@ -138,7 +140,7 @@ class Conversion:
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether it only arranges rows: the last dim of every source stays what it is."""
+        """Whether it moves whole rows only: the last dim of every source is unchanged."""
         dense = not any(
             isinstance(s, Packed) and s.transposed for p in self.sources.values() for _, s in p
         )
@@ -154,7 +156,7 @@ class Conversion:
         return dense
 
     def load(self, target: str, type_: TensorType) -> torch.Tensor:
-        """The target called `target`."""
+        """Build the target called `target`."""
         if self.stack_dim is not None:
             shape: Any = type_.shape
             return self.load_part(type_, tuple((0, size) for size in shape))
@@ -166,7 +168,7 @@ class Conversion:
         return self.apply(tensors)[target]
 
     def load_part(self, type_: TensorType, bounds: Bounds) -> torch.Tensor:
-        """Of a stack, what is within `bounds`: filled in place, nothing is held beside it."""
+        """Build what is within `bounds` of a stack, reading each source into its place."""
         dim = self.stack_dim
         assert dim is not None
         (first, last), *inner = bounds
@@ -184,7 +186,7 @@ class Conversion:
         return out
 
     def part_loader(self, type_: TensorType) -> Callable[[Bounds], torch.Tensor] | None:
-        """`load_part` where there is one."""
+        """`load_part` of `type_`; None unless this is a stack."""
         return None if self.stack_dim is None else partial(self.load_part, type_)
 
 

@@ -1,7 +1,7 @@
-"""Quantized weights that are dense when they are read: FP8 blocks, NVFP4, INT4 groups.
+"""Dequantization on reading: FP8 blocks, NVFP4 and INT4 groups to dense floats.
 
-A weight is a product of narrow numbers and scales. The product is computed exactly (or, where it is
-a quotient, to 53 bits) and rounded once to the dtype that is asked for, some rows at a time.
+The product of codes and scales is exact in f64 (a quotient has 53 bits) and rounded once to the
+requested dtype, some rows at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ...compiler.weights import Bounds, within
 from ..importers.source_error import SourceError
 from .safetensors_files import File, Stored
 
-_CHUNK = 1 << 18  # elements that are worked on at once
-# Some rows of a matrix [N, K], exact in f64.
+_CHUNK = 1 << 18  # elements dequantized at once
+# Maps a range of rows to those rows of a matrix [N, K], exact in f64.
 Rows = Callable[[slice], torch.Tensor]
 
 
@@ -33,7 +33,7 @@ class Dequantized(ABC):
     file: File
     shape: tuple[int, ...]
 
-    dtype: ClassVar[str] = "f32"  # which any float dtype can be made of
+    dtype: ClassVar[str] = "f32"  # cast to the requested dtype by read_as
 
     @property
     def type(self) -> TensorType:
@@ -62,7 +62,7 @@ class Dequantized(ABC):
 
     @abstractmethod
     def matrices(self, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, Rows]]:
-        """Each matrix [N, K] of `out`, a view, and what gives the numbers to put there."""
+        """Each matrix [N, K] of `out` (a view) and the function that computes its rows."""
 
     def finite(self, scales: torch.Tensor) -> torch.Tensor:
         """`scales` as f64; SourceError unless all are finite."""
@@ -90,7 +90,7 @@ def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(to_odd, bits + away, bits).view(torch.float32).to(dtype)
 
 
-# ---- FP8 E4M3 with one scale a block of rows and columns: w = weight · scale
+# ---- FP8 E4M3 with one scale per block of rows and columns: w = weight · scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def _block_rows(
     return weight[rows].float().double() * scales
 
 
-# ---- NVFP4: E2M1 codes, an FP8 scale for every 16 of them, and an f32 scale for all
+# ---- NVFP4: E2M1 codes, an FP8 scale per group of 16, an f32 scale per tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,21 +147,21 @@ def _nvfp4_rows(
     return scaled / whole if divide else scaled * whole
 
 
-# ---- integers of 4 bits with a scale a group
+# ---- INT4 with one scale per group
 
 
 @dataclass(frozen=True, eq=False)
 class Int4(Dequantized):
-    """packed i32 [N, K/8], scales [N, K/g]: number k of a word is its bits 4k to 4k+3, less 8."""
+    """packed i32 [N, K/8], scales [N, K/g]: element k of a word is its bits 4k to 4k+3, minus 8."""
 
     packed: Stored
     scales: Stored
     stored_shape: Stored
 
     def matrices(self, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, Rows]]:
-        if (promised := self.stored_shape.read().tolist()) != [*self.shape]:
+        if (declared := self.stored_shape.read().tolist()) != [*self.shape]:
             raise SourceError(
-                f"{self.name}: its weight_shape says {promised}, the packed numbers are "
+                f"{self.name}: its weight_shape says {declared}, the packed numbers are "
                 f"{[*self.shape]}"
             )
         yield out, partial(_int4_rows, self.packed.read(), self.finite(self.scales.read()))
@@ -174,6 +174,6 @@ def _int4_rows(packed: torch.Tensor, scales: torch.Tensor, rows: slice) -> torch
 
 
 def _grouped(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """values [r, K] · scales [r, K/g], one for g values each."""
+    """values [r, K] · scales [r, K/g], each scale repeated g times."""
     rows, groups = scales.shape
     return (values.double().view(rows, groups, -1) * scales[..., None]).view(rows, -1)

@@ -1,7 +1,7 @@
-"""A Hugging Face directory to one in MXFP4 that transformers and others read.
+"""Export a Hugging Face directory with MXFP4 weights, readable by transformers and others.
 
-Which weights are quantized is decided where the compiler decides it, on the model's graph
-(passes/transforms/quantize_mxfp4.py). They are encoded and written one stored tensor at a time.
+The policy of the compiler (passes/transforms/mxfp4_policy.py) selects the weights on the model's
+graph. Stored tensors are encoded and written one at a time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import MetaModel, build_meta_model, read_config
 from ..importers.source_error import SourceError
 from .checkpoint import stored_tensors
-from .conversions import Place, places_of
+from .conversions import Destination, destinations
 from .dequantize import Dequantized
-from .quantization_config import quantization_of
+from .quantization_config import quantization_scheme
 from .quantized import Packed, Source, sources_of
 from .safetensors_files import Stored, torch_item, write_checkpoint
 
@@ -42,14 +42,14 @@ FORMATS = (COMPRESSED_TENSORS, GPT_OSS)
 # gpt-oss's format holds these parameters, [E, K, N], and no others.
 _GPT_OSS_WEIGHTS = ("experts.gate_up_proj", "experts.down_proj")
 _SHARD_BYTES = 5 << 30
-# Files that the new directory has its own of, and files that are never copied.
+# Files that are rewritten, and files that are never copied.
 _OWN = ("config.json", "model.safetensors.index.json", "hf_quant_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: stored tensors that were quantized, those kept with the reason, bytes."""
+    """What was written: quantized tensors, kept ones with the reason, sizes in bytes."""
 
     directory: Path
     format: str
@@ -70,10 +70,10 @@ def quantize_directory(
 ) -> Exported:
     """Write the model in `source` to `target`, its weights in MXFP4 as `options` say.
 
-    `format` None is gpt-oss's own for a gpt-oss, compressed-tensors for others. `progress` is told
-    the bytes written and those to write. Nothing is left behind when it fails: what is written
-    takes its name at the end. ValueError for a target that exists and options that a format has
-    not; SourceError for a model that cannot be read, is in MXFP4 already, or holds NaN.
+    `format` None is gpt-oss's own for a gpt-oss, compressed-tensors for others. `progress` gets
+    the bytes written and the total. The directory takes its name at the end; a failure leaves
+    nothing. ValueError for a target that exists and options that a format lacks; SourceError for a
+    model that cannot be read, is in MXFP4 already, or holds NaN.
     """
     source, target = Path(source), Path(target)
     if target.exists() or target.is_symlink():
@@ -81,15 +81,15 @@ def quantize_directory(
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent}: no such directory")
     config = read_config(source)
-    # This one is not traced: it says which modules and names there are.
+    # This one is not traced: it says the modules and parameter names.
     meta = build_meta_model(config, attn_implementation="eager", experts_implementation="eager")
     chosen = _format(format, config.model_type, options)
     stored, _ = stored_tensors(source)
-    sources = sources_of(stored, quantization_of(config, source))
+    sources = sources_of(stored, quantization_scheme(config, source))
     if packed := next((n for n, s in sources.items() if isinstance(s, Packed)), None):
         raise SourceError(f"{source}: {packed} is in MXFP4 already")
     plan = _Plan(sources, meta, _decisions(source, options), options, chosen)
-    items = [plan.item(name, place) for name, place in places_of(sources, meta)]
+    items = [plan.item(*pair) for pair in destinations(sources, meta)]
     total, done = sum(item.nbytes for item in items), 0
 
     def written(count: int) -> None:
@@ -127,14 +127,14 @@ def _format(format: str | None, model_type: str, options: MXFP4) -> str:
 
 
 def _decisions(source: Path, options: MXFP4) -> dict[str, str]:
-    """By the model's names: "" for a weight to be quantized, else why it is kept."""
+    """By the model's names: "" for a weight to quantize, else the reason not to."""
     imported = import_hugging_face(source, dtype=None, max_tokens=2)
     graph = run_pipeline(imported.graph, RAISING)[-1].graph
     found: dict[str, str] = {}
     for site in find_sites(graph, options):
         reason = "" if site.action == "quantize" else site.reason
-        if not reason and _turned(site.weight):
-            reason = "its rows are not what is summed over"
+        if not reason and _is_transposed(site.weight):
+            reason = "the reduced dim is not its last"
         for node in walk((site.weight,)):
             if node.op is constant:
                 name = node.attrs["name"]
@@ -142,7 +142,7 @@ def _decisions(source: Path, options: MXFP4) -> dict[str, str]:
     return found
 
 
-def _turned(weight: Value) -> bool:
+def _is_transposed(weight: Value) -> bool:
     """Whether a 2-D weight is transposed before its product."""
     moved = [n.attrs["dims"] for n in walk((weight,)) if n.op is permute]
     return any(dims[-1] != len(dims) - 1 for dims in moved) and weight.type.rank == 2
@@ -150,7 +150,7 @@ def _turned(weight: Value) -> bool:
 
 @dataclass
 class _Plan:
-    """What becomes of each stored tensor, and what was decided so far."""
+    """Selects, per stored tensor, whether it is quantized, kept or dequantized; records which."""
 
     sources: Mapping[str, Source]
     meta: MetaModel
@@ -159,53 +159,53 @@ class _Plan:
     format: str
     quantized: list[str] = field(default_factory=list[str])
     kept: dict[str, str] = field(default_factory=dict[str, str])
-    places: set[str] = field(default_factory=set[str])  # the model's names of what is quantized
+    done: set[str] = field(default_factory=set[str])  # `quantized` by the model's names
 
-    def item(self, name: str, place: Place | None) -> Item:
+    def item(self, name: str, target: Destination | None) -> Item:
         source = self.sources[name]
         assert not isinstance(source, Packed)
-        reason = self._reason(source.type, place)
-        if not reason and place is not None:
+        reason = self._reason(source.type, target)
+        if not reason and target is not None:
             self.quantized.append(name)
-            self.places.add(place.name)
+            self.done.add(target.name)
             if self.format == GPT_OSS:
                 return _gpt_oss(name, source, self.options)
             return _compressed_tensors(name, source, self.options)
-        if place is not None and (place.name in self.decisions or self._is_linear(place)):
+        if target is not None and (target.name in self.decisions or self._is_linear(target)):
             self.kept[name] = reason
         if not isinstance(source, Dequantized):
             return torch_item({name: source.type}, lambda: [source.read()])
-        # Nobody would read it as it was stored, beside a config that speaks of MXFP4.
-        type_ = self.meta.types()[place.name] if place else source.type.with_dtype("bf16")
+        # Its old format is not declared by the new config: stored dense.
+        type_ = self.meta.types()[target.name] if target else source.type.with_dtype("bf16")
         type_ = source.type.with_dtype(type_.dtype)
         return torch_item({name: type_}, lambda: [source.read_as(torch_dtype(type_.dtype))])
 
-    def _reason(self, type_: TensorType, place: Place | None) -> str:
-        """Why a stored tensor is not quantized, "" if it is."""
-        if place is None:
-            return "the model has no place for it"
-        if place.name not in self.decisions:
-            return "no product reads it"
-        if reason := self.decisions[place.name]:
+    def _reason(self, type_: TensorType, target: Destination | None) -> str:
+        """The reason why a stored tensor is not quantized, "" if it is."""
+        if target is None:
+            return "the model has no such parameter"
+        if target.name not in self.decisions:
+            return "no matrix product or embedding reads it"
+        if reason := self.decisions[target.name]:
             return reason
         *_, width = type_.shape
         if self.format == GPT_OSS:
-            if not place.name.endswith(_GPT_OSS_WEIGHTS) or type_.rank != 3:
-                return f"{GPT_OSS}'s format is for experts alone"
+            if not target.name.endswith(_GPT_OSS_WEIGHTS) or type_.rank != 3:
+                return f"{GPT_OSS}'s format holds experts only"
             width = type_.shape[1]
-        elif type_.rank != 2 or not self._is_linear(place):
-            return f"{COMPRESSED_TENSORS} has a format for linear layers and stacks of them alone"
+        elif type_.rank != 2 or not self._is_linear(target):
+            return f"{COMPRESSED_TENSORS} holds linear layers and experts only"
         if type_.dtype not in FLOATS:
             return f"it is stored as {type_.dtype}"
         if not isinstance(width, int) or width % self.options.group:
             return f"groups of {self.options.group} do not divide K = {width}"
         return ""
 
-    def _is_linear(self, place: Place) -> bool:
-        """Whether readers take it for the weight of a linear layer, or of one expert's."""
-        if place.converter is not None:
-            return ".experts." in place.name and place.pattern.endswith(".weight")
-        return place.name in self._linears()
+    def _is_linear(self, target: Destination) -> bool:
+        """Whether it is the weight of a linear layer, or of one of an expert."""
+        if target.converter is not None:
+            return ".experts." in target.name and target.pattern.endswith(".weight")
+        return target.name in self._linears()
 
     def _linears(self) -> set[str]:
         modules = self.meta.model.named_modules()
@@ -215,7 +215,7 @@ class _Plan:
         if self.format == GPT_OSS:
             kept = {n.removesuffix(".weight") for n in self.kept if n.endswith(".weight")}
             return {"quant_method": "mxfp4", "modules_to_not_convert": sorted(kept)}
-        ignore = sorted(n.removesuffix(".weight") for n in self._linears() - self.places)
+        ignore = sorted(n.removesuffix(".weight") for n in self._linears() - self.done)
         weights = {
             "num_bits": 4,
             "type": "float",
@@ -272,7 +272,7 @@ def _gpt_oss(name: str, source: Stored | Dequantized, options: MXFP4) -> Item:
 
 
 def _dense(source: Stored | Dequantized) -> torch.Tensor:
-    """A weight as it is stored, or in f32 what it stands for."""
+    """The weight as stored, or dequantized to f32."""
     return source.read() if isinstance(source, Stored) else source.read_as(torch.float32)
 
 
@@ -293,7 +293,7 @@ def _write_config(source: Path, target: Path, quantization: Mapping[str, Any]) -
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """The tokenizer and whatever else lies beside the weights; no folders."""
+    """Copy the tokenizer and other files beside the weights; no folders."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in _OWN and path.suffix not in _WEIGHTS:
             shutil.copyfile(path, target / path.name)

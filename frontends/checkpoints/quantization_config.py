@@ -1,4 +1,4 @@
-"""What a config says of quantized weights: their formats and groups, and what stays dense."""
+"""The quantization scheme of a checkpoint, from config.json or ModelOpt's hf_quant_config.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ...compiler.microscaling import GROUPS
 from ..importers.source_error import SourceError
 
-_MODELOPT = "hf_quant_config.json"  # where ModelOpt repeats it, or alone says it
+_MODELOPT = "hf_quant_config.json"  # of ModelOpt, beside config.json or instead of its section
 
 MXFP4 = "MXFP4"
 FP8 = "FP8 blocks"
@@ -22,13 +22,13 @@ INT4 = "INT4 groups"
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What the config promises.
+class QuantizationScheme:
+    """The quantization scheme that config.json declares.
 
-    `method` is its quant_method, "" without one. `groups` gives the formats that weights may be
-    stored in, each with the numbers that share a scale (0 where the config does not say), `block`
-    the rows and columns of an FP8 block, `divide` whether NVFP4's scale for all divides. `ignore`
-    are patterns of modules that are not quantized.
+    `method` is its quant_method, "" for an unquantized model. `groups` are pairs of a storage
+    format and its group size, the elements that share one scale (0: not declared). `block` is the
+    rows and columns of an FP8 block. `divide`: NVFP4's per-tensor scale divides instead of
+    multiplying. `ignore` are patterns of modules whose weights stay dense.
     """
 
     method: str = ""
@@ -44,11 +44,11 @@ class Promise:
         return f"config.json says {' and '.join(f for f, _ in self.groups)} ({self.method})"
 
     def group(self, format_: str) -> int | None:
-        """The group of a promised format, None for one that is not promised."""
+        """The group size of `format_`; None for a format that the scheme does not declare."""
         return dict(self.groups).get(format_)
 
     def ignores(self, module: str) -> bool:
-        """Whether `module` or a module around it is on the list of those that stay dense."""
+        """Whether `ignore` names `module` or a module that contains it."""
         return any(_matches(pattern, module) for pattern in self.ignore)
 
 
@@ -62,16 +62,16 @@ def _matches(pattern: str, module: str) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for name in around)
 
 
-def quantization_of(config: Any, directory: Path | None = None) -> Promise:
-    """The promise of a transformers config, or of ModelOpt's own file in `directory`.
+def quantization_scheme(config: Any, directory: Path | None = None) -> QuantizationScheme:
+    """The scheme of a transformers config, or of ModelOpt's hf_quant_config.json in `directory`.
 
-    SourceError names a method or format that is not known.
+    SourceError names an unknown method or format.
     """
     found = _section(config)
     if found is None and directory is not None:
         found = _modelopt_file(directory / _MODELOPT)
     if found is None:
-        return Promise()
+        return QuantizationScheme()
     method = str(found.get("quant_method", "none"))
     if method not in _METHODS:
         raise SourceError(
@@ -111,15 +111,17 @@ def _unknown(what: str, found: Any, known: str) -> SourceError:
     return SourceError(f"quantization_config: {what} {found!r} is not supported; known: {known}")
 
 
-# ---- one function a method
+# ---- one parser per quant_method
 
 
-def _gpt_oss(found: Mapping[str, Any]) -> Promise:
-    return Promise("mxfp4", ((MXFP4, 32),), ignore=_names(found, "modules_to_not_convert"))
+def _gpt_oss(found: Mapping[str, Any]) -> QuantizationScheme:
+    return QuantizationScheme(
+        "mxfp4", ((MXFP4, 32),), ignore=_names(found, "modules_to_not_convert")
+    )
 
 
-def _deepseek(found: Mapping[str, Any]) -> Promise:
-    """FP8 blocks; with `expert_dtype` "fp4" beside experts in MXFP4 (DeepSeek-V4)."""
+def _deepseek(found: Mapping[str, Any]) -> QuantizationScheme:
+    """FP8 blocks; `expert_dtype` "fp4" adds experts in MXFP4 (DeepSeek-V4)."""
     block = found.get("weight_block_size")
     if (
         not isinstance(block, list | tuple)
@@ -131,16 +133,18 @@ def _deepseek(found: Mapping[str, Any]) -> Promise:
         raise _unknown("expert_dtype", experts, "fp8, fp4")
     formats = ((FP8, 0), (MXFP4, 32)) if experts == "fp4" else ((FP8, 0),)
     ignore = _names(found, "modules_to_not_convert")
-    return Promise("fp8", formats, block=(block[0], block[1]), ignore=ignore)
+    return QuantizationScheme("fp8", formats, block=(block[0], block[1]), ignore=ignore)
 
 
-def _compressed_tensors(found: Mapping[str, Any]) -> Promise:
+def _compressed_tensors(found: Mapping[str, Any]) -> QuantizationScheme:
     groups = found.get("config_groups") or {}
     formats = {_of_group(group, found.get("format")) for group in groups.values()}
     if not formats or len(dict(formats)) < len(formats):
         raise _unknown("compressed-tensors with formats", formats, "each format with one group")
     ignore = _names(found, "ignore")
-    return Promise("compressed-tensors", tuple(sorted(formats)), divide=True, ignore=ignore)
+    return QuantizationScheme(
+        "compressed-tensors", tuple(sorted(formats)), divide=True, ignore=ignore
+    )
 
 
 def _of_group(group: Mapping[str, Any], default: Any) -> tuple[str, int]:
@@ -160,31 +164,31 @@ def _of_group(group: Mapping[str, Any], default: Any) -> tuple[str, int]:
     raise _unknown(f"format {name!r} of {kind} in groups of", size, known)
 
 
-def _quark(found: Mapping[str, Any]) -> Promise:
+def _quark(found: Mapping[str, Any]) -> QuantizationScheme:
     layers = found.get("layer_quant_config") or {}
     types = found.get("layer_type_quant_config") or {}
     specs = [found.get("global_quant_config"), *layers.values(), *types.values()]
     for spec in specs:
         weight = (spec or {}).get("weight")
         if weight is None and spec is not specs[0]:
-            continue  # these stay dense
+            continue  # an override that keeps its layers dense
         fields = ("dtype", "qscheme", "group_size", "scale_format")
         given = tuple((weight or {}).get(field) for field in fields)
         if given != ("fp4", "per_group", 32, "e8m0"):
             known = "dtype fp4, qscheme per_group, group_size 32, scale_format e8m0"
             raise _unknown("quark's weight", dict(zip(fields, given, strict=True)), known)
-    return Promise("quark", ((MXFP4, 32),), ignore=_names(found, "exclude"))
+    return QuantizationScheme("quark", ((MXFP4, 32),), ignore=_names(found, "exclude"))
 
 
-def _modelopt(found: Mapping[str, Any]) -> Promise:
+def _modelopt(found: Mapping[str, Any]) -> QuantizationScheme:
     formats = {"mxfp4": (MXFP4, 32), "nvfp4": (NVFP4, 16)}
     algorithm = str(found.get("quant_algo", "")).lower()
     if algorithm not in formats:
         raise _unknown("modelopt's quant_algo", found.get("quant_algo"), ", ".join(formats).upper())
-    return Promise("modelopt", (formats[algorithm],), ignore=_names(found, "ignore"))
+    return QuantizationScheme("modelopt", (formats[algorithm],), ignore=_names(found, "ignore"))
 
 
-_METHODS: Mapping[str, Callable[[Mapping[str, Any]], Promise]] = {
+_METHODS: Mapping[str, Callable[[Mapping[str, Any]], QuantizationScheme]] = {
     "mxfp4": _gpt_oss,
     "fp8": _deepseek,
     "compressed-tensors": _compressed_tensors,

@@ -1,8 +1,8 @@
-"""Stored tensors as weights: several that make one quantized weight become one source.
+"""Groups stored tensors into weights: codes, scales and shapes of a quantized weight become one.
 
-How a weight is stored is told by the names, dtypes and ranks of its tensors; what the config
-promises must agree. MXFP4 stays packed, bit for bit; other formats are dense when they are read.
-What has no scales and is stored as floats is dense, whatever the config says of its module.
+Names, dtypes and ranks tell the storage format, which must agree with the quantization scheme of
+config.json. MXFP4 stays packed, bit for bit; other formats are dequantized when they are read.
+Floats stored without scales are dense, whatever the scheme says of their module.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from ...compiler.dtypes import FLOATS
 from ...compiler.types import TensorType
 from ..importers.source_error import SourceError
 from .dequantize import BlockFp8, Dequantized, Int4, Nvfp4
-from .quantization_config import FP8, INT4, MXFP4, NVFP4, Promise
+from .quantization_config import FP8, INT4, MXFP4, NVFP4, QuantizationScheme
 from .safetensors_files import File, Stored
 
 _E8M0 = ("u8", "e8m0")
-# What gpt-oss calls its experts' weights.
+# gpt-oss's names for the codes of its experts.
 _BLOCKS = ("gate_up_proj_blocks", "down_proj_blocks")
-# What stands beside a quantized `X.weight`, in one format or another, as `X.` and this; and
-# `X.scale`, which may be anything if it is no E8M0.
+# Names of the scales of a quantized `X.weight`, as `X.<name>`. `X.scale` is one too if it is E8M0.
 _COMPANIONS = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale")
 
 
@@ -48,27 +47,26 @@ class Packed:
 Source = Stored | Dequantized | Packed
 
 
-def sources_of(stored: Mapping[str, Stored], promise: Promise) -> dict[str, Source]:
-    """Every weight by the name that it would have if it were dense, and all that is no weight.
+def sources_of(stored: Mapping[str, Stored], scheme: QuantizationScheme) -> dict[str, Source]:
+    """Every weight by the name that its dense form has, and every other stored tensor.
 
-    SourceError names what contradicts the config, what a quantized weight lacks, and what does not
-    fit.
+    SourceError for a tensor that contradicts the scheme, lacks its scales, or has a wrong shape.
     """
-    gathering = _Gathering(stored, promise)
+    grouping = _Grouping(stored, scheme)
     for name in stored:
-        gathering.take(name)
-    return gathering.finish()
+        grouping.add(name)
+    return grouping.finish()
 
 
 @dataclass
-class _Gathering:
+class _Grouping:
     stored: Mapping[str, Stored]
-    promise: Promise
+    scheme: QuantizationScheme
     sources: dict[str, Source] = field(default_factory=dict[str, Source])
     used: set[str] = field(default_factory=set[str])
 
-    def take(self, name: str) -> None:
-        """Recognise the weight whose numbers are stored as `name`, if it is quantized."""
+    def add(self, name: str) -> None:
+        """Add the quantized weight whose codes are stored as `name`, if they are codes."""
         tensor = self.stored[name]
         module, _, leaf = name.rpartition(".")
         if leaf in _BLOCKS and (tensor.dtype == "u8" or self._is_resaved(name)):
@@ -81,10 +79,10 @@ class _Gathering:
         elif tensor.dtype == "f8e4m3" and leaf not in _COMPANIONS:
             self._fp8(name, tensor)
         elif leaf == "weight" and tensor.dtype in FLOATS:
-            self._dense_is_meant(name, module)
+            self._check_dense(name, module)
 
     def finish(self) -> dict[str, Source]:
-        """The weights and, under their own names, the tensors that are part of none."""
+        """The weights and, under their own names, the tensors that belong to none."""
         for name, tensor in self.stored.items():
             module = name.rpartition(".")[0]
             if name in self.used:
@@ -103,30 +101,30 @@ class _Gathering:
 
     def _lacks_weight(self, module: str) -> bool:
         own = (f"{module}.weight", f"{module}.weight_packed")
-        return bool(self.promise.method) and not any(name in self.stored for name in own)
+        return bool(self.scheme.method) and not any(name in self.stored for name in own)
 
-    # ---- one function a way to store
+    # ---- one function per storage format
 
     def _is_resaved(self, name: str) -> bool:
-        """A gpt-oss that transformers dequantized and saved again: dense, under the packed name."""
+        """Whether transformers dequantized a gpt-oss and saved it: dense, under the packed name."""
         stem, tensor = name.removesuffix("_blocks"), self.stored[name]
         lonely = f"{stem}_scales" not in self.stored and stem not in self.stored
         if tensor.dtype in FLOATS and tensor.type.rank == 3 and lonely:
             return True
-        if self.promise.method == "mxfp4":
+        if self.scheme.method == "mxfp4":
             raise SourceError(
                 f"{name}: expected U8 blocks [E, N, K/32, 16] with scales, or the dense weight "
-                f"[E, K, N] without, found {tensor.type}; {self.promise.described}"
+                f"[E, K, N] without, found {tensor.type}; {self.scheme.described}"
             )
         return False
 
     def _gpt_oss(self, name: str, blocks: Stored) -> None:
         stem = name.removesuffix("_blocks")
         if blocks.dtype != "u8":
-            self._add(stem, blocks, name)
+            self._put(stem, blocks, name)
             return
         scales = self._companion(name, f"{stem}_scales")
-        self._check_promise(name, MXFP4)
+        self._check_format(name, MXFP4)
         groups = blocks.shape[:-1]
         if (
             blocks.type.rank < 3
@@ -138,14 +136,14 @@ class _Gathering:
                 f"found {blocks.type} and {scales.type}"
             )
         codes = blocks.reshaped(*groups[:-1], groups[-1] * 16)
-        self._add(stem, Packed(codes, scales, transposed=True), name, f"{stem}_scales")
+        self._put(stem, Packed(codes, scales, transposed=True), name, f"{stem}_scales")
 
     def _packed(self, name: str, weight: str, tensor: Stored) -> None:
         module = weight.removesuffix(".weight")
         if tensor.dtype in FLOATS:
             raise SourceError(
                 f"{name}: expected packed numbers under that name, found {tensor.type}; "
-                f"{self.promise.described}"
+                f"{self.scheme.described}"
             )
         scale = self._scale(name, module, ("weight_scale",))
         if tensor.dtype == "i32":
@@ -165,7 +163,7 @@ class _Gathering:
         codes = tensor.as_bytes()
         self._check_groups(name, 2 * codes.shape[-1] if codes.shape else 0, codes, scales, format_)
         if format_ == MXFP4:
-            self._add(weight, Packed(codes, scales.as_bytes()), name, scale)
+            self._put(weight, Packed(codes, scales.as_bytes()), name, scale)
             return
         module = weight.removesuffix(".weight")
         of_all = f"{module}.{whole}"
@@ -176,9 +174,9 @@ class _Gathering:
                 f"and {number.type}"
             )
         shape = (codes.shape[0], 2 * codes.shape[1])
-        divide = self.promise.divide
+        divide = self.scheme.divide
         dense = Nvfp4(weight, tensor.file, shape, codes, scales, number, divide)
-        self._add(weight, dense, name, scale, of_all)
+        self._put(weight, dense, name, scale, of_all)
 
     def _int4(self, name: str, weight: str, packed: Stored, scale: str) -> None:
         module = weight.removesuffix(".weight")
@@ -195,7 +193,7 @@ class _Gathering:
         self._check_groups(name, 8 * packed.shape[1], packed, scales, INT4)
         dense = (packed.shape[0], 8 * packed.shape[1])
         source = Int4(weight, packed.file, dense, packed, scales, shape)
-        self._add(weight, source, name, scale, shape_name)
+        self._put(weight, source, name, scale, shape_name)
 
     def _fp8(self, name: str, tensor: Stored) -> None:
         module = name.removesuffix(".weight")
@@ -208,8 +206,8 @@ class _Gathering:
                     "known are blocks with weight_scale_inv"
                 )
             raise SourceError(f"{name}: no scales {named[0]!r} are stored for {tensor.type}")
-        self._check_promise(name, FP8)
-        scales, (rows, columns) = self.stored[scale], self.promise.block
+        self._check_format(name, FP8)
+        scales, (rows, columns) = self.stored[scale], self.scheme.block
         *lead, n, k = tensor.shape if tensor.type.rank >= 2 else (0, 0)
         grid = (*lead, -(-n // rows), -(-k // columns))
         if tensor.type.rank < 2 or scales.shape != grid or scales.dtype not in (*FLOATS, *_E8M0):
@@ -218,24 +216,24 @@ class _Gathering:
                 f"found {scale!r} {scales.type}"
             )
         scales = scales.as_bytes() if scales.dtype == "e8m0" else scales
-        source = BlockFp8(name, tensor.file, tensor.shape, tensor, scales, self.promise.block)
-        self._add(name, source, name, scale)
+        source = BlockFp8(name, tensor.file, tensor.shape, tensor, scales, self.scheme.block)
+        self._put(name, source, name, scale)
 
-    def _dense_is_meant(self, name: str, module: str) -> None:
-        """SourceError for a dense weight beside scales, unless its module is to be dense."""
-        if self.promise.ignores(module):
+    def _check_dense(self, name: str, module: str) -> None:
+        """SourceError for a dense weight that has scales, unless the scheme ignores its module."""
+        if self.scheme.ignores(module):
             return
         beside = (f"{module}.{leaf}" for leaf in (*_COMPANIONS, "scale"))
         scale = next(filter(self._is_companion, beside), None)
-        if scale is not None and self.promise.method:
+        if scale is not None and self.scheme.method:
             raise SourceError(
                 f"{name}: stored dense as {self.stored[name].type}, beside {scale!r}, and "
-                f"{module} is not on the list of modules to ignore; {self.promise.described}"
+                f"{module} is not on the list of modules to ignore; {self.scheme.described}"
             )
 
-    # ---- what they share
+    # ---- shared by the formats
 
-    def _add(self, name: str, source: Source, *parts: str) -> None:
+    def _put(self, name: str, source: Source, *parts: str) -> None:
         if name in self.sources or (name in self.stored and name not in parts):
             raise SourceError(f"two stored tensors for {name}: {parts[0]!r} and another")
         self.sources[name] = source
@@ -244,7 +242,7 @@ class _Gathering:
     def _companion(self, name: str, companion: str) -> Stored:
         if companion not in self.stored:
             raise SourceError(
-                f"{name}: no tensor {companion!r} is stored beside it; {self.promise.described}"
+                f"{name}: no tensor {companion!r} is stored beside it; {self.scheme.described}"
             )
         return self.stored[companion]
 
@@ -253,12 +251,12 @@ class _Gathering:
         self._companion(name, found or f"{module}.{leaves[0]}")
         return found or ""
 
-    def _check_promise(self, name: str, format_: str) -> None:
+    def _check_format(self, name: str, format_: str) -> None:
         tensor = self.stored[name].type
-        if self.promise.group(format_) is None:
-            raise SourceError(f"{name}: stored as {format_}, {tensor}; {self.promise.described}")
+        if self.scheme.group(format_) is None:
+            raise SourceError(f"{name}: stored as {format_}, {tensor}; {self.scheme.described}")
         module = name.rpartition(".")[0]
-        if self.promise.ignores(module):
+        if self.scheme.ignores(module):
             raise SourceError(
                 f"{name}: stored as {format_}, {tensor}, but config.json lists {module} among the "
                 "modules to ignore"
@@ -267,9 +265,9 @@ class _Gathering:
     def _check_groups(
         self, name: str, width: int, codes: Stored, scales: Stored, format_: str
     ) -> None:
-        """SourceError unless rows of `width` numbers have the promised groups of scales."""
-        self._check_promise(name, format_)
-        group = self.promise.group(format_) or 1
+        """SourceError unless rows of `width` elements have one scale per declared group."""
+        self._check_format(name, format_)
+        group = self.scheme.group(format_) or 1
         if width % group or scales.shape != (*codes.shape[:-1], width // group):
             raise SourceError(
                 f"{name}: rows of {width} in groups of {group} have scales "

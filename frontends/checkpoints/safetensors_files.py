@@ -1,6 +1,4 @@
-"""A checkpoint's safetensors files: which of a directory's to read, tensors over mappings of them,
-and the way out.
-"""
+"""Safetensors files of a checkpoint: finding them, tensors over mapped files, sharded writing."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ _MAX_NAMES = 5  # names that an error lists before it only counts
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One tensor of a file; `dtype` is the IR's name. A 4-bit dtype is read as bytes alone."""
+    """One tensor of a file; `dtype` is the IR's name. A 4-bit dtype is read by `as_bytes` only."""
 
     file: File
     dtype: str
@@ -45,7 +43,7 @@ class Stored:
         return TensorType(self.dtype, self.shape)
 
     def read(self) -> torch.Tensor:
-        """A view into the mapped file. Its pages leave this process's memory when it is dropped."""
+        """A view into the mapped file, whose pages are released when the view is dropped."""
         dtype = torch_dtype(self.dtype)
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=dtype)
@@ -73,7 +71,7 @@ class Stored:
         return replace(self, dtype="u8", shape=(*self.shape[:-1], self.shape[-1] // 2))
 
     def reshaped(self, *shape: int) -> Stored:
-        """The same data under another shape of as many elements."""
+        """The same data with another shape of equally many elements."""
         return replace(self, shape=shape)
 
     def read_into(self, out: torch.Tensor, bounds: Bounds) -> None:
@@ -98,7 +96,7 @@ class Stored:
 
 
 class File:
-    """One safetensors file: its header now, its data as a mapping that is made on first use."""
+    """One safetensors file: the header is read at once, the data mapped on first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -136,15 +134,15 @@ class File:
 
 
 def holds_weights(directory: Path) -> bool:
-    """Whether any file of weights, or an index of some, lies in `directory`."""
+    """Whether `directory` has a file of weights or an index of shards."""
     return any(p.name == INDEX or p.suffix in _WEIGHTS for p in directory.iterdir())
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The files that hold the model in `directory`: one, or the shards that its index names.
+    """The safetensors files of `directory`: model.safetensors, or the shards that the index names.
 
-    SourceError when there are none, when there are only pickles (never loaded), and for a file that
-    is missing or not in the directory.
+    SourceError for none, for pickles only (never loaded), and for a file that is missing or outside
+    the directory.
     """
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory")
@@ -201,9 +199,9 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def torch_item(types: Mapping[str, TensorType], load: Callable[[], Sequence[torch.Tensor]]) -> Item:
-    """Tensors of `types`, which `load` makes together, as a file takes them.
+    """An item to write: tensors of `types`, which `load` makes together.
 
-    TypeError, when they are loaded, for one of another type.
+    Writing it raises TypeError for a tensor of another type.
     """
 
     def contents() -> Iterator[memoryview]:

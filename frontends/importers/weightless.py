@@ -1,7 +1,6 @@
-"""A config without weights as a checkpoint: every weight has its type, and none can be loaded.
+"""A checkpoint from config.json alone: weights have types, and loading one is an error.
 
-Kernels, buffers and launches follow from types alone, so that a model can be looked at long before
-its weights are here.
+Kernels, buffers and launches follow from types, so a model can be inspected without its weights.
 """
 
 from __future__ import annotations
@@ -13,19 +12,18 @@ from typing import NoReturn
 from ...compiler.types import TensorType
 from ...compiler.weights import Entry, Weights
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.quantization_config import MXFP4, quantization_of
+from ..checkpoints.quantization_config import MXFP4, quantization_scheme
 from .meta_model import MetaModel, read_config
 from .source_error import SourceError
 
-_GROUP = 32  # of gpt-oss
+_GROUP = 32  # elements per scale in gpt-oss
 
 
 def without_weights(directory: str | Path, meta: MetaModel) -> Checkpoint:
-    """What `open_checkpoint` would give if the weights of `meta` lay in `directory`.
+    """`open_checkpoint` of a `directory` that has no weights: entries with types only.
 
-    Weights that config.json says are stored in another format than MXFP4 become dense, as they do
-    when they are read. Loading one is a SourceError, and so is a config whose MXFP4 weights cannot
-    be told from the others without the files.
+    Weights declared in another format than MXFP4 are dense, as after reading. SourceError for
+    loading one, and for a config that does not determine which weights are in MXFP4.
     """
     directory = Path(directory)
     missing = _missing(directory)
@@ -35,7 +33,7 @@ def without_weights(directory: str | Path, meta: MetaModel) -> Checkpoint:
     for name, type_ in types.items():
         if name in meta.buffers:
             continue
-        held = _halves(type_, packed[name]) if name in packed else {"": type_}
+        held = _codes_and_scales(type_, packed[name]) if name in packed else {"": type_}
         for end, part in held.items():
             entries[f"{name}{end}"] = Entry(part, missing, f"{directory}: config.json alone")
     buffers = Weights.of(meta.buffers, origin="computed from the config")
@@ -50,13 +48,13 @@ def _missing(directory: Path) -> Callable[[], NoReturn]:
 
 
 def _packed(directory: Path, types: Mapping[str, TensorType]) -> dict[str, tuple[int, ...]]:
-    """The weights that stay in MXFP4, each with the order of its dims: see Checkpoint.packed."""
-    promise = quantization_of(read_config(directory), directory)
-    if promise.group(MXFP4) is None:
+    """The weights in MXFP4, each with the permutation of its dims: see Checkpoint.packed."""
+    scheme = quantization_scheme(read_config(directory), directory)
+    if scheme.group(MXFP4) is None:
         return {}
-    if promise.method != "mxfp4":
+    if scheme.method != "mxfp4":
         raise SourceError(
-            f"{directory}: {promise.described}, and which weights those are is known from the "
+            f"{directory}: {scheme.described}, and which weights those are is known from the "
             "safetensors files alone: expected them, found none"
         )
     # Experts [E, K, N] are stored as codes of [E, N, K], and nothing else is packed.
@@ -65,8 +63,8 @@ def _packed(directory: Path, types: Mapping[str, TensorType]) -> dict[str, tuple
     return dict.fromkeys(names, (0, 2, 1))
 
 
-def _halves(type_: TensorType, order: tuple[int, ...]) -> dict[str, TensorType]:
-    """The types of the codes and scales of a weight that is `type_` once its dims are in order."""
+def _codes_and_scales(type_: TensorType, order: tuple[int, ...]) -> dict[str, TensorType]:
+    """The types of codes and scales of a weight of `type_`, its dims permuted by `order`."""
     shape: list[int] = [int(type_.shape[i]) for i in order]
     *rows, width = shape
     if width % _GROUP:

@@ -69,7 +69,7 @@ def assert_read_back(exported: Exported, name: str, scale: str = "mse") -> int:
         ("llama", 14, {"gives an output of the model", "rows are looked up"}),
         ("mixtral", 12, {"scores experts for the router"}),
         ("deepseek_v3", 16, {"groups of 32 do not divide K = 24"}),
-        ("gpt_oss", 4, {"gpt-oss's format is for experts alone"}),
+        ("gpt_oss", 4, {"gpt-oss's format holds experts only"}),
     ],
 )
 def test_every_weight_is_read_back(

@@ -19,7 +19,7 @@ from ingot.compiler.ir import Graph, Node, Value
 from ingot.compiler.microscaling import encode
 from ingot.compiler.pipeline import run_pipeline
 from ingot.frontends.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ingot.frontends.checkpoints.quantization_config import Promise
+from ingot.frontends.checkpoints.quantization_config import QuantizationScheme
 from ingot.frontends.checkpoints.safetensors_files import Stored
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.importers.meta_model import build_meta_model, read_config
@@ -318,7 +318,7 @@ def test_scales_beside_a_dense_weight_on_the_list_are_left_over(tmp_path: Path) 
     ],
 )
 def test_patterns_of_modules_to_ignore(pattern: str, module: str, ignored: bool) -> None:
-    assert Promise("fp8", ignore=("other", pattern)).ignores(module) is ignored
+    assert QuantizationScheme("fp8", ignore=("other", pattern)).ignores(module) is ignored
 
 
 def test_modelopt_by_its_own_file_alone(tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ DAMAGED: dict[str, tuple[str, str, Any, str]] = {
         lambda _: torch.ones(96, 64),
         f"{UP}.weight: stored dense as .* beside '{UP}.weight_scale'",
     ),
-    "another format than promised": (
+    "another format than declared": (
         "ct_nvfp4",
         "config",
         {
@@ -483,7 +483,7 @@ DAMAGED: dict[str, tuple[str, str, Any, str]] = {
         },
         r"weight_packed: stored as NVFP4, u8\[.*\]; config.json says MXFP4 \(compressed-tensors\)",
     ),
-    "another group than promised": (
+    "another group than declared": (
         "ct_mxfp4",
         "config",
         {"config_groups": {"g": {"weights": {"type": "float", "num_bits": 4, "group_size": 16}}}},
