@@ -97,13 +97,15 @@ class BoundGroup:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a node of one entry is computed: the names of its kernels, why, and an estimate."""
+    """How a node of one entry is computed: the names of its kernels, why, and an estimate; and what
+    would have been second, with its price."""
 
     op: str
     entry: str
     kernels: tuple[str, ...]
     reason: str
     seconds: float
+    runner_up: str = ""
 
 
 class Backend(Protocol):

@@ -277,7 +277,9 @@ class KernelBackend:
             launch = Launch(id_, tuple(values), call.grid, label)
             builder.launch(launch, reads, writes)
         op = label.split(" ")[0]
-        self.choices.append(Choice(op, entry, tuple(ids), chosen.reason, chosen.seconds))
+        second = chosen.runner_up
+        over = f"{second.reason} ({second.seconds * 1e6:.1f} µs)" if second else ""
+        self.choices.append(Choice(op, entry, tuple(ids), chosen.reason, chosen.seconds, over))
 
     def _source(
         self, call: Call, place: Callable[[Ref], Slice], values: list[Slice | int | float]

@@ -112,12 +112,6 @@ class Runtime:
     value: int | float
 
 
-def present(refs: Mapping[str, Ref | None]) -> tuple[dict[str, Ref], dict[str, None]]:
-    """Memory that is there, and names of what is not, which are constants."""
-    given = {name: ref for name, ref in refs.items() if ref is not None}
-    return given, {name: None for name, ref in refs.items() if ref is None}
-
-
 @dataclass(frozen=True)
 class Call:
     """One launch of a Triton kernel.
@@ -134,14 +128,13 @@ class Call:
     args: Mapping[str, Any]
     grid: tuple[int, int, int]
     writes: tuple[Ref, ...]
-    constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
     num_warps: int = 4
     num_stages: int = 2
     overlaps: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """`args` in the order of the function's parameters, with run-time numbers marked."""
-        marked = {**self.args, **self.constants}
+        marked = {**self.args}
         order = [p.name for p in self.function.params if p.name in marked]
         for p in self.function.params:
             value = marked.get(p.name)

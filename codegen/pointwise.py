@@ -90,10 +90,13 @@ def computed(region: Region, target: Target) -> Candidate | Declined:
     args |= {f"y{i}": Result(i) for i in range(len(region.outputs))}
     call = Call(
         _function(text, _name(region)),
-        {**args, "units": count // unit},
+        {
+            **args,
+            "units": count // unit,
+            "BLOCK": block,
+        },
         (-(-count // block), 1, 1),
         tuple(Result(i) for i in range(len(region.outputs))),
-        {"BLOCK": block},
         num_warps=max(1, block // (8 * target.warp)),
     )
     read = sum(region.args[i].nbytes for i in memory)

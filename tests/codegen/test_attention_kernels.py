@@ -11,7 +11,7 @@ from attention_builds import build_attention, empty, index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen.kernel_backend import NoKernelError
-from ingot.codegen.templates.attention.attend import split_start, splits_of
+from ingot.codegen.templates.attention.attend import Splits, split_start, splits_of
 from ingot.compiler.ops.attention import attention, cached_attention
 from kernel_checks import ALL_TARGETS, Strided, check_node, run_node
 from paged_batches import Batch, batch, chunks
@@ -90,7 +90,7 @@ def test_contexts_in_which_splits_grow(last: int) -> None:
 @given(st.integers(1, 200_000), st.sampled_from([(64, 32), (128, 32), (16, 4)]))
 def test_splits_meet_and_cover_every_context(context: int, sizes: tuple[int, int]) -> None:
     count = splits_of(context, *sizes)
-    starts = [split_start.fn(i, *sizes) for i in range(count + 1)]
+    starts = [split_start.fn(i, Splits(count, *sizes, 0)) for i in range(count + 1)]
     lengths = [b - a for a, b in pairwise(starts)]
     assert starts[0] == 0 and starts[count - 1] < context <= starts[count]
     assert lengths == [sizes[0] << (i // sizes[1]) for i in range(count)]

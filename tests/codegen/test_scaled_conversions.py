@@ -58,7 +58,7 @@ def test_every_byte_under_every_scale(dtype: torch.dtype, group: int, scaled: bo
         "DTYPE": DTYPES[dtype],
     }
     args = {"codes": Arg(0), "scales": Arg(1), "out": Result(0)}
-    call = Call(decode_kernel, args, (1, 1, 1), (Result(0),), constants)
+    call = Call(decode_kernel, {**args, **constants}, (1, 1, 1), (Result(0),))
     run_call(call, {Arg(0): codes, Arg(1): scales, Result(0): out})
     expected = decode(codes, scales, dtype)
     assert torch.equal(out.isnan(), expected.isnan())

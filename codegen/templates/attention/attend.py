@@ -8,6 +8,8 @@ position alone and not on what else is in the batch.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -17,13 +19,56 @@ _FAR = tl.constexpr(2**31 - 1)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
+class Query(NamedTuple):
+    """Part of the queries: D dims (padded to BLOCK) from SKIP on, with strides of tokens and heads
+    in elements."""
+
+    data: Any
+    TOKEN: Any
+    HEAD: Any
+    SKIP: Any
+    D: Any
+    BLOCK: Any
+
+
+class Keys(NamedTuple):
+    """Keys or values of D dims (padded to BLOCK), with strides of rows and heads in elements."""
+
+    data: Any
+    ROW: Any
+    HEAD: Any
+    D: Any
+    BLOCK: Any
+
+
+class Variant(NamedTuple):
+    """What one attention has that another has not: the scale, a WINDOW of positions and a SOFTCAP
+    of scores (0: none), whether it is CAUSAL, and `sinks` [H], logits of nothing (or None)."""
+
+    SCALE: Any
+    WINDOW: Any
+    SOFTCAP: Any
+    CAUSAL: Any
+    sinks: Any
+
+
+class Splits(NamedTuple):
+    """COUNT parts of a context, for split-K (BLOCK: the power of 2 that holds them): they are SPLIT
+    positions long, and after every STEADY of them their length doubles. So there are enough for
+    every multiprocessor at short contexts, and not too many at long ones."""
+
+    COUNT: Any
+    SPLIT: Any
+    STEADY: Any
+    BLOCK: Any
+
+
 @triton.jit
-def split_start(index, SPLIT: tl.constexpr, STEADY: tl.constexpr):
-    """The first position of split `index` (i32): splits are SPLIT positions long, and after every
-    STEADY of them their length doubles. So there are enough for every multiprocessor at short
-    contexts, and not too many at long ones."""
-    length = (index * 0 + SPLIT) << (index // STEADY)
-    return length * (index % STEADY + STEADY) - SPLIT * STEADY
+def split_start(index, splits):
+    """The first position of split `index` (i32)."""
+    STEADY: tl.constexpr = splits.STEADY
+    length = (index * 0 + splits.SPLIT) << (index // STEADY)
+    return length * (index % STEADY + STEADY) - splits.SPLIT * STEADY
 
 
 def splits_of(context: int, split: int, steady: int) -> int:
@@ -57,6 +102,13 @@ def _columns(base, at, seen, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _part_of_queries(query, token, head, mine):
+    """[rows, BLOCK] of a Query for rows (token i64, head); 0 where not `mine`."""
+    at = token * query.TOKEN + head * query.HEAD + query.SKIP
+    return _columns(query.data, at, mine, query.D, query.BLOCK)
+
+
+@triton.jit
 def _softcapped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores in units of log2, scaled and bounded."""
     if SOFTCAP > 0:
@@ -69,14 +121,13 @@ def _softcapped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def attend_kernel(
-    q,
-    q_rest,
-    k,
-    v,
-    slots,
-    positions,
-    page_table,
-    sinks,
+    query,
+    query_rest,
+    keys,
+    values,
+    pages,
+    variant,
+    splits,
     out,
     tops,
     totals,
@@ -85,50 +136,29 @@ def attend_kernel(
     lanes,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    Q_TOKEN: tl.constexpr,
-    Q_HEAD: tl.constexpr,
-    Q_REST_TOKEN: tl.constexpr,
-    Q_REST_HEAD: tl.constexpr,
-    Q_REST_SKIP: tl.constexpr,
-    K_ROW: tl.constexpr,
-    K_HEAD: tl.constexpr,
-    V_ROW: tl.constexpr,
-    V_HEAD: tl.constexpr,
-    D: tl.constexpr,
-    D_REST: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    PAGES_PER_SLOT: tl.constexpr,
-    SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    CAUSAL: tl.constexpr,
     SLOTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STEADY: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """BLOCK_M rows of a key/value head over the contexts of their slots.
+    """BLOCK_M rows of a key/value head over the contexts of their slots, with online softmax.
 
-    Keys are D ‖ D_REST dims of a row of `k` (D_REST may be 0), queries D of `q` and D_REST of
-    `q_rest`; values are the first V dims of a row of `v`, or of the keys where `v` is None
-    (V = D). With a page table rows lie in pages of PAGE_SIZE, a multiple of BLOCK_N; without one
-    there is one sequence of `context` rows, of which the tokens are the last.
+    Keys are the dims of `query` ‖ `query_rest` (which may be None) of a row of `keys`; values are
+    the first dims of a row of `values`, or of the keys where that is None. With `pages` rows lie in
+    pages of a multiple of BLOCK_N; without them there is one sequence of `context` rows, of which
+    the tokens are the last.
 
     Program (block, head · lanes + lane, part): the lane takes every lanes-th slot that the block's
-    rows are of (SLOTS at most), the part every parts-th split. With SPLITS = 1 the context is not
-    split and `out` [T, H, V] is the result; otherwise `out` f32 [T, H, SPLITS, V], `tops` and
-    `totals` f32 [T, H, SPLITS] are the splits' sums of weighted values, greatest scores (log2) and
+    rows are of (SLOTS at most), the part every parts-th split. With one split the context is not
+    split and `out` [T, H, V] is the result; otherwise `out` f32 [T, H, splits, V], `tops` and
+    `totals` f32 [T, H, splits] are the splits' sums of weighted values, greatest scores (log2) and
     sums of weights, for combine_kernel.
     """
     pdl_wait(PROGRAMMATIC)
+    SPLITS: tl.constexpr = splits.COUNT
+    WINDOW: tl.constexpr = variant.WINDOW
+    V: tl.constexpr = keys.D if values is None else values.D
+    BLOCK_V: tl.constexpr = keys.BLOCK if values is None else values.BLOCK
     # The last rows have the longest contexts: they begin first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1) // lanes
@@ -140,14 +170,14 @@ def attend_kernel(
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
     real = token < tokens
-    if page_table is not None:
-        slot_of = tl.load(slots + token, mask=real, other=-1)
-        at = tl.load(positions + token, mask=real, other=0)
+    if pages is not None:
+        slot_of = tl.load(pages.slots + token, mask=real, other=-1)
+        at = tl.load(pages.positions + token, mask=real, other=0)
     else:
         slot_of = tl.where(real, 0, -1)
         at = token + (context - tokens)
     limit = at
-    if not CAUSAL:
+    if not variant.CAUSAL:
         limit = at * 0 + (context - 1)
     place = (token.to(tl.int64) * HEADS + head) * SPLITS
     dim_v = tl.arange(0, BLOCK_V)
@@ -170,25 +200,24 @@ def attend_kernel(
             oldest = tl.min(tl.where(mine, at, _FAR), 0)
             first = tl.maximum(first, oldest - WINDOW + 1)
         token_at = token.to(tl.int64)
-        query = _columns(q, token_at * Q_TOKEN + head * Q_HEAD, mine, D, BLOCK_D)
-        if D_REST:
-            rest_at = token_at * Q_REST_TOKEN + head * Q_REST_HEAD + Q_REST_SKIP
-            query_rest = _columns(q_rest, rest_at, mine, D_REST, BLOCK_REST)
+        q = _part_of_queries(query, token_at, head, mine)
+        if query_rest is not None:
+            q_rest = _part_of_queries(query_rest, token_at, head, mine)
 
         # The splits [low, high) hold what the rows see; this part takes part, part + parts, ...
         low = first * 0
         high = first * 0 + 1
         if SPLITS > 1:
-            index = tl.arange(0, BLOCK_SPLITS)
-            low = tl.sum((split_start(index + 1, SPLIT, STEADY) <= first).to(tl.int32), 0)
-            high = tl.sum((split_start(index, SPLIT, STEADY) <= last).to(tl.int32), 0)
+            index = tl.arange(0, splits.BLOCK)
+            low = tl.sum((split_start(index + 1, splits) <= first).to(tl.int32), 0)
+            high = tl.sum((split_start(index, splits) <= last).to(tl.int32), 0)
             low += (part - low % parts + parts) % parts
         for split in range(low, high, parts):
             begin = first // BLOCK_N * BLOCK_N
             end = last + 1
             if SPLITS > 1:
-                begin = tl.maximum(begin, split_start(part * 0 + split, SPLIT, STEADY))
-                end = tl.minimum(end, split_start(part * 0 + split + 1, SPLIT, STEADY))
+                begin = tl.maximum(begin, split_start(part * 0 + split, splits))
+                end = tl.minimum(end, split_start(part * 0 + split + 1, splits))
             top = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -199,16 +228,18 @@ def attend_kernel(
                 # What lies outside was perhaps never written: it may be NaN, and 0 · NaN is NaN.
                 written = (where >= first) & (where <= last)
                 row_n = n.to(tl.int64)
-                if page_table is not None:
-                    page = tl.load(page_table + slot * PAGES_PER_SLOT + n // PAGE_SIZE)
-                    row_n = page.to(tl.int64) * PAGE_SIZE + n % PAGE_SIZE
-                key = k + (row_n * K_ROW + kv_head * K_HEAD)
-                keys = _columns(key, tile * K_ROW, written, D, BLOCK_D)
-                scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
-                if D_REST:
-                    keys_rest = _columns(key + D, tile * K_ROW, written, D_REST, BLOCK_REST)
-                    scores = tl.dot(query_rest, tl.trans(keys_rest), scores, input_precision="ieee")
-                scores = _softcapped(scores, SCALE, SOFTCAP)
+                if pages is not None:
+                    page = tl.load(pages.table + slot * pages.PER_SLOT + n // pages.SIZE)
+                    row_n = page.to(tl.int64) * pages.SIZE + n % pages.SIZE
+                key = keys.data + (row_n * keys.ROW + kv_head * keys.HEAD)
+                k = _columns(key, tile * keys.ROW, written, keys.D, keys.BLOCK)
+                scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+                if query_rest is not None:
+                    k_rest = _columns(
+                        key + keys.D, tile * keys.ROW, written, query_rest.D, query_rest.BLOCK
+                    )
+                    scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+                scores = _softcapped(scores, variant.SCALE, variant.SOFTCAP)
                 # What rows of other slots see here is stored nowhere.
                 seen = where[None, :] <= limit[:, None]
                 if WINDOW:
@@ -222,18 +253,20 @@ def attend_kernel(
                 fade = tl.exp2(top - base)
                 top = higher
                 total = total * fade + tl.sum(weights, 1)
-                if v is None:
-                    values = keys
+                if values is None:
+                    v = k
                 else:
-                    value = v + (row_n * V_ROW + kv_head * V_HEAD)
-                    values = _columns(value, tile * V_ROW, written, V, BLOCK_V)
+                    value = values.data + (row_n * values.ROW + kv_head * values.HEAD)
+                    v = _columns(value, tile * values.ROW, written, V, BLOCK_V)
                 acc = acc * fade[:, None]
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+                acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
             stored = mine[:, None] & inside_v
             if SPLITS == 1:
-                if sinks is not None:
-                    sink = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32) * _LOG2E
+                if variant.sinks is not None:
+                    sink = (
+                        tl.load(variant.sinks + head, mask=mine, other=0.0).to(tl.float32) * _LOG2E
+                    )
                     base = tl.maximum(top, sink)
                     fade = tl.exp2(top - base)
                     total = total * fade + tl.exp2(sink - base)
@@ -253,48 +286,43 @@ def combine_kernel(
     sums,
     tops,
     totals,
-    slots,
-    positions,
-    sinks,
+    pages,
+    variant,
+    splits,
     out,
     HEADS: tl.constexpr,
     V: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STEADY: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Program (token, head, block of V): out [T, H, V] of the splits that the token sees; 0 for a
-    token of slot -1. The splits are summed in an order that SPLITS alone fixes."""
+    token of slot -1. The splits are summed in an order that their count alone fixes."""
     pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    slot = tl.load(slots + token)
-    at = tl.load(positions + token)
+    slot = tl.load(pages.slots + token)
+    at = tl.load(pages.positions + token)
     place = token.to(tl.int64) * HEADS + head
     if slot < 0:
         tl.store(out + place * V + dim, tl.zeros([BLOCK_V], out.dtype.element_ty), mask=dim < V)
     else:
-        split = tl.arange(0, BLOCK_SPLITS)
-        seen = split_start(split, SPLIT, STEADY) <= at
-        if WINDOW:
-            seen = seen & (split_start(split + 1, SPLIT, STEADY) > at - WINDOW + 1)
-        where = place * SPLITS + split
+        split = tl.arange(0, splits.BLOCK)
+        seen = split_start(split, splits) <= at
+        if variant.WINDOW:
+            seen = seen & (split_start(split + 1, splits) > at - variant.WINDOW + 1)
+        where = place * splits.COUNT + split
         top = tl.load(tops + where, mask=seen, other=float("-inf"))
         total = tl.load(totals + where, mask=seen, other=0.0)
         mask = seen[:, None] & (dim < V)[None, :]
         parts = tl.load(sums + where[:, None] * V + dim[None, :], mask=mask, other=0.0)
         base = tl.max(top, 0)
-        if sinks is not None:
-            sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+        if variant.sinks is not None:
+            sink = tl.load(variant.sinks + head).to(tl.float32) * _LOG2E
             base = tl.maximum(base, sink)
         weight = tl.exp2(top - base)
         whole = tl.sum(total * weight, 0)
-        if sinks is not None:
+        if variant.sinks is not None:
             whole += tl.exp2(sink - base)
         result = tl.sum(parts * weight[:, None], 0) / whole
         tl.store(out + place * V + dim, result.to(out.dtype.element_ty), mask=dim < V)

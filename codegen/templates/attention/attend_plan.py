@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import triton
 
 from ....compiler.dtypes import DTYPES
 from ....compiler.types import TensorType
-from ...kernel_query import Call, Candidate, KernelQuery, Ref, Result, Temp
+from ...kernel_query import Call, Candidate, KernelQuery, Result, Temp
 from ...prices import LAUNCH_SECONDS
-from .attend import attend_kernel, combine_kernel, splits_of
+from ..rowwise.rows import Pages
+from .attend import Keys, Query, Splits, Variant, attend_kernel, combine_kernel, splits_of
 
 # Up to so many tokens contexts are split and rows go in blocks of 16, so that every bucket of
 # decoding sums alike; above, and where the splits' sums take more memory, blocks fill the device.
@@ -28,59 +28,39 @@ _LEAST = 16
 
 
 @dataclass(frozen=True)
-class Query:
-    """Part of the queries: `ref`, strides in elements of tokens and heads, and where it begins."""
+class PagedIndex:
+    """The index of a paged cache of `slots` slots."""
 
-    ref: Ref
-    token: int
-    head: int
-    skip: int = 0
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Keys or values: `ref`, strides in elements of rows and heads."""
-
-    ref: Ref
-    row: int
-    head: int
-
-
-@dataclass(frozen=True)
-class Pages:
-    """A paged cache's index: memory, and `slots` slots of `per_slot` pages of `size` rows."""
-
-    slots_ref: Ref
-    positions_ref: Ref
-    table_ref: Ref
+    pages: Pages
     slots: int
-    per_slot: int
-    size: int
+
+    @property
+    def context(self) -> int:
+        """The most positions of a slot."""
+        return self.pages.PER_SLOT * self.pages.SIZE
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What is attended to: see attend_kernel. `rest` is None where keys have d dims alone, `values`
-    where they are the first d dims of the keys."""
+    """What is attended to: see attend_kernel. `rest` is None where keys have the dims of `query`
+    alone, `values` where they are the first dims of the keys."""
 
     tokens: int
     heads: int
     kv_heads: int
-    d: int
-    d_rest: int
-    v: int
     dtype: str
     query: Query
     rest: Query | None
-    keys: Rows
-    values: Rows | None
+    keys: Keys
+    values: Keys | None
     context: int
-    scale: float
-    pages: Pages | None = None
-    sinks: Ref | None = None
-    window: int = 0
-    softcap: float = 0.0
-    causal: bool = True
+    variant: Variant
+    index: PagedIndex | None = None
+
+    @property
+    def v(self) -> int:
+        """Dims of a value."""
+        return (self.values or self.keys).D
 
     @property
     def group(self) -> int:
@@ -115,113 +95,62 @@ def plan(job: Attention, query: KernelQuery) -> Candidate:
     }
     split = splits > 1
     out = Temp("sums") if split else Result(0)
-    pages = job.pages
-    given: dict[str, Ref | int | None] = {
-        "q": job.query.ref,
-        "q_rest": job.rest.ref if job.rest else None,
-        "k": job.keys.ref,
-        "v": job.values.ref if job.values else None,
-        "slots": pages.slots_ref if pages else None,
-        "positions": pages.positions_ref if pages else None,
-        "page_table": pages.table_ref if pages else None,
-        "sinks": None if split else job.sinks,
-        "out": out,
-        "tops": Temp("tops") if split else None,
-        "totals": Temp("totals") if split else None,
-        "tokens": job.tokens,
-        "context": job.context,
-        "lanes": lanes,
-    }
-    block_splits = triton.next_power_of_2(splits)
+    held = Splits(splits, _split(job), _STEADY, triton.next_power_of_2(splits))
     attend = Call(
         attend_kernel,
-        {n: a for n, a in given.items() if a is not None},
-        (blocks, job.kv_heads * lanes, parts),
-        (out, Temp("tops"), Temp("totals")) if split else (out,),
         {
-            **{n: None for n, a in given.items() if a is None},
-            **_sizes(job),
+            "query": job.query,
+            "query_rest": job.rest,
+            "keys": job.keys,
+            "values": job.values,
+            "pages": job.index.pages if job.index else None,
+            # The sinks of a split context come where the splits are joined.
+            "variant": job.variant._replace(sinks=None) if split else job.variant,
+            "splits": held,
+            "out": out,
+            "tops": Temp("tops") if split else None,
+            "totals": Temp("totals") if split else None,
+            "tokens": job.tokens,
+            "context": job.context,
+            "lanes": lanes,
+            "HEADS": job.heads,
+            "GROUP": job.group,
             "SLOTS": 1 if slots == 1 else tile.m,
-            "SPLITS": splits,
-            "SPLIT": _split(job),
-            "STEADY": _STEADY,
-            "BLOCK_SPLITS": block_splits,
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
         },
-        tile.warps,
-        tile.stages,
+        (blocks, job.kv_heads * lanes, parts),
+        (out, Temp("tops"), Temp("totals")) if split else (out,),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         overlaps=tile.m <= _FEW_ROWS,
     )
     seconds = _seconds(job, query)
     reason = f"blocks of {tile.m} rows and {tile.n} positions"
     if not split:
         return Candidate((attend,), seconds + LAUNCH_SECONDS, f"{reason}, contexts whole")
-    calls = (attend, _combine(job, splits, block_splits))
+    calls = (attend, _combine(job, held))
     reason = f"{reason}, {splits} splits in {parts} parts"
     return Candidate(calls, seconds + 2 * LAUNCH_SECONDS, reason, temps)
 
 
-def _combine(job: Attention, splits: int, block_splits: int) -> Call:
-    assert job.pages
-    block = min(128, max(1, 8192 // block_splits), triton.next_power_of_2(job.v))
-    args: dict[str, Ref | int] = {
+def _combine(job: Attention, splits: Splits) -> Call:
+    assert job.index
+    block = min(128, max(1, 8192 // splits.BLOCK), triton.next_power_of_2(job.v))
+    args = {
         "sums": Temp("sums"),
         "tops": Temp("tops"),
         "totals": Temp("totals"),
-        "slots": job.pages.slots_ref,
-        "positions": job.pages.positions_ref,
+        "pages": job.index.pages._replace(table=None),
+        "variant": job.variant,
+        "splits": splits,
         "out": Result(0),
-    }
-    if job.sinks:
-        args["sinks"] = job.sinks
-    return Call(
-        combine_kernel,
-        args,
-        (job.tokens, job.heads, triton.cdiv(job.v, block)),
-        (Result(0),),
-        {
-            **({} if job.sinks else {"sinks": None}),
-            "HEADS": job.heads,
-            "V": job.v,
-            "WINDOW": job.window,
-            "SPLITS": splits,
-            "SPLIT": _split(job),
-            "STEADY": _STEADY,
-            "BLOCK_SPLITS": block_splits,
-            "BLOCK_V": block,
-        },
-    )
-
-
-def _sizes(job: Attention) -> dict[str, Any]:
-    """The constants that the node alone fixes."""
-    rest, values, pages = job.rest, job.values, job.pages
-    return {
         "HEADS": job.heads,
-        "GROUP": job.group,
-        "Q_TOKEN": job.query.token,
-        "Q_HEAD": job.query.head,
-        "Q_REST_TOKEN": rest.token if rest else 0,
-        "Q_REST_HEAD": rest.head if rest else 0,
-        "Q_REST_SKIP": rest.skip if rest else 0,
-        "K_ROW": job.keys.row,
-        "K_HEAD": job.keys.head,
-        "V_ROW": values.row if values else 0,
-        "V_HEAD": values.head if values else 0,
-        "D": job.d,
-        "D_REST": job.d_rest,
         "V": job.v,
-        "BLOCK_D": padded(job.d),
-        "BLOCK_REST": padded(job.d_rest),
-        "BLOCK_V": padded(job.v),
-        "PAGE_SIZE": pages.size if pages else 0,
-        "PAGES_PER_SLOT": pages.per_slot if pages else 0,
-        "SCALE": job.scale,
-        "WINDOW": job.window,
-        "SOFTCAP": job.softcap,
-        "CAUSAL": job.causal,
+        "BLOCK_V": block,
     }
+    grid = (job.tokens, job.heads, triton.cdiv(job.v, block))
+    return Call(combine_kernel, args, grid, (Result(0),))
 
 
 def padded(size: int) -> int:
@@ -239,7 +168,7 @@ def _few(job: Attention) -> bool:
     """Whether blocks are small and contexts split."""
     splits = splits_of(job.context, _split(job), _STEADY)
     small = 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES
-    return job.pages is not None and job.tokens <= _FEW_TOKENS and small
+    return job.index is not None and job.tokens <= _FEW_TOKENS and small
 
 
 def _splits(job: Attention) -> int:
@@ -249,15 +178,15 @@ def _splits(job: Attention) -> int:
 
 def _slots(job: Attention, tile: Tile) -> int:
     """How many slots the rows of a block may be of."""
-    if not job.pages:
+    if not job.index:
         return 1
     straddling = tile.m % job.group > 0 and job.group % tile.m > 0
-    return min(triton.cdiv(tile.m, job.group) + straddling, job.tokens, job.pages.slots)
+    return min(triton.cdiv(tile.m, job.group) + straddling, job.tokens, job.index.slots)
 
 
 def _tile(job: Attention, query: KernelQuery) -> Tile:
     tile = _widest(job, query)
-    return replace(tile, n=min(tile.n, job.pages.size)) if job.pages else tile
+    return replace(tile, n=min(tile.n, job.index.pages.SIZE)) if job.index else tile
 
 
 def _widest(job: Attention, query: KernelQuery) -> Tile:
@@ -267,7 +196,7 @@ def _widest(job: Attention, query: KernelQuery) -> Tile:
     with 8 warps, two on each SIMD, there are 256 registers a lane; shared memory is little."""
     nvidia = query.target.name.startswith("cuda")
     rows = job.tokens * job.group
-    width = max(padded(job.d), padded(job.v))
+    width = max(padded(job.keys.D), padded(job.v))
     if DTYPES[job.dtype].bits == 32:
         if width <= 128 or not nvidia:
             return Tile(_FEW_ROWS, 32 if width <= 256 else 16, 4, 1)
@@ -278,7 +207,7 @@ def _widest(job: Attention, query: KernelQuery) -> Tile:
         if width > 256:
             return Tile(_FEW_ROWS, 32, 4, 1)
         # The bounds of a window are scalars that wide tiles leave no registers for.
-        return Tile(_FEW_ROWS, 32 if job.window else 64, 4, 2)
+        return Tile(_FEW_ROWS, 32 if job.variant.WINDOW else 64, 4, 2)
     if not nvidia:
         return Tile(32, 32, 4, 1) if width > 128 else Tile(64, 64 if width <= 64 else 32, 8, 1)
     if width > 256:
@@ -290,8 +219,9 @@ def _widest(job: Attention, query: KernelQuery) -> Tile:
 def _seconds(job: Attention, query: KernelQuery) -> float:
     """Queries and results moved once, and a full context of every sequence that there can be."""
     size = DTYPES[job.dtype].bits // 8
-    sequences = min(job.tokens, job.pages.slots) if job.pages else 1
-    width = job.kv_heads * (job.d + job.d_rest + (job.v if job.values else 0))
+    rest = job.rest.D if job.rest else 0
+    sequences = min(job.tokens, job.index.slots) if job.index else 1
+    width = job.kv_heads * (job.keys.D + rest + (job.v if job.values else 0))
     moved = query.args[0].nbytes + query.results[0].nbytes
     moved += sequences * job.context * width * size
     return moved / query.target.bytes_per_second

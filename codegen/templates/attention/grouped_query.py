@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand
-from .attend_plan import Attention, Pages, Query, Rows, plan
+from ..rowwise.rows import Pages
+from .attend import Keys, Query, Variant
+from .attend_plan import Attention, PagedIndex, padded, plan
 
 
 def key_parts(d: int) -> tuple[int, int]:
@@ -12,7 +14,7 @@ def key_parts(d: int) -> tuple[int, int]:
     return first, d - first
 
 
-def paged_index(query: KernelQuery, caches: int, start: int) -> Pages | Declined:
+def paged_index(query: KernelQuery, caches: int, start: int) -> PagedIndex | Declined:
     """The index of the paged caches that are the arguments from `caches` on, followed by slots,
     positions and page table at `start`."""
     table = query.args[start + 2]
@@ -25,15 +27,15 @@ def paged_index(query: KernelQuery, caches: int, start: int) -> Pages | Declined
     if not all(a.dense for a in query.args[start : start + 3]):
         return Declined("expected a dense index")
     slots, per_slot = table.shape
-    return Pages(Arg(start), Arg(start + 1), Arg(start + 2), slots, per_slot, size)
+    return PagedIndex(Pages(*(Arg(start + i) for i in range(3)), per_slot, size), slots)
 
 
-def _rows(index: int, x: Operand) -> Rows:
-    """[..., rows, G, D] as rows of heads."""
-    return Rows(Arg(index), x.strides[-3], x.strides[-2])
+def _rows(index: int, x: Operand, d: int) -> Keys:
+    """[..., rows, G, D] as rows of heads, of which the first `d` dims are taken."""
+    return Keys(Arg(index), x.strides[-3], x.strides[-2], d, padded(d))
 
 
-def _attention(query: KernelQuery, pages: Pages | None) -> Candidate | Declined:
+def _attention(query: KernelQuery, index: PagedIndex | None) -> Candidate | Declined:
     q, k, v = query.args[:3]
     if any(x.strides[-1] != 1 for x in (q, k, v)):
         return Declined("expected heads whose dims follow one another")
@@ -41,26 +43,26 @@ def _attention(query: KernelQuery, pages: Pages | None) -> Candidate | Declined:
         return Declined("expected dense sinks")
     tokens, heads, dims = q.shape
     d, d_rest = key_parts(dims)
-    q_rows = Query(Arg(0), q.strides[0], q.strides[1])
+    steps = q.strides[:2]
+    attrs = query.attrs
     job = Attention(
         tokens,
         heads,
         k.shape[-2],
-        d,
-        d_rest,
-        v.shape[-1],
         q.type.dtype,
-        q_rows,
-        Query(Arg(0), q_rows.token, q_rows.head, d) if d_rest else None,
-        _rows(1, k),
-        _rows(2, v),
-        pages.per_slot * pages.size if pages else k.shape[0],
-        query.attrs["scale"],
-        pages,
-        query.ref("sinks"),
-        query.attrs.get("window", 0),
-        query.attrs.get("softcap", 0.0),
-        query.attrs.get("causal", True),
+        Query(Arg(0), *steps, 0, d, padded(d)),
+        Query(Arg(0), *steps, d, d_rest, padded(d_rest)) if d_rest else None,
+        _rows(1, k, d),
+        _rows(2, v, v.shape[-1]),
+        index.context if index else k.shape[0],
+        Variant(
+            attrs["scale"],
+            attrs.get("window", 0),
+            attrs.get("softcap", 0.0),
+            attrs.get("causal", True),
+            query.ref("sinks"),
+        ),
+        index,
     )
     return plan(job, query)
 
@@ -72,8 +74,8 @@ def attention(query: KernelQuery) -> Candidate | Declined:
 
 def cached_attention(query: KernelQuery) -> Candidate | Declined:
     """cached_attention(q, k_cache, v_cache, slots, positions, page_table[, sinks])."""
-    pages = paged_index(query, 1, 3)
-    return pages if isinstance(pages, Declined) else _attention(query, pages)
+    index = paged_index(query, 1, 3)
+    return index if isinstance(index, Declined) else _attention(query, index)
 
 
 TEMPLATES = {"attention": (attention,), "cached_attention": (cached_attention,)}

@@ -3,189 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ....compiler.types import TensorType
-from ...kernel_query import Call, Candidate, Declined, KernelQuery, Ref, Temp, present
+from ...kernel_query import Call, Candidate, Declined, KernelQuery, Temp
 from ...prices import LAUNCH_SECONDS
 from ..gemm.epilogue import epilogue_of
 from ..gemm.linear import normed_products
 from ..pdl import pdl_wait
-from ..rowwise.rows import append_operands, append_refs, cache_row
+from ..rowwise.rows import append_pages, append_refs, cache_row
+
+
+class HeadPart(NamedTuple):
+    """HEADS heads of D dims, columns FIRST and on of the product, which BLOCKS programs compute.
+
+    They go to `out`, to the token's row of `cache`, or to both. They are normed by `norm` where it
+    is given, and rotated where TURNED. BLOCK_D and BLOCK_HEADS are a program's.
+    """
+
+    norm: Any
+    out: Any
+    cache: Any
+    BLOCKS: Any
+    HEADS: Any
+    D: Any
+    FIRST: Any
+    TURNED: Any
+    BLOCK_D: Any
+    BLOCK_HEADS: Any
+
+
+class Rotation(NamedTuple):
+    """Rotary embedding of 2 · HALF dims from START on, by tables whose rows lie STEP apart."""
+
+    cos: Any
+    sin: Any
+    FORM: Any
+    START: Any
+    HALF: Any
+    STEP: Any
 
 
 @triton.jit
 def heads_kernel(
     y,
     bias,
-    norm_0,
-    norm_1,
-    norm_2,
-    cos,
-    sin,
-    out_0,
-    out_1,
-    out_2,
-    cache_0,
-    cache_1,
-    cache_2,
-    slots,
-    positions,
-    page_table,
+    part_0,
+    part_1,
+    part_2,
+    rotation,
+    pages,
     N: tl.constexpr,
     NORM_OF: tl.constexpr,
     EPS: tl.constexpr,
-    FORM: tl.constexpr,
-    START: tl.constexpr,
-    HALF: tl.constexpr,
-    TABLE_STEP: tl.constexpr,
-    PAGES_PER_SLOT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    NORMED: tl.constexpr,
-    TURNED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """Up to three parts of one token; BLOCKS of program_id(1) belong to each, one after the other.
-
-    A part goes to `out`, to the token's row of `cache`, or to both. Constants in capitals from
-    BLOCKS on have a value a part.
-    """
+    """Up to three HeadParts of one token; program_id(1) counts through the blocks of one after the
+    other."""
     pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     row = token
-    if slots is not None:
-        row = cache_row(slots, positions, page_table, token, PAGES_PER_SLOT, PAGE_SIZE)
+    if pages is not None:
+        row = cache_row(pages, token)
     block = tl.program_id(1)
-    if block < BLOCKS[0]:
-        _part(
-            y,
-            bias,
-            norm_0,
-            cos,
-            sin,
-            out_0,
-            cache_0,
-            row,
-            token,
-            block,
-            N,
-            HEADS[0],
-            D[0],
-            FIRST[0],
-            NORMED[0],
-            NORM_OF,
-            EPS,
-            TURNED[0],
-            FORM,
-            START,
-            HALF,
-            TABLE_STEP,
-            BLOCK_D[0],
-            BLOCK_HEADS[0],
-        )
-    elif block < BLOCKS[0] + BLOCKS[1]:
-        if BLOCKS[1] > 0:
-            _part(
-                y,
-                bias,
-                norm_1,
-                cos,
-                sin,
-                out_1,
-                cache_1,
-                row,
-                token,
-                block - BLOCKS[0],
-                N,
-                HEADS[1],
-                D[1],
-                FIRST[1],
-                NORMED[1],
-                NORM_OF,
-                EPS,
-                TURNED[1],
-                FORM,
-                START,
-                HALF,
-                TABLE_STEP,
-                BLOCK_D[1],
-                BLOCK_HEADS[1],
-            )
+    if block < part_0.BLOCKS:
+        _part(y, bias, part_0, rotation, row, token, block, N, NORM_OF, EPS)
+    elif block < part_0.BLOCKS + part_1.BLOCKS:
+        if part_1.BLOCKS > 0:
+            block -= part_0.BLOCKS
+            _part(y, bias, part_1, rotation, row, token, block, N, NORM_OF, EPS)
     else:
-        if BLOCKS[2] > 0:
-            _part(
-                y,
-                bias,
-                norm_2,
-                cos,
-                sin,
-                out_2,
-                cache_2,
-                row,
-                token,
-                block - BLOCKS[0] - BLOCKS[1],
-                N,
-                HEADS[2],
-                D[2],
-                FIRST[2],
-                NORMED[2],
-                NORM_OF,
-                EPS,
-                TURNED[2],
-                FORM,
-                START,
-                HALF,
-                TABLE_STEP,
-                BLOCK_D[2],
-                BLOCK_HEADS[2],
-            )
+        if part_2.BLOCKS > 0:
+            block = block - part_0.BLOCKS - part_1.BLOCKS
+            _part(y, bias, part_2, rotation, row, token, block, N, NORM_OF, EPS)
 
 
 @triton.jit
 def _part(
     y,
     bias,
-    norm,
-    cos,
-    sin,
-    out,
-    cache,
+    part,
+    rotation,
     row,
     token,
     block,
     N: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    NORMED: tl.constexpr,
     NORM_OF: tl.constexpr,
     EPS: tl.constexpr,
-    TURNED: tl.constexpr,
-    FORM: tl.constexpr,
-    START: tl.constexpr,
-    HALF: tl.constexpr,
-    TABLE_STEP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
 ):
-    """A block of the HEADS heads of D of one part, from y f32 [T, N], columns FIRST and on."""
+    """A block of heads of a HeadPart, from y f32 [T, N]."""
+    HEADS: tl.constexpr = part.HEADS
+    D: tl.constexpr = part.D
+    FIRST: tl.constexpr = part.FIRST
+    START: tl.constexpr = rotation.START
+    HALF: tl.constexpr = rotation.HALF
+    FORM: tl.constexpr = rotation.FORM
+    norm = part.norm
+    NORMED: tl.constexpr = norm is not None
     OF_PART: tl.constexpr = NORMED and NORM_OF == "part"
-    heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    d = tl.arange(0, BLOCK_D)
+    heads = block * part.BLOCK_HEADS + tl.arange(0, part.BLOCK_HEADS)
+    d = tl.arange(0, part.BLOCK_D)
     inside = (heads < HEADS)[:, None] & (d < D)[None, :]
     # Where dim d's own value and its partner's are read: a turned pair is (a, b).
     place = d - START
-    turned = (place >= 0) & (place < 2 * HALF) & (TURNED != 0)
-    if not TURNED:
+    turned = (place >= 0) & (place < 2 * HALF) & (part.TURNED != 0)
+    if not part.TURNED:
         pair = place * 0
         is_b = place < 0
         mine = d
@@ -209,7 +134,7 @@ def _part(
     other = tl.where(turned, other, d)
     if OF_PART:
         total = tl.zeros((), tl.float32)
-        for first in range(0, HEADS * D, BLOCK_D):
+        for first in range(0, HEADS * D, part.BLOCK_D):
             at = first + d
             ok = at < HEADS * D
             value = tl.load(y + token * N + FIRST + at, mask=ok, other=0.0)
@@ -228,22 +153,22 @@ def _part(
         scales = tl.rsqrt(tl.sum(plain * plain, 1) / D + EPS)[:, None]
         value *= scales * tl.load(norm + mine, mask=d < D, other=0.0).to(tl.float32)[None, :]
         partner *= scales * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    if TURNED:
-        table = token * TABLE_STEP + pair
-        c = tl.load(cos + table, mask=turned, other=1.0).to(tl.float32)[None, :]
-        s = tl.load(sin + table, mask=turned, other=0.0).to(tl.float32)[None, :]
+    if part.TURNED:
+        table = token * rotation.STEP + pair
+        c = tl.load(rotation.cos + table, mask=turned, other=1.0).to(tl.float32)[None, :]
+        s = tl.load(rotation.sin + table, mask=turned, other=0.0).to(tl.float32)[None, :]
         # (a, b) becomes (a·cos - b·sin, b·cos + a·sin).
         value = value * c + tl.where(is_b, 1.0, -1.0)[None, :] * partner * s
     if NORMED and NORM_OF == "rotated head":
         scales = tl.rsqrt(tl.sum(value * value, 1) / D + EPS)[:, None]
         value *= scales * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     at = heads[:, None] * D + d[None, :]
-    if out is not None:
-        to = out + token * (HEADS * D) + at
-        tl.store(to, value.to(out.dtype.element_ty), mask=inside)
-    if cache is not None:
-        to = cache + row * (HEADS * D) + at
-        tl.store(to, value.to(cache.dtype.element_ty), mask=inside & (row >= 0))
+    if part.out is not None:
+        to = part.out + token * (HEADS * D) + at
+        tl.store(to, value.to(part.out.dtype.element_ty), mask=inside)
+    if part.cache is not None:
+        to = part.cache + row * (HEADS * D) + at
+        tl.store(to, value.to(part.cache.dtype.element_ty), mask=inside & (row >= 0))
 
 
 @triton.jit
@@ -298,70 +223,54 @@ def project_heads(query: KernelQuery) -> Iterator[Candidate | Declined]:
 def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
     """The launch for parts of the product [T, n], at most _PARTS."""
     attrs = query.attrs
-    rotate = attrs.get("rotate") or (False,) * len(attrs["heads"])
+    table = query.operand("cos") if any(attrs.get("rotate") or ()) else None
+    held = [_head_part(query, part) for part in parts]
+    empty = HeadPart(None, None, None, 0, 1, 1, 0, False, 1, 1)
+    args = {f"part_{i}": p for i, p in enumerate((*held, *(empty,) * (_PARTS - len(held))))}
+    rotation = Rotation(
+        query.ref("cos"),
+        query.ref("sin"),
+        attrs.get("form", ""),
+        attrs.get("start", 0),
+        table.shape[1] if table else 0,
+        table.strides[0] if table else 0,
+    )
+    return Call(
+        heads_kernel,
+        {
+            "y": Temp("y"),
+            "bias": query.ref("bias"),
+            **args,
+            "rotation": rotation,
+            "pages": append_pages(query),
+            "N": n,
+            "NORM_OF": attrs.get("norm_of", "head"),
+            "EPS": attrs.get("head_eps") or 0.0,
+        },
+        (query.args[0].shape[0], sum(p.BLOCKS for p in held), 1),
+        tuple(ref for p in held for ref in (p.out, p.cache) if ref is not None),
+    )
+
+
+def _head_part(query: KernelQuery, part: int) -> HeadPart:
+    attrs = query.attrs
+    heads, size = attrs["heads"][part], attrs["dims"][part]
+    out, cache = append_refs(query, part)
+    block_d = triton.next_power_of_2(size)
+    block_heads = max(1, min(triton.next_power_of_2(heads), 1024 // block_d))
     widths = [h * d for h, d in zip(attrs["heads"], attrs["dims"], strict=True)]
-    table = query.operand("cos") if any(rotate) else None
-    per_part: dict[str, list[Any]] = {
-        "BLOCKS": [],
-        "HEADS": [],
-        "D": [],
-        "FIRST": [],
-        "NORMED": [],
-        "TURNED": [],
-        "BLOCK_D": [],
-        "BLOCK_HEADS": [],
-    }
-    operands: dict[str, Ref | None] = {n: query.ref(n) for n in ("bias", "cos", "sin")}
-    args: dict[str, Any] = {"y": Temp("y")}
-    constants: dict[str, Any] = {}
-    stored: list[Ref] = []
-    for place in range(_PARTS):
-        part = parts[place] if place < len(parts) else None
-        norm = None if part is None else query.ref(f"norm_{part}")
-        operands[f"norm_{place}"] = norm
-        own, cache = (None, None) if part is None else append_refs(query, part)
-        for name, ref in ((f"out_{place}", own), (f"cache_{place}", cache)):
-            if ref is None:
-                constants[name] = None
-            else:
-                args[name] = ref
-                stored.append(ref)
-        if part is None:
-            values = (0, 1, 1, 0, 0, 0, 1, 1)
-        else:
-            heads, size = attrs["heads"][part], attrs["dims"][part]
-            block_d = triton.next_power_of_2(size)
-            block_heads = max(1, min(triton.next_power_of_2(heads), 1024 // block_d))
-            values = (
-                triton.cdiv(heads, block_heads),
-                heads,
-                size,
-                sum(widths[:part]),
-                int(norm is not None),
-                int(rotate[part]),
-                block_d,
-                block_heads,
-            )
-        for held, value in zip(per_part.values(), values, strict=True):
-            held.append(value)
-    given, missing = present(operands)
-    args |= given
-    constants |= missing
-    index, pages = append_operands(query)
-    args |= index
-    constants |= pages
-    constants |= {
-        "N": n,
-        "NORM_OF": attrs.get("norm_of", "head"),
-        "EPS": attrs.get("head_eps") or 0.0,
-        "FORM": attrs.get("form", ""),
-        "START": attrs.get("start", 0),
-        "HALF": table.shape[1] if table else 0,
-        "TABLE_STEP": table.strides[0] if table else 0,
-        **{name: tuple(values) for name, values in per_part.items()},
-    }
-    grid = (query.args[0].shape[0], sum(per_part["BLOCKS"]), 1)
-    return Call(heads_kernel, args, grid, tuple(stored), constants)
+    return HeadPart(
+        query.ref(f"norm_{part}"),
+        out,
+        cache,
+        triton.cdiv(heads, block_heads),
+        heads,
+        size,
+        sum(widths[:part]),
+        bool((attrs.get("rotate") or (False,) * len(widths))[part]),
+        block_d,
+        block_heads,
+    )
 
 
 TEMPLATES = {"project_heads": (project_heads,)}

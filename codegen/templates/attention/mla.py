@@ -7,8 +7,9 @@ import triton.language as tl
 
 from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery
 from ..pdl import pdl_wait
-from ..rowwise.rows import append_operands, append_refs, cache_row
-from .attend_plan import Attention, Pages, Query, Rows, plan
+from ..rowwise.rows import append_pages, append_refs, cache_row
+from .attend import Keys, Query, Variant
+from .attend_plan import Attention, PagedIndex, padded, plan
 from .grouped_query import paged_index
 
 # ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe)
@@ -22,16 +23,12 @@ def latent_kernel(
     sin,
     out,
     cache,
-    slots,
-    positions,
-    page_table,
+    pages,
     STEP: tl.constexpr,
     RANK: tl.constexpr,
     HALF: tl.constexpr,
     EPS: tl.constexpr,
     FORM: tl.constexpr,
-    PAGES_PER_SLOT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
@@ -68,7 +65,7 @@ def latent_kernel(
         tl.store(to + RANK + a_to, turned_a.to(out.dtype.element_ty), mask=paired)
         tl.store(to + RANK + b_to, turned_b.to(out.dtype.element_ty), mask=paired)
     if cache is not None:
-        place = cache_row(slots, positions, page_table, token, PAGES_PER_SLOT, PAGE_SIZE)
+        place = cache_row(pages, token)
         to = cache + place * WIDTH
         inside &= place >= 0
         paired &= place >= 0
@@ -83,17 +80,17 @@ def mla_latent(query: KernelQuery) -> Candidate | Declined:
     if kv.strides[1] != 1 or not (weight.dense and cos.dense and sin.dense):
         return Declined("expected rows whose columns follow one another, dense weight and tables")
     rank, half = weight.shape[0], cos.shape[1]
-    index, pages = append_operands(query)
-    to = dict(zip(("out", "cache"), append_refs(query, 0), strict=True))
-    stored = {name: ref for name, ref in to.items() if ref is not None}
+    out, cache = append_refs(query, 0)
     call = Call(
         latent_kernel,
-        {"kv": Arg(0), "weight": Arg(1), "cos": Arg(2), "sin": Arg(3), **stored, **index},
-        (kv.shape[0], 1, 1),
-        tuple(stored.values()),
         {
-            **{name: None for name, ref in to.items() if ref is None},
-            **pages,
+            "kv": Arg(0),
+            "weight": Arg(1),
+            "cos": Arg(2),
+            "sin": Arg(3),
+            "out": out,
+            "cache": cache,
+            "pages": append_pages(query),
             "STEP": kv.strides[0],
             "RANK": rank,
             "HALF": half,
@@ -102,6 +99,8 @@ def mla_latent(query: KernelQuery) -> Candidate | Declined:
             "BLOCK_RANK": triton.next_power_of_2(rank),
             "BLOCK_HALF": triton.next_power_of_2(half),
         },
+        (kv.shape[0], 1, 1),
+        tuple(ref for ref in (out, cache) if ref is not None),
     )
     into = ", written into the cache" if query.append else ""
     return Candidate((call,), query.seconds(1), f"a program a token{into}")
@@ -110,26 +109,24 @@ def mla_latent(query: KernelQuery) -> Candidate | Declined:
 # ---- mla_attention, cached_mla_attention: all heads share the one row that a token has
 
 
-def _attention(query: KernelQuery, pages: Pages | None) -> Candidate | Declined:
+def _attention(query: KernelQuery, index: PagedIndex | None) -> Candidate | Declined:
     q, q_pe, rows = query.args[:3]
     if any(x.strides[-1] != 1 for x in (q, q_pe, rows)):
         return Declined("expected rows whose dims follow one another")
     tokens, heads, rank = q.shape
+    d, d_rest = padded(rank), padded(q_pe.shape[2])
     job = Attention(
         tokens,
         heads,
         1,
-        rank,
-        q_pe.shape[2],
-        rank,
         q.type.dtype,
-        Query(Arg(0), q.strides[0], q.strides[1]),
-        Query(Arg(1), q_pe.strides[0], q_pe.strides[1]),
-        Rows(Arg(2), rows.strides[-2], 0),
+        Query(Arg(0), q.strides[0], q.strides[1], 0, rank, d),
+        Query(Arg(1), q_pe.strides[0], q_pe.strides[1], 0, q_pe.shape[2], d_rest),
+        Keys(Arg(2), rows.strides[-2], 0, rank, d),
         None,
-        pages.per_slot * pages.size if pages else rows.shape[0],
-        query.attrs["scale"],
-        pages,
+        index.context if index else rows.shape[0],
+        Variant(query.attrs["scale"], 0, 0.0, True, None),
+        index,
     )
     return plan(job, query)
 
@@ -141,8 +138,8 @@ def mla_attention(query: KernelQuery) -> Candidate | Declined:
 
 def cached_mla_attention(query: KernelQuery) -> Candidate | Declined:
     """cached_mla_attention(q_latent, q_pe, cache, slots, positions, page_table)."""
-    pages = paged_index(query, 2, 3)
-    return pages if isinstance(pages, Declined) else _attention(query, pages)
+    index = paged_index(query, 2, 3)
+    return index if isinstance(index, Declined) else _attention(query, index)
 
 
 TEMPLATES = {

@@ -59,14 +59,17 @@ def rope_tables(query: KernelQuery) -> Candidate | Declined:
     half = inv_freq.shape[0]
     call = Call(
         tables_kernel,
-        {"positions": Arg(0), "inv_freq": Arg(1), "cos": Result(0), "sin": Result(1)},
-        (positions.shape[0], 1, 1),
-        (Result(0), Result(1)),
         {
+            "positions": Arg(0),
+            "inv_freq": Arg(1),
+            "cos": Result(0),
+            "sin": Result(1),
             "HALF": half,
             "SCALE": float(query.attrs["scale"]),
             "BLOCK": triton.next_power_of_2(half),
         },
+        (positions.shape[0], 1, 1),
+        (Result(0), Result(1)),
         num_warps=1,
     )
     return Candidate((call,), query.seconds(1), "a program a token")
@@ -155,10 +158,11 @@ def rope(query: KernelQuery) -> Candidate | Declined:
     block_h = min(triton.next_power_of_2(heads), 1 << (tile.bit_length() - 1))
     call = Call(
         rope_kernel,
-        {"x": Arg(0), "cos": Arg(1), "sin": Arg(2), "out": Result(0)},
-        (x.shape[0], -(-heads // block_h), 1),
-        (Result(0),),
         {
+            "x": Arg(0),
+            "cos": Arg(1),
+            "sin": Arg(2),
+            "out": Result(0),
             "HEADS": heads,
             "SIZE": size,
             "HALF": half,
@@ -172,6 +176,8 @@ def rope(query: KernelQuery) -> Candidate | Declined:
             "BLOCK": block,
             "REST": triton.next_power_of_2(rest) if rest else 0,
         },
+        (x.shape[0], -(-heads // block_h), 1),
+        (Result(0),),
         num_warps=4 if block_h * block >= 512 else 2,
     )
     return Candidate((call,), query.seconds(1), "a program a token's heads")

@@ -102,7 +102,17 @@ def copy_call(
         "BLOCK": BLOCK,
     }
     args = {"source": source, "target": target, "units": count // unit}
-    return (Call(copy_kernel, args, (-(-count // BLOCK), 1, 1), (target,), constants),)
+    return (
+        Call(
+            copy_kernel,
+            {
+                **args,
+                **constants,
+            },
+            (-(-count // BLOCK), 1, 1),
+            (target,),
+        ),
+    )
 
 
 def copy(query: KernelQuery) -> Candidate:

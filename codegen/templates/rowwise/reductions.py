@@ -58,16 +58,16 @@ def _launch(
     out = query.results[0]
     call = Call(
         function,
-        args,
-        (lines, 1, 1),
-        tuple(Result(i) for i in range(len(outs))),
         {
+            **args,
             **_lines(x, axis, out),
             "N": x.shape[axis],
             "STEP": x.strides[axis],
             "BLOCK": block,
             **constants,
         },
+        (lines, 1, 1),
+        tuple(Result(i) for i in range(len(outs))),
         num_warps=_warps(block, query.target),
     )
     return Candidate((call,), query.seconds(1), "a program a line")
@@ -301,15 +301,18 @@ def gather(query: KernelQuery) -> Candidate | Declined:
     block = 256
     call = Call(
         gather_kernel,
-        {"x": Arg(0), "index": Arg(1), "out": Result(0), "count": count},
-        (-(-count // block), 1, 1),
-        (Result(0),),
         {
+            "x": Arg(0),
+            "index": Arg(1),
+            "out": Result(0),
+            "count": count,
             "ROWS": x.shape[axis],
             "PICKED": index.shape[axis],
             "INNER": prod(x.shape[axis + 1 :]),
             "BLOCK": block,
         },
+        (-(-count // block), 1, 1),
+        (Result(0),),
     )
     return Candidate((call,), query.seconds(1), "element by element")
 
@@ -357,10 +360,17 @@ def hadamard(query: KernelQuery) -> Candidate | Declined:
     tile = max(1, 1024 // size)
     call = Call(
         hadamard_kernel,
-        {"x": Arg(0), "out": Result(0), "blocks": count},
+        {
+            "x": Arg(0),
+            "out": Result(0),
+            "blocks": count,
+            "SCALE": size**-0.5,
+            "SIZE": size,
+            "STEPS": size.bit_length() - 1,
+            "TILE": tile,
+        },
         (-(-count // tile), 1, 1),
         (Result(0),),
-        {"SCALE": size**-0.5, "SIZE": size, "STEPS": size.bit_length() - 1, "TILE": tile},
         num_warps=max(128, min(512, size // 8)) // query.target.warp,
     )
     return _unreadable(query, _FLOATS) or Candidate((call,), query.seconds(1), "in registers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -62,10 +62,17 @@ def _looked_up(query: KernelQuery, table: int, index: int) -> Candidate | Declin
     block = min(_BLOCK, triton.next_power_of_2(width))
     call = Call(
         take_kernel,
-        {"table": Arg(table), "index": Arg(index), "out": Result(0), "rows": x.shape[0]},
+        {
+            "table": Arg(table),
+            "index": Arg(index),
+            "out": Result(0),
+            "rows": x.shape[0],
+            "WIDTH": width,
+            "STEP": x.strides[0],
+            "BLOCK": block,
+        },
         (int(chosen.type.numel), triton.cdiv(width, block), 1),
         (Result(0),),
-        {"WIDTH": width, "STEP": x.strides[0], "BLOCK": block},
     )
     moved = 2 * query.results[0].nbytes
     seconds = moved / query.target.bytes_per_second + LAUNCH_SECONDS
@@ -85,21 +92,25 @@ def take(query: KernelQuery) -> Candidate | Declined:
 # ---- kv_append: token t's rows go to place positions[t] of its slot; slot -1 is stored nowhere
 
 
+class Pages(NamedTuple):
+    """A paged cache's index: `slots` and `positions` [T], and `table` [slots, PER_SLOT] of pages of
+    SIZE rows."""
+
+    slots: Any
+    positions: Any
+    table: Any
+    PER_SLOT: Any
+    SIZE: Any
+
+
 @triton.jit
-def cache_row(
-    slots,
-    positions,
-    page_table,
-    token,
-    PAGES_PER_SLOT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):
-    """Which row of a cache [pages · PAGE_SIZE, ...] a token's is, i64; -1 for padding."""
-    slot = tl.load(slots + token)
-    position = tl.load(positions + token)
-    at = page_table + slot * PAGES_PER_SLOT + position // PAGE_SIZE
+def cache_row(pages, token):
+    """Which row of a cache [pages · SIZE, ...] a token's is, i64; -1 for padding."""
+    slot = tl.load(pages.slots + token)
+    position = tl.load(pages.positions + token)
+    at = pages.table + slot * pages.PER_SLOT + position // pages.SIZE
     page = tl.load(at, mask=slot >= 0, other=0).to(tl.int64)
-    return tl.where(slot >= 0, page * PAGE_SIZE + position % PAGE_SIZE, -1)
+    return tl.where(slot >= 0, page * pages.SIZE + position % pages.SIZE, -1)
 
 
 @triton.jit
@@ -108,23 +119,19 @@ def append_kernel(
     cache_1,
     rows_0,
     rows_1,
-    slots,
-    positions,
-    page_table,
-    PAGES_PER_SLOT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    pages,
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """Rows of WIDTH elements, STEP elements apart; a page holds PAGE_SIZE of them, dense.
+    """Rows of WIDTH elements, STEP elements apart; a page of `pages` holds them dense.
 
     One or two caches, by program_id(2); WIDTH and STEP have a value a cache.
     """
     pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0)
-    to = cache_row(slots, positions, page_table, token, PAGES_PER_SLOT, PAGE_SIZE)
+    to = cache_row(pages, token)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if to >= 0:
         row = token.to(tl.int64)
@@ -153,42 +160,29 @@ def _append_call(query: KernelQuery, count: int, caches: range) -> Call:
     """The launch that appends to one or two of `count` caches."""
     rows = [query.args[count + i] for i in caches]
     widths = [prod(r.shape[1:]) for r in rows]
-    index = {"slots": 2 * count, "positions": 2 * count + 1, "page_table": 2 * count + 2}
-    args = {name: Arg(at) for name, at in index.items()}
-    constants: dict[str, object] = {}
-    for place in range(2):
-        there = place < len(caches)
-        for name, ref in (("cache", Result), ("rows", Arg)):
-            if not there:
-                constants[f"{name}_{place}"] = None
-                continue
-            at = caches[place]
-            args[f"{name}_{place}"] = ref(at) if name == "cache" else ref(count + at)
-    block = min(_BLOCK, triton.next_power_of_2(max(widths)))
-    constants |= {
-        "PAGES_PER_SLOT": query.args[-1].shape[1],
-        "PAGE_SIZE": query.results[0].shape[1],
+    index = (Arg(2 * count + i) for i in range(3))
+    args: dict[str, Any] = {
+        "pages": Pages(*index, query.args[-1].shape[1], query.results[0].shape[1]),
         "WIDTH": tuple(widths),
         "STEP": tuple(r.strides[0] for r in rows),
-        "BLOCK": block,
+        "BLOCK": min(_BLOCK, triton.next_power_of_2(max(widths))),
     }
-    grid = (rows[0].shape[0], triton.cdiv(max(widths), block), len(caches))
-    return Call(append_kernel, args, grid, tuple(Result(i) for i in caches), constants)
+    for place in range(2):
+        at = caches[place] if place < len(caches) else None
+        args[f"cache_{place}"] = None if at is None else Result(at)
+        args[f"rows_{place}"] = None if at is None else Arg(count + at)
+    grid = (rows[0].shape[0], triton.cdiv(max(widths), args["BLOCK"]), len(caches))
+    return Call(append_kernel, args, grid, tuple(Result(i) for i in caches))
 
 
-def append_operands(query: KernelQuery) -> tuple[dict[str, Ref], dict[str, Any]]:
-    """What a kernel that writes into the caches of `query.append` needs to find a token's row:
-    operands by name, and constants."""
-    names, sizes = ("slots", "positions", "page_table"), ("PAGES_PER_SLOT", "PAGE_SIZE")
+def append_pages(query: KernelQuery) -> Pages | None:
+    """The index of the caches that a node's launches append to; None where there is no append."""
     append = query.append
     if append is None:
-        return {}, {**dict.fromkeys(names), **dict.fromkeys(sizes, 0)}
+        return None
     cache = query.results[min(append.caches.values())]
-    pages = query.args[append.page_table.index].shape[1]
-    args: dict[str, Ref] = dict(
-        zip(names, (append.slots, append.positions, append.page_table), strict=True)
-    )
-    return args, dict(zip(sizes, (pages, cache.shape[1]), strict=True))
+    per_slot = query.args[append.page_table.index].shape[1]
+    return Pages(append.slots, append.positions, append.page_table, per_slot, cache.shape[1])
 
 
 def append_refs(query: KernelQuery, result: int) -> tuple[Ref | None, Ref | None]:

@@ -389,18 +389,10 @@ def sample(query: KernelQuery) -> Candidate | Declined:
 
     def call(kernel: Any, block: int, grid: tuple[int, int], writes: str, warps: int) -> Call:
         """A launch with what its parameters are called; None for operands that are not there."""
-        given = [*kernel.arg_names]
-        constants = {n: sizes[n] for n in given if n in sizes} | {"BLOCK": block}
-        operands = [n for n in given if n not in constants]
-        absent = {n: None for n in operands if n not in places}
-        return Call(
-            kernel,
-            {n: places[n] for n in operands if n in places},
-            (*grid, 1),
-            tuple(places[n] for n in writes.split() if n in places),
-            {**constants, **absent},
-            num_warps=warps,
-        )
+        held = {**places, **sizes, "BLOCK": block}
+        names = [n for n in kernel.arg_names if n != "PROGRAMMATIC"]
+        written = tuple(places[n] for n in writes.split() if n in places)
+        return Call(kernel, {n: held.get(n) for n in names}, (*grid, 1), written, num_warps=warps)
 
     warps = _THREADS // query.target.warp
     made = "scores raw_max raw_sum best best_at top_keys top_ids"
