@@ -1,10 +1,9 @@
-"""What a GPU program must hold to before any of it is given to a device.
+"""Validation of a GPU program before it is loaded.
 
-Every buffer inside its memory, every slice inside its buffer, every argument what its kernel takes,
-every promise kept, every launch within the limits of the target, an order without cycles, and code
-for the target. Nothing here knows a device: who has one says what its limits are, and checks the
-addresses that it gave. Whether the device code itself keeps within its arguments, nobody can see
-from outside.
+Buffers are within their memory and slices within their buffers; arguments have the kinds and
+alignments that kernels expect; launches are within the limits of the target; dependencies are
+acyclic; code is for the target. A caller with a device passes its limits and checks addresses.
+Whether device code stays within its arguments cannot be checked.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ from ..program import Argument, Buffer, Entry, Function, Kernel, Launch, Program
 from .device_api import DeviceInfo
 from .elf import code_target
 
-# Memory that a driver allocates starts on a multiple of this many bytes, and so does the arena.
+# Alignment in bytes of driver allocations, and so of the arena.
 BASE_ALIGNMENT = 256
-# No size, offset or count goes beyond this: sums of a few of them stay far below 2^64.
+# The largest size, offset or count: sums of a few of them stay far below 2^64.
 _LARGEST = 2**48
 _MAX_RANK = 16
-# What kernels take by value.
+# Dtypes that kernels take by value.
 _NUMBERS = [name for name, dtype in DTYPES.items() if dtype.ctypes]
 _SYMBOL = re.compile(r"[A-Za-z_.$][\w.$]{0,4095}", re.ASCII)
 
 
 class ProgramError(ValueError):
-    """A program that must not run: which part, what was expected, what came."""
+    """An invalid program: which part, what was expected, what was found."""
 
 
-# What one launch may use: of a target on paper, or of the device that is here.
+# Limits of one launch: of a target, or of a device.
 Limits = Target | DeviceInfo
 
 
 def check_program(program: Program, limits: Limits | None = None) -> None:
-    """ProgramError, in one line, for the first thing that is wrong with a GPU program.
+    """ProgramError, in one line, for the first defect of a GPU program.
 
-    `limits` are those of the device that is to run it; without, they are those of its target.
+    `limits` are those of a device; by default those of the program's target.
     """
     if program.target not in GPUS:
         raise ProgramError(f"target: expected one of {', '.join(GPUS)}; found {program.target}")
@@ -66,7 +65,7 @@ def check_program(program: Program, limits: Limits | None = None) -> None:
 
 
 def launch_place(program: Program, entry: Entry, index: int) -> str:
-    """How messages name a launch: its place, its label and its kernel's function."""
+    """A launch in messages: entry, number, label and kernel function."""
     launch = entry.launches[index]
     label = f" ({launch.label[:80]})" if launch.label else ""
     kernel = program.kernels.get(launch.kernel)
@@ -75,17 +74,14 @@ def launch_place(program: Program, entry: Entry, index: int) -> str:
 
 
 def check_address(where: str, address: int, taken: Argument) -> None:
-    """ProgramError where a pointer is not the multiple of bytes that its kernel relies on.
-
-    That is what it was promised, and the size of an element at least.
-    """
+    """ProgramError for a pointer that lacks the alignment of `taken`, at least its element size."""
     multiple = math.lcm(taken.multiple, max(DTYPES[taken.kind[1:]].bits // 8, 1))
     if address % multiple:
         raise ProgramError(f"{where}: expected an address that {multiple} divides, found {address}")
 
 
 def byte_range(part: Slice) -> tuple[int, int]:
-    """First byte and end of what `part` touches of its buffer; equal when it is empty."""
+    """First byte and end of the range of its buffer that `part` touches; equal when it is empty."""
     if 0 in part.shape:
         return part.offset, part.offset
     if part.strides is None:
@@ -177,7 +173,7 @@ def _check_function(name: str, function: Function, program: Program, limits: Lim
 
 
 def _check_signature(where: str, function: Function, entry: Entry) -> None:
-    """The inputs and outputs of an entry are those of its function, where symbols are bound."""
+    """Check that an entry's inputs and outputs are its function's with symbols bound."""
     for kind, specs in (("input", function.inputs), ("output", function.outputs)):
         found = {b.name: b for b in entry.buffers if b.kind == kind}
         if found.keys() != specs.keys():
@@ -193,7 +189,7 @@ def _check_signature(where: str, function: Function, entry: Entry) -> None:
 def _check_entry(
     entry: Entry, program: Program, shared: Mapping[str, Buffer], limits: Limits
 ) -> None:
-    """`shared` are the buffers of the program that this entry may use."""
+    """Check one entry; `shared` are the program's buffers."""
     where = f"entry {entry.name}"
     local: dict[str, Buffer] = {}
     for buffer in entry.buffers:
@@ -224,7 +220,7 @@ def _check_entry(
 
 
 def _check_order(where: str, entry: Entry) -> None:
-    """Every pair goes forward, so there can be no cycle."""
+    """Check that every dependency goes forward, so that there is no cycle."""
     count, seen = len(entry.launches), set[tuple[int, int]]()
     for pair in entry.dependencies:
         earlier, later = pair

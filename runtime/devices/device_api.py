@@ -1,4 +1,4 @@
-"""What a graph runtime asks of a GPU driver: memory, copies, modules, graphs. Nothing of ours."""
+"""`DeviceApi`: the GPU driver functions that Ingot uses (memory, copies, modules, graphs)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 
 class DriverMissingError(Exception):
-    """The driver's library, or a function of it that is needed, is not on this machine."""
+    """The driver's library, or a required function of it, is not on this machine."""
 
 
 class DeviceError(Exception):
     """A call to the driver failed.
 
-    `call` is the C function, `code` its number, `text` the driver's own words. After a `sticky`
-    error the driver refuses everything else in this process: only a new process helps.
+    `call` is the C function, `code` its result, `text` the driver's message. After a `sticky` error
+    every further call in this process fails.
     """
 
     def __init__(self, call: str, code: int, text: str, *, sticky: bool) -> None:
@@ -30,7 +30,7 @@ class DeviceError(Exception):
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device. Programs for it name `target`; `shared_bytes` is what one block may use."""
+    """One device. `target` as in `Program.target`; `shared_bytes` is the limit of one block."""
 
     ordinal: int
     name: str
@@ -44,10 +44,10 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class KernelNode:
-    """One launch of a graph: `threads` a block, `shared` bytes a block.
+    """One launch of a graph: `threads` per block, `shared` bytes of shared memory per block.
 
-    `params` are ctypes values in the order of the kernel's parameters. `programmatic` says that the
-    kernel waits for its programmatic predecessors itself.
+    `params` are ctypes values in the order of the kernel's parameters. `programmatic` kernels wait
+    for their programmatic predecessors themselves (PDL).
     """
 
     function: int
@@ -60,7 +60,7 @@ class KernelNode:
 
 @dataclass(frozen=True)
 class Edge:
-    """A dependency on `node`; `programmatic` when the later kernel may start before its end."""
+    """A dependency on `node`; a `programmatic` one lets the later kernel start before its end."""
 
     node: int
     programmatic: bool = False
@@ -77,19 +77,19 @@ class DeviceApi(Protocol):
     has_programmatic_edges: bool
 
     def open(self) -> None:
-        """Hold on to the device's context; once, before anything else."""
+        """Retain the device's primary context; once, before other calls."""
         ...
 
     def close(self) -> None:
-        """Let go of what `open` took. Outside of `current`."""
+        """Release the context. Outside of `current`."""
         ...
 
     def current(self) -> AbstractContextManager[None]:
-        """Make the device current on this thread for a while."""
+        """Make the device current on this thread within the context."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for everything on the device, also what others in this process started."""
+        """Wait for all work on the device, of other users in this process too."""
         ...
 
     def allocate(self, nbytes: int) -> int: ...
@@ -120,11 +120,11 @@ class DeviceApi(Protocol):
     def create_graph(self) -> int: ...
     def destroy_graph(self, graph: int) -> None: ...
     def add_kernel_node(self, graph: int, node: KernelNode, edges: Sequence[Edge]) -> int:
-        """Add a launch behind `edges`, nodes of the same graph; parameters are copied."""
+        """Add a launch that depends on `edges` in the same graph; parameters are copied."""
         ...
 
     def instantiate(self, graph: int, stream: int) -> int:
-        """Make `graph` launchable, on the device's side too; it may be destroyed then."""
+        """Make `graph` executable and upload it; `graph` may be destroyed then."""
         ...
 
     def launch(self, executable: int, stream: int) -> None: ...

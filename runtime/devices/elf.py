@@ -1,4 +1,4 @@
-"""Which target a cubin or hsaco was built for, as its ELF header says."""
+"""The target that a cubin or hsaco was built for, from its ELF header."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CUDA_NEW_ABI = 8
 
 
 def code_target(binary: bytes | memoryview) -> str:
-    """The target of device code, such as "cuda:sm_90", or in words what else it is; never fails."""
+    """The target of device code, such as "cuda:sm_90", or a description of other data."""
     if len(binary) < _HEADER_BYTES or bytes(binary[:4]) != b"\x7fELF":
         return "no ELF file"
     if (binary[4], binary[5]) != (_CLASS_64, _LITTLE_ENDIAN):

@@ -1,4 +1,4 @@
-"""Device memory of a GPU program: what each buffer's address is, and how weights get there."""
+"""Device memory of a GPU program: allocation, buffer addresses, and upload of weights."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from .check_program import BASE_ALIGNMENT
 from .device_api import DeviceApi, DeviceError
 from .host_arrays import Bytes, check_tensor, host_array, is_torch_tensor, memory_view
 
-# Weights pass through pinned memory of this size at most: one half is filled while the other is
-# copied.
+# Weights are uploaded through double-buffered pinned memory of at most this size.
 UPLOAD_BYTES = 64 << 20
 PROBE_BYTES = 1 << 16
 
 
 class SelfTestError(Exception):
-    """The device gave back something else than what was written or computed before."""
+    """Data read back from the device, or the result of a second replay, differs."""
 
 
 @dataclass
 class GpuMemory:
     """The arena, state and weights of one program; addresses are ints.
 
-    `borrowed` keeps the tensors alive whose memory is used in place.
+    `borrowed` holds the tensors whose memory is used in place.
     """
 
     arena: int = 0
@@ -39,7 +38,7 @@ class GpuMemory:
     borrowed: list[Any] = field(default_factory=list[Any])
 
     def address_of(self, buffer: Buffer) -> int:
-        """Where `buffer` lies, in the arena or in memory of its own."""
+        """The address of `buffer`, in the arena or in its own allocation."""
         return self.addresses[buffer.name] if buffer.offset is None else self.arena + buffer.offset
 
     def clear_state(self, api: DeviceApi, stream: int) -> None:
@@ -51,9 +50,9 @@ class GpuMemory:
 
 @contextmanager
 def borrowed(api: DeviceApi, stream: int) -> Generator[ExitStack]:
-    """A stack of what is taken for a while, given back when the stream is done with it.
+    """A stack of temporary resources, freed when the stream has finished using them.
 
-    Of several errors the first is the cause, and the one that is told.
+    Of several errors the first, which is the cause, is raised.
     """
     taken = ExitStack()
     try:
@@ -70,7 +69,7 @@ def borrowed(api: DeviceApi, stream: int) -> Generator[ExitStack]:
 def allocate_memory(api: DeviceApi, program: Program, stream: int, owned: ExitStack) -> GpuMemory:
     """Arena and state, zeroed; `owned` frees them.
 
-    The zeros of the arena are for what is never written: then every load behaves alike.
+    Zeros in the arena make unwritten memory the same in every run.
     """
     memory = GpuMemory(arena=_allocate(api, owned, "the arena", program.arena_bytes))
     api.fill(memory.arena, 0, max(program.arena_bytes, 1), stream)
@@ -91,10 +90,10 @@ def upload_weights(
     stream: int,
     owned: ExitStack,
 ) -> None:
-    """Bring every weight to the device, one at a time; return when all have arrived.
+    """Copy every weight to the device, one at a time, and wait for the copies.
 
-    A torch tensor that is on this device already, dense and aligned, is used where it is, once all
-    that its own streams still do is done. ValueError for another dtype, shape or device.
+    A contiguous, aligned torch tensor on this device is used in place, after synchronizing with
+    the streams that write it. ValueError for another dtype, shape or device.
     """
     buffers = [buffer for buffer in program.buffers.values() if buffer.kind == "weight"]
     largest = max((buffer.nbytes for buffer in buffers), default=0)
@@ -123,7 +122,7 @@ def check_copies(api: DeviceApi, stream: int) -> None:
         scratch.callback(api.free_pinned, host)
         view = memory_view(host, 2 * PROBE_BYTES)
         written, read = view[:PROBE_BYTES], view[PROBE_BYTES:]
-        # Twice: a copy that gives the host's first bytes again would pass once.
+        # Twice: a copy that returns stale bytes could pass once.
         for _ in range(2):
             written[:] = np.frombuffer(secrets.token_bytes(PROBE_BYTES), np.uint8)
             read[:] = ~written
@@ -139,7 +138,7 @@ def check_copies(api: DeviceApi, stream: int) -> None:
 
 
 class _Uploader:
-    """Host bytes to the device through two halves of pinned memory."""
+    """Copies host bytes to the device through two halves of pinned memory."""
 
     def __init__(self, api: DeviceApi, stream: int, nbytes: int, scratch: ExitStack) -> None:
         self._api, self._stream = api, stream
@@ -151,22 +150,22 @@ class _Uploader:
         for event in self._events:
             scratch.callback(api.destroy_event, event)
             api.record_event(event, stream)
-        self._turn = 0
+        self._current = 0
 
     def send(self, address: int, source: Bytes) -> None:
-        """Queue the bytes of `source` for `address`; they may be changed after."""
+        """Queue a copy of `source` to `address`; `source` may change after this returns."""
         for start in range(0, source.nbytes, self._half):
             part = source[start : start + self._half]
-            at, event = self._turn * self._half, self._events[self._turn]
+            at, event = self._current * self._half, self._events[self._current]
             self._api.wait_event(event)
             self._view[at : at + part.nbytes] = part
             self._api.to_device(address + start, self._host + at, part.nbytes, self._stream)
             self._api.record_event(event, self._stream)
-            self._turn = 1 - self._turn
+            self._current = 1 - self._current
 
 
 def _allocate(api: DeviceApi, owned: ExitStack, what: str, nbytes: int) -> int:
-    # A driver gives no memory for 0 bytes, and a buffer of 0 bytes still has an address.
+    # Drivers reject 0 bytes, but an empty buffer needs an address.
     try:
         address = api.allocate(max(nbytes, 1))
     except DeviceError as error:
@@ -177,10 +176,9 @@ def _allocate(api: DeviceApi, owned: ExitStack, what: str, nbytes: int) -> int:
 
 
 def _in_place(api: DeviceApi, what: str, value: Any, buffer: Buffer) -> Any:
-    """A torch tensor over the memory of `value`, which must be on this device, or over a copy there
-    where a slice or a view is not dense or lies at an odd place.
+    """A contiguous, aligned tensor of `value`, which is on this device: its own memory or a copy.
 
-    It keeps that memory alive, also when a parameter is given other memory (`module.cpu()`).
+    It keeps the memory alive when a parameter is moved (`module.cpu()`).
     """
     check_tensor(what, value, buffer.dtype, buffer.shape)
     if value.device.index != api.info.ordinal:

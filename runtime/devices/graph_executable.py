@@ -1,4 +1,4 @@
-"""A GPU program in device memory: one explicit graph an entry, built once and replayed."""
+"""`GpuExecutable`: a GPU program in device memory, one CUDA or HIP graph per entry."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NUMBERS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class _Plan:
-    """One entry on the device: its executable graph, and how its inputs and outputs travel."""
+    """One entry on the device: its executable graph, and the copies of its inputs and outputs."""
 
     graph: int
     inputs: Layout
@@ -42,7 +42,7 @@ class _Plan:
     parts: dict[frozenset[str], Layout] = field(default_factory=dict[frozenset[str], Layout])
 
     def some(self, names: frozenset[str]) -> Layout:
-        """How the outputs called `names` travel; ValueError for one that is not there."""
+        """The copies of the outputs `names`; ValueError for an unknown one."""
         if names not in self.parts:
             buffers = {f.buffer.name: f.buffer for f in self.outputs.fields}
             if unknown := names - buffers.keys():
@@ -52,18 +52,17 @@ class _Plan:
 
 
 class GpuExecutable:
-    """A program whose entries are graphs; see driver.Executable. For one thread at a time.
+    """Implements driver.Executable with one graph per entry. Not thread-safe.
 
-    After load nothing is allocated on the device. Once the device failed, or after `close`, every
-    call but `close` raises RuntimeError.
+    After loading nothing is allocated on the device. After a device error or `close` every call but
+    `close` raises RuntimeError.
     """
 
     def __init__(self, program: Program, api: DeviceApi, weights: WeightLoader) -> None:
-        """Check `program`, bring it to the device and test that it replays alike.
+        """Check `program`, load it and test that two replays are bitwise equal.
 
-        ProgramError for what does not fit the device or breaks a promise to a kernel; ValueError
-        for a weight that is not what the program says; DeviceError; SelfTestError when the device
-        does not give back what was written or computed.
+        ProgramError for a program that the device cannot run or a misaligned argument; ValueError
+        for a weight of another type; DeviceError; SelfTestError for wrong copies or replays.
         """
         _check(program, api.info)
         self._api = api
@@ -120,7 +119,7 @@ class GpuExecutable:
     def measure(self, function: str, symbols: Mapping[str, int], replays: int) -> list[float]:
         """Milliseconds on the device of each of `replays` replays, over the inputs of the last run.
 
-        Copies are not part of it. State goes on from replay to replay, as in so many runs.
+        Without copies. State advances with each replay, as in as many runs.
         """
         plan = self._plan(function, symbols)
         start, end = self._events
@@ -137,10 +136,10 @@ class GpuExecutable:
         return times
 
     def close(self) -> None:
-        """Free the device memory; nothing happens the second time.
+        """Free the device memory; idempotent.
 
-        DeviceError when that fails, except after a failure of the device: what it holds goes with
-        the process then, and the first error has been told.
+        DeviceError when that fails, unless the device had failed before: that error was raised, and
+        the process end frees the memory.
         """
         if not self._open:
             return
@@ -152,7 +151,7 @@ class GpuExecutable:
                 last.enter_context(self._api.current())
                 last.enter_context(self._owned)
                 if self._stream:
-                    # First of all: nothing may be freed under work that is still queued.
+                    # First: wait for queued work before freeing its memory.
                     self._owned.callback(self._settle)
         except DeviceError:
             if self._failure is None:
@@ -161,9 +160,9 @@ class GpuExecutable:
             self._memory = GpuMemory()
 
     def __del__(self) -> None:
-        """Memory comes back too when nobody closed: a device's is not this process's alone."""
+        """Free the device memory if `close` was not called: other processes need it."""
         if getattr(self, "_open", False):
-            with suppress(DeviceError):  # nobody is there to be told
+            with suppress(DeviceError):  # no caller to raise it to
                 self.close()
 
     # ---- loading
@@ -193,7 +192,7 @@ class GpuExecutable:
         self._check_replay()
 
     def _load_kernels(self) -> dict[str, int]:
-        """Functions by kernel id; kernels of one binary share its module."""
+        """Functions by kernel id; kernels of one binary share a module."""
         modules: dict[bytes, int] = {}
         functions: dict[str, int] = {}
         for kernel in self._program.kernels.values():
@@ -208,11 +207,10 @@ class GpuExecutable:
         return functions
 
     def _build_graph(self, entry: Entry, functions: Mapping[str, int]) -> int:
-        """An executable graph with one node a launch and one edge a dependency.
+        """An executable graph with one node per launch and one edge per dependency.
 
-        Programmatic edges order as full ones do, across nodes in between as well, because every
-        programmatic kernel waits before it touches memory that launches write: see
-        codegen/templates/pdl.py.
+        Programmatic edges order like full ones, transitively, because every programmatic kernel
+        waits before it accesses memory that launches write: see codegen/templates/pdl.py.
         """
         api = self._api
         known = {**self._program.buffers, **{buffer.name: buffer for buffer in entry.buffers}}
@@ -253,7 +251,7 @@ class GpuExecutable:
             at = f"{where}, argument {number}, the address of {value.buffer}"
             check_address(at, address, argument)
             params.append(ctypes.c_void_p(address))
-        # Triton's kernels take two more pointers, to scratch that ours do not use.
+        # Triton's kernels take two more pointers, to scratch memory that ours do not use.
         params += [ctypes.c_void_p(), ctypes.c_void_p()]
         return KernelNode(
             function=functions[kernel.id],
@@ -269,7 +267,7 @@ class GpuExecutable:
     def _plan(self, function: str, symbols: Mapping[str, int]) -> _Plan:
         if self._failure is not None:
             raise RuntimeError(
-                f"this executable serves nothing more: the device failed before: {self._failure}"
+                f"this executable is unusable since the device failed: {self._failure}"
             )
         if not self._open:
             raise RuntimeError("this executable was closed")
@@ -280,7 +278,7 @@ class GpuExecutable:
 
     @contextmanager
     def _device(self) -> Generator[None]:
-        """The device current on this thread, and its first failure remembered."""
+        """Make the device current on this thread; record its first failure."""
         try:
             with self._api.current():
                 yield
@@ -294,12 +292,12 @@ class GpuExecutable:
         self._busy = False
 
     def _settle_interrupted(self) -> None:
-        """Wait for a replay that a KeyboardInterrupt left running: it uses the staging memory."""
+        """Wait for a replay that KeyboardInterrupt left running: it uses the staging memory."""
         if self._busy:
             self._settle()
 
     def _replay(self, plan: _Plan, outputs: Layout) -> None:
-        """Staging to inputs, one replay, `outputs` to staging; wait for it all."""
+        """Copy inputs, replay once, copy `outputs` back, and wait."""
         api, stream = self._api, self._stream
         self._busy = True
         for copy in plan.inputs.copies:
@@ -343,7 +341,7 @@ class GpuExecutable:
 
 
 def _check(program: Program, device: DeviceInfo) -> None:
-    """ProgramError for the first thing of `program` that `device` cannot run."""
+    """ProgramError for the first part of `program` that `device` cannot run."""
     if program.target != device.target:
         raise ProgramError(
             f"the program was built for {program.target}, and the device is {device.target} "

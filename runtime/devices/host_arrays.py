@@ -1,4 +1,4 @@
-"""Arrays on the host as bytes for the device, and bytes from the device as arrays."""
+"""Conversion between host arrays (numpy, torch) and the bytes that are copied to the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...compiler.dtypes import DTYPES, dense_bytes
 
 Bytes = NDArray[np.uint8]
 
-# What torch calls them, and numpy with ml_dtypes. torch counts pairs of what is narrower.
+# Names of torch, and of numpy with ml_dtypes. Of 4-bit dtypes torch counts pairs.
 _NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if dtype.bits >= 8}
 
 
@@ -22,24 +22,23 @@ def is_torch_tensor(value: Any) -> bool:
 
 
 def torch_dtype_name(value: Any) -> str:
-    """What programs call the dtype of a torch tensor, or torch's name where they have none."""
+    """The program's name of a torch tensor's dtype, or torch's name if there is none."""
     name = str(value.dtype)
     return _NAMES.get(name.removeprefix("torch."), name)
 
 
 def check_tensor(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> None:
-    """ValueError when a torch tensor is no `dtype[shape]`."""
+    """ValueError unless a torch tensor is `dtype[shape]`."""
     found, dims = torch_dtype_name(value), tuple(value.shape)
     if (found, dims) != (dtype, shape):
         raise ValueError(f"{what}: expected {dtype}{list(shape)}, found {found}{list(dims)}")
 
 
 def host_array(what: str, value: Any, dtype: str, shape: tuple[int, ...]) -> Bytes:
-    """The bytes of `value`, dense; they keep alive what they lie in.
+    """The bytes of `value`, contiguous; they keep its memory alive.
 
-    It is a torch tensor on the CPU of that dtype and shape, or a numpy array of them. What numpy
-    has no dtype for may come as u8, if the count of bytes fits, and bf16 as u16 too.
-    ValueError says what was expected and what came.
+    `value` is a torch tensor on the CPU, or a numpy array, of that dtype and shape. A dtype that
+    numpy lacks may be u8 of the same size, and bf16 also u16. ValueError otherwise.
     """
     if is_torch_tensor(value):
         check_tensor(what, value, dtype, shape)
@@ -77,7 +76,7 @@ def to_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def memory_view(address: int, nbytes: int, owner: object = None) -> Bytes:
-    """Host memory that belongs to someone else, as bytes; they keep `owner` alive."""
+    """Bytes over foreign host memory; they keep `owner` alive."""
     memory: Any = (ctypes.c_uint8 * nbytes).from_address(address)
     memory.owner = owner
     return np.frombuffer(memoryview(memory), np.uint8)

@@ -1,4 +1,4 @@
-"""How the inputs and outputs of an entry lie in pinned host memory, and the copies they take."""
+"""The layout of an entry's inputs and outputs in pinned host memory, and its copies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..program import Buffer
 
-# Neighbours in the arena are apart by its alignment at most; one copy that takes such a gap along
-# is cheaper than two. Nothing lives in the gap: a plan holds no data from one run to the next.
+# Neighbours in the arena are at most its alignment apart; one copy that includes such a gap is
+# cheaper than two. The gap holds no live data: nothing in the arena outlives a run.
 MAX_GAP = 256
 
 
@@ -31,7 +31,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each buffer lies, and as few copies as that takes; `nbytes` of staging in all."""
+    """The place of each buffer, the copies, and the total size `nbytes` of the staging memory."""
 
     fields: tuple[Field, ...]
     copies: tuple[Copy, ...]
@@ -39,9 +39,9 @@ class Layout:
 
 
 def lay_out(buffers: Iterable[Buffer]) -> Layout:
-    """A layout of `buffers`, which lie in the arena: what is near there is near in staging.
+    """A layout of `buffers` of the arena; neighbours there are neighbours in the staging memory.
 
-    Each field starts at a multiple of 16 bytes when its place in the arena does.
+    A field starts at a multiple of 16 bytes when its offset in the arena is one.
     """
     fields: list[Field] = []
     copies: list[Copy] = []
