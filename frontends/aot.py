@@ -1,7 +1,6 @@
-"""Writing an ingot: a lowered program with all that it takes to serve it, in files.
+"""Exports an ingot: a lowered program and everything needed to serve it.
 
-Weights are made and written one buffer at a time: beside the program no more than the largest is in
-memory.
+Weights are built and written one buffer at a time, so that one of them is in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from msgspec import convert
 from ..codegen.lower import Lowered
 from ..compiler.ir import Graph
 from ..compiler.types import TensorType
-from ..runtime.artifact.manifest import EntryFact, Manifest, ServingFacts, is_file_name
+from ..runtime.artifact.manifest import EntryFact, Manifest, is_file_name
 from ..runtime.artifact.plan_json import binary_name, entry_json, program_json
 from ..runtime.artifact.reader import (
     CPU,
@@ -34,20 +33,21 @@ from ..runtime.artifact.safetensors_file import Item, ShardWriter, shards_of
 from ..runtime.artifact.writer import IngotWriter
 from ..runtime.devices.check_program import check_program
 from ..runtime.program import STEP, Buffer, Program
+from ..runtime.serving.abi import ServingMeta
 from .checkpoints.safetensors_files import torch_item
 
-# A loader proves shards beside each other: several, so that a large model does not wait for one.
+# A loader checks shards in parallel: a large model has several.
 SHARD_BYTES = 1 << 29
-# What generation_config.json may say of sampling that Ingot knows too.
+# Sampling parameters of generation_config.json that Ingot has too.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """What an ingot is made of: a lowered graph, and what serving and people want to know of it.
+    """The content of an ingot: a lowered graph, and the metadata for serving it.
 
-    `graph` is the one that was lowered; `model_files` are those of the tokenizer, by their names in
-    the directory of the model.
+    `graph` is the lowered graph; `model_files` are the tokenizer's, by their names in the model
+    directory.
     """
 
     lowered: Lowered
@@ -68,9 +68,9 @@ def export(
 ) -> Manifest:
     """Write an ingot: a zip where `path` ends in .ingot, else a directory.
 
-    It is there whole or not at all. `written` is told the bytes of each weight. FileExistsError
-    where something is there, but an ingot with `overwrite`; ValueError for what an ingot does not
-    hold; ProgramError for a program that a loader would refuse.
+    Writing is atomic. `written` gets the bytes of each weight. FileExistsError if `path` exists,
+    except an ingot with `overwrite`; ValueError for what an ingot cannot hold; ProgramError for an
+    invalid program.
     """
     program = what.lowered.program
     on_cpu = program.target == CPU
@@ -106,7 +106,7 @@ def _write_plan(out: IngotWriter, program: Program) -> None:
 
 
 def _kept(model_files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of the tokenizer by their names in the ingot."""
+    """The tokenizer's files by their names in the ingot."""
     kept = {f"tokenizer/{n}": data for n, data in model_files.items() if n in TOKENIZER_FILES}
     for name, data in model_files.items():
         if name.startswith(TEMPLATES):
@@ -129,14 +129,14 @@ def _manifest(what: Exportable) -> Manifest:
             for name, function in program.functions.items()
             for e in function.entries
         ),
-        meta=convert(program.meta, ServingFacts),
+        meta=convert(program.meta, ServingMeta),
         stop_tokens=tuple(sorted(what.stop_tokens)),
         generation=_generation(what.model_files),
     )
 
 
 def _generation(model_files: Mapping[str, bytes]) -> dict[str, float]:
-    """How the makers of the model sample, as far as generation_config.json says it in numbers."""
+    """The numeric sampling defaults of generation_config.json."""
     given: Any = json.loads(model_files.get("generation_config.json", b"{}"))
     found = {name: given.get(name) for name in _SAMPLING}
     return {

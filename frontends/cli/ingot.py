@@ -1,4 +1,4 @@
-"""`ingot inspect` of an ingot: what it holds, for people and as JSON."""
+"""`ingot inspect` of an ingot: its manifest, kernels and weights as tables or JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from msgspec import structs
+from msgspec import structs, to_builtins
 from rich.table import Table
 
 from ...runtime.artifact.reader import Artifact
@@ -18,20 +18,14 @@ from .output import table
 
 
 def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
-    """What there is to say of an ingot, as JSON has it; `weights` reads and proves those too."""
+    """The description of an ingot for `--json`; `weights` reads and checks those too."""
     manifest, program = artifact.manifest, artifact.program
     groups: Counter[str] = Counter()
     for name, fact in manifest.files.items():
         groups[name.partition("/")[0]] += fact.size
+    known: dict[str, Any] = to_builtins(manifest)
     data = {
-        "target": manifest.target,
-        "model_type": manifest.model_type,
-        "dtype": manifest.dtype,
-        "made_with": manifest.made_with,
-        "symbols": {name: list(ends) for name, ends in manifest.symbols.items()},
-        "meta": structs.asdict(manifest.meta),
-        "stop_tokens": list(manifest.stop_tokens),
-        "generation": dict(manifest.generation),
+        **{name: known[name] for name in known if name not in ("format", "version", "files")},
         "entries": [{"name": entry_name(e.symbols), **structs.asdict(e)} for e in manifest.entries],
         "static": None,
         "files": len(manifest.files),
@@ -69,7 +63,7 @@ def ingot_lines(data: Mapping[str, Any]) -> list[str]:
 
 
 def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[Table]:
-    """Entries; the kernels of `program` and the weights, where there are any to show."""
+    """Tables of the entries, of the kernels of `program`, and of the weights in `data` if any."""
     entries = [[e["name"], str(e["launches"])] for e in data["entries"]]
     if entries:
         yield table("Entries", ["entry", "launches"], entries, right=(1,))
@@ -81,7 +75,7 @@ def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[T
             [w["name"], w["dtype"], "×".join(map(str, w["shape"])), show_bytes(w["bytes"])]
             for w in data["weights"]
         ]
-        yield table("Weights, as proved", ["weight", "dtype", "shape", "size"], rows, right=(3,))
+        yield table("Weights, as checked", ["weight", "dtype", "shape", "size"], rows, right=(3,))
 
 
 __all__ = ["ingot_data", "ingot_lines", "ingot_tables"]

@@ -1,7 +1,6 @@
-"""The ingot, from the top.
+"""The ingot: the artifact of ahead-of-time compilation, read and written.
 
-`reader` (reading one: what cannot be proved is refused) over `manifest`, `files` (a directory or,
-by `stored_zip`, a zip), `plan_json` (a program as JSON and back), `strict_json` (JSON from
-strangers, by schema) and `safetensors_file` (read and written); and `writer` (there whole or not at
-all).
+`reader` (opens and validates one) over `manifest`, `files` (a directory or, by `stored_zip`, a
+zip), `plan_json` (a program as JSON), `strict_json` (schema validation of untrusted JSON) and
+`safetensors_file` (read and written); `writer` (atomic writing).
 """

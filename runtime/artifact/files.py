@@ -1,8 +1,7 @@
-"""The files of an ingot, in a directory or in an uncompressed zip, opened so that nothing outside
-can be reached.
+"""The files of an ingot, in a directory or an uncompressed zip; none outside can be reached.
 
 A directory is opened once and every file relative to it, never through a link. A zip is mapped
-once. Small files are copied into memory; large ones are mapped, and what is hashed is what is used.
+once. Small files are copied into memory, large ones mapped: the bytes hashed are the bytes used.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ _READ_FILE = _READ | os.O_NONBLOCK
 
 
 class Files(Protocol):
-    """What an ingot holds: the sizes of its files by name, and their bytes."""
+    """The files of an ingot: sizes by name, and contents."""
 
     sizes: dict[str, int]
 
     def read(self, name: str) -> bytes:
-        """A copy of a file. IngotError when it is not there or no longer of its size."""
+        """A copy of a file. IngotError when it is missing or its size has changed."""
         ...
 
     def map(self, name: str) -> memoryview:
-        """A file as private memory, which keeps it open; writing there does not change it."""
+        """A private, copy-on-write mapping of a file."""
         ...
 
 
 @contextmanager
 def open_files(path: Path) -> Generator[Files]:
-    """The files of the ingot at `path`. IngotError for what is neither a directory nor a zip.
+    """Open the ingot at `path`. IngotError for neither a directory nor a zip.
 
-    What lies where a writer builds is not finished, however whole it may look.
+    The temporary path of a writer is refused: it is unfinished.
     """
     if path.name.endswith(UNFINISHED):
         raise IngotError(f"expected an ingot, found the beginning of one (*{UNFINISHED})")

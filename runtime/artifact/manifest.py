@@ -1,4 +1,4 @@
-"""The manifest of an ingot: what it is for, how it serves, its files with size and hash."""
+"""The manifest of an ingot: target, serving sizes, and files with size and hash."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field, structs, to_builtins
 
+from ..serving.abi import ServingMeta
 from .strict_json import IngotError, Sha256, Size, Strict, Text, decode, shown, typed, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "ingot"
 VERSION = 2
-# A file lies at the top or in one of these folders, under a name of these characters.
+# Files are at the top level or in one of these folders, with names of these characters.
 FOLDERS = ("graphs", "plan", "kernels", "weights", "tokenizer", "additional_chat_templates")
 _FILE = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/)?[A-Za-z0-9_][A-Za-z0-9_.\-]{{0,127}}")
 MAX_FILES = 1 << 16
@@ -25,37 +26,26 @@ _Symbol = Annotated[str, Meta(pattern=r"^[A-Za-z_]\w{0,31}\Z")]
 
 
 class FileFact(Strict, frozen=True):
-    """The bytes of a file and their sha256, in hexadecimal."""
+    """Size in bytes and SHA-256 in hexadecimal of one file."""
 
     size: Size
     sha256: Sha256
 
 
 class EntryFact(Strict, frozen=True):
-    """One entry: of which function, what its symbols are bound to, and how many launches it has."""
+    """One entry: its function, the values of its symbols, and its number of launches."""
 
     function: _Name
     symbols: Annotated[Mapping[_Symbol, Annotated[int, Meta(ge=1, le=2**28)]], Meta(max_length=16)]
     launches: Annotated[int, Meta(ge=0, le=2**24)]
 
 
-class ServingFacts(Strict, frozen=True):
-    """What a session allocates on the host follows from these: page table, lists of pages."""
-
-    vocab_size: Annotated[int, Meta(ge=1, le=2**24)]
-    page_size: Annotated[int, Meta(ge=1, le=2**16)]
-    max_sequences: Annotated[int, Meta(ge=1, le=2**16)]
-    max_tokens_per_sequence: Annotated[int, Meta(ge=1, le=2**28)]
-    pages: Annotated[int, Meta(ge=1, le=2**24)]
-
-
 class Manifest(Strict, frozen=True, kw_only=True):
-    """Everything about an ingot but the content of its files.
+    """The metadata of an ingot.
 
-    `made_with` names the compiler's torch; `symbols` has the first and last value of each symbol;
-    `meta` is that of the program; `stop_tokens` end a completion; `generation` has the numbers by
-    which the model's makers sample (temperature, top_k, ...), for whoever wants them: nothing
-    applies them unasked.
+    `made_with` is the compiler's torch version; `symbols` has the first and last value of each
+    symbol; `meta` is that of the program; `stop_tokens` end a completion; `generation` has the
+    sampling defaults of generation_config.json (temperature, top_k, ...), which callers may use.
     """
 
     format: Literal["ingot"] = FORMAT
@@ -66,7 +56,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
     dtype: Annotated[str, Meta(pattern=r"^\w+\Z", max_length=64)]
     symbols: Annotated[Mapping[_Symbol, tuple[Size, Size]], Meta(max_length=16)]
     entries: Annotated[tuple[EntryFact, ...], Meta(max_length=4096)]
-    meta: ServingFacts
+    meta: ServingMeta
     stop_tokens: Annotated[tuple[Size, ...], Meta(max_length=4096)]
     generation: Annotated[
         Mapping[Annotated[str, Meta(pattern=r"^\w{1,64}\Z")], int | float], Meta(max_length=64)
@@ -82,12 +72,12 @@ class Manifest(Strict, frozen=True, kw_only=True):
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a file of an ingot may have this name: flat, of a fixed set of characters."""
+    """Whether `name` is a valid file name in an ingot: a fixed character set, one folder."""
     return _FILE.fullmatch(name) is not None
 
 
 def read_manifest(data: bytes | memoryview) -> Manifest:
-    """The manifest in `data`; IngotError says what is wrong with it."""
+    """Decode and check a manifest; IngotError for an invalid one."""
     given = decode(data, dict[str, Any], MANIFEST, _MAX_BYTES)
     kind = (given.get("format"), given.get("version"))
     if kind != (FORMAT, VERSION):
@@ -107,7 +97,7 @@ def read_manifest(data: bytes | memoryview) -> Manifest:
         typed(fact, FileFact, f"{MANIFEST}: {name}")
     manifest = typed(given, Manifest, MANIFEST)
     meta = manifest.meta
-    table = meta.max_sequences * -(-meta.max_tokens_per_sequence // meta.page_size)
+    table = meta.max_sequences * meta.pages_per_slot
     if table > _MOST_TABLE:
         raise IngotError(
             f"{MANIFEST}: meta: page table: expected at most {_MOST_TABLE} pages, found {table}"
@@ -127,7 +117,6 @@ __all__ = [
     "EntryFact",
     "FileFact",
     "Manifest",
-    "ServingFacts",
     "is_file_name",
     "read_manifest",
 ]

@@ -1,7 +1,7 @@
-"""A GPU program as JSON and back: one value for what all entries share, one for each entry.
+"""Serializes a GPU program as JSON: one file for the shared part, one for each entry.
 
-Kernels are named by the sha256 of their code, which lies beside. The program that is read is of
-the right types throughout; whether it may run is for `check_program` to say.
+Kernels refer to their code by its SHA-256. Reading checks types and bounds; `check_program`
+validates the program.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class _Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A list with exactly its fields."""
+    """A struct encoded as a list of its fields."""
 
 
 class _Argument(_Row, frozen=True):
@@ -113,7 +113,7 @@ class _Program(Strict, frozen=True):
 
 
 def binary_name(binary: bytes) -> str:
-    """The sha256 of device code, by which the plan names it."""
+    """The SHA-256 of device code, its name in the plan."""
     return hashlib.sha256(binary).hexdigest()
 
 
@@ -121,7 +121,7 @@ def binary_name(binary: bytes) -> str:
 
 
 def program_json(program: Program) -> bytes:
-    """What all entries of a GPU program share."""
+    """The part of a GPU program that its entries share, as JSON."""
     kernels: list[Kernel] = []
     for kernel in program.kernels.values():
         if not isinstance(kernel.binary, bytes):
@@ -134,7 +134,7 @@ def program_json(program: Program) -> bytes:
 
 
 def entry_json(entry: Entry) -> bytes:
-    """One entry."""
+    """One entry as JSON."""
 
     def written(arg: Slice | float) -> Slice | float | str:
         return str(arg) if isinstance(arg, float) and not math.isfinite(arg) else arg
@@ -210,7 +210,7 @@ def _entry(entry: _Entry) -> Entry:
 
 
 def _as(value: object, kind: type[T]) -> T:
-    """A struct that was checked as the dataclass of the program with the same fields."""
+    """Convert a checked struct to the dataclass of `program` with the same fields."""
     return convert(value, kind, from_attributes=True)
 
 

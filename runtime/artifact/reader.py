@@ -1,7 +1,7 @@
-"""Reading an ingot: what cannot be proved about it is refused, before anything of it is used.
+"""Opens an ingot and validates all of it before any part is used.
 
-Device code cannot be proved: that of an ingot from a stranger is a stranger's program. The hashes
-in the manifest tell damage; they do not tell who made it.
+Device code cannot be validated: run it only from trusted sources. The hashes of the manifest detect
+corruption; they do not authenticate the author.
 """
 
 from __future__ import annotations
@@ -56,11 +56,10 @@ def code_name(target: str, sha256: str) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An ingot that was read and, but for the content of its weights, proved.
+    """A validated ingot, except for the content of its weights.
 
-    `program` is None for the cpu target, whose program is made again from `graphs`: the texts of
-    the IR by file name. `model_files` are those of the tokenizer by the names that they have in a
-    model's directory.
+    `program` is None for the cpu target, whose program is built from `graphs`: the textual IR by
+    file name. `model_files` are the tokenizer's, by their names in a model directory.
     """
 
     path: Path
@@ -71,17 +70,17 @@ class Artifact:
 
     @property
     def weight_files(self) -> Mapping[str, FileFact]:
-        """The shards."""
+        """The shards of the weights, by name."""
         files = self.manifest.files
         return {name: fact for name, fact in files.items() if name.startswith("weights/")}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Map and prove every shard; what they hold, by name."""
+        """Map every shard and check its hash and header; the tensors by name."""
         with _naming(self.path), open_files(self.path) as files:
             mapped = {name: files.map(name) for name in self.weight_files}
             with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
                 proofs = [
-                    pool.submit(_prove, name, mapped[name], fact)
+                    pool.submit(_check_hash, name, mapped[name], fact)
                     for name, fact in self.weight_files.items()
                 ]
                 for proof in proofs:
@@ -97,10 +96,10 @@ class Artifact:
         return tensors
 
     def weights(self, buffers: Mapping[str, Buffer]) -> WeightLoader:
-        """Map and prove every shard; gives the arrays of the weights among `buffers` by name.
+        """Map and check every shard; returns a loader of the weights among `buffers`.
 
-        IngotError unless the shards hold just those, of their dtypes and shapes. Dtypes that numpy
-        lacks are held as the integers of their bits. Arrays keep their mapping open.
+        IngotError unless the shards hold exactly those, of their dtypes and shapes. A dtype that
+        numpy lacks is an integer array of its bits. Arrays keep their mapping open.
         """
         tensors = self.tensors()
         with _naming(self.path):
@@ -109,7 +108,7 @@ class Artifact:
 
 
 def open_ingot(path: str | Path) -> Artifact:
-    """Read the ingot at `path`, a directory or a zip, and prove all but its weights' content.
+    """Read the ingot at `path`, a directory or a zip, and validate all but its weights.
 
     IngotError, in one line, names the file, what was expected and what was found.
     """
@@ -118,7 +117,7 @@ def open_ingot(path: str | Path) -> Artifact:
         manifest = _manifest(files)
         _check_names(files, manifest)
         content = {
-            name: _proved(files, name, fact)
+            name: _checked(files, name, fact)
             for name, fact in manifest.files.items()
             if not name.startswith("weights/")
         }
@@ -139,7 +138,7 @@ def open_ingot(path: str | Path) -> Artifact:
 
 
 def read_ingot_manifest(path: str | Path) -> Manifest:
-    """The manifest of the ingot at `path`, whose other files are not looked at."""
+    """The manifest of the ingot at `path`; other files are not read."""
     path = Path(path)
     with _naming(path), open_files(path) as files:
         return _manifest(files)
@@ -162,7 +161,7 @@ def _manifest(files: Files) -> Manifest:
 
 
 def _check_names(files: Files, manifest: Manifest) -> None:
-    """The files there are those of the manifest, and of its sizes."""
+    """Check that the files are exactly those of the manifest, of its sizes."""
     there = files.sizes.keys() - {MANIFEST}
     if extra := there - manifest.files.keys():
         raise IngotError(f"{min(extra)}: expected only what {MANIFEST} lists, found it too")
@@ -175,15 +174,15 @@ def _check_names(files: Files, manifest: Manifest) -> None:
             raise IngotError(f"{name}: expected safetensors files in weights/ alone")
 
 
-def _proved(files: Files, name: str, fact: FileFact) -> bytes:
+def _checked(files: Files, name: str, fact: FileFact) -> bytes:
     if fact.size > _MAX_SMALL:
         raise IngotError(f"{name}: expected at most {_MAX_SMALL} bytes, found {fact.size}")
     data = files.read(name)
-    _prove(name, data, fact)
+    _check_hash(name, data, fact)
     return data
 
 
-def _prove(name: str, data: bytes | memoryview, fact: FileFact) -> None:
+def _check_hash(name: str, data: bytes | memoryview, fact: FileFact) -> None:
     if len(data) != fact.size:
         raise IngotError(f"{name}: expected {fact.size} bytes, found {len(data)}")
     found = hashlib.sha256(data).hexdigest()
@@ -209,7 +208,7 @@ def _text(name: str, data: bytes) -> str:
 
 
 def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, bytes]) -> Program:
-    """The program that the plan and the kernels describe; takes what it uses out of `rest`."""
+    """The program of the plan and the kernels; removes the files that it uses from `rest`."""
     target = manifest.target
     if target.partition(":")[0] not in CODE:
         raise IngotError(f"{MANIFEST}: target: expected cpu, cuda:… or hip:…, found {target}")
@@ -240,7 +239,7 @@ def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, b
 
 
 def check_manifest(manifest: Manifest, program: Program) -> None:
-    """IngotError where the manifest says something else of the program than it is."""
+    """IngotError unless sizes and entries of the manifest are those of the program."""
     if dict(program.meta) != asdict(manifest.meta):
         raise IngotError(f"plan: expected the meta of {MANIFEST}, found another")
     stated = [(e.function, dict(e.symbols), e.launches) for e in manifest.entries]

@@ -1,6 +1,4 @@
-"""Safetensors files: headers read and proved, arrays over mapped files, and files written one
-tensor at a time. Who needs torch's tensors makes them of the spans.
-"""
+"""Safetensors files without torch: validated headers, arrays over mapped files, writing."""
 
 from __future__ import annotations
 
@@ -95,7 +93,7 @@ class Tensor:
     data: memoryview
 
     def array(self) -> NDArray[Any]:
-        """The tensor over the same memory, in what numpy holds the dtype as.
+        """A numpy array over the same memory, of a dtype of the same width if numpy lacks it.
 
         Pairs of four-bit numbers are one item of the last dim.
         """
@@ -124,8 +122,8 @@ def read_tensors(data: memoryview, where: str) -> Mapping[str, Tensor]:
 
 @dataclass(frozen=True)
 class Item:
-    """Tensors that are made together: dtypes and shapes by name, and what makes their bytes, in
-    that order.
+    """Tensors that are made together: dtypes and shapes by name, and a function that yields their
+    bytes in that order.
     """
 
     types: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -137,7 +135,7 @@ class Item:
 
 
 def shards_of(items: Iterable[Item], shard_bytes: int) -> list[list[Item]]:
-    """`items` in order, cut where a shard would grow over `shard_bytes`."""
+    """Split `items`, in order, into shards of at most `shard_bytes` where an item allows it."""
     shards: list[list[Item]] = []
     size = 0
     for item in items:
@@ -150,7 +148,7 @@ def shards_of(items: Iterable[Item], shard_bytes: int) -> list[list[Item]]:
 
 
 class ShardWriter:
-    """One file of `nbytes` bytes. Wide dtypes come first: each lies on a multiple of its element.
+    """Writes one file of `nbytes` bytes. Wide dtypes come first, so that tensors are aligned.
 
     ValueError for a dtype that the format does not have.
     """
@@ -175,7 +173,7 @@ class ShardWriter:
     def write(
         self, write: Callable[[bytes | memoryview], object], written: Callable[[int], None]
     ) -> None:
-        """Give `write` the file piece by piece; `written` is told the bytes of each item."""
+        """Pass the file to `write` in pieces, and the bytes of each item to `written`."""
         write(len(self._header).to_bytes(8, "little") + self._header)
         for item in self._items:
             for data in item.load():

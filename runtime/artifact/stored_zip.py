@@ -1,4 +1,4 @@
-"""Reading a zip of stored entries, strictly: every byte accounted for, nothing said twice.
+"""A strict reader of zips of stored entries: every byte belongs to one entry or record.
 
 The entries lie end to end from the first byte, the central directory right behind them, its end
 record (with the zip64 one where one is needed) last, and both descriptions of an entry agree

@@ -1,4 +1,4 @@
-"""JSON from strangers: read within bounds, and decoded by msgspec into structs that say theirs."""
+"""Untrusted JSON: read within bounds and decoded by msgspec into structs with constraints."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An object with exactly its fields."""
+    """A struct whose JSON object has exactly its fields."""
 
 
 class IngotError(ValueError):
-    """An ingot, or a part of one, that is refused: which file, what was expected, what came."""
+    """An invalid ingot: which file, what was expected, what was found."""
 
 
 def shown(value: Any) -> str:
-    """`value` on one line, cut where it is long."""
+    """`value` on one line, truncated."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     return _cut(repr(value[: _MAX_SHOWN + 1] if isinstance(value, str) else value), _MAX_SHOWN)
@@ -45,10 +45,9 @@ def _cut(text: str, most: int) -> str:
 
 
 def decode(data: bytes | memoryview, kind: type[T], where: str, most: int) -> T:
-    """The `kind` in `data`, at most `most` bytes of JSON; IngotError says where it is not one.
+    """Decode `data`, at most `most` bytes of JSON, as a `kind`; IngotError says where not.
 
-    Beside what `read_json` and `typed` demand, all text is printable, and nothing is nested deeper
-    than 32 levels.
+    As `read_json` and `typed`; text must also be printable and nested at most 32 levels deep.
     """
     value = read_json(data, where, most)
     level = [value]
@@ -69,9 +68,9 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
-    """The value in `data`, of at most `most` bytes; IngotError for what is not plain JSON.
+    """The value in `data`, of at most `most` bytes; IngotError unless it is plain JSON.
 
-    Keys stand once and numbers are finite, which msgspec's own reader would not tell.
+    Refuses repeated keys and infinite numbers, which msgspec's decoder accepts.
     """
     if len(data) > most:
         raise IngotError(f"{where}: expected at most {most} bytes of JSON, found {len(data)}")
@@ -101,7 +100,7 @@ def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
 
 
 def typed(value: Any, kind: type[T], where: str) -> T:
-    """The JSON value as a `kind`; IngotError names the place in it that does not fit."""
+    """Convert a JSON value to a `kind`; IngotError has the path of the part that does not fit."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

@@ -1,7 +1,6 @@
-"""Writing an ingot so that it is there whole or not at all.
+"""Writes an ingot atomically: to a hidden temporary path, renamed after everything is synced.
 
-Everything goes into a hidden place beside the path, which is renamed when all of it is on the disk.
-What is left there when the process is killed is not taken for an ingot.
+A temporary path that a killed process leaves behind is refused by the reader.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .reader import read_ingot_manifest
 from .strict_json import IngotError
 
 SUFFIX = ".ingot"  # of a zip; everything else is a directory
-# In a zip, files start on multiples of this many bytes, behind an extra field of zeros.
+# Alignment in bytes of files in a zip, by an extra field of zeros.
 _ALIGNMENT = 64
 _PADDING = 0xD935
 _LOCAL_HEADER, _ZIP64_FIELD, _FIELD_HEAD = 30, 20, 4
@@ -35,13 +34,13 @@ Write = Callable[[bytes | memoryview], object]
 
 
 class IngotWriter:
-    """One ingot being written, into a zip where `path` ends in .ingot, else into a directory.
+    """Writes one ingot: a zip if `path` ends in .ingot, else a directory.
 
-    As a context: `add` and `file`, then `finish`; leaving it without `finish` removes all of it.
+    A context manager: `add` and `file`, then `finish`; without `finish` everything is removed.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """FileExistsError where something is there, but an ingot with `overwrite`."""
+        """FileExistsError if `path` exists, except an ingot with `overwrite`."""
         self.path = Path(path)
         self._files: dict[str, FileFact] = {}
         check_free(self.path, overwrite)
@@ -67,13 +66,13 @@ class IngotWriter:
         _remove(self._beside)
 
     def add(self, name: str, data: bytes) -> None:
-        """One small file."""
+        """Add one small file."""
         with self.file(name, len(data)) as write:
             write(data)
 
     @contextmanager
     def file(self, name: str, size: int) -> Generator[Write]:
-        """A file of `size` bytes, written piece by piece with what this gives."""
+        """Add a file of `size` bytes, written in pieces with the function that this yields."""
         if name in self._files or not is_file_name(name) or name == MANIFEST:
             raise ValueError(f"{name!r} is no name for another file of an ingot")
         digest, written = hashlib.sha256(), 0
@@ -91,7 +90,7 @@ class IngotWriter:
         self._files[name] = FileFact(size, digest.hexdigest())
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Write `manifest`, with the files, and put the ingot in its place."""
+        """Write `manifest` with the files added, and rename the ingot to its path."""
         complete = structs.replace(manifest, files=self._files)
         data = complete.bytes()
         with self._open(MANIFEST, len(data)) as out:
@@ -136,9 +135,9 @@ class IngotWriter:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """FileExistsError where something is at `path`, but an ingot with `overwrite`.
+    """FileExistsError if `path` exists, except an ingot with `overwrite`.
 
-    FileNotFoundError where the directory that it would lie in is not there.
+    FileNotFoundError if its parent directory does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such directory")

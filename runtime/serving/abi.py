@@ -25,9 +25,11 @@ a row whose logits are broken is -1, and its logprob their maximum.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from operator import index
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from ...compiler.dtypes import DTYPES
 from ..driver import Array
@@ -39,20 +41,19 @@ SEEN_BITS = 32
 _ON_HOST = {"bf16": "f32", "f16": "f32"}
 
 
-@dataclass(frozen=True)
-class ServingMeta:
-    """The facts in `Program.meta` that serving needs, each an int of at least 1."""
+class ServingMeta(Struct, frozen=True, forbid_unknown_fields=True):
+    """The sizes in `Program.meta` and in an ingot's manifest from which a session allocates."""
 
-    vocab_size: int
-    page_size: int
-    max_sequences: int
-    max_tokens_per_sequence: int
-    pages: int
+    vocab_size: Annotated[int, Meta(ge=1, le=2**24)]
+    page_size: Annotated[int, Meta(ge=1, le=2**16)]
+    max_sequences: Annotated[int, Meta(ge=1, le=2**16)]
+    max_tokens_per_sequence: Annotated[int, Meta(ge=1, le=2**28)]
+    pages: Annotated[int, Meta(ge=1, le=2**24)]
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> ServingMeta:
-        """ValueError names the fact that is missing or wrong."""
-        facts = {field.name: meta.get(field.name) for field in fields(cls)}
+        """ValueError names the size that is missing or not positive."""
+        facts = {name: meta.get(name) for name in cls.__struct_fields__}
         for name, value in facts.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"program.meta[{name!r}]: expected an int ≥ 1, found {value!r}")
