@@ -1,6 +1,6 @@
-"""Importers of models and the public entry points. May import every other room.
+"""Model importers and the public API. May import every other room.
 
-The doors: `api` (`compile`, the whole way from model to tokens: read it first) with `options`,
+Entry points: `api` (`compile`; read it first) with `options`,
 `compilation` (a language model through the passes to a program), what they give (`model`,
 `weight_report`; `module` for what is no language model), `aot` (a lowered model to an ingot),
 `loading` (an ingot to tokens; for GPUs without torch) with `cpu_ingot` (the program of one for

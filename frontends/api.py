@@ -1,4 +1,4 @@
-"""The front door: `compile` a model, or `compile_to` an ingot, which `load` serves."""
+"""The public API: `compile` a model, `compile_to` an ingot, `load` and serve one."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def compile(
     CompiledModule, and is traced with torch.export, to which `dynamic_shapes` goes. The other
     keywords are the fields of CompileOptions, which says what they mean.
 
-    The cpu target computes with what packed weights stand for; the report lists them. Code for a
-    device that is not here is compiled by `compile_to`.
+    The cpu target computes with dequantized weights; the report lists the quantized ones.
+    `compile_to` compiles for devices that are not present.
 
     With `tensor_parallel` N ranks, which are threads of this process, each compute with their share
     of the weights; the graphs and the passes of the report are the first rank's. PassError tells of
@@ -114,7 +114,7 @@ def compile_to(
     and errors are those of `compile`, and those of `export` in `aot`.
     """
     chosen = _for_one_device(options)
-    check_free(Path(path), overwrite)  # told before the minutes that compiling takes
+    check_free(Path(path), overwrite)  # before compiling, which takes minutes
     if _language_model(source) is None:
         raise NotYetError("an ingot holds a language model; a module is compiled where it runs")
     with Progress(enabled=chosen.progress) as progress:

@@ -1,5 +1,4 @@
-"""The driver of a target: the one place that knows which there are. Each is imported when it is
-asked for: the cpu's brings torch."""
+"""The driver of each target, imported on use: that of the cpu imports torch."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def driver_for(target: str) -> Driver:
 
 
 def driver_here(target: str) -> Driver:
-    """As `driver_for`; NoDriverError also where the device that is here is another one."""
+    """As `driver_for`; NoDriverError also when the present device has another target."""
     driver = driver_for(target)
     if driver.target != target:
         raise NoDriverError(f"expected a device for {target}, found one for {driver.target}")

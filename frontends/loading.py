@@ -1,4 +1,4 @@
-"""Loading an ingot and serving it. For a GPU's neither torch nor triton is imported."""
+"""Loads and serves an ingot; one for a GPU needs neither torch nor triton."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..compiler.ir import Graph
 
 
-# What comes of a tokenizer's files that no tokenizer wrote.
+# Errors that broken tokenizer files cause.
 _BROKEN = (
     SourceError,
     ArithmeticError,
@@ -32,7 +32,7 @@ _BROKEN = (
 
 
 class LoadedModel(TextModel):
-    """A language model out of an ingot. `manifest` says what it is, `graph` what was compiled."""
+    """A language model loaded from an ingot, with its `manifest` and final `graph`."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class LoadedModel(TextModel):
 def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
     """Load the ingot at `path`, a directory or a zip, and make it ready to serve.
 
-    Every file is checked first; IngotError, one line, names what cannot be proved. `driver` is by
-    default that of the ingot's target; where the machine has no such device, its error says so.
+    Every file is validated first; IngotError, one line, names an invalid one. `driver` is by
+    default that of the ingot's target, and raises its own error if the machine has no such device.
 
-    Device code from an untrusted ingot is untrusted code: a hash tells damage, not origin.
+    Device code from an untrusted ingot is untrusted code: hashes detect corruption, not origin.
     """
     artifact = open_ingot(path)
     target = artifact.manifest.target

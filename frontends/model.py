@@ -1,4 +1,4 @@
-"""A compiled language model: text in, text out, and everything that can be asked about it."""
+"""Compiled language models (`Model`, `WrittenIngot`, `Plan`) and the `Report` on one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .weight_report import WeightReport
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler did and what the program takes.
+    """Statistics of the compilation and sizes of the program.
 
     `entries` has, for each bucket of a GPU program, its name, its launches, and the bytes of arena
     that it uses.
@@ -130,7 +130,7 @@ class WrittenIngot(Compiled):
 
 @dataclass(frozen=True)
 class Plan(Compiled):
-    """A model that was compiled to be looked at: nothing of it can run, and no weight was read.
+    """A model compiled for inspection: it cannot run, and no weight was read.
 
     `program` has the kernels of one entry alone, that of the name `entry`; none for the cpu target.
     """

@@ -1,4 +1,4 @@
-"""A module that is no language model, compiled: called with tensors, it gives tensors."""
+"""Compilation of an `nn.Module` that is no language model, to a callable on tensors."""
 
 from __future__ import annotations
 

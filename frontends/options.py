@@ -1,4 +1,4 @@
-"""`CompileOptions` and `GenerateOptions`: each option's default, meaning and check, once.
+"""`CompileOptions` and `GenerateOptions`: defaults, documentation and validation of each option.
 
 `compile`, `compile_to`, `plan` and `generate` take the fields as keywords; the command line makes
 its flags of them. Needs neither torch nor triton, so that `ingot --help` is quick.

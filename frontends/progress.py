@@ -1,4 +1,4 @@
-"""The progress shown while a model is compiled: one line on stderr, gone when it is done."""
+"""The progress line on stderr while a model is compiled; erased at the end."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Progress(progress.Progress):
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
     def stage(self, name: str) -> None:
-        """Say what happens now."""
+        """Show the name of a new stage."""
         self.reset(self._stage, total=None, description=f"compiling: {name}")
 
     def count(self, done: int, steps: int) -> None:
-        """So many of so many steps of the stage are done."""
+        """Show that `done` of `total` steps of the stage are done."""
         self.update(self._stage, total=steps, completed=done)
 
     def done(self) -> None:
-        """One step more is done."""
+        """Count one more step as done."""
         self.advance(self._stage)

@@ -1,4 +1,4 @@
-"""How each weight is held, and what rounding it cost."""
+"""The storage format of each weight and its quantization error."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from ..passes.transforms.mxfp4_policy import Packing
 
 @dataclass(frozen=True)
 class WeightReport:
-    """One weight of a product or an embedding: how it is held, and why.
+    """One weight of a matrix product or an embedding: its format, and why.
 
-    `bits` are those of one element, its share of the scales included. `error` is what rounding
-    cost, |w - packed| / |w|; None where nothing was rounded. `product_error` is what it costs what
-    the weight gives, over a calibration text where there was one: |x·wᵀ - x̂·packedᵀ| / |x·wᵀ|, x̂
-    having gone through the packed weights before it.
+    `bits` per element include its share of the scales. `error` is the quantization error
+    |w - packed| / |w|; None if not quantized. `product_error` is the error of the product over the
+    calibration text, |x·wᵀ - x̂·packedᵀ| / |x·wᵀ|, with x̂ from the quantized weights before it.
     """
 
     name: str
@@ -33,7 +32,7 @@ class WeightReport:
 
 @dataclass
 class PackingErrors:
-    """Measures every weight that is packed, when it is packed; by the names of their sites."""
+    """Measures the quantization error of each weight as it is packed, by the name of its site."""
 
     errors: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -46,7 +45,7 @@ class PackingErrors:
 def weight_reports(
     packings: Sequence[Packing], measured: PackingErrors
 ) -> tuple[WeightReport, ...]:
-    """A line for each weight that quantize-mxfp4 met."""
+    """One report for each weight that quantize-mxfp4 considered."""
     return tuple(_report(packing, measured) for packing in packings)
 
 

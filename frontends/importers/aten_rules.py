@@ -1,8 +1,7 @@
-"""What each torch operator is in the IR: one rule an operator, by its full name.
+"""Translation of ATen operators to the IR: one rule per operator, by its full name.
 
-A rule gets the importer, which knows the operator at hand, and the operator's arguments with
-tensors already imported. It gives a value, a tuple of values, or NotImplemented to leave the
-operator to an `aten.*` node.
+A rule gets the importer, at the current fx node, and the operator's arguments with tensors already
+imported. It returns a value, a tuple of values, or NotImplemented for an `aten.*` node.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ RULES: dict[str, Rule] = {}
 
 
 def _rule(names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under names, apart by spaces: `aten.` and `.default` are left out."""
+    """Register a rule under space-separated names, without `aten.` and `.default`."""
 
     def register(rule: Rule) -> Rule:
         for name in names.split():
@@ -106,7 +105,7 @@ def _step(step: int) -> dict[str, int]:
 
 
 def _bound(value: Any, size: Dim, default: Dim) -> Dim:
-    """A slice bound as Python counts it, from the left and within the dim."""
+    """A slice bound normalized to 0 ≤ bound ≤ size, as Python does."""
     if value is None:
         return default
     if isinstance(value, int) and isinstance(size, int):
@@ -204,7 +203,7 @@ def _gather(im: Im, x: Value, axis: int, index: Value, **kwargs: Any) -> Value:
 
 
 def _filled(names: str, value: Any) -> None:
-    """Operators that give one number everywhere: `value`, or the last argument for None."""
+    """Rule of operators that fill with `value`, or with their last argument for None."""
 
     def rule(im: Im, *args: Any, **kwargs: Any) -> Value:
         number = kwargs.get("fill_value", args[-1]) if value is None else value

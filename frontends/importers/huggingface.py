@@ -1,8 +1,8 @@
-"""From a Hugging Face directory or model to a graph in token-major form and its lazy weights.
+"""Imports a Hugging Face directory or model: a graph in token-major form and lazy weights.
 
 The model is built on the meta device and traced without a cache, at batch 1 with a dynamic number
-of tokens, with Ingot's own attention and experts functions in place: the graph holds one clean node
-for each, and every other operator is token-wise.
+of tokens, with Ingot's own attention and experts functions: each is one node, and every other
+operator is token-wise.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _count_expert_modules(model: torch.nn.Module) -> int:
 
 
 def _check(meta: MetaModel, imported: Imported) -> None:
-    """The trace holds what the model is made of; ImportFailure says what is missing."""
+    """Check that the trace has all attention and experts; ImportFailure says what is missing."""
     model, kind = meta.model, meta.model.config.model_type
     found = [n.op for n in imported.graph.nodes()]
     layers = model.config.get_text_config().num_hidden_layers
@@ -172,8 +172,8 @@ def import_hugging_face(
     `source` is a directory with config.json and safetensors, or a model in memory (it is not
     changed, and its tensors are not copied where `dtype` is their own). `dtype` None keeps the
     checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. With
-    `weightless` a directory may hold no weights: then they have types alone. SourceError (see
-    meta_model) or ImportFailure tells what is not supported.
+    `weightless` a directory may hold no weights: then they only have types. SourceError (see
+    meta_model) or ImportFailure for an unsupported model.
     """
     register()
     in_memory = isinstance(source, PreTrainedModel)

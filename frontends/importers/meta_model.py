@@ -1,7 +1,7 @@
-"""A Hugging Face config as a model on the meta device: everything but the weights.
+"""Builds the model of a Hugging Face config on the meta device, without weights.
 
-Nothing here allocates a parameter. What tracing and loading need beside the meta tensors is kept
-with the model: the values of the buffers that no checkpoint stores, and which names share a tensor.
+No parameter is allocated. The result also has the values of non-persistent buffers, which no
+checkpoint stores, and the tied names.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class MetaModel:
     `from_pretrained(dtype=...)` would give it. `buffers` holds the non-persistent buffers (rotary
     frequencies, embedding scales) by name as CPU tensors with their true values. `tied` maps each
     name that shares its parameter with an earlier one to that one: lm_head.weight to
-    model.embed_tokens.weight. `frozen` names the buffers that hold a choice made for one length of
-    sequence, where the model itself chooses anew at every call.
+    model.embed_tokens.weight. `frozen` names the buffers that are fixed for one
+    maximum length, where the model recomputes them at every call (longrope).
     """
 
     model: PreTrainedModel
@@ -58,7 +58,7 @@ class MetaModel:
 def read_config(directory: str | Path) -> PreTrainedConfig:
     """The config.json of a local directory; SourceError when it is missing or not a known model.
 
-    Code that lies beside the config is never run.
+    Code in the directory is never run.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -89,7 +89,7 @@ def build_meta_model(
 ) -> MetaModel:
     """The causal language model of `config` on the meta device; `config` itself is not changed.
 
-    What the config says of quantized weights is left aside: the layers are the plain ones.
+    The quantization scheme of the config is ignored: layers are unquantized.
 
     dtype: of the parameters, None for the config's own (float32 where it names none). Modules that
     the model keeps in float32 stay so. The implementations are names registered with transformers;
@@ -128,7 +128,7 @@ def build_meta_model(
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of `config` that says nothing of quantized weights: the model's own layers."""
+    """A copy of `config` without its quantization scheme."""
     plain = deepcopy(config)
     for holder in (plain, plain.get_text_config()):
         vars(holder).pop("quantization_config", None)

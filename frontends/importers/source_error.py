@@ -1,10 +1,10 @@
-"""What every way in raises for a model that it cannot read."""
+"""The error of all importers for a model that cannot be read."""
 
 from __future__ import annotations
 
 
 class SourceError(ValueError):
-    """A model or checkpoint that cannot be imported: why, and what would mend it."""
+    """A model or checkpoint that cannot be imported: the reason, and how to fix it."""
 
 
 __all__ = ["SourceError"]

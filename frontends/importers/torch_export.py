@@ -1,4 +1,4 @@
-"""From a functional torch.export program to the IR, one rule an operator.
+"""Imports a functional torch.export program into the IR, by one rule per operator.
 
 Shapes are kept as traced; `canonicalize` drops unit dims later. An operator without a rule becomes
 an `aten.*` node. Every node's type is compared with the one that torch traced.
@@ -28,12 +28,12 @@ from .aten_rules import RULES
 
 
 class ImportFailure(Exception):
-    """The program cannot be expressed in the IR; names the operator and where it stands."""
+    """The program cannot be expressed in the IR; names the operator and its source line."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A graph, the tensors that the program itself held, and the names of all it reads."""
+    """A graph, the constants of the program, and the names of all weights that it reads."""
 
     graph: Graph
     constants: Weights
@@ -64,7 +64,7 @@ def _held(tensor: Any) -> Entry:
 
 @dataclass
 class Importer:
-    """One import. Rules see `node`, the fx node at hand, and what stands below "what rules use"."""
+    """The state of one import: `node` is the current fx node; rules use the methods below."""
 
     program: ExportedProgram
     bounds: dict[str, range]
@@ -154,7 +154,7 @@ class Importer:
         return result
 
     def _check(self, name: str, result: Any) -> None:
-        """The imported type must be the one that torch traced; of several results, those in use."""
+        """Check that imported types equal the traced ones; of several results, those in use."""
         tensor = self.node.meta.get("val")
         if not isinstance(result, Value) or not isinstance(tensor, torch.Tensor):
             return
@@ -167,7 +167,7 @@ class Importer:
     # ---- what rules use
 
     def arg(self, value: Any) -> Any:
-        """An fx argument with nodes replaced by what they were imported as."""
+        """An fx argument with nodes replaced by their imported values."""
         if isinstance(value, torch.fx.Node):
             return self.env[value]
         if isinstance(value, list | tuple):
@@ -175,11 +175,11 @@ class Importer:
         return value
 
     def emit(self, op: Op, *args: Value, **attrs: Any) -> Value:
-        """One node, which remembers where the model says it."""
+        """Append a node with the source location of the current operator."""
         return op.node(args, attrs, self.source()).results[0]
 
     def source(self) -> str:
-        """The module path and source line of the operator at hand."""
+        """The module path and source line of the current operator."""
         stack = self.node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
         path = re.sub(r"^L\['self'\]\.?", "", path).removeprefix(self.strip)
@@ -211,7 +211,7 @@ class Importer:
 
     @property
     def result(self) -> TensorType:
-        """The traced type of the operator at hand."""
+        """The traced type of the current operator."""
         return self.type_of(self.node)
 
     def to_shape(self, x: Value, target: tuple[Dim, ...]) -> Value:

@@ -1,8 +1,8 @@
-"""ingot::attention and ingot::experts: what a Hugging Face model calls while it is traced.
+"""Custom ops ingot::attention and ingot::experts, which a Hugging Face model calls when traced.
 
-Registered at transformers' own interfaces under the name "ingot", so that a traced graph holds one
-clean node for each. No mask function is registered under that name: no mask is built, and attention
-is told all that it must know by its arguments. Run eagerly, they compute the references.
+Registered with transformers' attention and experts interfaces under the name "ingot". No mask
+function is registered: no mask is built, and attention gets causality and window as arguments. Run
+eagerly, they compute the references.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
-"""Text on both sides of a model: `tokenizer`, `chat` (templates), `text_model` (text in, text out)
-with its `completion`, and `calibration` (the texts over which weights are encoded).
+"""Text in and out of a model: `tokenizer`, `chat` (chat templates), `text_model` (generation from
+text) with `completion` (results, stop strings), and `calibration` (texts for GPTQ).
 """

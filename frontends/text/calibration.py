@@ -1,4 +1,4 @@
-"""Texts over which weights are calibrated, and the temporary directory where those then wait."""
+"""Calibration texts as token sequences, and a temporary directory for calibrated weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LONGEST = 2048
 
 
 class _Spool:
-    """Tensors in files of a temporary directory, which goes when the last of their entries does."""
+    """Tensors in files of a temporary directory, removed with the last of their entries."""
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="ingot-calibrated-"))

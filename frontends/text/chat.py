@@ -1,7 +1,7 @@
-"""Chat templates: messages to the text that the model was trained on.
+"""Chat templates: render messages as the text that the model was trained on.
 
-A template is code from a stranger. It runs in jinja2's immutable sandbox, sees plain data only, and
-has what transformers gives it and nothing more (transformers, `utils/chat_template_utils.py`).
+Templates are untrusted code: they run in jinja2's immutable sandbox on plain data, with the same
+environment as in transformers (`utils/chat_template_utils.py`) and nothing more.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class ChatTemplate:
         """The text of `messages` (each with `role` and `content`), special tokens included.
 
         `variables` are seen by the template under their names (`tools`, `documents`,
-        `enable_thinking`, ...). ChatError when the template raises, leaves the sandbox or
-        does what Python cannot.
+        `enable_thinking`, ...). ChatError when the template raises or violates the
+        sandbox.
         """
         if name not in self.sources:
             raise ChatError(f"no chat template {name!r}; there are {', '.join(self.sources)}")
@@ -180,7 +180,7 @@ def _to_json(
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Unsafe attributes are refused where they stand, not only when something is done to them."""
+    """Refuses unsafe attributes on access, not only on use."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")

@@ -1,4 +1,4 @@
-"""What generation gives back, and the following of text while tokens come."""
+"""Results of generation, and detection of stop strings in streamed text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...runtime.serving.sequence import FinishReason, SequenceStats
-from .tokenizer import TextStream
+from .tokenizer import IncrementalDetokenizer
 
 
 @dataclass(frozen=True)
 class Completion:
     """One finished prompt.
 
-    `text` is what the tokens say, up to a stop string (empty when the model has no tokenizer);
+    `text` is the decoded text up to a stop string (empty when the model has no tokenizer);
     `tokens` are without a stop token. `logprobs` has one natural log-probability a token, under the
     model's own distribution; `top_logprobs` the most likely (token, logprob) pairs beside each, if
     they were asked for. `message` says what went wrong when `finish_reason` is "error".
@@ -30,7 +30,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class TextEvent:
-    """Something that happened to prompt number `index` while streaming.
+    """One streaming event of prompt number `index`.
 
     `text` is new text (maybe none yet), `token` the new token (None when the prompt ended without
     one), `finish_reason` not None at its last event.
@@ -45,13 +45,13 @@ class TextEvent:
 
 
 @dataclass
-class TextFollower:
-    """Turns one prompt's tokens into text and watches for stop strings.
+class StopStringChecker:
+    """Detokenizes one sequence and stops it at the first stop string.
 
-    Text that may turn out to be the beginning of a stop string is held back.
+    Text that could be the beginning of a stop string is held back.
     """
 
-    stream: TextStream | None
+    stream: IncrementalDetokenizer | None
     stops: Sequence[str] = ()
     text: str = ""
     held: str = ""
@@ -62,7 +62,7 @@ class TextFollower:
         return self._add(self.stream.push(token) if self.stream else "")
 
     def finish(self) -> str:
-        """What is left when no more tokens come."""
+        """The text held back, after the last token."""
         rest = self._add(self.stream.flush() if self.stream else "")
         held, self.held = self.held, ""
         self.text += held
@@ -84,5 +84,5 @@ class TextFollower:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

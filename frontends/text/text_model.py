@@ -1,4 +1,4 @@
-"""A language model that serves text in this process, over a session; needs no torch by itself."""
+"""`TextModel`: generation from text over a serving session, in this process, without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...runtime.serving.sequence import Request
 from ...runtime.serving.session import Session
 from ..options import GenerateKeywords, GenerateOptions, keywords_of
-from .completion import Completion, TextEvent, TextFollower
+from .completion import Completion, StopStringChecker, TextEvent
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -36,7 +36,7 @@ class TextModel:
 
     @property
     def session(self) -> Session:
-        """The session below: submit, step, cancel, statistics."""
+        """The serving session: submit, step, cancel, statistics."""
         return self._session
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ def _is_prompt(prompts: Any) -> bool:
 
 
 class _Run:
-    """One call of generate: the sequences, their text, and their ends."""
+    """One call of generate: its sequences and their stop-string checkers."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class _Run:
         request = Request(options.max_new_tokens, options.sampling, stops, options.logprobs)
         self._sequences = self._session.requests(prompts, request)
         decoders = [model.tokenizer.decoder() if model.tokenizer else None for _ in prompts]
-        self._followers = [TextFollower(d, options.stop_strings) for d in decoders]
+        self._checkers = [StopStringChecker(d, options.stop_strings) for d in decoders]
         self._index = {sequence.id: i for i, sequence in enumerate(self._sequences)}
 
     def events(self) -> Iterator[TextEvent]:
@@ -138,30 +138,30 @@ class _Run:
         with closing(self._session.events(self._sequences)) as events:
             for event in events:
                 i = self._index[event.sequence.id]
-                follower = self._followers[i]
-                if follower.stopped:
+                checker = self._checkers[i]
+                if checker.stopped:
                     continue  # the cancellation that a stop string brought
-                text = follower.push(event.token) if event.token is not None else ""
+                text = checker.push(event.token) if event.token is not None else ""
                 reason = event.finish_reason
-                if follower.stopped:
+                if checker.stopped:
                     reason = "stop"
                     self._session.cancel(event.sequence)
                 elif reason is not None:
-                    text += follower.finish()
-                    reason = "stop" if follower.stopped else reason
+                    text += checker.finish()
+                    reason = "stop" if checker.stopped else reason
                 yield TextEvent(i, text, event.token, event.logprob, reason, event.message)
 
     def completions(self) -> list[Completion]:
         """One completion a prompt, after all events."""
-        return [self._completion(i, follower) for i, follower in enumerate(self._followers)]
+        return [self._completion(i, checker) for i, checker in enumerate(self._checkers)]
 
-    def _completion(self, i: int, follower: TextFollower) -> Completion:
+    def _completion(self, i: int, checker: StopStringChecker) -> Completion:
         sequence = self._sequences[i]
         assert sequence.finish_reason is not None
         return Completion(
-            text=follower.text,
+            text=checker.text,
             tokens=sequence.tokens,
-            finish_reason="stop" if follower.stopped else sequence.finish_reason,
+            finish_reason="stop" if checker.stopped else sequence.finish_reason,
             logprobs=tuple(sequence.logprobs),
             stats=sequence.stats,
             top_logprobs=tuple(sequence.top_logprobs),

@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the `tokenizers` library alone; streams give whole characters."""
+"""Tokenization and incremental detokenization with the `tokenizers` library alone."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Tokenizer:
     """The tokenizer of a model directory.
 
     `stop_token_ids` end a completion: every eos token that generation_config.json, config.json and
-    tokenizer_config.json name. `chat_template` is None where the model has none. `files` are what
-    all of that was read from, by their names in the directory.
+    tokenizer_config.json name. `chat_template` is None where the model has none. `files` are its
+    source files, by their names in the directory.
     """
 
     backend: tokenizers.Tokenizer
@@ -91,9 +91,9 @@ class Tokenizer:
         """The text of `ids`; special tokens and ids that the tokenizer lacks are left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def decoder(self) -> TextStream:
+    def decoder(self) -> IncrementalDetokenizer:
         """A new stream that decodes token by token."""
-        return TextStream(self.decode, self._is_silent, self._byte_ids)
+        return IncrementalDetokenizer(self.decode, self._is_silent, self._byte_ids)
 
     def _is_silent(self, token: int) -> bool:
         """Whether `decode` leaves the token out."""
@@ -114,7 +114,7 @@ class Tokenizer:
         return frozenset(id_ for id_ in ids if id_ is not None)
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Decodes token by token: the pieces from `push` and `flush` concatenate to `decode(all)`.
 
     Text that a later token could still change is held back: the start of a character, and a run of
@@ -152,7 +152,7 @@ class TextStream:
         return new
 
     def flush(self) -> str:
-        """The text that was held back; the stream then starts anew."""
+        """The text held back; resets the stream."""
         rest = self._decode(self._ids)[self._given :]
         self._ids, self._given, self._boundary = [], 0, 0
         return rest

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingot.frontends.importers.source_error import SourceError
 from ingot.frontends.text.chat import ChatError, ChatTemplate, chat_template_of
-from ingot.frontends.text.tokenizer import TextStream, Tokenizer
+from ingot.frontends.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from tiny_tokenizers import FAMILIES, TEXTS, byte_fallback, byte_level, save
 
 
@@ -70,7 +70,7 @@ def test_stream_decodes_a_window_only() -> None:
         longest = max(longest, len(ids))
         return tokenizer.decode(ids)
 
-    stream = TextStream(decode)
+    stream = IncrementalDetokenizer(decode)
     for i in tokenizer.encode(TEXTS[0] * 20):
         stream.push(i)
     assert longest <= 3
