@@ -84,12 +84,12 @@ FORMS: dict[str, tuple[str, int]] = {
         ),
         1,
     ),
-    "biases of the up-projection": (mla_text(up=UP.replace("@w_ukv", "@w_ukv, @b_ukv")), 1),
+    "biases of the up-projection": (mla_text(up=UP.replace("@w_ukv", "@w_ukv, bias=@b_ukv")), 1),
     "biases elsewhere": (
         mla_text(
-            query=QUERY.replace("@w_dq", "@w_dq, @b_dq").replace("@w_uq", "@w_uq, @b_q"),
-            latent=LATENT.replace("@w_dkv", "@w_dkv, @b_dkv"),
-            output=OUTPUT.replace("@w_o", "@w_o, @b_o"),
+            query=QUERY.replace("@w_dq", "@w_dq, bias=@b_dq").replace("@w_uq", "@w_uq, bias=@b_q"),
+            latent=LATENT.replace("@w_dkv", "@w_dkv, bias=@b_dkv"),
+            output=OUTPUT.replace("@w_o", "@w_o, bias=@b_o"),
         ),
         1,
     ),
@@ -163,7 +163,7 @@ FORMS: dict[str, tuple[str, int]] = {
         mla_text(latent=LATENT.replace("rms_norm(%low, weight=@kv_norm, eps=1e-05)", "tanh(%low)")),
         0,
     ),
-    "a norm without a weight": (mla_text(latent=LATENT.replace(", @kv_norm", "")), 0),
+    "a norm without a weight": (mla_text(latent=LATENT.replace(", weight=@kv_norm", "")), 0),
     "keys that are not rotated": (
         mla_text(latent=LATENT.replace("rope(%pe, %c, %s, form='deinterleaved')", "neg(%pe)")),
         0,
@@ -223,7 +223,7 @@ STAYS: dict[str, tuple[str, str]] = {
         mla_text(attention=ATTENTION.replace("0.3", "0.3, softcap=2.0")),
         "it has a soft cap",
     ),
-    "sinks": (mla_text(attention=ATTENTION.replace("%v,", "%v, @sinks,")), "it has sinks"),
+    "sinks": (mla_text(attention=ATTENTION.replace("%v,", "%v, sinks=@sinks,")), "it has sinks"),
     "keys used elsewhere": (mla_text(results="%y, %k"), "cat inside the match is used outside"),
     "up-projection used elsewhere": (
         mla_text(results="%y, %up"),
@@ -360,7 +360,11 @@ BETWEEN: dict[str, tuple[str, str, str | None]] = {
         "query",
         r"dims 4 to 8 of f32\[T, 3, 10\] are rotated before W_UK",
     ),
-    "a bias of the query": (mla_text(query=QUERY.replace("@w_uq", "@w_uq, @b_q")), "query", None),
+    "a bias of the query": (
+        mla_text(query=QUERY.replace("@w_uq", "@w_uq, bias=@b_q")),
+        "query",
+        None,
+    ),
     "a function of the query": (
         mla_text(
             query=QUERY.replace("%qh =", "%q0 =").replace(
@@ -376,7 +380,7 @@ BETWEEN: dict[str, tuple[str, str, str | None]] = {
         "rope inside the match is used outside",
     ),
     "a bias of the values": (
-        mla_text(up=UP.replace("@w_ukv", "@w_ukv, @b_ukv")),
+        mla_text(up=UP.replace("@w_ukv", "@w_ukv, bias=@b_ukv")),
         "output",
         None,
     ),

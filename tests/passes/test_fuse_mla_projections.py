@@ -44,11 +44,11 @@ def absorbed(text: str, premultiply: bool = False) -> Graph:
 FUSES: dict[str, tuple[str, int, int]] = {
     "as traced": (mla_text(), 2, 3),
     "three products": (mla_text(latent=APART), 3, 3),
-    "biases of some": (mla_text(latent=LATENT.replace("@w_dkv", "@w_dkv, @b_dkv")), 2, 3),
+    "biases of some": (mla_text(latent=LATENT.replace("@w_dkv", "@w_dkv, bias=@b_dkv")), 2, 3),
     "biases of all": (
         mla_text(
-            query=QUERY.replace("@w_dq", "@w_dq, @b_dq"),
-            latent=LATENT.replace("@w_dkv", "@w_dkv, @b_dkv"),
+            query=QUERY.replace("@w_dq", "@w_dq, bias=@b_dq"),
+            latent=LATENT.replace("@w_dkv", "@w_dkv, bias=@b_dkv"),
         ),
         2,
         3,
@@ -84,7 +84,7 @@ def test_fuses(form: str, premultiply: bool) -> None:
 
 
 def test_text(golden: Callable[[str], None]) -> None:
-    before = absorbed(mla_text(latent=LATENT.replace("@w_dkv", "@w_dkv, @b_dkv")))
+    before = absorbed(mla_text(latent=LATENT.replace("@w_dkv", "@w_dkv, bias=@b_dkv")))
     golden(str(applied(PASS, before)[0]))
 
 

@@ -42,9 +42,9 @@ SHARED = """
     %d = linear(%a, @sd)
     """
 ADDED = "%y = add(%e, %d)"
-BIASED = ROUTED.replace("@down,", "@down, @ub, @db,") + SHARED.replace(
-    "@sg)", "@sg, @sgb)"
-).replace("@su)", "@su, @sub)").replace("@sd)", "@sd, @sdb)")
+BIASED = ROUTED.replace("@down,", "@down, gate_up_bias=@ub, down_bias=@db,") + SHARED.replace(
+    "@sg)", "@sg, bias=@sgb)"
+).replace("@su)", "@su, bias=@sub)").replace("@sd)", "@sd, bias=@sdb)")
 
 
 def text(lines: str, width: int = 6, results: str = "%y") -> str:
@@ -126,16 +126,16 @@ DECLINES = {
         "linear is added to it",
     ),
     "biases of the experts alone": (
-        ROUTED.replace("@down,", "@down, @ub, @db,") + SHARED + ADDED,
+        ROUTED.replace("@down,", "@down, gate_up_bias=@ub, down_bias=@db,") + SHARED + ADDED,
         6,
         "biases, others have none",
     ),
     "biases of the shared one alone": (
-        BIASED.replace("@down, @ub, @db,", "@down,") + ADDED,
+        BIASED.replace("@down, gate_up_bias=@ub, down_bias=@db,", "@down,") + ADDED,
         6,
         "biases, others have none",
     ),
-    "some biases": (BIASED.replace("@su, @sub", "@su") + ADDED, 6, "biases, others have none"),
+    "some biases": (BIASED.replace("@su, bias=@sub", "@su") + ADDED, 6, "biases, others have none"),
     "ungated experts": (
         "%half = slice(@up, dim=1, start=0, stop=6)\n"
         + ROUTED.replace("@up", "%half").replace("'silu'", "'silu', gated=False")

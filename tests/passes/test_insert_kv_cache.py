@@ -24,9 +24,9 @@ KINDS = {
     "grouped": "%q, %k1, %v1, scale=0.5",
     "window": "%q, %k, %v, scale=0.5, window=5",
     "a window of one": "%q, %k, %v, scale=0.5, window=1",
-    "sinks": "%q, %k, %v, @sinks, scale=0.5",
+    "sinks": "%q, %k, %v, sinks=@sinks, scale=0.5",
     "softcap": "%q, %k, %v, scale=0.5, softcap=1.5",
-    "window, sinks and softcap": "%q, %k, %v, @sinks, scale=0.3, window=7, softcap=2.0",
+    "window, sinks and softcap": "%q, %k, %v, sinks=@sinks, scale=0.3, window=7, softcap=2.0",
 }
 
 

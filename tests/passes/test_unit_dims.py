@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from ingot.compiler.axes import Dims
-from ingot.compiler.ir import Graph, Op, Sample
+from ingot.compiler.ir import Graph, Op
 from ingot.compiler.ops.leaf import param
 from ingot.compiler.rewrite import Log
 from ingot.compiler.types import TensorType
@@ -14,8 +14,8 @@ from ingot.compiler.validate import check_rewrite
 from ingot.compiler.verify import verify
 from ingot.passes.raising.canonicalize import simplified
 from ingot.passes.raising.unit_dims import unit_dims_dropped
+from op_cases import Case, sampled_ops
 from pass_checks import assert_equal_results, graph_of, ops
-from random_graphs import sampled_ops
 
 HEAD = """
 graph @u(%x: f32[1, T, 4, 6], %y: f32[T, 1, 4, 1], %z: f32[1, T, 1, 6], %i: i64[1, T]) T=1..8 {
@@ -163,12 +163,9 @@ def test_a_traced_router(golden: Callable[[str], None]) -> None:
     golden(str(after))
 
 
-def without_free_dims(op: Op, sample: Sample) -> Graph:
+def without_free_dims(op: Op, sample: Case) -> Graph:
     """`op` on its sample with every dim that it takes any number of cut to 1."""
-    whole = op.all(
-        *(param(name=f"x{i}", type=t) for i, t in enumerate(sample.args)), **sample.attrs
-    )
-    node = whole[0].node
+    node = sample.node([param(name=f"x{i}", type=t) for i, t in enumerate(sample.args)])
     assert node.axes is not None
 
     def cut(type_: TensorType, dims: Dims) -> TensorType:
@@ -183,7 +180,7 @@ def without_free_dims(op: Op, sample: Sample) -> Graph:
     attrs = dict(node.attrs)
     if "shape" in attrs:
         attrs["shape"] = cut(node.types[0], node.axes.results[0]).shape
-    return Graph("unit", args, op.node(args, attrs).results)
+    return Graph("unit", args, node.rebuilt(args, attrs).results)
 
 
 WITH_RULES = [(op, sample) for op, sample in sampled_ops() if op.axes is not None]
@@ -193,7 +190,7 @@ WITH_RULES = [(op, sample) for op, sample in sampled_ops() if op.axes is not Non
     ("op", "sample"),
     [pytest.param(op, s, id=f"{op.name}-{i}") for i, (op, s) in enumerate(WITH_RULES)],
 )
-def test_every_op_does_without_the_unit_dims_that_its_rule_says(op: Op, sample: Sample) -> None:
+def test_every_op_does_without_the_unit_dims_that_its_rule_says(op: Op, sample: Case) -> None:
     graph = without_free_dims(op, sample)
     for one in unit_dims_dropped(graph):
         check_rewrite(graph, one)
