@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ingot.compiler.ir import Node
 from ingot.compiler.pipeline import PassResult, run_pipeline
 from ingot.frontends.cli.inspect_view import computing, layout
 from ingot.frontends.importers.huggingface import import_hugging_face
@@ -17,10 +18,11 @@ PICO = Path(__file__).parents[2] / "examples" / "pico"
 # No groups of experts, and one dense layer before the others: Kimi K2 is DeepSeek-V3 made so.
 KIMI = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 
-DENSE = ("project_heads", "cached_attention", "linear", "linear", "linear")
+# A gated unit is a linear with a gate; `+` is what its epilogue adds.
+DENSE = ("project_heads", "cached_attention", "linear+", "gated", "linear+")
 # Norms behind the products too: they, the sums and the norms before go into what comes next.
-SANDWICH = ("project_heads", "cached_attention", "linear", "linear", "linear")
-MOE = ("project_heads", "cached_attention", "linear", "moe_gating", "experts")
+SANDWICH = ("project_heads", "cached_attention", "linear", "gated", "linear")
+MOE = ("project_heads", "cached_attention", "linear+", "moe_gating", "experts")
 LATENT = (
     "linear",  # W_DQ ‖ W_DKV ‖ W_KR of the normed input
     "project_heads",  # W_UQ of its norm, and RoPE
@@ -28,9 +30,9 @@ LATENT = (
     "mla_latent",  # the row that the cache holds
     "cached_mla_attention",
     "head_linear",  # W_UV
-    "linear",  # W_O and the residual
+    "linear+",  # W_O and the residual
 )
-LATENT_DENSE = (*LATENT, "linear", "linear")
+LATENT_DENSE = (*LATENT, "gated", "linear+")
 LATENT_MOE = (*LATENT, "moe_gating", "experts")
 
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -59,11 +61,17 @@ def compiled(name: str) -> tuple[PassResult, ...]:
     return tuple(run_pipeline(model.graph, causal_lm(max_sequences=2, max_tokens_per_sequence=64)))
 
 
+def kind(node: Node) -> str:
+    if node.op.name != "linear":
+        return node.op.name
+    return "gated" if "gate" in node.attrs else "linear+" if "residual" in node.given else "linear"
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str) -> None:
     graph = compiled(name)[-1].graph
     plan = layout(graph)
-    found = [[n.op.name for n in computing(layer.nodes, plan.folded)] for layer in plan.layers]
+    found = [[*map(kind, computing(layer.nodes, plan.folded))] for layer in plan.layers]
     for ops, expected in zip(found, LAYERS[name], strict=True):
         assert sorted(ops) == sorted(expected)
         assert len(ops) <= (9 if "cached_mla_attention" in ops else 5)
