@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import triton
@@ -207,16 +208,16 @@ def project_heads(query: KernelQuery) -> Iterator[Candidate | Declined]:
     more = 8 * tokens * n / query.target.bytes_per_second + len(rest) * LAUNCH_SECONDS
     into = ", written into the cache" if query.append else ""
     epilogue = epilogue_of(query, Temp("y"), n)
-    for found in normed_products(query, epilogue, sum_result=len(parts)):
+    reason = f"the product in f32{{note}}; then norms and rotation of all heads{into}"
+    for found in normed_products(query, epilogue, sum_result=len(parts), reason=reason):
         if isinstance(found, Declined):
             yield found
             continue
-        _, _, note = found.reason.partition(" weight")
-        yield Candidate(
-            (*found.calls, *rest),
-            found.seconds + more,
-            f"the product in f32{note}; then norms and rotation of all heads{into}",
-            {**found.temps, "y": TensorType("f32", (tokens, n))},
+        yield replace(
+            found,
+            calls=(*found.calls, *rest),
+            seconds=found.seconds + more,
+            temps={**found.temps, "y": TensorType("f32", (tokens, n))},
         )
 
 

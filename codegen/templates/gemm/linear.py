@@ -39,13 +39,18 @@ def _variants() -> tuple[Variant, ...]:
 VARIANTS = _variants()
 
 
+# How a candidate is described, of its kernel's name, what the weight is held in, and where the norm
+# of the input is computed.
+_REASON = "{name}, {held} weight{note}"
+
+
 def candidates(
-    product: Product, given: ProductInput | None = None
+    product: Product, given: ProductInput | None = None, reason: str = _REASON
 ) -> Iterator[Candidate | Declined]:
     """Each launch that computes a product, after the launches that its input takes."""
     query, weight_bytes = product.query, product.held.nbytes
     given = given or ProductInput(product.x.data, product.x.STEP)
-    name = "MXFP4" if product.packed else product.held.type.dtype
+    held = "MXFP4" if product.packed else product.held.type.dtype
     other = query.moved_bytes() - weight_bytes
     for variant in VARIANTS:
         for answer in variant(product):
@@ -56,13 +61,18 @@ def candidates(
             seconds = gemm_seconds(query.target, answer.kernel, weight_bytes, other, product.packed)
             if product.norm:
                 launches += norm_within_launches(weight_bytes)
-            reason = f"{answer.name}, {name} weight{given.note}"
+            described = reason.format(name=answer.name, held=held, note=given.note)
             calls = (*given.calls, answer.call)
-            yield Candidate(calls, seconds + launches * LAUNCH_SECONDS, reason, given.temps)
+            seconds += launches * LAUNCH_SECONDS
+            yield Candidate(calls, seconds, described, given.temps)
 
 
 def normed_products(
-    query: KernelQuery, epilogue: Epilogue, halved: bool = False, sum_result: int = 1
+    query: KernelQuery,
+    epilogue: Epilogue,
+    halved: bool = False,
+    sum_result: int = 1,
+    reason: str = _REASON,
 ) -> Iterator[Candidate | Declined]:
     """A product of all rows of argument 0 by argument 1; what the node does to its input first is
     done within the product, or by a launch before it."""
@@ -91,7 +101,7 @@ def normed_products(
         if given.norm and norm:
             within = Norm(given.norm, query.attrs["eps"])
             product = replace(product, norm=within, norm_dtype=norm.type.dtype)
-        yield from candidates(product, given)
+        yield from candidates(product, given, reason)
 
 
 def linear(query: KernelQuery) -> Iterator[Candidate | Declined]:
