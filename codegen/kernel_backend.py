@@ -96,7 +96,9 @@ class KernelBackend:
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """See Backend.packed."""
         weight = node.args[position]
-        if weight.op is not mxfp4 or position not in PACKED_WEIGHTS.get(node.op.name, ()):
+        if weight.op is not mxfp4:
+            return None
+        if [*node.operands][position] not in PACKED_WEIGHTS.get(node.op.name, ()):
             return None
         codes, scales = weight.node.args
         gated = node.attrs.get("gate") is not None

@@ -29,12 +29,12 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
     reductions.TEMPLATES,
     sampling.TEMPLATES,
 )
-# Arguments that their templates read in packed form: op name -> positions.
-PACKED_WEIGHTS: Mapping[str, frozenset[int]] = {
-    "linear": frozenset({1}),
-    "project_heads": frozenset({1}),
-    "head_linear": frozenset({1}),
-    "experts": frozenset({3, 4}),
+# Operands that their templates read in packed form, by op.
+PACKED_WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("weight",),
+    "project_heads": ("weight",),
+    "head_linear": ("weight",),
+    "experts": ("gate_up", "down"),
 }
 # Ops that read a packed weight of two dims in the order of tensor cores, where the target has them.
 FRAGMENT_PRODUCTS = frozenset({"linear", "project_heads"})
