@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ..compiler.interpret import writes_in_place
 from ..compiler.ir import Graph, Node, Value
 from ..compiler.ops.leaf import literal, param
-from ..compiler.ops.mxfp4_fragments import mxfp4_fragments
+from ..compiler.ops.mxfp4_fragments import mxfp4_tiled
 from ..compiler.types import TensorType, bind_attr
 from ..runtime.program import Buffer, Entry, Function, Kernel, Launch, Slice, Spec
 from .memory import Access, Block, Lifetime, dependencies, plan_blocks
@@ -250,7 +250,7 @@ class EntryBuilder:
         assert parts is not None, node
         codes, scales = (self.at[part] for part in parts)
         group = 2 * int(arg.node.args[0].type.shape[-1]) // int(arg.node.args[1].type.shape[-1])
-        return PackedSlice(codes, scales, arg.type, group, parts[0].op is mxfp4_fragments)
+        return PackedSlice(codes, scales, arg.type, group, arg.op is mxfp4_tiled)
 
     def _memory_of(self, value: Value) -> Slice:
         """New memory for a result: an output's buffer, if it is one, or scratch."""

@@ -16,7 +16,7 @@ from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Node, Value
 from ..compiler.ops.attention import kv_append
 from ..compiler.ops.mxfp4 import mxfp4
-from ..compiler.ops.mxfp4_fragments import GROUP, ROWS, mxfp4_fragments
+from ..compiler.ops.mxfp4_fragments import mxfp4_tiled
 from ..compiler.ops.shape import expand, permute, slice_, view
 from ..compiler.target import Target
 from ..compiler.types import TensorType
@@ -44,7 +44,7 @@ from .kernel_query import (
 from .kernel_source import KernelSource, map_leaves
 from .pointwise import computed, fusible, region_of
 from .regions import grouped
-from .select import FRAGMENT_PRODUCTS, PACKED_WEIGHTS, copied, select
+from .select import PACKED_WEIGHTS, copied, select
 
 # Vector loads want addresses that are multiples of this many bytes.
 _VECTOR = 16
@@ -72,7 +72,6 @@ class KernelBackend:
         self._progress = progress
         self._only = only
         self._wanted: dict[str, None] = {}
-        self._fragments: dict[tuple[Value, Value, bool], tuple[Value, ...]] = {}
 
     def kernels(self) -> Mapping[str, Kernel]:
         """See Backend.kernels; builds those that the cache does not hold. BuildError."""
@@ -96,32 +95,12 @@ class KernelBackend:
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """See Backend.packed."""
         weight = node.args[position]
-        if weight.op is not mxfp4:
+        if weight.op not in (mxfp4, mxfp4_tiled):
             return None
         if [*node.operands][position] not in PACKED_WEIGHTS.get(node.op.name, ()):
             return None
         codes, scales = weight.node.args
-        gated = node.attrs.get("gate") is not None
-        if not self._as_fragments(node, weight, gated):
-            return codes, scales
-        # One node for all users of a weight, so that it is ordered and held once.
-        key = (codes, scales, gated)
-        if key not in self._fragments:
-            made = mxfp4_fragments.node(key[:2], {"gated": gated}, weight.node.source)
-            self._fragments[key] = made.results
-        first, second = self._fragments[key]
-        return first, second
-
-    def _as_fragments(self, node: Node, weight: Value, gated: bool) -> bool:
-        """Whether the product `node` takes its packed weight in the order of tensor cores."""
-        rows, columns = weight.type.shape[0], weight.node.args[1].type.shape[-1]
-        return (
-            self.target.name.startswith("cuda")
-            and node.op.name in FRAGMENT_PRODUCTS
-            and weight.type.dtype == "bf16"
-            and weight.type.shape[-1] == GROUP * columns
-            and not (gated and rows % ROWS)
-        )
+        return codes, scales
 
     def view(self, bound: Bound) -> Slice | None:
         """See Backend.view."""

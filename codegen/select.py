@@ -36,8 +36,6 @@ PACKED_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "head_linear": ("weight",),
     "experts": ("gate_up", "down"),
 }
-# Ops that read a packed weight of two dims in the order of tensor cores, where the target has them.
-FRAGMENT_PRODUCTS = frozenset({"linear", "project_heads"})
 
 
 def templates_of(op: str) -> list[Template]:

@@ -15,7 +15,7 @@ from ..compiler.pipeline import Pass, PassContext, PassResult, run_pipeline
 from ..compiler.target import Target
 from ..compiler.torch_types import dtype_name, torch_dtype
 from ..compiler.validate import check_rewrite
-from ..passes.pipelines import STAGES, causal_lm, of_rank
+from ..passes.pipelines import STAGES, TARGET, causal_lm, of_rank
 from ..passes.serving.insert_kv_cache import InsertKvCache
 from ..passes.serving.sample_on_device import output_names
 from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4
@@ -42,7 +42,10 @@ def run_passes(
     options: CompileOptions,
     progress: Progress,
 ) -> list[PassResult]:
-    """`passes` in order, each rewritten region checked where the options say so."""
+    """`passes` in order, and those of a GPU; each rewritten region is checked where the options
+    say so."""
+    if context.target and context.target.is_gpu:
+        passes = (*passes, *TARGET)
     check = check_rewrite if options.verify else None
     with progress.timed("passes"):
         return run_pipeline(

@@ -1,4 +1,4 @@
-"""MXFP4 weights in the order in which tensor cores take them: what packs them, for whom.
+"""MXFP4 weights in the order in which tensor cores take them: what packs them, what reads them.
 
 NVIDIA's mma.m16n8k16 wants of its left operand, in lane 4·r + q, rows r and r + 8 and of every 16
 columns 2q, 2q + 1, 2q + 8, 2q + 9. The weight is cut into tiles of 16 rows by 128 columns; in a
@@ -18,16 +18,24 @@ from __future__ import annotations
 
 import torch
 
-from ..ir import Op, Sample
+from ..dtypes import FLOATS
+from ..ir import Node, Op, Sample
+from ..microscaling import decode
+from ..torch_types import torch_dtype
 from ..types import TensorType, Types, VerifyError
+from .mxfp4 import mxfp4
 
 ROWS, COLUMNS, GROUP = 16, 128, 32
 
 
-def _tiles(codes: TensorType) -> tuple[int, int]:
-    """Tiles down and across; the last may be filled up with zeros."""
-    n, half = (int(d) for d in codes.shape)
-    return -(-n // ROWS), -(-2 * half // COLUMNS)
+def _tiled(rows: int, columns: int) -> Types:
+    """Codes and scales of a weight in tiles; the last tiles may be filled up with zeros."""
+    tiles = -(-rows // ROWS), -(-columns // COLUMNS)
+    sizes = ROWS * COLUMNS // 2, ROWS * COLUMNS // GROUP
+    return tuple(TensorType("u8", (*tiles, size)) for size in sizes)
+
+
+# ---- mxfp4_fragments: codes u8 [N, K/2] and scales u8 [N, K/32] -> both in tiles
 
 
 def _infer(codes: TensorType, scales: TensorType, *, gated: bool = False) -> Types:
@@ -43,11 +51,7 @@ def _infer(codes: TensorType, scales: TensorType, *, gated: bool = False) -> Typ
         )
     if gated and n % ROWS:
         raise VerifyError(f"{name}: expected gate and up rows in eights, found {n} rows")
-    down, across = _tiles(codes)
-    return (
-        TensorType("u8", (down, across, ROWS * COLUMNS // 2)),
-        TensorType("u8", (down, across, ROWS * COLUMNS // GROUP)),
-    )
+    return _tiled(n, 2 * half)
 
 
 def _ordered(x: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -119,3 +123,62 @@ def unpacked(
             rows = rows.view(-1, 2, ROWS // 2, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
         found.append(rows[:n, :width])
     return found[0], found[1]
+
+
+# ---- mxfp4_tiled: codes and scales in tiles -> numbers [rows, columns], as `mxfp4` of what
+# `mxfp4_fragments` was given
+
+
+def _tiled_infer(
+    codes: TensorType,
+    scales: TensorType,
+    *,
+    rows: int,
+    columns: int,
+    dtype: str,
+    gated: bool = False,
+) -> Types:
+    if dtype not in FLOATS or columns % GROUP or (gated and rows % ROWS):
+        raise VerifyError(
+            f"mxfp4_tiled: expected a float dtype, columns in groups of {GROUP}, and gate and up "
+            f"rows in eights, found {dtype!r}, {columns} columns and {rows} rows"
+        )
+    expected = _tiled(rows, columns)
+    if (codes, scales) != expected:
+        shown = " and ".join(map(str, expected))
+        raise VerifyError(f"mxfp4_tiled: expected {shown}, found {codes} and {scales}")
+    return (TensorType(dtype, (rows, columns)),)
+
+
+def _tiled_reference(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    rows: int,
+    columns: int,
+    dtype: str,
+    gated: bool = False,
+) -> tuple[torch.Tensor]:
+    plain = unpacked(codes, scales, rows, columns, gated)
+    return (decode(*plain, torch_dtype(dtype)),)
+
+
+def _tiled_stored(node: Node) -> TensorType:
+    return node.types[0].with_dtype(f"mxfp4g{GROUP}")
+
+
+mxfp4_tiled = Op(
+    "mxfp4_tiled",
+    _tiled_infer,
+    _tiled_reference,
+    mxfp4.cost,
+    tuple(
+        Sample(_tiled(rows, columns), {"rows": rows, "columns": columns, **more}, high=251)
+        for rows, columns, more in (
+            (32, 256, {"dtype": "bf16", "gated": True}),
+            (19, 96, {"dtype": "f32"}),
+        )
+    ),
+    stored=_tiled_stored,
+    domain=mxfp4.domain,
+)

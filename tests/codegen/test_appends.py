@@ -23,6 +23,7 @@ from ingot.compiler.weights import Weights
 from ingot.runtime.program import STEP
 from interpreted import InterpretedBackend, InterpretedDriver
 from kernel_checks import ALL_TARGETS, ON_DEVICE
+from pass_checks import for_target
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="the caches are read in host memory")
 
@@ -73,6 +74,7 @@ def lowered(graph: Graph, tokens: int, target: str = "cuda:sm_90") -> tuple[Lowe
     chosen = target_of(target)
     backend = InterpretedBackend(chosen)
     names = [f"y{i}" for i in range(len(graph.outputs))]
+    graph = for_target(graph, chosen)
     return lower(graph, weights, chosen, [{"T": tokens}], names, backend=backend), backend, weights
 
 

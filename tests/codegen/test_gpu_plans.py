@@ -17,11 +17,11 @@ import torch
 from ingot.codegen.cpu import CpuDriver
 from ingot.codegen.kernel_backend import KernelBackend
 from ingot.codegen.lower import Lowered, lower
-from ingot.compiler.pipeline import run_pipeline
+from ingot.compiler.pipeline import PassContext, run_pipeline
 from ingot.compiler.target import CPU, Target, target_of
 from ingot.frontends.drivers import driver_for, present_target
 from ingot.frontends.importers.huggingface import import_hugging_face
-from ingot.passes.pipelines import causal_lm
+from ingot.passes.pipelines import TARGET, causal_lm
 from ingot.passes.serving.sample_on_device import output_names
 from ingot.passes.transforms.mxfp4_policy import MXFP4
 from ingot.runtime.serving.sampling import Sampling
@@ -68,7 +68,8 @@ def made(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = import_hugging_face(tiny_model(name, dtype=dtype), dtype=to, max_tokens=256)
-        graph = run_pipeline(model.graph, passes)[-1].graph
+        steps = (*passes, *TARGET) if target.is_gpu else passes
+        graph = run_pipeline(model.graph, steps, PassContext(target))[-1].graph
         names = output_names(graph)
         return lower(graph, model.weights, target, bindings, names, META, backend=backend)
 

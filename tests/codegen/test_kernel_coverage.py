@@ -34,6 +34,7 @@ from ingot.compiler.ops.linear import linear
 from ingot.compiler.target import target_of
 from ingot.compiler.types import TensorType
 from kernel_checks import Given, Packed, Weight, check_node, graph_of_node, run_node
+from pass_checks import for_target
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -41,7 +42,7 @@ from triton.runtime.jit import JITFunction
 VIEWS = {"view", "permute", "expand", "slice"}
 LEAVES = {"param", "constant", "literal"}
 # Ops on weights alone: computed when a program is loaded.
-FOLDED = {"mxfp4", "mxfp4_encode", "mxfp4_fragments"}
+FOLDED = {"mxfp4", "mxfp4_encode", "mxfp4_fragments", "mxfp4_tiled"}
 COLLECTIVE = {"all_reduce", "all_gather"}
 # What the compiler knows; other test modules may have registered ops of their own.
 OPS = {n: op for n, op in Op.registry.items() if not n.startswith(("aten.", "test."))}
@@ -158,6 +159,7 @@ def sources(target: str) -> dict[str, KernelSource]:
         for template in templates_of(op.name):
             backend = KernelBackend(target_of(target))
             graph, weights, _, _ = graph_of_node(op, args, attrs)
+            graph = for_target(graph, backend.target)
             names = [f"out{i}" for i in range(len(graph.outputs))]
             with (
                 patch.object(select, "_TABLES", ({op.name: (template,)},)),

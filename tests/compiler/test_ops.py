@@ -139,6 +139,7 @@ EXACT_BYTES = {
     "take": lambda a, r: 2 * r[0].nbytes + a[1].nbytes,
     "embedding": lambda a, r: 2 * r[0].nbytes + a[0].nbytes,
     "mxfp4": lambda a, r: 0,  # its users read the packed form
+    "mxfp4_tiled": lambda a, r: 0,
 }
 
 

@@ -35,6 +35,7 @@ from ingot.runtime.devices.check_program import ProgramError, check_program
 from ingot.runtime.program import Program
 from interpreted import InterpretedBackend
 from kernel_checks import ON_DEVICE
+from pass_checks import for_target
 from tiny_ingot import GFX950, program, write
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig
@@ -110,6 +111,7 @@ def planned(
     graph: Graph, weights: Weights, backend: KernelBackend, *bindings: dict[str, int]
 ) -> tuple[Program, Any]:
     target, names = backend.target, output_names(graph)
+    graph = for_target(graph, target)
     lowered = lower(graph, weights, target, bindings, names, backend=backend)
     return lowered.program, lowered.choices
 

@@ -16,6 +16,7 @@ from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.transforms.mxfp4_policy import MXFP4
 from interpreted import InterpretedBackend
+from pass_checks import for_target
 from tiny_models import tiny_model
 
 ATTENTION = {"heads": 1, "attend": 1, "combine": 1}
@@ -41,8 +42,8 @@ def launches(name: str, layers: int, target: str) -> Counter[str]:
         model = tiny_model(name, dtype=torch.bfloat16, **of_layers)
         imported = import_hugging_face(model, dtype=torch.bfloat16, max_tokens=256)
     passes = causal_lm(max_sequences=2, max_tokens_per_sequence=192, quantize=MXFP4())
-    graph = run_pipeline(imported.graph, passes)[-1].graph
     backend = InterpretedBackend(target_of(target))
+    graph = for_target(run_pipeline(imported.graph, passes)[-1].graph, backend.target)
     binding = [{"T": 1, "L": 1}]
     lowered = lower(graph, imported.weights, backend.target, binding, ["logits"], backend=backend)
     (entry,) = lowered.program.entries

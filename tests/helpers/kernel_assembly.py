@@ -21,6 +21,7 @@ from ingot.compiler.target import Target, target_of
 from ingot.compiler.types import TensorType
 from ingot.compiler.weights import Entry, Weights
 from interpreted import InterpretedBackend
+from pass_checks import for_target
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def sources(
     weights = Weights({n: Entry(t, no_data, "the test") for n, t in held.items()})
     backend = InterpretedBackend(target_of(target))
     names = [f"out{i}" for i in range(len(graph.outputs))]
+    graph = for_target(graph, target_of(target))
     lower(graph, weights, target_of(target), [{}], names, backend=backend)
     return list(backend.sources.values())
 

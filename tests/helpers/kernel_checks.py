@@ -29,6 +29,7 @@ from ingot.compiler.weights import Entry, Weights
 from ingot.frontends.drivers import driver_for, present_target
 from ingot.runtime.program import STEP
 from interpreted import InterpretedBackend, InterpretedDriver
+from pass_checks import for_target
 
 # Largest |Δ| relative to max |reference|, by dtype of the result: sums in another order in f32; in
 # narrow dtypes a rounding that falls the other way, of the result or of what a product takes.
@@ -165,6 +166,7 @@ def run_node(
     driver = _device() if ON_DEVICE else InterpretedDriver(target)
     chosen = target_of(driver.target)
     backend = KernelBackend(chosen) if ON_DEVICE else InterpretedBackend(chosen)
+    graph = for_target(graph, chosen)
     lowered = lower(graph, weights, chosen, [{}], names, backend=backend)
     executable = driver.load(lowered.program, lowered.load_weight)
     try:
@@ -224,7 +226,7 @@ def build_everywhere(
         graph, weights, _, _ = graph_of_node(op, args, named or {})
         backend = InterpretedBackend(target)
         names = [f"out{i}" for i in range(len(graph.outputs))]
-        lower(graph, weights, target, [{}], names, backend=backend)
+        lower(for_target(graph, target), weights, target, [{}], names, backend=backend)
         built = [dict(build_one(source, target).facts) for source in backend.sources.values()]
         for found in built:
             assert found["shared"] <= target.shared_bytes
@@ -239,7 +241,7 @@ def chosen(op: Op, args: Sequence[Given], named: Mapping[str, Any]) -> list[str]
     target = target_of("cuda:sm_90")
     backend = InterpretedBackend(target)
     names = [f"out{i}" for i in range(len(graph.outputs))]
-    lower(graph, weights, target, [{}], names, backend=backend)
+    lower(for_target(graph, target), weights, target, [{}], names, backend=backend)
     (choice,) = (c for c in backend.choices if c.op == op.name)
     return list(choice.kernels)
 

@@ -10,14 +10,15 @@ from functools import partial
 import torch
 from ingot.compiler.interpret import interpret, random_tensor
 from ingot.compiler.ir import INLINE, Graph, Node
-from ingot.compiler.pipeline import Pass, PassContext
+from ingot.compiler.pipeline import Pass, PassContext, run_pipeline
 from ingot.compiler.rewrite import Log
+from ingot.compiler.target import Target
 from ingot.compiler.text import parse
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.types import VerifyError
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Entry, Weights
-from ingot.passes.pipelines import RAISING
+from ingot.passes.pipelines import RAISING, TARGET
 from ingot.passes.serving.gather_logits import GatherLogits
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
 
@@ -25,6 +26,11 @@ from ingot.passes.serving.insert_kv_cache import InsertKvCache
 def plain_serving(max_sequences: int, max_tokens_per_sequence: int) -> tuple[Pass, ...]:
     """To a paged cache without absorption and fusions: each op of the model by itself."""
     return (*RAISING, InsertKvCache(max_sequences, max_tokens_per_sequence), GatherLogits())
+
+
+def for_target(graph: Graph, target: Target) -> Graph:
+    """`graph` after the passes of a GPU target."""
+    return run_pipeline(graph, TARGET, PassContext(target))[-1].graph
 
 
 def graph_of(text: str) -> Graph:
@@ -102,18 +108,18 @@ def assert_equal_results(
             )
 
 
-def applied(step: Pass, graph: Graph) -> tuple[Graph, Log]:
+def applied(step: Pass, graph: Graph, target: Target | None = None) -> tuple[Graph, Log]:
     """`graph` after one pass, verified, and what the pass reported."""
     log = Log()
-    after = step(graph, PassContext(log=log))
+    after = step(graph, PassContext(target, log=log))
     verify(after)
     return after, log
 
 
-def checked(step: Pass, text: str, tolerance: float = 1e-5) -> Graph:
+def checked(step: Pass, text: str, tolerance: float = 1e-5, target: Target | None = None) -> Graph:
     """The graph of `text` after one pass; it must compute what it computed before."""
     before = graph_of(text)
-    after, _ = applied(step, before)
+    after, _ = applied(step, before, target)
     assert_equal_results(before, after, tolerance)
     return after
 

@@ -13,14 +13,16 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from ingot.compiler.ir import Graph, Node, Op, Value, walk
 from ingot.compiler.ops.leaf import literal
 from ingot.compiler.ops.pointwise import add, mul
-from ingot.compiler.pipeline import PassError, run_pipeline
+from ingot.compiler.pipeline import PassContext, PassError, run_pipeline
 from ingot.compiler.rewrite import Applied, Log
+from ingot.compiler.target import Target, target_of
 from ingot.compiler.validate import check_rewrite
 from ingot.frontends.importers.huggingface import import_hugging_face
-from ingot.passes.pipelines import RAISING, causal_lm
+from ingot.passes.pipelines import RAISING, TARGET, causal_lm
 from ingot.passes.serving import insert_kv_cache, sample_on_device
 from ingot.passes.transforms import quantize_mxfp4
 from ingot.passes.transforms.absorb_mla import AbsorbMla
@@ -118,6 +120,7 @@ class Mutation:
     change: Change
     config: tuple[tuple[str, Any], ...] = ()
     packed: bool = False
+    target: Target | None = None
 
     def of(self, after: tuple[Value, ...], before: tuple[Value, ...]) -> tuple[Value, ...]:
         old = set(walk(before))
@@ -141,7 +144,8 @@ def zeroed(i: int) -> Change:
     return change
 
 
-MLA = "deepseek_v3"
+MLA, NVIDIA = "deepseek_v3", target_of("cuda:sm_90")
+BF16 = (("dtype", torch.bfloat16),)
 MUTATIONS: dict[str, Mutation] = {
     # what models say
     "equal parts of a cat in the other order": Mutation(
@@ -221,6 +225,13 @@ MUTATIONS: dict[str, Mutation] = {
     "packed, dropped norm": Mutation(
         "llama", "norm-linear", "linear", dropped("norm"), packed=True
     ),
+    # what a GPU wants
+    "tiles of other scales": Mutation(
+        "llama", "weight-in-tiles", "mxfp4_fragments", first_more(1), BF16, True, NVIDIA
+    ),
+    "gate rows by turns, up rows not": Mutation(
+        "llama", "weight-in-tiles", "mxfp4_tiled", without("gated"), BF16, True, NVIDIA
+    ),
 }
 
 
@@ -230,11 +241,15 @@ def traced(model: str, config: tuple[tuple[str, Any], ...]) -> Graph:
 
 
 def compiled(mutation: Mutation, check: Callable[[Graph, Applied], None] | None) -> None:
-    packing = MXFP4(group=16) if mutation.packed or mutation.rule.startswith("mxfp4") else None
+    packed = mutation.packed or mutation.rule.startswith("mxfp4")
+    packing = MXFP4(group=32 if mutation.target else 16) if packed else None
     passes = causal_lm(max_sequences=2, max_tokens_per_sequence=64, quantize=packing)
+    if mutation.target:
+        passes = (*passes, *TARGET)
     if mutation.rule.startswith("premultiply"):
         passes = (*RAISING, AbsorbMla(premultiply=True))
-    run_pipeline(traced(mutation.model, mutation.config), passes, check=check)
+    context = PassContext(mutation.target)
+    run_pipeline(traced(mutation.model, mutation.config), passes, context, check=check)
 
 
 @pytest.fixture
@@ -361,7 +376,8 @@ def test_unbroken_rules_pass_the_same_check() -> None:
         check_rewrite(graph, applied)
 
     chosen: Mapping[Any, Mutation] = {
-        (m.model, m.config, m.packed or m.rule.startswith("mxfp4")): m for m in MUTATIONS.values()
+        (m.model, m.config, m.packed or m.rule.startswith("mxfp4"), m.target): m
+        for m in MUTATIONS.values()
     }
     for mutation in chosen.values():
         compiled(mutation, check)

@@ -26,6 +26,7 @@ from ingot.runtime.devices.check_program import (
 from ingot.runtime.devices.device_api import DeviceInfo
 from ingot.runtime.program import Argument, Program, Slice, Spec
 from interpreted import InterpretedBackend
+from pass_checks import for_target
 from programs import with_entries, with_step
 from tiny_ingot import GFX950, program
 from tiny_models import tiny_model
@@ -342,8 +343,8 @@ def lowered(model: str) -> Program:
     """A tiny model for cuda:sm_90; its kernels are all there but for their code."""
     module = import_hugging_face(tiny_model(model, dtype=torch.bfloat16), dtype=None, max_tokens=64)
     passes = causal_lm(max_sequences=4, max_tokens_per_sequence=64)
-    graph = run_pipeline(module.graph, passes)[-1].graph
     target = targets.target_of("cuda:sm_90")
+    graph = for_target(run_pipeline(module.graph, passes)[-1].graph, target)
     backend = InterpretedBackend(target)
     bindings = [{"T": 4, "L": 4}, {"T": 32, "L": 4}]
     made = lower(graph, module.weights, target, bindings, ["logits"], backend=backend).program

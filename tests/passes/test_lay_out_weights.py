@@ -1,0 +1,109 @@
+"""lay-out-weights: packed weights in the order of tensor cores, for those that take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from ingot.compiler.interpret import interpret, random_tensor
+from ingot.compiler.ir import Graph
+from ingot.compiler.ops.leaf import constant
+from ingot.compiler.ops.mxfp4_fragments import mxfp4_fragments
+from ingot.compiler.target import target_of
+from ingot.compiler.weights import Weights
+from ingot.passes.target.lay_out_weights import LayOutWeights
+from pass_checks import applied, graph_of, ops, random_inputs
+
+STEP, NVIDIA = LayOutWeights(), target_of("cuda:sm_90")
+GRAPH = """
+    graph @block(%x: bf16[T, 64], %i: i64[T]) T=1..8 {{
+      {lines}
+      return %r
+    }} where {{
+      @w: u8[32, 32]
+      @s: u8[32, 2]
+      @s16: u8[32, 4]
+      @odd: u8[18, 32]
+      @odd_s: u8[18, 2]
+    }}"""
+WEIGHT = "%w = mxfp4(@w, @s, dtype='bf16')\n"
+NARROW = "%n = cast(%x, dtype='{}')\n"
+
+
+def text(lines: str) -> str:
+    return GRAPH.format(lines=lines)
+
+
+def laid_out(lines: str) -> Graph:
+    """The graph after the pass; it computes the same numbers, of any codes and scales."""
+    before = graph_of(text(lines))
+    after, _ = applied(STEP, before, NVIDIA)
+    held: dict[str, torch.Tensor] = {}
+    for node in before.nodes():
+        if node.op is constant:
+            low, high = (0, 256) if node.types[0].shape[-1] == 32 else (121, 128)
+            held[node.attrs["name"]] = random_tensor(node.types[0], high=high, low=low)
+    weights = Weights.of(held)
+    for tokens in (1, 3, 8):
+        inputs = random_inputs(before, {"T": tokens}, tokens)
+        expected, found = (interpret(g, inputs, weights).outputs[0] for g in (before, after))
+        assert expected.abs().max() > 0.1
+        assert torch.equal(expected, found)
+    return after
+
+
+def test_one_weight_of_all_its_products(golden: Callable[[str], None]) -> None:
+    """Products share what is packed once; gate and up rows lie otherwise, and numbers stay."""
+    lines = f"""{WEIGHT}%a = linear(%x, %w)
+        %b = linear(%x, %w, gate='silu')
+        %c, %d = project_heads(%x, %w, heads=[3, 1], dims=[8, 8])
+        %e = embedding(%i, %w)
+        %f = slice(%e, dim=1, start=0, stop=32)
+        %g = add(%a, %f)
+        %h = cat(%g, %b, dim=1)
+        %j = view(%c, shape=[T, 24])
+        %r = cat(%h, %j, dim=1)"""
+    after = laid_out(lines)
+    assert ops(after)["mxfp4_fragments"] == ops(after)["mxfp4_tiled"] == 2
+    golden(str(after))
+
+
+def test_sources_are_those_of_the_weight() -> None:
+    after = laid_out(f"{WEIGHT}%r = linear(%x, %w)")
+    (made,) = (n for n in after.nodes() if n.op is mxfp4_fragments)
+    (user,) = (n for n in after.nodes() if n.op.name == "mxfp4_tiled")
+    assert made.source == user.source
+
+
+OTHERS = {
+    "groups of 16": (
+        "%w = mxfp4(@w, @s16, dtype='bf16')\n%r = linear(%x, %w)",
+        "the weight is bf16 in mxfp4g16",
+    ),
+    "numbers of f32": (
+        "%w = mxfp4(@w, @s, dtype='f32')\n%n = cast(%x, dtype='f32')\n%r = linear(%n, %w)",
+        "the weight is f32 in mxfp4g32",
+    ),
+    "gate rows not in eights": (
+        "%w = mxfp4(@odd, @odd_s, dtype='bf16')\n%r = linear(%x, %w, gate='silu')",
+        "not in eights: 18 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_that_stay(name: str) -> None:
+    lines, reason = OTHERS[name]
+    before = graph_of(text(lines))
+    after, log = applied(STEP, before, NVIDIA)
+    assert after is before
+    (declined,) = log.declined
+    assert reason in declined
+
+
+@pytest.mark.parametrize("target", ["hip:gfx942", "cpu"])
+def test_other_targets_read_rows(target: str) -> None:
+    before = graph_of(text(f"{WEIGHT}%r = linear(%x, %w)"))
+    after, _ = applied(STEP, before, target_of(target))
+    assert after is before
