@@ -52,7 +52,7 @@ def lower(
     when a weight is loaded. Parameters that `graph.updates` names are state; the others are inputs.
     A GPU needs its `backend` (kernel_backend: it needs triton, which the cpu target does without):
     NoKernelError where no template computes a node, BuildError. On the cpu there are no entries:
-    the function runs at any values of its symbols between those of `bindings`.
+    the function runs at any values of its symbols up to the largest of `bindings`.
     """
     symbols = {
         name: (min(b[name] for b in bindings), max(b[name] for b in bindings))
@@ -64,6 +64,7 @@ def lower(
     if backend is None:
         if target.is_gpu:
             raise ValueError(f"{target.name}: expected a KernelBackend, found none")
+        symbols = {name: (graph.symbols[name].start, last) for name, (_, last) in symbols.items()}
         program = cpu_program(folded_graph(graph), symbols, outputs, meta or {})
         names = folded(graph, graph.constants())
         return Lowered(program, ConstantMaker(names, weights, observe))

@@ -20,7 +20,7 @@ from pass_checks import for_target
 from tiny_models import tiny_model
 
 ATTENTION = {"heads": 1, "attend": 1, "combine": 1}
-EXPERTS = {"gate": 1, "hidden": 1, "part": 1}
+EXPERTS = {"gate": 1, "expert_gemv": 2}
 # A layer's launches by kernel; products are "fragment", "mfma" or "product".
 LAYERS: dict[str, dict[str, int]] = {
     "llama": {**ATTENTION, "products": 4},
