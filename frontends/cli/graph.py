@@ -9,19 +9,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...compiler.ir import INLINE, Graph, Node, Value
-from .inspect_view import Layer, Layout, layout, show_numbers, value_names
+from .inspect_view import GraphSections, Layer, graph_sections, show_numbers, value_names
 
 
 class CannotDraw(Exception):
-    """The picture cannot be drawn here; says what would mend it."""
+    """The graph cannot be drawn; says how to fix it."""
 
 
 def dot(graph: Graph, *, everything: bool = False) -> str:
     """DOT of `graph`: a box for each node, a cluster for each layer, weights left out.
 
-    Layers that are built as an earlier one are one box together, unless `everything` is wanted.
+    Consecutive layers with the structure of earlier ones are one box, unless `everything`.
     """
-    plan, names = layout(graph), value_names(graph)
+    plan, names = graph_sections(graph), value_names(graph)
     at: dict[Node, str] = {}
     lines = [
         f"digraph {json.dumps(graph.name)} {{",
@@ -34,7 +34,7 @@ def dot(graph: Graph, *, everything: bool = False) -> str:
     lines += [*_boxes(plan.before, at, names)]
     run: list[Layer] = []
     for layer in plan.layers:
-        if layer.twin == layer.number or everything:
+        if layer.same_as == layer.number or everything:
             lines += _folded(run, at)
             run = []
             lines += [f'  subgraph "cluster {layer.path}" {{', f'    label="{layer.path}";']
@@ -62,17 +62,17 @@ def _boxes(
 
 
 def _folded(run: list[Layer], at: dict[Node, str]) -> list[str]:
-    """One box for several layers in a row."""
+    """One box for several consecutive layers."""
     if not run:
         return []
     name = f"layers {run[0].number} to {run[-1].number}"
     at.update((node, name) for layer in run for node in layer.nodes)
-    twins = sorted({layer.twin for layer in run})
-    note = f"as layer {show_numbers(twins)}"
+    first = sorted({layer.same_as for layer in run})
+    note = f"as layer {show_numbers(first)}"
     return [_box(name, f"layers {show_numbers([r.number for r in run])}", note, "#fff1d6")]
 
 
-def _edges(graph: Graph, plan: Layout, at: Mapping[Node, str]) -> Iterator[str]:
+def _edges(graph: Graph, plan: GraphSections, at: Mapping[Node, str]) -> Iterator[str]:
     nodes = [*plan.before, *(n for layer in plan.layers for n in layer.nodes), *plan.after]
     pairs = [(arg, node) for node in nodes for arg in node.args]
     for arg, node in pairs:

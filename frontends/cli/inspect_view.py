@@ -1,8 +1,8 @@
-"""A graph as a page to read: what goes in, then each kind of layer once, then what comes out.
+"""Renders a graph for reading: parameters, each distinct layer once, outputs.
 
-A display of the textual IR, not the IR: `str(graph)` is complete and can be parsed. Values have the
-same names in both. Here weights are named below their layer, floats are rounded, types stand in a
-column, and a layer that is built as an earlier one is a line that says so.
+`str(graph)` is the complete, parsable IR; values have the same names in both. Here weight names are
+relative to their layer, floats are rounded, types are in a column, and a layer that is identical to
+an earlier one is one line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _TYPES_AT = 76
 _NAMED_GROUP = 3  # fewer lines than this (a norm, a residual sum) need no heading
 
 _SYMBOLS = {
-    "T": "tokens of one step, whoever they belong to",
-    "L": "tokens of them whose logits are wanted",
+    "T": "tokens of one step, over all sequences",
+    "L": "rows of logits, one per sampled token",
 }
 _PARAMETERS = {
     "tokens": "token ids",
-    "positions": "place of each token in its sequence",
+    "positions": "position in its sequence",
     "slots": "the sequence of each token; -1 is padding",
     "page_table": "the pages of each slot, in order",
-    "logit_rows": "the tokens whose logits are wanted",
+    "logit_rows": "the tokens whose logits are computed",
     "k_cache": "keys [page, token, head, width]",
     "v_cache": "values [page, token, head, width]",
     "latent_cache": "c_kv and rotated k_pe [page, token, width]",
@@ -46,16 +46,16 @@ _PARAMETERS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One repeated layer: its number, its module path, its nodes in order, and what leaves it.
+    """One repeated layer: its number, module path, nodes in order, and output values.
 
-    `twin` is the number of the first layer that is built alike, its own for a layer without one.
+    `same_as` is the number of the first layer with the same structure, which may be its own.
     """
 
     number: int
     path: str
     nodes: tuple[Node, ...]
-    leaving: tuple[Value, ...]
-    twin: int
+    outputs: tuple[Value, ...]
+    same_as: int
 
     @property
     def is_moe(self) -> bool:
@@ -63,70 +63,71 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The nodes of a graph by place: before the layers, in them, after them.
+class GraphSections:
+    """The nodes of a graph: before the layers, in each layer, and after the layers.
 
-    `places` has the module path of every node; `folded` are those that depend on weights alone.
+    `module_paths` has the module path of every node; `folded` depend on weights only.
     """
 
     before: tuple[Node, ...]
     layers: tuple[Layer, ...]
     after: tuple[Node, ...]
-    places: Mapping[Node, str]
+    module_paths: Mapping[Node, str]
     folded: Set[Node]
 
     @property
-    def shown(self) -> tuple[Layer, ...]:
-        """The layers that stand for all."""
-        return tuple(layer for layer in self.layers if layer.twin == layer.number)
+    def distinct(self) -> tuple[Layer, ...]:
+        """The first layer of each structure."""
+        return tuple(layer for layer in self.layers if layer.same_as == layer.number)
 
 
 def layer_path(source: str) -> str:
-    """The module path of the layer that a source lies in: `model.layers.3`, or nothing."""
+    """The module path of the layer that contains a source: `model.layers.3`, or ""."""
     parts = source.split(" @")[0].split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return "" if at is None else ".".join(parts[: at + 1])
 
 
-def layout(graph: Graph) -> Layout:
-    """Where each node of `graph` belongs, and which layers are alike.
+def graph_sections(graph: Graph) -> GraphSections:
+    """Group the nodes of `graph` by layer, and find layers of the same structure.
 
-    What several layers use and what depends on parameters and weights alone (rotary tables, masks)
-    stands before the layers.
+    Nodes that several layers use and that no activation reaches (rotary tables, masks) are before
+    the layers.
     """
     nodes = [n for n in graph.nodes() if n.op.name not in INLINE]
     users = graph.users()
-    places = _places(nodes, users)
-    home = {node: layer_path(place) for node, place in places.items()}
-    for node in _shared(nodes, users, home):
-        home[node] = ""
-    inputs: set[Node] = set()  # nodes that need a value of some layer
+    places = _module_paths(nodes, users)
+    layer_of = {node: layer_path(place) for node, place in places.items()}
+    for node in _shared_nodes(nodes, users, layer_of):
+        layer_of[node] = ""
+    inputs: set[Node] = set()  # nodes that depend on a layer
     for node in nodes:
-        if home[node] or any(a.node in inputs for a in node.args):
+        if layer_of[node] or any(a.node in inputs for a in node.args):
             inputs.add(node)
-    before = tuple(n for n in nodes if not home[n] and n not in inputs)
-    after = tuple(n for n in nodes if not home[n] and n in inputs)
+    before = tuple(n for n in nodes if not layer_of[n] and n not in inputs)
+    after = tuple(n for n in nodes if not layer_of[n] and n in inputs)
     by_path: dict[str, list[Node]] = {}
     for node in nodes:
-        if home[node]:
-            by_path.setdefault(home[node], []).append(node)
+        if layer_of[node]:
+            by_path.setdefault(layer_of[node], []).append(node)
     roots = set(graph.roots)
     layers: list[Layer] = []
     twins: dict[Any, int] = {}
-    incoming = _leaving(before, users, roots)
+    incoming = _outputs(before, users, roots)
     for path, members in by_path.items():
-        leaving = _leaving(members, users, roots)
+        leaving = _outputs(members, users, roots)
         number = int(path.rpartition(".")[2])
         key = _signature(path, members, leaving, incoming, graph)
         twin = twins.setdefault((path.rpartition(".")[0], key), number)
         layers.append(Layer(number, path, tuple(members), leaving, twin))
         incoming = leaving
-    return Layout(before, tuple(layers), after, places, graph.constants())
+    return GraphSections(before, tuple(layers), after, places, graph.constants())
 
 
-def _places(nodes: Sequence[Node], users: Mapping[Value, Sequence[Node]]) -> dict[Node, str]:
-    """The module path of every node: its source, or for one without what its weights or operands
-    say. Rows taken for later layers alone belong to the first of those.
+def _module_paths(nodes: Sequence[Node], users: Mapping[Value, Sequence[Node]]) -> dict[Node, str]:
+    """The module path of every node: its source, or else that of its weights or operands.
+
+    A `take` of rows for later layers belongs to the first of those.
     """
     places: dict[Node, str] = {}
     order: dict[str, int] = {"": -1}
@@ -148,23 +149,23 @@ def _places(nodes: Sequence[Node], users: Mapping[Value, Sequence[Node]]) -> dic
     return places
 
 
-def _shared(
-    nodes: Sequence[Node], users: Mapping[Value, Sequence[Node]], home: Mapping[Node, str]
+def _shared_nodes(
+    nodes: Sequence[Node], users: Mapping[Value, Sequence[Node]], layer_of: Mapping[Node, str]
 ) -> set[Node]:
-    """Nodes in a layer that no activation reaches and that something beyond the layer uses."""
+    """Nodes in a layer that no activation reaches and that nodes outside the layer use."""
     free: set[Node] = set()
     for node in nodes:
-        if home[node] and all(a.node in free or a.op.name in INLINE for a in node.args):
+        if layer_of[node] and all(a.node in free or a.op.name in INLINE for a in node.args):
             free.add(node)
     shared: set[Node] = set()
     for node in reversed(nodes):
         used_by = [u for r in node.results for u in users.get(r, ())]
-        if node in free and any(u in shared or home[u] != home[node] for u in used_by):
+        if node in free and any(u in shared or layer_of[u] != layer_of[node] for u in used_by):
             shared.add(node)
     return shared
 
 
-def _leaving(
+def _outputs(
     members: Sequence[Node], users: Mapping[Value, Sequence[Node]], roots: set[Value]
 ) -> tuple[Value, ...]:
     inside = set(members)
@@ -179,7 +180,7 @@ def _signature(
     incoming: Sequence[Value],
     graph: Graph,
 ) -> Any:
-    """What a layer computes, free of its number: equal for layers that are built alike."""
+    """The structure of a layer without its number, for comparison."""
     index = {r: (i, r.index) for i, node in enumerate(members) for r in node.results}
 
     def sign(value: Value) -> Any:
@@ -188,7 +189,7 @@ def _signature(
         if value in incoming:
             return "from the layer before", incoming.index(value)
         if value.op.name == "constant":
-            return _below(value.attrs["name"], path, "@"), str(value.type)
+            return _relative(value.attrs["name"], path, "@"), str(value.type)
         if value.op.name == "param" and value.attrs["name"] in graph.updates:
             return value.attrs["name"].rpartition(".")[0], str(value.type)
         return show_inline(value) if value.op.name in INLINE else value
@@ -201,7 +202,7 @@ def _signature(
     return body, tuple((index[v], states.get(v)) for v in leaving)
 
 
-def _below(name: str, path: str, mark: str = "") -> str:
+def _relative(name: str, path: str, mark: str = "") -> str:
     return mark + name[len(path) + 1 :] if path and name.startswith(path + ".") else name
 
 
@@ -209,56 +210,56 @@ def _below(name: str, path: str, mark: str = "") -> str:
 
 
 def value_names(graph: Graph) -> dict[Value, str]:
-    """The name of every value, as in the textual IR."""
+    """The name of every value in the textual IR."""
     results = [r for n in graph.nodes() if n.op.name not in INLINE for r in n.results]
     return {result: f"%{i}" for i, result in enumerate(results)}
 
 
 def page(graph: Graph, title: str) -> str:
     """The folded display; `title` says which graph this is (`after insert-kv-cache`)."""
-    names, plan = value_names(graph), layout(graph)
+    names, plan = value_names(graph), graph_sections(graph)
     lines = [f"graph @{graph.name} {title}: {count_nodes(graph)} nodes", *_header(graph), ""]
     if plan.before:
         lines += [
-            _rule(
-                "embedding, and what all layers share" if plan.layers else "body",
+            _heading(
+                "embedding, and values shared by all layers" if plan.layers else "body",
                 plan.before,
                 plan.folded,
             ),
             "",
         ]
         lines += [*_body(plan.before, plan, names, ""), ""]
-    for alike, run in groupby(plan.layers, key=lambda layer: layer.twin != layer.number):
+    for alike, run in groupby(plan.layers, key=lambda layer: layer.same_as != layer.number):
         if alike:
-            lines += [*_as_before(list(run), graph, names), ""]
+            lines += [*_repeated(list(run), graph, names), ""]
             continue
         for layer in run:
-            lines += [_rule(_layer_title(layer, plan), layer.nodes, plan.folded), ""]
+            lines += [_heading(_layer_title(layer, plan), layer.nodes, plan.folded), ""]
             lines += [*_body(layer.nodes, plan, names, layer.path), ""]
     if plan.after:
-        lines += [_rule("head", plan.after, plan.folded), ""]
+        lines += [_heading("head", plan.after, plan.folded), ""]
         lines += [*_body(plan.after, plan, names, ""), ""]
     refer = {v: names.get(v) or show_inline(v) for v in graph.roots}
     outputs = ", ".join(f"{refer[v]} : {v.type}" for v in graph.outputs)
     return "\n".join([*lines, f"  return {outputs}", *_updates(graph, plan, refer)])
 
 
-def _rule(title: str, nodes: Sequence[Node], folded: Set[Node]) -> str:
+def _heading(title: str, nodes: Sequence[Node], folded: Set[Node]) -> str:
     """A heading with the number of ops that compute, and the weights that the section reads."""
     weights = {a.attrs["name"]: a for n in nodes for a in n.args if a.op.name == "constant"}
     size: Any = sum(a.type.nbytes for a in weights.values())
-    count = len(computing(nodes, folded))
+    count = len(compute_nodes(nodes, folded))
     note = f" {count} op{'s' if count != 1 else ''}"
     note += f", {len(weights)} weights, {show_bytes(size)}" if weights else ""
     return f"# {title} {'─' * (WIDTH - 3 - len(title) - len(note))}{note}"
 
 
-def computing(nodes: Iterable[Node], folded: Set[Node]) -> list[Node]:
-    """Those that do arithmetic when the graph runs: views, copies and cache writes move only."""
+def compute_nodes(nodes: Iterable[Node], folded: Set[Node]) -> list[Node]:
+    """Nodes that do arithmetic at run time: no views, copies and cache writes."""
     return [n for n in nodes if n not in folded and n.cost.flops != 0]
 
 
-def _layer_title(layer: Layer, plan: Layout) -> str:
+def _layer_title(layer: Layer, plan: GraphSections) -> str:
     kinds = {other.is_moe for other in plan.layers}
     kind = (", mixture of experts" if layer.is_moe else ", dense") if len(kinds) > 1 else ""
     return f"layer {layer.number}{kind}: {layer.path}"
@@ -294,38 +295,35 @@ def _header(graph: Graph) -> Iterator[str]:
 
 
 def _body(
-    nodes: Sequence[Node], plan: Layout, names: Mapping[Value, str], path: str
+    nodes: Sequence[Node], plan: GraphSections, names: Mapping[Value, str], path: str
 ) -> Iterator[str]:
-    """Lines of a section; submodules of more than a few lines get a heading, the rest a gap.
+    """Lines of a section; submodules of more than a few lines get a heading, others a blank line.
 
-    What is made of weights alone comes last.
+    Nodes that depend on weights only come last.
     """
     made = [node for node in nodes if node in plan.folded]
     nodes = [node for node in nodes if node not in plan.folded]
-
-    def section_at(node: Node) -> str:
-        return section_of(plan.places[node])
-
     small_before = True
-    for i, (section, members) in enumerate(groupby(nodes, key=section_at)):
+    sections = groupby(nodes, key=lambda node: section_of(plan.module_paths[node]))
+    for i, (section, members) in enumerate(sections):
         run = list(members)
         small = len(run) < _NAMED_GROUP or section == path
         if i and not (small and small_before):
             yield ""
-        heading = _below(section, path)
+        heading = _relative(section, path)
         if not small and heading:
             yield f"  # {heading}"
         yield from (_line(node, names, path) for node in run)
         small_before = small
     if made:
-        yield from ("", "  # made of weights when they are loaded")
+        yield from ("", "  # computed from weights when they are loaded")
         yield from (_line(node, names, path) for node in made)
 
 
 def _line(node: Node, names: Mapping[Value, str], path: str) -> str:
     def argument(value: Value) -> str:
         if value.op.name == "constant":
-            return _below("@" + value.attrs["name"], "@" + path, "@")
+            return _relative("@" + value.attrs["name"], "@" + path, "@")
         return names.get(value) or show_inline(value)
 
     left = f"  {', '.join(names[r] for r in node.results):5} = {node.op.name}("
@@ -352,23 +350,23 @@ def _attribute(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else show_attr(value)
 
 
-def _as_before(run: Sequence[Layer], graph: Graph, names: Mapping[Value, str]) -> Iterator[str]:
-    """Which layers are built as which, and where the last of them leaves its result."""
-    by_twin: dict[int, list[int]] = {}
+def _repeated(run: Sequence[Layer], graph: Graph, names: Mapping[Value, str]) -> Iterator[str]:
+    """Which layers repeat which, and the output value of the last."""
+    repeats: dict[int, list[int]] = {}
     for layer in run:
-        by_twin.setdefault(layer.twin, []).append(layer.number)
+        repeats.setdefault(layer.same_as, []).append(layer.number)
     parts = [
         f"layer{'s' if len(numbers) > 1 else ''} {show_numbers(numbers)} as layer {twin}"
-        for twin, numbers in by_twin.items()
+        for twin, numbers in repeats.items()
     ]
-    stream = [names[v] for v in run[-1].leaving if v not in set(graph.updates.values())]
+    stream = [names[v] for v in run[-1].outputs if v not in set(graph.updates.values())]
     gives = f"; layer {run[-1].number} gives {', '.join(stream)}" if stream else ""
     yield f"# {', '.join(parts)}{gives}"
 
 
-def _updates(graph: Graph, plan: Layout, refer: Mapping[Value, str]) -> Iterator[str]:
+def _updates(graph: Graph, plan: GraphSections, refer: Mapping[Value, str]) -> Iterator[str]:
     """The new contents of the state, for the layers that are shown."""
-    hidden = {n for layer in plan.layers if layer not in plan.shown for n in layer.nodes}
+    hidden = {n for layer in plan.layers if layer not in plan.distinct for n in layer.nodes}
     kept = {name: v for name, v in graph.updates.items() if v.node not in hidden}
     for _, run in groupby(kept.items(), key=lambda item: item[1].node):
         yield "  update " + ", ".join(f"%{name} = {refer[v]}" for name, v in run)

@@ -1,4 +1,4 @@
-"""`ingot inspect --kernels`: the launches of a step layer by layer, and the kernels as built."""
+"""`ingot inspect --kernels`: the launches of an entry by layer, and resource usage of kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .launches import Section, StaticReport, Step, sections, spilled, static_report
+from .launches import LaunchSection, PlannedEntry, StaticReport, sections, spilled, static_report
 from .output import table
 
 _NOT_RUN = (
@@ -16,12 +16,12 @@ _NOT_RUN = (
     "hardware"
 )
 _NO_REASONS = (
-    "why each kernel was chosen is told when a model is compiled: ingot inspect DIR --kernels"
+    "the reasons for each kernel are known when a model is compiled: ingot inspect DIR --kernels"
 )
 
 
-def kernel_data(step: Step) -> dict[str, Any]:
-    """What `--kernels` says of one entry, as JSON has it."""
+def kernel_data(step: PlannedEntry) -> dict[str, Any]:
+    """The launches and kernels of one entry for `--json`."""
     return {
         "entry": step.entry.name,
         "launches": len(step.entry.launches),
@@ -39,7 +39,7 @@ def kernel_data(step: Step) -> dict[str, Any]:
 
 
 def static_data(report: StaticReport) -> dict[str, Any]:
-    """The static report as JSON has it."""
+    """The static report for `--json`."""
     return {
         "target": report.target,
         "shared_limit": report.shared_limit,
@@ -51,24 +51,24 @@ def static_data(report: StaticReport) -> dict[str, Any]:
 
 
 def note(target: str) -> str | None:
-    """What must be said beside figures of code that no device has run."""
+    """The caveat for code that was never executed on its hardware, if any."""
     return _NOT_RUN if target.startswith("hip") else None
 
 
-def launch_tables(step: Step) -> Iterable[Table]:
-    """What each launch of the entry is, each kind of layer once; then launches in short."""
+def launch_tables(step: PlannedEntry) -> Iterable[Table]:
+    """Tables of the launches, each distinct layer once; then a summary."""
     found, entry = sections(step), step.entry
-    told = bool(step.choices)
+    known = bool(step.choices)
     for s in found:
         rows: list[list[str]] = []
         for line in s.lines:
             grid = "×".join(map(str, line.grid))
-            # The estimate and the reason are those of the whole op: said once.
+            # The estimate and the reason are for the whole op: shown once.
             last = ["", ""]
             if line.seconds is not None:
                 last = [f"{line.seconds * 1e6:.1f}", line.why or ""]
-            rows.append([line.op, line.place, line.kernel, grid, *(last if told else ())])
-        heads = ["op", "of", "kernel", "grid", *(("µs", "why") if told else ())]
+            rows.append([line.op, line.place, line.kernel, grid, *(last if known else ())])
+        heads = ["op", "of", "kernel", "grid", *(("µs", "why") if known else ())]
         yield table(f"{s.title}: {len(s.lines)} launches", heads, rows, right=(4,))
     yield table(
         f"Launches of {entry.name}",
@@ -81,13 +81,13 @@ def launch_tables(step: Step) -> Iterable[Table]:
         yield table("Other entries", ["entry", "launches a step"], others, right=(1,))
 
 
-def _counted(section: Section) -> list[str]:
+def _counted(section: LaunchSection) -> list[str]:
     times, each = max(len(section.layers), 1), len(section.lines)
     return [section.title, str(each), str(times), str(each * times)]
 
 
 def static_table(report: StaticReport, title: str) -> Table:
-    """Every kernel with what it takes, those launched most first."""
+    """Resource usage of every kernel, most launched first."""
     shared = "LDS" if report.target.startswith("hip") else "shared"
     heads = ["kernel", "for", "launches", "warps", "registers", "spilled"]
     heads += [f"{shared}, of {report.shared_limit:,}", "matrix"]
@@ -108,12 +108,12 @@ def static_table(report: StaticReport, title: str) -> Table:
 
 
 def static_lines(report: StaticReport) -> list[str]:
-    """The verdict, and what must be said beside it."""
+    """The verdict and its caveat, if any."""
     said = note(report.target)
     return [f"{report.target}: {report.verdict}", *([said] if said else [])]
 
 
-def kernel_page(step: Step) -> tuple[list[Table], list[str]]:
+def kernel_page(step: PlannedEntry) -> tuple[list[Table], list[str]]:
     """Tables and last lines of `--kernels`."""
     report = static_report(step.program, [step.entry])
     title = f"Kernels of {step.entry.name}, as built for {report.target}"

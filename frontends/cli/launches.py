@@ -1,7 +1,6 @@
-"""What a step of a GPU program is: its launches layer by layer, and its kernels as they were built.
+"""Static inspection of a GPU program: launches by layer, and resource usage of kernels.
 
-All of it is read off the program, so that it is the same for one that was just compiled and for one
-out of an ingot. Nothing here runs anything.
+Everything is derived from the program, just compiled or loaded from an ingot; nothing runs.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from .inspect_view import layer_path, show_numbers
 if TYPE_CHECKING:
     from ...codegen.entries import Choice
 
-# Figures of `Kernel.facts` that count instructions: products on matrix units, and conversions.
+# Instruction counts in `Kernel.facts`: matrix instructions and conversions.
 _COUNTED = ("wgmma", "mma", "tcgen05", "mfma", "scaled_conversions")
-# What stands in no layer: a program without any is one body.
+# Groups of launches outside layers; BODY for a program without layers.
 BODY, BEFORE, AFTER = "all launches", "before the layers", "after the layers"
 _OUTSIDE = (BODY, BEFORE, AFTER)
 
 
 @dataclass(frozen=True)
-class Line:
-    """One launch: the op it is part of, where in its layer, its kernel; why, if that is known.
+class LaunchSummary:
+    """One launch: its op, path within the layer, kernel, grid, and the reason if known.
 
-    `seconds` is the estimate for the whole op, with its first launch.
+    `seconds` is the estimate for the whole op, on its first launch.
     """
 
     op: str
@@ -41,27 +40,27 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Section:
-    """The launches of one layer, or of what stands before or after the layers.
+class LaunchSection:
+    """The launches of one layer, or those before or after the layers.
 
-    `layers` are the numbers of all layers whose launches are these, of none outside the layers.
+    `layers` are the numbers of all layers with the same launches, none outside the layers.
     """
 
     title: str
     layers: tuple[int, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[LaunchSummary, ...]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One entry of a program, and the choice behind each of its launches where those are known."""
+class PlannedEntry:
+    """One entry of a program, with the kernel choice behind each launch if known."""
 
     program: Program
     entry: Entry
     choices: tuple[Choice, ...] = ()
 
     @classmethod
-    def of(cls, program: Program, name: str | None, choices: Iterable[Choice] = ()) -> Step:
+    def of(cls, program: Program, name: str | None, choices: Iterable[Choice] = ()) -> PlannedEntry:
         """The entry called `name` as chosen_entry has it; `choices` may be those of all entries.
 
         ValueError where they are not one for each launch.
@@ -83,9 +82,9 @@ class Step:
 
 
 def chosen_entry(names: Sequence[str], name: str | None) -> str:
-    """The one of `names` that is `name`, or is for so many tokens ("T=8", "8"); the first for None.
+    """The entry called `name`, or for that many tokens ("T=8", "8"); the first for None.
 
-    ValueError lists those there are.
+    ValueError lists the names.
     """
     if name is None:
         return names[0]
@@ -96,20 +95,20 @@ def chosen_entry(names: Sequence[str], name: str | None) -> str:
     return found
 
 
-def sections(step: Step) -> tuple[Section, ...]:
+def sections(step: PlannedEntry) -> tuple[LaunchSection, ...]:
     """The launches of a step: before the layers, each distinct kind of layer once, and after.
 
-    Layers are of a kind if they launch the same kernels over the same grids for the same ops.
+    Layers are the same if they launch the same kernels over the same grids for the same ops.
     """
-    homes = _homes(step.program, step.entry)
-    lines: dict[str, list[Line]] = {}
+    groups = _groups(step.program, step.entry)
+    lines: dict[str, list[LaunchSummary]] = {}
     kinds: dict[str, list[object]] = {}
     for i, launch in enumerate(step.entry.launches):
         op, place = _split(launch)
-        inside = place.removeprefix(homes[i]).lstrip(".")
+        inside = place.removeprefix(groups[i]).lstrip(".")
         choice = step.choices[i] if step.choices else None
         begins = i == 0 or choice is None or choice is not step.choices[i - 1]
-        line = Line(
+        line = LaunchSummary(
             op,
             inside,
             step.program.kernels[launch.kernel].symbol,
@@ -117,21 +116,21 @@ def sections(step: Step) -> tuple[Section, ...]:
             choice.reason if choice else None,
             choice.seconds if choice and begins else None,
         )
-        lines.setdefault(homes[i], []).append(line)
-        kinds.setdefault(homes[i], []).append((op, inside, launch.kernel, launch.grid))
+        lines.setdefault(groups[i], []).append(line)
+        kinds.setdefault(groups[i], []).append((op, inside, launch.kernel, launch.grid))
     found: dict[object, list[str]] = {}
-    for home, kind in kinds.items():
-        alone = home if home in _OUTSIDE else ""
-        found.setdefault((alone, tuple(kind)), []).append(home)
-    return tuple(_section(homes, lines[homes[0]]) for homes in found.values())
+    for group, kind in kinds.items():
+        alone = group if group in _OUTSIDE else ""
+        found.setdefault((alone, tuple(kind)), []).append(group)
+    return tuple(_section(groups, lines[groups[0]]) for groups in found.values())
 
 
-def _section(homes: Sequence[str], lines: Sequence[Line]) -> Section:
-    if homes[0] in _OUTSIDE:
-        return Section(homes[0], (), tuple(lines))
-    numbers = tuple(int(home.rpartition(".")[2]) for home in homes)
+def _section(groups: Sequence[str], lines: Sequence[LaunchSummary]) -> LaunchSection:
+    if groups[0] in _OUTSIDE:
+        return LaunchSection(groups[0], (), tuple(lines))
+    numbers = tuple(int(group.rpartition(".")[2]) for group in groups)
     many = "s" if len(numbers) > 1 else ""
-    return Section(f"layer{many} {show_numbers(numbers)}", numbers, tuple(lines))
+    return LaunchSection(f"layer{many} {show_numbers(numbers)}", numbers, tuple(lines))
 
 
 def _split(launch: Launch) -> tuple[str, str]:
@@ -140,39 +139,40 @@ def _split(launch: Launch) -> tuple[str, str]:
     return op, source.split(" @")[0]
 
 
-def _homes(program: Program, entry: Entry) -> list[str]:
-    """Of each launch its layer's path, or which of BODY, BEFORE and AFTER it is in.
+def _groups(program: Program, entry: Entry) -> list[str]:
+    """The group of each launch: its layer's path, or one of BODY, BEFORE and AFTER.
 
-    What several layers read and no activation reaches (rotary tables) belongs to none of them,
-    whichever it is named after.
+    Values that several layers read and no activation reaches (rotary tables) are in no layer.
     """
     buffers = {*program.buffers, *(b.name for b in entry.buffers)}
     scratch = {b.name for b in entry.buffers if b.kind == "scratch"}
     places = [_split(launch)[1] for launch in entry.launches]
-    homes = ["" if place in buffers else layer_path(place) for place in places]
+    groups = ["" if place in buffers else layer_path(place) for place in places]
     touched = [
         {a.buffer for a in launch.args if isinstance(a, Slice)} & scratch
         for launch in entry.launches
     ]
-    shared = _shared(homes, touched)
-    homes = ["" if i in shared else home for i, home in enumerate(homes)]
-    first = next((i for i, home in enumerate(homes) if home), None)
+    shared = _shared_launches(groups, touched)
+    groups = ["" if i in shared else group for i, group in enumerate(groups)]
+    first = next((i for i, group in enumerate(groups) if group), None)
     if first is None:
-        return [BODY] * len(homes)
-    return [home or (BEFORE if i < first or i in shared else AFTER) for i, home in enumerate(homes)]
+        return [BODY] * len(groups)
+    return [
+        group or (BEFORE if i < first or i in shared else AFTER) for i, group in enumerate(groups)
+    ]
 
 
-def _shared(homes: Sequence[str], touched: Sequence[Set[str]]) -> set[int]:
-    """Launches in a layer that take nothing computed by others, and that other layers use."""
+def _shared_launches(groups: Sequence[str], touched: Sequence[Set[str]]) -> set[int]:
+    """Launches in a layer that read no results of others, and whose results other layers read."""
     seen: dict[str, int] = {}  # scratch memory -> the free launch that made it, -1 for another
     free: dict[int, set[str]] = {}
-    for i, (home, names) in enumerate(zip(homes, touched, strict=True)):
-        if home and names and all(name not in seen or seen[name] in free for name in names):
-            free[i] = {home}
+    for i, (group, names) in enumerate(zip(groups, touched, strict=True)):
+        if group and names and all(name not in seen or seen[name] in free for name in names):
+            free[i] = {group}
         for name in names:
             seen.setdefault(name, i if i in free else -1)
             if seen[name] in free:
-                free[seen[name]].add(home)
+                free[seen[name]].add(group)
     return {i for i, users in free.items() if len(users) > 1}
 
 
@@ -181,10 +181,10 @@ def _shared(homes: Sequence[str], touched: Sequence[Set[str]]) -> set[int]:
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """A kernel as it was built. What the compiler did not tell of it is None.
+    """Resource usage of a compiled kernel; None for what the compiler did not report.
 
-    `spills` are registers (hip) or bytes of stack a thread (cuda), `scalar_spills` scalar
-    registers (hip only), `matrix` the matrix instructions and conversions in its code by name.
+    `spills` are registers (hip) or bytes of stack per thread (cuda), `scalar_spills` scalar
+    registers (hip only), `matrix` counts matrix instructions and conversions by name.
     """
 
     symbol: str
@@ -201,7 +201,7 @@ class BuiltKernel:
 
 @dataclass(frozen=True)
 class StaticReport:
-    """The kernels of some entries of a program, and what its target allows."""
+    """Resource usage of the kernels of some entries, and the limits of the target."""
 
     target: str
     shared_limit: int
@@ -212,30 +212,34 @@ class StaticReport:
         return tuple(k for k in self.kernels if (k.spills or 0) + (k.scalar_spills or 0))
 
     @property
-    def over(self) -> tuple[BuiltKernel, ...]:
-        """Kernels that want more shared memory than a block may have."""
+    def over_limit(self) -> tuple[BuiltKernel, ...]:
+        """Kernels that use more shared memory than a block may have."""
         return tuple(k for k in self.kernels if k.shared > self.shared_limit)
 
     @property
-    def untold(self) -> tuple[BuiltKernel, ...]:
-        """Kernels of which it is not known whether they spill."""
+    def unknown(self) -> tuple[BuiltKernel, ...]:
+        """Kernels whose spills the compiler did not report."""
         return tuple(k for k in self.kernels if k.spills is None)
 
     @property
     def ok(self) -> bool:
-        return not (self.spilling or self.over or self.untold)
+        return not (self.spilling or self.over_limit or self.unknown)
 
     @property
     def verdict(self) -> str:
-        """In a line: what is spilled, and the most shared memory of any kernel."""
+        """One line: spills, and the largest use of shared memory and registers."""
         unit = "LDS" if self.target.startswith("hip") else "shared memory"
         most = max((k.shared for k in self.kernels), default=0)
         registers = max((k.registers or 0 for k in self.kernels), default=0)
         spills = [f"{k.symbol} {spilled(k, self.target)}" for k in self.spilling]
         parts = [f"SPILLS: {', '.join(spills)}"] if spills else []
-        if self.untold:
-            parts.append(f"spills unknown of {', '.join(k.symbol for k in self.untold)}")
-        over = f"OVER THE LIMIT: {', '.join(k.symbol for k in self.over)}: " if self.over else ""
+        if self.unknown:
+            parts.append(f"spills unknown of {', '.join(k.symbol for k in self.unknown)}")
+        over = (
+            f"OVER THE LIMIT: {', '.join(k.symbol for k in self.over_limit)}: "
+            if self.over_limit
+            else ""
+        )
         return "; ".join(
             [
                 *(parts or ["0 spills"]),
@@ -246,7 +250,7 @@ class StaticReport:
 
 
 def spilled(kernel: BuiltKernel, target: str) -> str:
-    """What a kernel spills, in words."""
+    """The spills of a kernel as text."""
     if kernel.spills is None:
         return "unknown"
     unit = "registers" if target.startswith("hip") else "bytes"
@@ -256,7 +260,7 @@ def spilled(kernel: BuiltKernel, target: str) -> str:
 
 
 def static_report(program: Program, entries: Iterable[Entry]) -> StaticReport:
-    """The kernels that `entries` launch, those launched most first."""
+    """The kernels that `entries` launch, most launched first."""
     used: Counter[str] = Counter()
     ops: dict[str, dict[str, None]] = {}
     for entry in entries:
@@ -287,10 +291,10 @@ def _built(kernel: Kernel, ops: tuple[str, ...], launches: int) -> BuiltKernel:
 
 __all__ = [
     "BuiltKernel",
-    "Line",
-    "Section",
+    "LaunchSection",
+    "LaunchSummary",
+    "PlannedEntry",
     "StaticReport",
-    "Step",
     "chosen_entry",
     "sections",
     "spilled",

@@ -21,13 +21,13 @@ def is_ingot(path: Path) -> bool:
 
 
 def check_compiled(path: Path, *flags: str) -> None:
-    """UsageError for flags that an ingot was compiled with, if there are any."""
+    """UsageError if there are `flags`, which an ingot was compiled with."""
     for flag in flags:
         raise UsageError(f"{flag}: {path} is compiled already; compile the model anew to change it")
 
 
 def check_options(path: Path, options: CompileOptions, usual: CompileOptions) -> None:
-    """As `check_compiled`, for options that are not the usual ones."""
+    """As `check_compiled`, for options that differ from `usual`."""
     changed = [f for f in fields(options) if getattr(options, f.name) != getattr(usual, f.name)]
     check_compiled(path, *map(flag_name, changed))
 
@@ -40,7 +40,7 @@ def compile_model(directory: Path, options: CompileOptions) -> Model:
 
 
 def open_model(source: Path, options: CompileOptions, usual: CompileOptions) -> TextModel:
-    """The model of a directory, compiled, or that of an ingot, loaded."""
+    """Compile a model directory, or load an ingot."""
     if not is_ingot(source):
         return compile_model(source, options)
     check_options(source, options, usual)

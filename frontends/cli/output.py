@@ -1,4 +1,4 @@
-"""What commands print: tables and lines for people, plain data for `--json`."""
+"""Command output: tables and lines for people, plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ THEME = Theme(
 
 @dataclass(frozen=True)
 class Shown:
-    """What a command found: `data` makes the JSON, `parts` are tables and lines for people.
+    """The output of a command: `data` makes the JSON, `parts` are tables and lines for people.
 
-    Only one of them is asked for. The exit code is 0 where it is `ok`, else 1.
+    Only one of them is used. The exit code is 0 if `ok`, else 1.
     """
 
     data: Callable[[], Any]
@@ -77,7 +77,7 @@ def print_json(data: Any) -> None:
 def table(
     title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
 ) -> Table:
-    """A table whose columns of these numbers are right-justified."""
+    """A table whose columns numbered `right` are right-justified."""
     made = Table(title=title, title_justify="left", title_style="bold")
     for i, head in enumerate(heads):
         made.add_column(head, justify="right" if i in right else "left", overflow="fold")

@@ -20,7 +20,7 @@ from ..checkpoints.checkpoint import open_checkpoint
 from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import build_meta_model, read_config
 from ..model import Model
-from .inspect_view import layout
+from .inspect_view import graph_sections
 from .model_check import Answer, relative_error
 
 
@@ -104,8 +104,8 @@ def _layer_ends(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
     width = theirs.config.get_text_config().hidden_size
     tokens = graph.param("tokens").type.shape
     ends: dict[str, Value] = {}
-    for layer in layout(graph).layers:
-        fitting = [v for v in layer.leaving if v.type.shape == (*tokens, width)]
+    for layer in graph_sections(graph).layers:
+        fitting = [v for v in layer.outputs if v.type.shape == (*tokens, width)]
         if fitting:
             ends[layer.path] = fitting[-1]
     return ends

@@ -1,4 +1,4 @@
-"""What the compiler did to a model: tables for people, plain data for `--json`."""
+"""The compilation report: tables for people, plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def costs(traced: Graph, report: Report) -> list[dict[str, int]]:
 
 
 def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
-    """The report as JSON has it."""
+    """The report for `--json`."""
     report = model.report
     moved = costs(model.graph("traced"), report)
     estimates: dict[tuple[str, str, tuple[str, ...], str], float] = defaultdict(float)
@@ -77,7 +77,7 @@ def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
 
 
 def pass_table(data: Mapping[str, Any]) -> Table:
-    """The passes of `report_data`: what each did, and what one token costs before and after."""
+    """The passes of `report_data`: matches of each, and the cost of one token before and after."""
     rows: list[list[str]] = []
     for p in data["passes"]:
         matches = [f"{name} {count}" for name, count in sorted(p["matches"].items())]
@@ -93,7 +93,7 @@ def pass_table(data: Mapping[str, Any]) -> Table:
 
 
 def declined_lines(data: Mapping[str, Any], most: int = 5) -> list[str]:
-    """What passes decided, and why matches were left alone, the first of each pass."""
+    """Notes of each pass, and its first reasons for declining matches."""
     lines: list[str] = []
     for p in data["passes"]:
         lines += [f"{p['name']}: {note}" for note in p["notes"]]
@@ -112,7 +112,7 @@ def entry_table(data: Mapping[str, Any]) -> Table:
 
 
 def weight_table(data: Mapping[str, Any]) -> Table:
-    """How each weight of a product or an embedding is held, what that cost, and why."""
+    """Format and quantization error of each weight of a matrix product or embedding, and why."""
     rows: list[list[str]] = []
     for w in data["weights"]:
         error = "" if w["error"] is None else f"{w['error']:.2%}"

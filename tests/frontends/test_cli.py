@@ -15,7 +15,7 @@ from ingot.compiler.text import parse, same_structure
 from ingot.frontends import api
 from ingot.frontends.cli import graph as cli_graph
 from ingot.frontends.cli.commands import doctor
-from ingot.frontends.cli.inspect_view import layout, page, show_bytes, show_numbers
+from ingot.frontends.cli.inspect_view import graph_sections, page, show_bytes, show_numbers
 from ingot.frontends.cli.main import app
 from ingot.frontends.cli.output import THEME, IrHighlighter
 from ingot.frontends.drivers import present_target
@@ -123,7 +123,7 @@ def test_inspect_page_shows_each_kind_of_layer_once(directory: Path, compiler: C
     text = done("inspect", directory, "--after", "insert-kv-cache", *small)
     titles = [row.split(" ─")[0] for row in text.splitlines() if re.match("# [a-z].*(─| as )", row)]
     assert titles == [
-        "# embedding, and what all layers share",
+        "# embedding, and values shared by all layers",
         "# layer 0, dense: model.layers.0",
         "# layer 1, mixture of experts: model.layers.1",
         next(t for t in titles if t.startswith("# layers 2, 3 as layer 1; layer 3 gives %")),
@@ -148,10 +148,10 @@ def test_layers_that_differ_in_anything_are_shown(directory: Path, compiler: Com
     done("inspect", directory, "--passes", "--max-sequences", "1", "--max-tokens", "64")
     text = str(compiler.model.graph("raise-ops"))
     # Text has no sources: layers are then found by the names of their weights.
-    assert [layer.twin for layer in layout(parse(text)).layers] == [0, 1, 1, 1]
+    assert [layer.same_as for layer in graph_sections(parse(text)).layers] == [0, 1, 1, 1]
     changed = re.sub(r"(rms_norm\(.*layers\.2\.input_layernorm.*eps=)1e-06", r"\g<1>1e-05", text)
     graph = parse(changed)
-    assert [layer.twin for layer in layout(graph).layers] == [0, 1, 2, 1]
+    assert [layer.same_as for layer in graph_sections(graph).layers] == [0, 1, 2, 1]
     assert "# layer 3 as layer 1; " in page(graph, "")
 
 

@@ -24,7 +24,7 @@ from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.target import target_of
 from ingot.compiler.weights import Weights
 from ingot.frontends import api
-from ingot.frontends.cli.launches import Step, sections, static_report
+from ingot.frontends.cli.launches import PlannedEntry, sections, static_report
 from ingot.frontends.cli.main import app
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.importers.source_error import SourceError
@@ -116,7 +116,7 @@ def planned(
     return lowered.program, lowered.choices
 
 
-def shown(step: Step) -> str:
+def shown(step: PlannedEntry) -> str:
     lines = [f"{step.program.target} {step.entry.name}: {len(step.entry.launches)} launches"]
     for section in sections(step):
         lines.append(f"  {section.title}: {len(section.lines)} launches")
@@ -139,7 +139,7 @@ def test_launches_a_layer(name: str, tmp_path: Path, golden: Callable[[str], Non
     for target in ("cuda:sm_90", "hip:gfx942"):
         backend = InterpretedBackend(target_of(target))
         made, choices = planned(graph, model.weights, backend, ONE, EIGHT)
-        steps = [Step.of(made, name, choices) for name in (None, "8")]
+        steps = [PlannedEntry.of(made, name, choices) for name in (None, "8")]
         for step in steps:
             found = sections(step)
             counted = sum(len(s.lines) * max(len(s.layers), 1) for s in found)
@@ -215,7 +215,7 @@ def test_decoding_at_real_sizes_spills_nothing(name: str, target: str, folder: P
     assert all(0 < (k.registers or 0) <= 512 * 4 // max(4, k.num_warps) for k in report.kernels)
     products = [k for k in report.kernels if k.symbol in ("mfma_kernel", "product_kernel")]
     assert products and all(k.matrix["mfma"] > 0 for k in products)
-    layers = [n for s in sections(Step.of(made, None, choices)) for n in s.layers]
+    layers = [n for s in sections(PlannedEntry.of(made, None, choices)) for n in s.layers]
     assert len(layers) == REAL[name]["num_hidden_layers"]
 
 
@@ -315,7 +315,7 @@ def test_inspect_kernels_of_an_ingot(tmp_path: Path) -> None:
     for part in ("launches of t=4,l=2", "gather_kernel", "5 registers", "lm_head"):
         assert part in text.lower()
     assert "SPILLS: gather_kernel 5 registers" in text
-    assert "why each kernel was chosen is told when a model is compiled" in text
+    assert "the reasons for each kernel are known when a model is compiled" in text
     data = json.loads(done("inspect", path, "--json"))
     assert data["static"]["ok"] is False and "step" not in data
     gather, head = data["static"]["kernels"]
@@ -349,7 +349,7 @@ def test_choices_must_fit_the_launches() -> None:
     made = program()
     choice = Choice("linear", made.entries[0].name, ("k",) * 3, "why", 1e-6)
     with pytest.raises(ValueError, match="expected a choice for each of 2 launches, found 3"):
-        Step.of(made, None, [choice])
+        PlannedEntry.of(made, None, [choice])
 
 
 def test_a_module_is_not_planned() -> None:

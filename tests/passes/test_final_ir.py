@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ingot.compiler.ir import Node
 from ingot.compiler.pipeline import PassResult, run_pipeline
-from ingot.frontends.cli.inspect_view import computing, layout
+from ingot.frontends.cli.inspect_view import compute_nodes, graph_sections
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from tiny_models import tiny_model
@@ -70,8 +70,8 @@ def kind(node: Node) -> str:
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str) -> None:
     graph = compiled(name)[-1].graph
-    plan = layout(graph)
-    found = [[*map(kind, computing(layer.nodes, plan.folded))] for layer in plan.layers]
+    plan = graph_sections(graph)
+    found = [[*map(kind, compute_nodes(layer.nodes, plan.folded))] for layer in plan.layers]
     for ops, expected in zip(found, LAYERS[name], strict=True):
         assert sorted(ops) == sorted(expected)
         assert len(ops) <= (9 if "cached_mla_attention" in ops else 5)

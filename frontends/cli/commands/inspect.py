@@ -68,7 +68,7 @@ def command(
     from ..graph import write_svg
     from ..inspect_view import page
     from ..kernels import kernel_data, kernel_page
-    from ..launches import Step
+    from ..launches import PlannedEntry
     from ..report import (
         declined_lines,
         entry_table,
@@ -78,11 +78,11 @@ def command(
         weight_table,
     )
 
-    planned: Step | None = None
+    planned: PlannedEntry | None = None
     if kernels or not holds_weights(source):
         model = plan = _plan(source, options, kernels, entry)
         if kernels:
-            planned = Step.of(plan.program, plan.entry, plan.report.choices)
+            planned = PlannedEntry.of(plan.program, plan.entry, plan.report.choices)
     else:
         model = compile_model(source, options)
     names = ("traced", *(p.name for p in model.report.passes), "final")
@@ -145,14 +145,14 @@ def _ingot(
     from ....runtime.artifact.reader import FINAL_GRAPH, open_ingot
     from ..ingot import ingot_data, ingot_lines, ingot_tables
     from ..kernels import kernel_data, kernel_page
-    from ..launches import Step
+    from ..launches import PlannedEntry
 
     artifact = open_ingot(source)
     step = None
     if kernels:
         if artifact.program is None:
             raise UsageError(f"--kernels: {source} is for the cpu target, which has no kernels")
-        step = Step.of(artifact.program, entry)
+        step = PlannedEntry.of(artifact.program, entry)
     data = ingot_data(artifact, weights=weights)
 
     def parts() -> Iterator[Table | Sequence[str]]:
