@@ -1,10 +1,9 @@
-"""A compiled model beside a reference: greedy tokens, logits, and what leaves each layer.
+"""Compares a compiled model with a reference: greedy tokens, logits, and layer outputs.
 
-Ours are decoded through the session of the model's target (prefill in chunks, then the paged cache,
-all prompts together). Theirs are one forward pass, without a cache, over each prompt and our
-tokens: as long as both agree, its largest logits are the tokens that the reference would have
-chosen. The top-n rule: where the tokens first differ, each must be among the other's n most likely;
-nothing after that is comparable.
+Our tokens are decoded by the serving session (chunked prefill, paged cache, all prompts batched).
+The reference runs one forward pass without a cache over each prompt and our tokens: while both
+agree, its largest logits are the tokens that it would choose. The top-n rule: where tokens first
+differ, each must be among the other's n most likely; later tokens are not comparable.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ _RANDOM_LENGTHS = (1, 7, 40, 70)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reference says of some ids: the logits f32 [T, vocab], and by path of its layers how
-    far what leaves them is from what leaves ours, relative to the largest of theirs."""
+    """The reference's logits f32 [T, vocab], and the error of our layer outputs by layer path,
+    relative to the largest of theirs."""
 
     logits: torch.Tensor
     layers: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 class Reference(Protocol):
-    """What a model is compared with; `name` is for people."""
+    """A reference implementation of a model; `name` is for display."""
 
     @property
     def name(self) -> str: ...
@@ -65,10 +64,10 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two greedy runs: `agreed` of `steps` tokens are equal before the first that differs.
+    """Two greedy runs: `agreed` of `steps` tokens are equal before the first difference.
 
-    There `ours` and `theirs` are the two tokens, and `ours_ranked` says whether ours is among
-    their top n, `theirs_ranked` whether theirs is among ours.
+    `ours` and `theirs` are the tokens there; `ours_ranked`: ours is among their top n, and
+    `theirs_ranked`: theirs is among ours.
     """
 
     steps: int
@@ -80,7 +79,7 @@ class Agreement:
 
     @property
     def near(self) -> bool:
-        """Whether the top-n rule is kept."""
+        """Whether the top-n rule holds."""
         return self.ours_ranked and self.theirs_ranked
 
 
@@ -89,8 +88,8 @@ class PromptCheck(Agreement):
     """The agreement on one prompt of `length` tokens.
 
     `logits_error` is the largest difference over all positions. `logprob_error` is that of the
-    log-probabilities with which our tokens were generated, which batching, chunks and the cache
-    have had their part in. Both are relative to the largest of their logits.
+    log-probabilities of our generated tokens, from batched decoding with the paged cache. Both
+    are relative to the largest of the reference's logits.
     """
 
     length: int
@@ -100,7 +99,7 @@ class PromptCheck(Agreement):
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """What leaves one layer: the largest difference relative to the largest of theirs."""
+    """The largest error of one layer's output, relative to the largest of the reference's."""
 
     path: str
     error: float
@@ -108,12 +107,12 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """The comparison; `ok` when tokens, or their top n, agree and the numbers are close."""
+    """The comparison; `ok` if the top-n rule holds and errors are within the tolerance."""
 
     model_type: str
     target: str
     dtype: str
-    beside: str
+    reference: str
     top: int
     tolerance: float | None
     prompts: tuple[PromptCheck, ...]
@@ -129,10 +128,10 @@ class Check:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is wrong, a line each."""
+        """One line for each failure."""
         if not self.prompts:
             return ("there was nothing to compare: no prompts",)
-        found = [self._parting(i, p) for i, p in enumerate(self.prompts) if not p.near]
+        found = [self._mismatch(i, p) for i, p in enumerate(self.prompts) if not p.near]
         if self.tolerance is None:
             return tuple(found)
         errors = {"logits": self.logits_error, "log-probabilities": self.logprob_error}
@@ -148,10 +147,10 @@ class Check:
         ]
         return tuple(found)
 
-    def _parting(self, i: int, p: PromptCheck) -> str:
+    def _mismatch(self, i: int, p: PromptCheck) -> str:
         far = [] if p.ours_ranked else [f"{p.ours} is not among the top {self.top} there"]
         far += [] if p.theirs_ranked else [f"{p.theirs} is not among our top {self.top}"]
-        tokens = f"token {p.agreed} is {p.ours}, in {self.beside} {p.theirs}"
+        tokens = f"token {p.agreed} is {p.ours}, in {self.reference} {p.theirs}"
         return f"prompt {i}: {tokens}; {', '.join(far)}"
 
     @property
@@ -166,7 +165,7 @@ def worst(errors: Iterable[float]) -> float:
 
 
 def built_in_prompts(tokenizer: Tokenizer | None, vocab_size: int, longest: int) -> list[list[int]]:
-    """Prompts of different lengths, up to `longest`; random ids where there is no tokenizer."""
+    """Prompts of different lengths, up to `longest`; random ids without a tokenizer."""
     if tokenizer is None:
         drawn = torch.Generator().manual_seed(0)
         rows = [torch.randint(vocab_size, (n,), generator=drawn) for n in _RANDOM_LENGTHS]
@@ -185,9 +184,9 @@ def check_model(
     top: int,
     tolerance: float | None,
 ) -> Check:
-    """Compare what `model` continues `prompts` with, up to `steps` tokens each, with `reference`.
+    """Compare greedy decoding of `prompts`, up to `steps` tokens each, with `reference`.
 
-    RuntimeError where a sequence ended with an error.
+    RuntimeError if a sequence ends with an error.
     """
     request = Request(max_new_tokens=steps, top_logprobs=top)
     sequences = model.session.requests(prompts, request)

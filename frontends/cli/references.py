@@ -1,4 +1,4 @@
-"""What `ingot verify` compares with: transformers; of packed weights, the cpu target."""
+"""The references of `ingot verify`: transformers, and the cpu target for quantized weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .model_check import Answer, relative_error
 class TransformersReference:
     """transformers on the CPU, eager, in the dtype of `model`, which is compiled from `directory`.
 
-    Layers are those of the graph after raise-ops, interpreted: an error in them is one of the way
-    in, and none of the passes or of the target.
+    Layer outputs are those of the graph after raise-ops, interpreted: an error in them is the
+    importer's, not of later passes or of the target.
     """
 
     name = "transformers"
@@ -38,19 +38,18 @@ class TransformersReference:
         self._graph = model.graph("raise-ops")
         self._theirs = _transformers_model(directory, dtype)
         self._weights = _weights(directory, self._graph, dtype)
-        self._ends = _layer_ends(self._graph, self._theirs)
+        self._outputs = _layer_outputs(self._graph, self._theirs)
 
     def answer(self, ids: Sequence[int]) -> Answer:
-        with _outputs_of(self._theirs, self._ends) as hidden, torch.inference_mode():
+        with _outputs_of(self._theirs, self._outputs) as hidden, torch.inference_mode():
             found = self._theirs(input_ids=torch.tensor([ids]), use_cache=False)
-        ours = _interpreted(self._graph, self._ends, ids, self._weights)
+        ours = _interpreted(self._graph, self._outputs, ids, self._weights)
         layers = {path: relative_error(value, hidden[path]) for path, value in ours.items()}
         return Answer(found.logits[0].float(), layers)
 
 
 class CpuReference:
-    """The same model compiled for the cpu target, which computes with what packed weights stand
-    for: the same codes and scales, dequantized."""
+    """The same model compiled for the cpu target, which dequantizes the same codes and scales."""
 
     name = "the cpu target"
 
@@ -65,7 +64,7 @@ class CpuReference:
 
 
 def _weights(directory: Path, graph: Graph, dtype: torch.dtype) -> Weights:
-    """The weights of `graph`; the model is traced once more only if tracing itself made some."""
+    """The weights of `graph`; traced again only if tracing created some of them."""
     stored = open_checkpoint(directory, build_meta_model(read_config(directory), dtype)).weights
     if all(n.attrs["name"] in stored for n in graph.nodes() if n.op is constant):
         return stored
@@ -87,7 +86,7 @@ def _transformers_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Without transformers' bars and its report of tensors (an MTP layer) that it leaves out."""
+    """Silence transformers' progress bars and its report of unused tensors (an MTP layer)."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -99,8 +98,8 @@ def _quiet() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def _layer_ends(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
-    """By module path, the value that leaves each layer: the last of hidden size that it gives."""
+def _layer_outputs(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
+    """The output of each layer by module path: its last result of hidden size."""
     width = theirs.config.get_text_config().hidden_size
     tokens = graph.param("tokens").type.shape
     ends: dict[str, Value] = {}
@@ -113,7 +112,7 @@ def _layer_ends(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
 
 @contextmanager
 def _outputs_of(model: PreTrainedModel, paths: Iterable[str]) -> Generator[dict[str, torch.Tensor]]:
-    """What the modules at `paths` give during a forward pass."""
+    """Record the outputs of the modules at `paths` during a forward pass."""
     outputs: dict[str, torch.Tensor] = {}
 
     def hook_for(path: str) -> Any:

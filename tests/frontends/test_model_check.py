@@ -52,7 +52,7 @@ def test_agreement(directory: Path, model: Any) -> None:
     check = checked(directory, model)
     assert check.ok and [p.agreed for p in check.prompts] == [8] * 4
     assert [p.length for p in check.prompts] == [1, 7, 40, 70]
-    assert (check.target, check.dtype, check.beside) == ("cpu", "f32", "transformers")
+    assert (check.target, check.dtype, check.reference) == ("cpu", "f32", "transformers")
     assert 0 < check.logits_error < 1e-5 and 0 < check.logprob_error < 1e-5
     assert [layer.path for layer in check.layers] == [f"model.layers.{i}" for i in range(3)]
     assert all(0 < layer.error < 1e-5 for layer in check.layers)

@@ -1,8 +1,8 @@
-"""The commands, one file each: its function `command`, listed here, is all that `main` needs.
+"""The commands, one file each with a function `command`, which `main` registers.
 
 `compile`, `run`, `chat`, `inspect`, `verify`, `quantize` and `doctor`. A parameter whose default
-are options becomes a flag for each of their fields; a command that gives `Shown` has `--json`. What
-is heavy is imported inside the function, so that `ingot --help` is quick.
+are options becomes a flag for each of their fields; a command that gives `Shown` has `--json`.
+Heavy imports are inside the functions, so that `ingot --help` is quick.
 """
 
 from __future__ import annotations

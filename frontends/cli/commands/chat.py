@@ -1,4 +1,4 @@
-"""`ingot chat`: a conversation over stdin; each answer is generated from the whole of it."""
+"""`ingot chat`: a conversation over stdin; each answer sees the whole conversation."""
 
 from __future__ import annotations
 

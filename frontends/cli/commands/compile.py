@@ -1,4 +1,4 @@
-"""`ingot compile`: what the compiler did, and with -o an ingot."""
+"""`ingot compile`: compile a model, report on it, and with -o write an ingot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ingot doctor`: what this machine has, and what Ingot can do on it."""
+"""`ingot doctor`: versions, devices and supported targets of this machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Device:
-    """A device and who sees it. `target` is Ingot's name for its kind, "" where it has none."""
+    """A device, and the library that reports it. `target` is "" for an unsupported device."""
 
     name: str
     seen_by: str
@@ -77,7 +77,7 @@ def command() -> Shown:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this process and this machine; nothing is allocated on any device."""
+    """Inspect this process and machine; nothing is allocated on any device."""
     names = (*_REQUIRED, *_OPTIONAL)
     return Diagnosis(
         python=sys.version.split()[0],
@@ -123,7 +123,7 @@ def _through_torch() -> Iterator[Device]:
 
 
 def _through_drivers() -> Iterator[Device]:
-    """GPUs that this build of torch does not see, asked of the drivers themselves."""
+    """GPUs that this build of torch does not see, from their drivers."""
     drivers = (
         ("libcuda.so.1", "cuInit", "cuDeviceGetCount", "cuDeviceGetName"),
         ("libamdhip64.so", "hipInit", "hipGetDeviceCount", "hipDeviceGetName"),

@@ -53,7 +53,7 @@ def command(
 ) -> Shown:
     """Print the graph after any pass; or what the passes did, or a picture; or what an ingot holds.
 
-    Layers that are built alike are shown once; --all prints every one. With --kernels the target's
+    Layers of the same structure are shown once; --all prints every one. With --kernels the target's
     device need not be here. A directory with config.json alone can be inspected too.
     """
     if entry is not None and not kernels:
@@ -95,7 +95,7 @@ def command(
     if svg is not None:
         write_svg(dot_text(graph, everything=everything), svg)
     if weights and not model.report.weights:
-        raise UsageError("--weights tells of quantized weights: give --quantize too")
+        raise UsageError("--weights lists quantized weights: give --quantize too")
     tables = passes or entries or weights or kernels
     wanted = after is not None or everything or not (tables or dot or svg)
 

@@ -1,4 +1,4 @@
-"""`ingot quantize`: a bar while it writes, then what was quantized and what was not."""
+"""`ingot quantize`: writes a checkpoint in MXFP4 and lists quantized and kept weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def command(
 
 @contextmanager
 def _bar() -> Generator[Callable[[int, int], None]]:
-    """A progress bar on stderr, where that is a terminal; told the bytes written and to write."""
+    """A progress bar on stderr if it is a terminal; gets the bytes written and the total."""
     console = Console(stderr=True)
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:

@@ -1,4 +1,4 @@
-"""`ingot run`: what is run, where the prompt comes from, and text as it comes out."""
+"""`ingot run`: generates from a prompt and streams the text."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def chat_encoder(model: TextModel) -> Callable[[list[dict[str, str]]], list[int]
 
 
 def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: str | None) -> str:
-    """Print text as it comes and the figures at the end; gives the text."""
+    """Print text as it is generated, then statistics; returns the text."""
     start = perf_counter()
     times: list[float] = []
     pieces: list[str] = []

@@ -1,4 +1,4 @@
-"""`ingot verify`: what is compared with what, and how that is shown."""
+"""`ingot verify`: compares a compiled model with a reference and shows the result."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def command(
     ] = None,
     options: CompileOptions = _F32,
 ) -> Shown:
-    """Compare with transformers: greedy tokens, logits, and what leaves each layer.
+    """Compare with transformers: greedy tokens, logits, and layer outputs.
 
     Where the greedy tokens first differ, each must be among the other's top n. With --quantize a
     GPU is compared with the cpu target instead, which computes with the same weights dequantized.
     """
     lines = prompts_of(prompts)
-    beside_cpu = options.quantize is not None
-    if beside_cpu and (present_target() if options.target == AUTO else options.target) == CPU:
+    against_cpu = options.quantize is not None
+    if against_cpu and (present_target() if options.target == AUTO else options.target) == CPU:
         raise UsageError(
             "--quantize: a GPU is compared with the cpu target, and this is it; give --target"
         )
     model = compile_model(directory, options)
-    on_cpu = compile_model(directory, replace(options, target=CPU)) if beside_cpu else None
+    on_cpu = compile_model(directory, replace(options, target=CPU)) if against_cpu else None
     with Console(stderr=True).status("comparing"):
         check = compared(
             directory, model, on_cpu, prompts=lines, tokens=tokens, top=top, tolerance=tolerance
@@ -77,7 +77,7 @@ def compared(
     top: int,
     tolerance: float | None,
 ) -> Check:
-    """`model`, of `directory`, beside transformers, or beside the cpu target where that is given.
+    """Compare `model` of `directory` with transformers, or with `on_cpu` if given.
 
     UsageError for options that this model cannot have.
     """
@@ -101,7 +101,7 @@ def compared(
 
 
 def check_data(check: Check) -> dict[str, Any]:
-    """The comparison as JSON has it."""
+    """The comparison for `--json`."""
     return {
         **asdict(check),
         "prompts": [{**asdict(p), "near": p.near} for p in check.prompts],
@@ -113,18 +113,18 @@ def check_data(check: Check) -> dict[str, Any]:
 
 
 def check_tables(check: Check) -> list[Table]:
-    """Tokens and numbers of each prompt, and the error of each layer where there are layers."""
+    """A table of tokens and errors by prompt, and one of errors by layer if there are any."""
     rows: list[list[str]] = []
     for i, p in enumerate(check.prompts):
-        parted = ""
+        differing = ""
         if p.ours is not None:
             ranks = (_among(p.ours_ranked, "theirs"), _among(p.theirs_ranked, "ours"))
-            parted = f"{p.ours}, {ranks[0]} / {p.theirs}, {ranks[1]}"
+            differing = f"{p.ours}, {ranks[0]} / {p.theirs}, {ranks[1]}"
         errors = (f"{p.logits_error:.1e}", f"{p.logprob_error:.1e}")
-        rows.append([str(i), str(p.length), f"{p.agreed} of {p.steps}", parted, *errors])
-    parting = f"where they part: ours / theirs, among the other's top {check.top}?"
-    heads = ["prompt", "tokens", "equal tokens", parting, "Δlogits", "Δlogprobs"]
-    title = f"Greedy tokens on {check.target} in {check.dtype}, beside {check.beside}"
+        rows.append([str(i), str(p.length), f"{p.agreed} of {p.steps}", differing, *errors])
+    differ = f"first difference: ours / theirs, among the other's top {check.top}?"
+    heads = ["prompt", "tokens", "equal tokens", differ, "Δlogits", "Δlogprobs"]
+    title = f"Greedy tokens on {check.target} in {check.dtype}, compared with {check.reference}"
     tables = [table(title, heads, rows, right=(0, 1, 2, 4, 5))]
     if check.layers:
         rows = [[layer.path, f"{layer.error:.1e}"] for layer in check.layers]
@@ -137,7 +137,7 @@ def _among(ranked: bool, whose: str) -> str:
 
 
 def verdict(check: Check) -> list[str]:
-    """The figures of all prompts in a line, what is wrong, and the last word."""
+    """Totals over all prompts, failures, and the verdict."""
     equal, steps = (sum(n) for n in zip(*((p.agreed, p.steps) for p in check.prompts), strict=True))
     figures = (
         f"{equal} of {steps} tokens equal before the first that differs; relative to max |logit|: "
