@@ -267,7 +267,7 @@ class GpuExecutable:
     def _plan(self, function: str, symbols: Mapping[str, int]) -> _Plan:
         if self._failure is not None:
             raise RuntimeError(
-                f"this executable is unusable since the device failed: {self._failure}"
+                f"this executable is unusable: the device failed before: {self._failure}"
             )
         if not self._open:
             raise RuntimeError("this executable was closed")
