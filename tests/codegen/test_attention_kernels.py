@@ -131,7 +131,7 @@ def test_any_batch(data: st.DataObject) -> None:
 def test_prefill_of_chunks(dtype: torch.dtype, attrs: dict[str, Any]) -> None:
     places = chunks((1, 0, 40), (0, 33, 20), (-1, 0, 5), (2, 7, 2))
     args = _args(batch(places, 16, 4), 2, 1, 16, 16, dtype)
-    check_node(cached_attention, (*args, torch.randn(2)), {"scale": 0.3, **attrs})
+    check_node(cached_attention, args, {"sinks": torch.randn(2), "scale": 0.3, **attrs})
 
 
 def test_many_tokens_in_any_order() -> None:
@@ -157,7 +157,7 @@ def test_one_sequence(tokens: int, dtype: torch.dtype) -> None:
     check_node(attention, (q, k, v), {"scale": 0.3})
     check_node(attention, (q, k, v), {"scale": 0.3, "causal": False})
     attrs = {"scale": 0.3, "window": 3, "softcap": 2.0}
-    check_node(attention, (q, k, v, torch.randn(4)), attrs)
+    check_node(attention, (q, k, v), {"sinks": torch.randn(4), **attrs})
 
 
 def test_more_keys_than_queries() -> None:

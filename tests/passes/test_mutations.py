@@ -376,7 +376,7 @@ def test_unbroken_rules_pass_the_same_check() -> None:
         check_rewrite(graph, applied)
 
     chosen: Mapping[Any, Mutation] = {
-        (m.model, m.config, m.packed or m.rule.startswith("mxfp4"), m.target): m
+        (m.model, m.config, m.packed, m.rule.startswith(("mxfp4", "premultiply")), m.target): m
         for m in MUTATIONS.values()
     }
     for mutation in chosen.values():
