@@ -36,10 +36,10 @@ def routers(*changes: dict[str, Any]) -> Applied:
     bias = constant(name="bias", type=TensorType("f32", (16,)))
     attrs: dict[str, Any] = {"k": 2, "score": "sigmoid", "normalize": True, "dtype": "f32"}
     attrs |= {"groups": 4, "topk_groups": 2, "group_score": "top2"}
-    before = router.all(logits, bias, **attrs)
+    before = router.all(logits, correction=bias, **attrs)
     for change in changes:
         attrs |= change
-    return Applied("router", (logits, bias), before, router.all(logits, bias, **attrs))
+    return Applied("router", (logits, bias), before, router.all(logits, correction=bias, **attrs))
 
 
 RARE = {

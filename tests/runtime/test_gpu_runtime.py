@@ -438,6 +438,7 @@ def test_bad_store_is_told(tmp_path: Path) -> None:
     """In a process of its own, which it ends."""
     code = (
         "import importlib.util, sys\n"
+        f"sys.path[:0] = {sys.path!r}\n"  # helpers are imported from where they are here
         f"spec = importlib.util.spec_from_file_location('bad', {str(Path(__file__))!r})\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "sys.modules['bad'] = module\n"
