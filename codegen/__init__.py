@@ -8,5 +8,5 @@ become when they are loaded). `kernel_backend` turns nodes into launches. It ask
 folder: Triton kernels) by way of `select` in the terms of `kernel_query`, and takes the cheapest by
 `prices`; what a template names is a `kernel_source`, and `build` compiles it. Element-wise ops need
 no template: `regions` groups those that one launch computes, and `pointwise` generates its kernel
-out of their `expressions`. `appends` joins what is appended to the cache with what computes it.
+out of their `expressions`.
 """

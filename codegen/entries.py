@@ -70,7 +70,7 @@ Place = Slice | PackedSlice | bool | int | float
 class Bound:
     """A node with everything bound: attributes, the types of its results, and where its args are.
 
-    `in_place` says that the results are the memory of the first args.
+    `in_place` says that results of an op with an in-place form are the memory of the first args.
     """
 
     node: Node
@@ -85,8 +85,7 @@ class BoundGroup:
     """Nodes that one launch computes, arguments before users, with everything bound.
 
     `attrs` are each node's, `places` say where the values from outside are, in the order of their
-    first use; `outputs` are the values that not only nodes of the group read. Those of an op with
-    an in-place form are the memory of its first arguments where these donate it.
+    first use; `outputs` are the values that not only nodes of the group read.
     """
 
     nodes: tuple[Node, ...]
@@ -133,8 +132,8 @@ class Backend(Protocol):
         """The result of a node that only looks at its argument otherwise; None where it moves."""
         ...
 
-    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice, ...]) -> None:
-        """Launch what computes the node into `results`."""
+    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice | None, ...]) -> None:
+        """Launch what computes the node into `results`: None for rows that only caches take."""
         ...
 
     def emit_group(
@@ -213,11 +212,17 @@ class EntryBuilder:
         if seen is not None:
             self.at[Value(node)] = seen
             return
-        results: tuple[Any, ...] = (
-            args[: len(types)] if in_place else tuple(map(self._memory_of, node.results))
+        donated: dict[int, Any] = dict(enumerate(args[: len(types)] if in_place else ()))
+        caches = [node.args[a.cache] for a in node.appends]
+        if all(c.op is param and uses[c] == 1 for c in caches):
+            donated |= {a.updated: args[a.cache] for a in node.appends}
+        appended = {a.row for a in node.appends}
+        results = tuple(
+            donated.get(i) or (None if i in appended and not uses[v] else self._memory_of(v))
+            for i, v in enumerate(node.results)
         )
         self.backend.emit(bound, self, results)
-        self.at.update(zip(node.results, results, strict=True))
+        self.at.update((v, r) for v, r in zip(node.results, results, strict=True) if r)
 
     def _add_group(self, nodes: tuple[Node, ...], uses: Mapping[Value, int]) -> None:
         inside = set(nodes)
@@ -233,10 +238,7 @@ class EntryBuilder:
         )
         attrs = [{k: bind_attr(v, self.binding) for k, v in n.attrs.items()} for n in nodes]
         group = BoundGroup(nodes, tuple(attrs), places, outputs)
-        donated: dict[Value, Any] = {
-            v: places[v.node.args[v.index]] for v in outputs if writes_in_place(v.node, uses)
-        }
-        results = tuple(donated.get(v) or self._memory_of(v) for v in outputs)
+        results = tuple(map(self._memory_of, outputs))
         self.backend.emit_group(group, self, results)
         self.at.update(zip(outputs, results, strict=True))
 

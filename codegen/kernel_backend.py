@@ -14,14 +14,12 @@ import torch
 
 from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Node, Value
-from ..compiler.ops.attention import kv_append
 from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.mxfp4_fragments import mxfp4_tiled
 from ..compiler.ops.shape import expand, permute, slice_, view
 from ..compiler.target import Target
 from ..compiler.types import TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice, entry_name
-from .appends import with_appends
 from .build import build
 from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place
 from .kernel_query import (
@@ -88,9 +86,8 @@ class KernelBackend:
         return {id_: built[source] for id_, source in sources.items()}
 
     def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
-        """See Backend.groups: element-wise ops over one shape share a launch, and an append is done
-        where its rows are computed."""
-        return with_appends(grouped(nodes, fusible))
+        """See Backend.groups: element-wise ops over one shape share a launch."""
+        return grouped(nodes, fusible)
 
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """See Backend.packed."""
@@ -108,10 +105,14 @@ class KernelBackend:
         source = bound.args[0] if bound.args else None
         return look(source, bound) if look and isinstance(source, Slice) else None
 
-    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice, ...]) -> None:
+    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice | None, ...]) -> None:
         """See Backend.emit. NoKernelError where no template computes the node."""
         node = bound.node
         args = bound.args
+        if node.appends:
+            self._append(bound, builder, results)
+            return
+        results = tuple(result for result in results if result)
         if node.op is view:  # of bytes that lie too far apart to be looked at otherwise
             (source,) = args
             assert isinstance(source, Slice)
@@ -159,9 +160,6 @@ class KernelBackend:
         """See Backend.emit_group. NoKernelError where a step has no expression."""
         label = "+".join(node.op.name for node in group.nodes)
         label = f"{label} {group.nodes[-1].source}".strip()
-        if group.nodes[-1].op is kv_append:
-            self._append(group, builder, results, label)
-            return
         args = tuple(group.places.values())
         region = region_of(group, tuple(map(operand, args)), tuple(map(operand, results)))
         chosen = computed(region, self.target)
@@ -170,34 +168,34 @@ class KernelBackend:
         self._launch(chosen, args, results, label, builder)
 
     def _append(
-        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...], label: str
+        self, bound: Bound, builder: EntryBuilder, results: tuple[Slice | None, ...]
     ) -> None:
-        """Launch what computes a node and appends rows of its results (appends.with_appends)."""
-        node, append = group.nodes
-        count, own = len(append.types), len(node.types)
-        at = dict(zip(group.outputs, results, strict=True))
-        for cache, target in zip(append.args, append.results, strict=False):
-            source = group.places[cache]
-            if source != at[target]:
-                assert isinstance(source, Slice)
-                self._copy(source, at[target], builder, f"copy {append.source}")
-        first = len(node.args)
-        caches = {row.index: own + i for i, row in enumerate(append.args[count : 2 * count])}
-        index = (Arg(first), Arg(first + 1), Arg(first + 2))
-        kept = frozenset(v.index for v in node.results if v in at)
-        args = tuple(group.places[a] for a in (*node.args, *append.args[2 * count :]))
-        places = [at.get(v) for v in (*node.results, *append.results)]
-        bound: list[Any] = [t.bind(builder.binding) for t in (*node.types, *append.types)]
+        """Launch what computes a node that writes rows of its results into caches."""
+        node, appends = bound.node, bound.node.appends
+        for row in appends:
+            source, target = bound.args[row.cache], results[row.updated]
+            if source != target:
+                assert isinstance(source, Slice) and target
+                self._copy(source, target, builder, f"copy {node.source}")
+        args = tuple(a for i, a in enumerate(bound.args) if i not in {row.cache for row in appends})
+        types: list[Any] = list(bound.types)
         query = KernelQuery(
             node.op,
-            group.attrs[0],
+            dict(bound.attrs),
             tuple(map(operand, args)),
-            tuple(Operand(t, dense_strides(t.shape)) for t in bound),
+            tuple(Operand(t, dense_strides(t.shape)) for t in types),
             self.target,
-            Append(caches, *index, kept),
-            node.given,
+            given=tuple(name for name in node.given if name not in node.op.caches),
         )
-        self._compute(query, args, places, label, builder)
+        names = [*node.op.required, *query.given]
+        slots, positions, page_table = (
+            Arg(names.index(name)) for name in ("slots", "positions", "page_table")
+        )
+        kept = frozenset(i for i, result in enumerate(results) if result)
+        caches = {row.row: row.updated for row in appends}
+        query = replace(query, append=Append(caches, slots, positions, page_table, kept))
+        label = f"{node.op.name}+kv_append {node.source}".strip()
+        self._compute(query, args, results, label, builder)
 
     def _dense(self, place: Place, builder: EntryBuilder, label: str) -> Place:
         """`place`, or a dense copy of it."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import sympy
 
@@ -99,6 +99,8 @@ class Op:
     `cost(operands, result_types, **attrs)` prices one node; `operands` are types by name.
     `inplace`, where given, computes the op by writing result i into argument i for every result:
     the planner may then donate those arguments' memory.
+    `caches` names, for each of the first results, the optional operand into which its rows may be
+    appended: what these hold next are the last results (see `Node.appends`).
     `stored`, where given, is the form in which others read the op's result: they are priced by it.
     `domain` says, by operand, which numbers stand in integers, where that is not any.
     `axes`, where given, is how dims of operands and results correspond (see axes.py): an op without
@@ -115,6 +117,7 @@ class Op:
     tolerance: Tolerance = Tolerance()
     commutative: bool = False
     inplace: Callable[..., None] | None = None
+    caches: tuple[str, ...] = ()
     stored: Callable[[Node], TensorType] | None = None
     domain: Mapping[str, range] = field(default_factory=dict[str, range])
     collective: bool = False
@@ -220,6 +223,15 @@ class Op:
         return value
 
 
+class Appended(NamedTuple):
+    """Rows that a node writes into a paged cache: result `row` goes to operand `cache`, whose next
+    content is result `updated`."""
+
+    row: int
+    cache: int
+    updated: int
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Node:
     """An op applied to values. Immutable; compared by identity.
@@ -284,6 +296,16 @@ class Node:
         required = tuple(named.pop(name) for name in self.op.required)
         kept = {name: value for name, value in named.items() if value is not None}
         return self.op.node(required, kept, self.source)
+
+    @property
+    def appends(self) -> tuple[Appended, ...]:
+        """The results that the node appends to caches, in order."""
+        rows = [i for i, name in enumerate(self.op.caches) if name in self.given]
+        first = len(self.types) - len(rows)
+        return tuple(
+            Appended(row, self.index_of(self.op.caches[row]), first + i)
+            for i, row in enumerate(rows)
+        )
 
     @property
     def is_symbolic(self) -> bool:

@@ -9,7 +9,7 @@ to nothing (its result is 0).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -221,6 +221,36 @@ kv_append = Op(
     inplace=_append_inplace,
     axes=_append_axes,
 )
+
+
+def append_rows(
+    append: Callable[..., tuple[Any, ...]],
+    rows: Sequence[Any],
+    caches: Sequence[Any],
+    index: Sequence[Any],
+) -> tuple[Any, ...]:
+    """What those of `caches` that are there hold next: each with its rows appended.
+
+    For ops that write their results into caches; `append` is kv_append's infer or its reference,
+    `index` slots, positions and page table. VerifyError where one of these is missing, or rows.
+    """
+    given = [(cache, own) for cache, own in zip(caches, rows, strict=False) if cache is not None]
+    count = sum(cache is not None for cache in caches)
+    if len(given) < count or any((x is not None) != bool(count) for x in index):
+        raise VerifyError(
+            "expected caches of results together with slots, positions and page table, found "
+            f"{count} caches, {len(given)} of results, and {sum(x is not None for x in index)} of "
+            "these three"
+        )
+    return append(*(c for c, _ in given), *(own for _, own in given), *index) if given else ()
+
+
+def without_caches(
+    operands: Operands, results: Types, caches: Sequence[str]
+) -> tuple[Operands, Types]:
+    """Operands and results of an op that appends to `caches`, but for those."""
+    left = {name: type_ for name, type_ in operands.items() if name not in caches}
+    return left, results[: len(results) - (len(operands) - len(left))]
 
 
 # ---- cached_attention: token t sees its slot's cache up to its own position

@@ -12,6 +12,7 @@ from ..dtypes import FLOATS
 from ..ir import Cost, Op, Operands, Sample, moved
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError, dim
+from .attention import append_rows, kv_append, without_caches
 from .linear import product
 from .norm import rms_normed
 from .prologue import check_prologue, prologue_flops, run_prologue
@@ -21,13 +22,16 @@ from .rope import rope
 # heads of the part together, before RoPE (OLMo 2).
 NORM_OF = ("head", "rotated head", "part")
 
+_CACHES = ("cache_0", "cache_1", "cache_2")
+
 # ---- project_heads: x [T, K], weight [N, K] of one to three parts one after the other, part i of
 # heads[i] heads of dims[i] -> [T, heads[i], dims[i]] for each part i, then s if there is a delta.
 #
 #   y     = n · weightᵀ + bias              n and s from the prologue (ops/prologue.py)
 #   parts = y cut into parts, parts into heads
 #   each part that has a weight norm_i is rms_norm'ed, each part with rotate[i] is turned by `rope`
-# all in f32, each part rounded once.
+# all in f32, each part rounded once. Parts that have a cache_i are appended to it, as by kv_append;
+# the new caches are the last results.
 
 
 def _heads_infer(
@@ -43,6 +47,12 @@ def _heads_infer(
     norm_2: TensorType | None = None,
     cos: TensorType | None = None,
     sin: TensorType | None = None,
+    cache_0: TensorType | None = None,
+    cache_1: TensorType | None = None,
+    cache_2: TensorType | None = None,
+    slots: TensorType | None = None,
+    positions: TensorType | None = None,
+    page_table: TensorType | None = None,
     heads: tuple[int, ...],
     dims: tuple[int, ...],
     rotate: tuple[bool, ...] = (),
@@ -70,7 +80,9 @@ def _heads_infer(
     results = tuple(x.with_shape((x.shape[0], h, d)) for h, d in zip(heads, dims, strict=True))
     _check_norms(results, (norm_0, norm_1, norm_2), norm_of, head_eps)
     _check_tables(results, [t for t in (cos, sin) if t is not None], rotate, form, start)
-    return (*results, *sums)
+    index = (slots, positions, page_table)
+    caches = append_rows(kv_append.infer, results, (cache_0, cache_1, cache_2), index)
+    return (*results, *sums, *caches)
 
 
 def _check_norms(
@@ -121,6 +133,12 @@ def _heads_reference(
     norm_2: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    cache_0: torch.Tensor | None = None,
+    cache_1: torch.Tensor | None = None,
+    cache_2: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
     heads: tuple[int, ...],
     dims: tuple[int, ...],
     rotate: tuple[bool, ...] = (),
@@ -143,7 +161,9 @@ def _heads_reference(
         if rotate and rotate[i]:
             (part,) = rope.reference(part, cos, sin, form=form, start=start)
         results.append(_normed(part, by.get("rotated head"), head_eps).to(x.dtype))
-    return (*results, *sums)
+    index = (slots, positions, page_table)
+    caches = append_rows(kv_append.reference, results, (cache_0, cache_1, cache_2), index)
+    return (*results, *sums, *caches)
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
@@ -151,7 +171,11 @@ def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> 
 
 
 def _heads_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    """The product, and 4 a normed and 3 a turned element, as the ops for themselves."""
+    """The product, and 4 a normed and 3 a turned element, as the ops for themselves.
+
+    Of caches it writes the rows, which count as results, alone.
+    """
+    operands, results = without_caches(operands, results, _CACHES)
     rotate = attrs.get("rotate", ())
     flops: Any = 2 * operands["x"].shape[0] * operands["weight"].numel + prologue_flops(operands)
     for i, part in enumerate(results[: len(attrs["heads"])]):
@@ -164,11 +188,17 @@ def _heads_axes(operands: Operands, results: Types, attrs: Mapping[str, Any]) ->
     """x[t,k] weight[n,k] … -> [t,h,d] of each part, then s [t,k]."""
     parts = range(len(attrs["heads"]))
     norms = " ".join(f"norm_{i}[w{i}]?" for i in parts)
-    made = ", ".join((*(f"[t,h{i},d{i}]" for i in parts), "[t,k]"))
-    own = " ".join(f"h{i} d{i} w{i}" for i in parts)
+    cached = [i for i, name in enumerate(_CACHES) if name in operands]
+    caches = " ".join(f"cache_{i}[p,z,g{i},e{i}]?" for i in cached)
+    sums = ("[t,k]",) if "delta" in operands else ()
+    made = ", ".join(
+        (*(f"[t,h{i},d{i}]" for i in parts), *sums, *(f"[p,z,g{i},e{i}]" for i in cached))
+    )
+    own = " ".join((*(f"h{i} d{i} w{i}" for i in parts), *(f"g{i} e{i}" for i in cached)))
     return rule(
         f"x[t,k] weight[n,k] norm[k]? delta[t,k]? post_norm[k]? bias[n]? {norms} cos[t,r]? "
-        f"sin[t,r]? -> {made}; k dot; k whole if norm delta; n r {own} whole"
+        f"sin[t,r]? {caches} slots[t]? positions[t]? page_table[a,b]? -> {made}; "
+        f"k dot; k whole if norm delta; n r {own} p z a b whole; t whole if slots"
     )(operands, results, attrs)
 
 
@@ -234,5 +264,6 @@ project_heads = Op(
             },
         ),
     ),
+    caches=_CACHES,
     axes=_heads_axes,
 )

@@ -14,7 +14,14 @@ from ..axes import rule
 from ..dtypes import FLOATS
 from ..ir import Cost, Op, Operands, Sample, moved
 from ..types import TensorType, Types, VerifyError
-from .attention import attention, cached_attention, check_index
+from .attention import (
+    append_rows,
+    attention,
+    cached_attention,
+    check_index,
+    kv_append,
+    without_caches,
+)
 from .norm import rms_norm
 from .rope import FORMS, rope
 
@@ -148,7 +155,8 @@ cached_mla_attention = Op(
 )
 
 
-# ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe) of c_kv ‖ k_pe, each rounded once
+# ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe) of c_kv ‖ k_pe, each rounded once; with a cache the
+# row is appended to it, as by kv_append, and the new cache is the last result
 
 
 def _latent_infer(
@@ -157,6 +165,10 @@ def _latent_infer(
     cos: TensorType,
     sin: TensorType,
     *,
+    cache: TensorType | None = None,
+    slots: TensorType | None = None,
+    positions: TensorType | None = None,
+    page_table: TensorType | None = None,
     eps: float,
     form: str,
 ) -> Types:
@@ -174,7 +186,7 @@ def _latent_infer(
             f"mla_latent: expected kv of {norm_weight.shape[0]} + 2 · {cos.shape[1]} columns, "
             f"found {kv}"
         )
-    return (kv,)
+    return (kv, *append_rows(kv_append.infer, (kv,), (cache,), (slots, positions, page_table)))
 
 
 def _latent_reference(
@@ -183,16 +195,24 @@ def _latent_reference(
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
+    cache: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
     eps: float,
     form: str,
-) -> tuple[torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     rank = norm_weight.shape[0]
     (c_kv,) = rms_norm.reference(kv[:, :rank], weight=norm_weight, eps=eps)
     (k_pe,) = rope.reference(kv[:, rank:], cos, sin, form=form)
-    return (torch.cat((c_kv, k_pe), -1),)
+    row = torch.cat((c_kv, k_pe), -1)
+    index = (slots, positions, page_table)
+    return (row, *append_rows(kv_append.reference, (row,), (cache,), index))
 
 
 def _latent_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    """Of the cache it writes the rows, which count as the result, alone."""
+    operands, results = without_caches(operands, results, ("cache",))
     return Cost(4 * operands["kv"].numel, moved(operands, results))
 
 
@@ -203,5 +223,9 @@ mla_latent = Op(
     _latent_reference,
     _latent_cost,
     tuple(Sample((_KV, _NORM, _TABLE, _TABLE), {"eps": 1e-6, "form": form}) for form in FORMS),
-    axes=rule("kv[t,c] norm_weight[r] cos[t,f] sin[t,f] -> [t,c]; c r f whole"),
+    caches=("cache",),
+    axes=rule(
+        "kv[t,c] norm_weight[r] cos[t,f] sin[t,f] cache[p,z,w]? slots[t]? positions[t]? "
+        "page_table[a,b]? -> [t,c], [p,z,w]; c r f p z w a b whole; t whole if slots"
+    ),
 )

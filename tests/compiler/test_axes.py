@@ -10,7 +10,7 @@ import torch
 from ingot.compiler.axes import Axes, Dims, position, reshaped, rule
 from ingot.compiler.interpret import random_tensor
 from ingot.compiler.ir import Node, Op, Sample
-from ingot.compiler.ops import attention, linear, mla, moe, pointwise, rope, shape
+from ingot.compiler.ops import attention, heads, linear, mla, moe, pointwise, rope, shape
 from ingot.compiler.ops.aten import aten_op
 from ingot.compiler.ops.leaf import param
 from ingot.compiler.types import TensorType, symbol
@@ -83,6 +83,17 @@ def cached() -> Iterator[Case]:
         node, values = case(op, OpCase.of(op, Sample((*floats, *index_types), named)))
         at = len(floats)
         yield node, [*values[:at], *index, *values[at + len(index) :]]
+    places = dict(zip(("slots", "positions", "page_table"), index_types, strict=True))
+    k_and_v = {"cache_1": caches[0], "cache_2": caches[1], "heads": (3, 2, 2), "dims": (8, 8, 6)}
+    summed = {"norm": t(10), "delta": t(5, 10), "eps": 1e-5}
+    row = (t(5, 14), t(10), t(5, 2), t(5, 2))
+    for op, floats, named in (
+        (heads.project_heads, (t(5, 10), t(52, 10)), k_and_v),
+        (heads.project_heads, (t(5, 10), t(52, 10)), {**k_and_v, **summed}),
+        (mla.mla_latent, row, {"cache": latent[2], "eps": 1e-5, "form": "half"}),
+    ):
+        node, values = case(op, OpCase.of(op, Sample(floats, {**named, **places})))
+        yield node, [*values[: -len(index)], *index]
 
 
 def more_cases() -> list[tuple[Op, OpCase]]:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from ingot.compiler.ir import Op
 from ingot.compiler.ops import linear, moe, norm, rope
 from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.heads import NORM_OF, project_heads
+from ingot.compiler.ops.leaf import param
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.types import TensorType, VerifyError, symbol
 from op_cases import Case
@@ -244,6 +246,11 @@ def t(*shape: Any, dtype: str = "f32") -> TensorType:
 
 QKV: dict[str, Any] = {"heads": (2, 1, 1), "dims": (4, 4, 4)}
 TABLES = {"cos": t(T, 2), "sin": t(T, 2)}
+PLACES = {
+    "slots": t(T, dtype="i32"),
+    "positions": t(T, dtype="i32"),
+    "page_table": t(2, 3, dtype="i32"),
+}
 TURN: dict[str, Any] = {**TABLES, "rotate": (True, True, False), "form": "half"}
 ROUTER: dict[str, Any] = {k: CHOICE[k] for k in ("k", "score", "normalize", "dtype", "logits")}
 REFUSALS: dict[str, tuple[Op, tuple[TensorType, ...], dict[str, Any], str]] = {
@@ -253,6 +260,24 @@ REFUSALS: dict[str, tuple[Op, tuple[TensorType, ...], dict[str, Any], str]] = {
     "rows": (project_heads, (X, t(17, 8)), QKV, r"weight \[16, K\]"),
     "dtype": (project_heads, (X, t(16, 8, dtype="bf16")), QKV, "of its dtype"),
     "bias": (project_heads, (X, t(16, 8)), {**QKV, "bias": t(8)}, r"bias \[16\]"),
+    "a cache without places": (
+        project_heads,
+        (X, t(16, 8)),
+        {**QKV, "cache_1": t(6, 4, 1, 4)},
+        "found 1 caches, 1 of results, and 0 of these three",
+    ),
+    "a cache of no part": (
+        project_heads,
+        (X, t(16, 8)),
+        {"heads": (4,), "dims": (4,), "cache_1": t(6, 4, 1, 4), **PLACES},
+        "found 1 caches, 0 of results, and 3 of these three",
+    ),
+    "a cache of other heads": (
+        project_heads,
+        (X, t(16, 8)),
+        {**QKV, "cache_1": t(6, 4, 2, 4), **PLACES},
+        "expected rows .* that fit cache",
+    ),
     "head norm": (
         project_heads,
         (X, t(16, 8)),
@@ -353,3 +378,19 @@ def test_costs_are_those_of_the_ops() -> None:
     args = (t(5, 8), t(6, 8), t(8))
     case = Case(moe_gating, args, {**ROUTER, "eps": 0.1}, ("norm",))
     assert case.cost(args, case.types(args)).flops == 2 * 5 * 6 * 8 + 8 * 5 * 6 + 4 * 5 * 8
+
+
+def test_rows_for_a_cache_are_priced_once() -> None:
+    """The product writes them as results or into the cache; the cache itself does not move."""
+    x, w = (param(name=n, type=type_) for n, type_ in (("x", X), ("w", t(16, 8))))
+    plain = project_heads.node((x, w), QKV)
+    places = {n: param(name=n, type=type_) for n, type_ in PLACES.items()}
+    caches = {n: param(name=n, type=t(600, 64, 1, 4)) for n in ("cache_1", "cache_2")}
+    node = project_heads.node((x, w), {**QKV, **caches, **places})
+    assert [(a.row, node.args[a.cache], a.updated) for a in node.appends] == [
+        (1, caches["cache_1"], 3),
+        (2, caches["cache_2"], 4),
+    ]
+    index = sum(p.type.nbytes for p in places.values())
+    assert sympy.simplify(node.cost.bytes - plain.cost.bytes - index) == 0
+    assert node.cost.flops == plain.cost.flops

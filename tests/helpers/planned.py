@@ -49,7 +49,7 @@ class ReferenceBackend:
         shape: Any = bound.types[0].shape
         return replace(source, shape=shape) if isinstance(source, Slice) else None
 
-    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice, ...]) -> None:
+    def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Any, ...]) -> None:
         """See Backend.emit."""
         node, args = bound.node, bound.args
         types: list[Any] = [a.type.bind(builder.binding) for a in node.args]

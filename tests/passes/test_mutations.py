@@ -232,6 +232,12 @@ MUTATIONS: dict[str, Mutation] = {
     "gate rows by turns, up rows not": Mutation(
         "llama", "weight-in-tiles", "mxfp4_tiled", without("gated"), BF16, True, NVIDIA
     ),
+    "appended one position on": Mutation(
+        MLA, "fuse-kv-append", "mla_latent", first_more(6), target=NVIDIA
+    ),
+    "keys in the cache of values": Mutation(
+        "llama", "fuse-kv-append", "project_heads", exchanged("cache_1", "cache_2"), target=NVIDIA
+    ),
 }
 
 
