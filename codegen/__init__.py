@@ -7,6 +7,5 @@ for one bucket), `memory` (lifetimes, donation, places in the arena) and `consta
 become when they are loaded). `kernel_backend` turns nodes into launches. It asks `templates` (a
 folder: Triton kernels) by way of `select` in the terms of `kernel_query`, and takes the cheapest by
 `prices`; what a template names is a `kernel_source`, and `build` compiles it. Element-wise ops need
-no template: `regions` groups those that one launch computes, and `pointwise` generates its kernel
-out of their `expressions`.
+no template: `pointwise` generates the kernel of one, or of a region, out of their `expressions`.
 """

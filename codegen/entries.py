@@ -6,7 +6,6 @@ what a node becomes is the backend's business.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -81,20 +80,6 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class BoundGroup:
-    """Nodes that one launch computes, arguments before users, with everything bound.
-
-    `attrs` are each node's, `places` say where the values from outside are, in the order of their
-    first use; `outputs` are the values that not only nodes of the group read.
-    """
-
-    nodes: tuple[Node, ...]
-    attrs: tuple[Mapping[str, Any], ...]
-    places: Mapping[Value, Place]
-    outputs: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
 class Choice:
     """How a node of one entry is computed: the names of its kernels, why, and an estimate; and what
     would have been second, with its price."""
@@ -116,11 +101,6 @@ class Backend(Protocol):
         """The kernels of all launches so far, by id."""
         ...
 
-    def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
-        """All of `nodes` in an order in which to emit them, together where one launch computes
-        several."""
-        ...
-
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """The codes and scales that `node` reads in place of its argument at `position`.
 
@@ -134,12 +114,6 @@ class Backend(Protocol):
 
     def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice | None, ...]) -> None:
         """Launch what computes the node into `results`: None for rows that only caches take."""
-        ...
-
-    def emit_group(
-        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...]
-    ) -> None:
-        """Launch what computes a group of several nodes into `results`, one an output."""
         ...
 
     def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
@@ -178,12 +152,9 @@ class EntryBuilder:
             bound: Any = value.type.bind({})
             self.at[value] = Slice(name, bound.dtype, bound.shape)
         fixed = self.constant_nodes
-        nodes = [n for n in self.graph.nodes() if n.op is not param and n not in fixed]
-        for group in self.backend.groups(nodes):
-            if len(group) == 1:
-                self._add(group[0], uses)
-            else:
-                self._add_group(group, uses)
+        for node in self.graph.nodes():
+            if node.op is not param and node not in fixed:
+                self._add(node, uses)
         self._copy_outputs()
         self._copy_updates()
         return self._place()
@@ -223,24 +194,6 @@ class EntryBuilder:
         )
         self.backend.emit(bound, self, results)
         self.at.update((v, r) for v, r in zip(node.results, results, strict=True) if r)
-
-    def _add_group(self, nodes: tuple[Node, ...], uses: Mapping[Value, int]) -> None:
-        inside = set(nodes)
-        used = Counter(a for node in nodes for a in node.args)
-        places = {
-            arg: self._place_of(node, i)
-            for node in nodes
-            for i, arg in enumerate(node.args)
-            if arg.node not in inside
-        }
-        outputs = tuple(
-            v for node in nodes for v in node.results if not used[v] or uses[v] > used[v]
-        )
-        attrs = [{k: bind_attr(v, self.binding) for k, v in n.attrs.items()} for n in nodes]
-        group = BoundGroup(nodes, tuple(attrs), places, outputs)
-        results = tuple(map(self._memory_of, outputs))
-        self.backend.emit_group(group, self, results)
-        self.at.update(zip(outputs, results, strict=True))
 
     def _place_of(self, node: Node, position: int) -> Place:
         arg = node.args[position]

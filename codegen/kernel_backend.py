@@ -16,12 +16,13 @@ from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Node, Value
 from ..compiler.ops.mxfp4 import mxfp4
 from ..compiler.ops.mxfp4_fragments import mxfp4_tiled
+from ..compiler.ops.region import region
 from ..compiler.ops.shape import expand, permute, slice_, view
 from ..compiler.target import Target
 from ..compiler.types import TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice, entry_name
 from .build import build
-from .entries import Bound, BoundGroup, Choice, EntryBuilder, PackedSlice, Place
+from .entries import Bound, Choice, EntryBuilder, PackedSlice, Place
 from .kernel_query import (
     Append,
     Arg,
@@ -40,8 +41,6 @@ from .kernel_query import (
     dense_strides,
 )
 from .kernel_source import KernelSource, map_leaves
-from .pointwise import computed, fusible, region_of
-from .regions import grouped
 from .select import PACKED_WEIGHTS, copied, select
 
 # Vector loads want addresses that are multiples of this many bytes.
@@ -85,10 +84,6 @@ class KernelBackend:
         self.from_cache = told[0]
         return {id_: built[source] for id_, source in sources.items()}
 
-    def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
-        """See Backend.groups: element-wise ops over one shape share a launch."""
-        return grouped(nodes, fusible)
-
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """See Backend.packed."""
         weight = node.args[position]
@@ -124,7 +119,7 @@ class KernelBackend:
                 assert isinstance(source, Slice)
                 self._copy(source, target, builder, f"copy {node.source}")
             args = (*results, *args[len(results) :])
-        label = f"{node.op.name} {node.source}".strip()
+        label = f"{_label(node)} {node.source}".strip()
         query = KernelQuery(
             node.op,
             dict(bound.attrs),
@@ -150,19 +145,6 @@ class KernelBackend:
             args = tuple(self._dense(a, builder, copying) for a in args)
             query = replace(query, args=tuple(map(operand, args)))
             chosen = select(query)
-        if isinstance(chosen, Declined):
-            raise NoKernelError(f"{label}: {chosen.reason}")
-        self._launch(chosen, args, results, label, builder)
-
-    def emit_group(
-        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...]
-    ) -> None:
-        """See Backend.emit_group. NoKernelError where a step has no expression."""
-        label = "+".join(node.op.name for node in group.nodes)
-        label = f"{label} {group.nodes[-1].source}".strip()
-        args = tuple(group.places.values())
-        region = region_of(group, tuple(map(operand, args)), tuple(map(operand, results)))
-        chosen = computed(region, self.target)
         if isinstance(chosen, Declined):
             raise NoKernelError(f"{label}: {chosen.reason}")
         self._launch(chosen, args, results, label, builder)
@@ -194,7 +176,7 @@ class KernelBackend:
         kept = frozenset(i for i, result in enumerate(results) if result)
         caches = {row.row: row.updated for row in appends}
         query = replace(query, append=Append(caches, slots, positions, page_table, kept))
-        label = f"{node.op.name}+kv_append {node.source}".strip()
+        label = f"{_label(node)} {node.source}".strip()
         self._compute(query, args, results, label, builder)
 
     def _dense(self, place: Place, builder: EntryBuilder, label: str) -> Place:
@@ -278,6 +260,13 @@ class KernelBackend:
             call.num_stages,
             call.overlaps and self.target.name.startswith("cuda"),
         )
+
+
+def _label(node: Node) -> str:
+    """The ops that a node stands for."""
+    if node.op is region:
+        return "+".join(name for name, *_ in node.attrs["steps"])
+    return f"{node.op.name}+kv_append" if node.appends else node.op.name
 
 
 def operand(place: Place) -> Operand:

@@ -15,12 +15,9 @@ from math import prod
 from typing import Any
 
 from ..compiler.dtypes import DTYPES
-from ..compiler.ir import Node, Value
-from ..compiler.ops.glu import glu
-from ..compiler.ops.pointwise import POINTWISE
-from ..compiler.ops.shape import arange, full
+from ..compiler.ops.region import STEP_OPS, step_types
 from ..compiler.target import Target
-from .entries import BoundGroup
+from ..compiler.types import TensorType
 from .expressions import EXPRESSIONS, HELD, Typed, number, rounded, stored
 from .kernel_query import (
     Arg,
@@ -35,9 +32,6 @@ from .kernel_query import (
 from .prices import LAUNCH_SECONDS
 from .templates.generated import from_text
 from .templates.rowwise.copy import merged, unit_of
-
-# Ops that a step may be.
-OPS = frozenset(op.name for op in (*POINTWISE, glu, full, arange))
 
 # Elements a program: enough programs to fill a device come before long vectors.
 _SMALL_BLOCK, _BLOCK = 256, 1024
@@ -198,25 +192,26 @@ def _operands(step: Step, values: Sequence[Typed]) -> list[Typed]:
     return [o if o.value is None else Typed(number(o.value, dtype), dtype, o.value) for o in given]
 
 
-def fusible(node: Node) -> bool:
-    """Whether a node may be a step of a region."""
-    known = [*node.types, *(a.type for a in node.args)]
-    return node.op.name in OPS and all(t.dtype in HELD for t in known)
+def region(query: KernelQuery) -> Candidate | Declined:
+    """A region: literals in its body are operands behind its own."""
+    first, steps = len(query.args), query.attrs["steps"]
+    literals = [i for _, inputs, *_ in steps for i in inputs if isinstance(i, tuple)]
+    places = iter(range(first, first + len(literals)))
 
+    def place(number: int | tuple[str, Any]) -> int:
+        if isinstance(number, tuple):
+            return next(places)
+        return number + (len(literals) if number >= first else 0)
 
-def region_of(group: BoundGroup, args: tuple[Operand, ...], results: tuple[Operand, ...]) -> Region:
-    """A group of nodes as a region; `args` lie as its places in order, `results` as its outputs."""
-    at = {value: i for i, value in enumerate(group.places)}
-    at |= {Value(node): len(at) + i for i, node in enumerate(group.nodes)}
-    steps = tuple(
-        Step(node.op.name, attrs, tuple(at[a] for a in node.args), node.types[0].dtype)
-        for node, attrs in zip(group.nodes, group.attrs, strict=True)
+    args = (*query.args, *(Operand(TensorType(dtype, ()), (), n) for dtype, n in literals))
+    types = step_types([a.type for a in query.args], steps)
+    body = tuple(
+        Step(name, dict(named), tuple(map(place, inputs)), type_.dtype)
+        for (name, inputs, *named), type_ in zip(steps, types, strict=True)
     )
-    kept = tuple(
-        (at[value] - len(args), result.strides)
-        for value, result in zip(group.outputs, results, strict=True)
-    )
-    return Region(results[0].shape, args, steps, kept)
+    kept = zip(query.attrs["outputs"], query.results, strict=True)
+    outputs = tuple((number - first, result.strides) for number, result in kept)
+    return computed(Region(query.results[0].shape, args, body, outputs), query.target)
 
 
 def pointwise(query: KernelQuery) -> Candidate | Declined:
@@ -228,4 +223,4 @@ def pointwise(query: KernelQuery) -> Candidate | Declined:
     return computed(region, query.target)
 
 
-TEMPLATES = dict.fromkeys(sorted(OPS), (pointwise,))
+TEMPLATES = {**dict.fromkeys(sorted(STEP_OPS), (pointwise,)), "region": (region,)}

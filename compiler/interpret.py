@@ -12,7 +12,7 @@ from .ir import Graph, Node, Value
 from .ops.collective import Communicator
 from .ops.leaf import constant, param
 from .ops.shape import view
-from .torch_types import dtype_name, torch_dtype
+from .torch_types import dtype_name, literals_as_tensors, torch_dtype
 from .types import TensorType, VerifyError, bind_attr, evaluate, free_symbols
 from .weights import Weights
 
@@ -66,7 +66,8 @@ def compute(
 
     `communicator` is this rank's way to the others, for collectives.
     """
-    required, optional = node.taken(_literals_as_tensors(node, args))
+    given = literals_as_tensors(args, [a.type.dtype for a in node.args])
+    required, optional = node.taken(given)
     line = {"communicator": communicator} if node.op.collective else {}
     results = node.op.reference(*required, **optional, **_attrs(node, binding), **line)
     for result, type_ in zip(results, node.types, strict=True):
@@ -80,24 +81,6 @@ def compute(
 
 def _attrs(node: Node, binding: Mapping[str, int]) -> dict[str, Any]:
     return {k: bind_attr(v, binding) for k, v in node.attrs.items()}
-
-
-def _literals_as_tensors(node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`args` with the numbers of literals as tensors, unless a tensor beside them has their dtype.
-
-    Only there does torch give the result that dtype for a plain number.
-    """
-    beside = {a.type.dtype for a, x in zip(node.args, args, strict=True) if _is_tensor(x)}
-    return tuple(
-        x
-        if _is_tensor(x) or a.type.dtype in beside
-        else torch.tensor(x, dtype=torch_dtype(a.type.dtype))
-        for a, x in zip(node.args, args, strict=True)
-    )
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
 
 
 class Interpreter:

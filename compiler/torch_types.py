@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from .dtypes import DTYPES
@@ -28,6 +31,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 def type_of(tensor: torch.Tensor) -> TensorType:
     """The IR type of a concrete tensor."""
     return TensorType(dtype_name(tensor.dtype), tuple(tensor.shape))
+
+
+def literals_as_tensors(args: Sequence[Any], dtypes: Sequence[str]) -> tuple[Any, ...]:
+    """`args` with the numbers of literals as tensors, unless a tensor beside them has their dtype.
+
+    Only there does torch give the result that dtype for a plain number.
+    """
+    beside = {d for d, x in zip(dtypes, args, strict=True) if isinstance(x, torch.Tensor)}
+    return tuple(
+        x if isinstance(x, torch.Tensor) or d in beside else torch.tensor(x, dtype=torch_dtype(d))
+        for d, x in zip(dtypes, args, strict=True)
+    )
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

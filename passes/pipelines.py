@@ -26,6 +26,7 @@ from .raising.raise_ops import RaiseOps
 from .serving.gather_logits import GatherLogits
 from .serving.insert_kv_cache import InsertKvCache
 from .serving.sample_on_device import SampleOnDevice
+from .target.fuse_elementwise import FuseElementwise
 from .target.fuse_kv_append import FuseKvAppend
 from .target.lay_out_weights import LayOutWeights
 from .transforms.absorb_mla import AbsorbMla
@@ -48,7 +49,7 @@ FUSIONS: tuple[Pass, ...] = (
     FuseNormLinear(),
 )
 # What a GPU wants of the final graph, whatever the passes before; the cpu interprets it without.
-TARGET: tuple[Pass, ...] = (LayOutWeights(), FuseKvAppend())
+TARGET: tuple[Pass, ...] = (LayOutWeights(), FuseKvAppend(), FuseElementwise())
 
 
 def _moving(graph: Graph) -> Iterator[tuple[Node, str]]:

@@ -4,7 +4,8 @@
 · `glu` · `attention` · `mla` attention over a latent · `moe` · `mxfp4` packed weights, and in the
 order of tensor cores `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange ·
 `sampling` the next token · `heads` of attention and `gating` of experts with their product,
-`prologue` what these and `linear` share · `aten` any other functional torch operator.
+`prologue` what these and `linear` share · `region` element-wise ops as one node · `aten` any other
+functional torch operator.
 """
 
 from . import (
@@ -24,6 +25,7 @@ from . import (
     norm,
     pointwise,
     reduce,
+    region,
     rope,
     sampling,
     shape,
@@ -46,6 +48,7 @@ __all__ = [
     "norm",
     "pointwise",
     "reduce",
+    "region",
     "rope",
     "sampling",
     "shape",

@@ -1,4 +1,4 @@
-"""Regions of element-wise ops: what is grouped, in which order, and what it computes."""
+"""Regions of element-wise ops: their launches, in which order, and what they compute."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from ingot.codegen.build import build_one
 from ingot.codegen.kernel_backend import NoKernelError
 from ingot.codegen.kernel_query import Candidate, Operand
 from ingot.codegen.lower import lower
-from ingot.codegen.pointwise import Region, Step, computed, fusible
-from ingot.codegen.regions import grouped
+from ingot.codegen.pointwise import Region, Step, computed
 from ingot.compiler.interpret import interpret, random_tensor
 from ingot.compiler.ir import Graph
-from ingot.compiler.ops import pointwise as ops
 from ingot.compiler.ops.aten import aten_op
-from ingot.compiler.ops.leaf import literal, param
-from ingot.compiler.ops.reduce import amax
+from ingot.compiler.ops.leaf import param
 from ingot.compiler.target import target_of
 from ingot.compiler.text import parse
-from ingot.compiler.types import TensorType, symbol
+from ingot.compiler.types import TensorType
 from ingot.compiler.weights import Weights
 from ingot.runtime.program import STEP
 from interpreted import InterpretedBackend, InterpretedDriver
 from kernel_checks import ALL_TARGETS
+from pass_checks import for_target
+from random_regions import dags
 from triton.backends.compiler import GPUTarget
 
 
@@ -41,7 +40,8 @@ def lowered_graph(text: str, binding: dict[str, int], target: str = "cuda:sm_90"
     outputs = [f"out{i}" for i in range(len(graph.outputs))]
     chosen = target_of(target)
     backend = InterpretedBackend(chosen)
-    lowered = lower(graph, Weights({}), chosen, [binding], outputs, backend=backend)
+    fused = for_target(graph, chosen)
+    lowered = lower(fused, Weights({}), chosen, [binding], outputs, backend=backend)
     return graph, lowered, backend
 
 
@@ -88,7 +88,8 @@ def test_buckets_share_a_region() -> None:
     graph = parse(CHAIN)
     backend = InterpretedBackend(target_of("cuda:sm_90"))
     bindings = [{"T": t} for t in (2, 6, 64)]
-    lower(graph, Weights({}), backend.target, bindings, ("a", "b"), backend=backend)
+    fused = for_target(graph, backend.target)
+    lower(fused, Weights({}), backend.target, bindings, ("a", "b"), backend=backend)
     names = [s.function.__name__ for s in backend.sources.values()]
     assert names.count("pointwise_mul_add_mul_and_5") == 1
 
@@ -152,65 +153,19 @@ def test_a_long_chain_is_cut() -> None:
     assert [label.count("+") + 1 for label in labels(lowered)] == [16, 16, 9]
 
 
-EXACT = (ops.add, ops.sub, ops.mul, ops.maximum, ops.minimum)
-
-
-@st.composite
-def dags(draw_: Any) -> Graph:
-    """Element-wise ops over [T, 12] and its rows and columns, between sums that end regions."""
-    dtype = draw_(st.sampled_from(("bf16", "f16", "f32")))
-    t = symbol("T")
-    shapes = ((t, 12), (12,), (t, 1), (t, 12))
-    params = [param(name=f"p{i}", type=TensorType(dtype, s)) for i, s in enumerate(shapes)]
-    values = list(params)
-    for _ in range(draw_(st.integers(2, 14))):
-        a, b = draw_(st.sampled_from(values)), draw_(st.sampled_from(values))
-        kind = draw_(st.sampled_from(("two", "two", "two", "number", "one", "choice", "amax")))
-        if kind == "two":
-            new = draw_(st.sampled_from(EXACT))(a, b)
-        elif kind == "number":
-            scale = literal(value=draw_(st.sampled_from((0.3, -2.0, 1e-3))), dtype=dtype)
-            new = ops.mul(a, scale)
-        elif kind == "one":
-            new = draw_(st.sampled_from((ops.neg, ops.abs_, ops.relu)))(a)
-        elif kind == "choice":
-            new = ops.where(ops.lt(a, b), a, b)
-        elif a.type.shape == (t, 12):
-            new = amax(a, dim=-1, keepdim=True)
-        else:
-            new = ops.neg(a)
-        values.append(new)
-    made = values[len(params) :]
-    chosen = draw_(st.lists(st.sampled_from(made), min_size=1, max_size=3, unique=True))
-    return Graph("drawn", tuple(params), tuple(chosen), {"T": range(1, 65)})
-
-
 @given(dags(), st.sampled_from((1, 2, 5)), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
 def test_any_dag_computes_what_its_ops_do(graph: Graph, tokens: int, seed: int) -> None:
     chosen = target_of("cuda:sm_90")
     outputs = [f"out{i}" for i in range(len(graph.outputs))]
     backend = InterpretedBackend(chosen)
-    lowered = lower(graph, Weights({}), chosen, [{"T": tokens}], outputs, backend=backend)
+    fused = for_target(graph, chosen)
+    lowered = lower(fused, Weights({}), chosen, [{"T": tokens}], outputs, backend=backend)
     generator = torch.Generator().manual_seed(seed)
     inputs = {
         p.attrs["name"]: random_tensor(p.type.bind({"T": tokens}), generator) for p in graph.params
     }
     agree(graph, lowered, inputs)
-
-
-@given(dags())
-@settings(max_examples=60, deadline=None)
-def test_groups_are_convex_and_in_order(graph: Graph) -> None:
-    nodes = [n for n in graph.nodes() if n.op not in (param, literal)]
-    groups = grouped(nodes, fusible)
-    assert Counter(n for g in groups for n in g) == Counter(nodes)
-    place = {n: i for i, g in enumerate(groups) for n in g}
-    for node in nodes:
-        assert all(place[a.node] <= place[node] for a in node.args if a.node in place)
-    for group in groups:
-        assert len(group) == 1 or all(fusible(n) for n in group)
-        assert len({n.types[0].shape for n in group}) == 1
 
 
 def test_equal_regions_are_one_kernel() -> None:

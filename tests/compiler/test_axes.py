@@ -50,7 +50,7 @@ MORE: list[tuple[Op, Sample]] = [
     (aten_op("aten.view_as_real.default"), Sample((t(3, 4, dtype="c64"),))),
 ]  # fmt: skip
 # Ops without a rule, and those whose operands hang together (CACHED).
-OPAQUE = {"param", "constant", "literal", "mxfp4_fragments", "mxfp4_tiled"}
+OPAQUE = {"param", "constant", "literal", "mxfp4_fragments", "mxfp4_tiled", "region"}
 Case = tuple[Node, list[torch.Tensor]]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ingot.codegen.entries import Bound, BoundGroup, Choice, EntryBuilder
+from ingot.codegen.entries import Bound, Choice, EntryBuilder
 from ingot.codegen.lower import Lowered, lower
 from ingot.compiler.ir import Graph, Node, Value, show_attr
 from ingot.compiler.ops.shape import view
@@ -34,10 +34,6 @@ class ReferenceBackend:
     def kernels(self) -> Mapping[str, Kernel]:
         """See Backend.kernels."""
         return self._kernels
-
-    def groups(self, nodes: Sequence[Node]) -> Sequence[tuple[Node, ...]]:
-        """See Backend.groups: references compute one node at a time."""
-        return [(node,) for node in nodes]
 
     def packed(self, node: Node, position: int) -> tuple[Value, Value] | None:
         """References compute with numbers: no packed weight is read as it is."""
@@ -61,12 +57,6 @@ class ReferenceBackend:
         label = f"{node.op.name} {node.source}".strip()
         reads = [a for a in args if isinstance(a, Slice)]
         builder.launch(Launch(id_, given, label=label), reads, results)
-
-    def emit_group(
-        self, group: BoundGroup, builder: EntryBuilder, results: tuple[Slice, ...]
-    ) -> None:
-        """See Backend.emit_group; ValueError: there are no groups of several."""
-        raise ValueError(f"expected one node at a time, found {list(group.nodes)}")
 
     def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
         """See Backend.copy."""

@@ -105,6 +105,16 @@ def swapped_along(dim: int) -> Change:
     return change
 
 
+def first_step(op: str) -> Change:
+    """Another op in the place of the first of a region."""
+
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        (_, *named), *steps = node.attrs["steps"]
+        return attributes(steps=((op, *named), *steps))(node, args)
+
+    return change
+
+
 def doubled_last(node: Node, args: tuple[Value, ...]) -> Node:
     """Twice the last operand."""
     return node.rebuilt((*args[:-1], add(args[-1], args[-1])))
@@ -237,6 +247,9 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "keys in the cache of values": Mutation(
         "llama", "fuse-kv-append", "project_heads", exchanged("cache_1", "cache_2"), target=NVIDIA
+    ),
+    "another first step of a region": Mutation(
+        "gemma2", "fuse-elementwise", "region", first_step("mul"), target=NVIDIA
     ),
 }
 

@@ -1,26 +1,39 @@
-"""Which nodes one launch computes: regions of element-wise ops, and an order for them.
+"""fuse-elementwise: element-wise ops over one shape become regions, each one launch.
 
 A region is convex: nothing outside it both waits for one of its nodes and is waited for by another.
-Regions and the nodes between them then have an order in which each finds its arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import networkx as nx
 
-from ..compiler.ir import Node
+from ...compiler.dtypes import DTYPES
+from ...compiler.ir import Graph, Node, Value
+from ...compiler.ops.leaf import param
+from ...compiler.ops.region import STEP_OPS, region_of
+from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Applied
 
 # Steps of a region: more would hold too much in registers.
 LARGEST = 16
 
 
-def grouped(nodes: Sequence[Node], fusible: Callable[[Node], bool]) -> list[tuple[Node, ...]]:
-    """`nodes`, arguments before users, as groups in such an order.
+def fusible(node: Node) -> bool:
+    """Whether a node may be a step of a region: kernels know its op and its dtypes."""
+    types = (*node.types, *(a.type for a in node.args))
+    return node.op.name in STEP_OPS and all(DTYPES[t.dtype].triton for t in types)
+
+
+def grouped(nodes: Sequence[Node]) -> list[tuple[Node, ...]]:
+    """`nodes`, arguments before users, as groups, each with its nodes in their order.
 
     A fusible node joins the groups of its arguments where they have its shape and the union is
-    convex; all others stay alone. Within a group nodes keep their order.
+    convex; all others stay alone.
     """
     place = {node: i for i, node in enumerate(nodes)}
     group_of: dict[Node, int] = {}
@@ -52,10 +65,7 @@ def grouped(nodes: Sequence[Node], fusible: Callable[[Node], bool]) -> list[tupl
                 joined = other
     for group in members.values():
         group.sort(key=place.__getitem__)
-    # The order of the nodes, where groups leave a choice: each as late as its last member.
-    last = {i: place[group[-1]] for i, group in members.items()}
-    order = nx.lexicographical_topological_sort(waits, key=last.__getitem__)
-    return [tuple(members[i]) for i in order]
+    return [tuple(group) for group in members.values()]
 
 
 def _between(waits: nx.DiGraph[int], first: int, last: int) -> bool:
@@ -77,3 +87,24 @@ def _join(waits: nx.DiGraph[int], kept: int, gone: int) -> None:
     waits.add_edges_from((i, kept) for i in list(waits.predecessors(gone)) if i != kept)
     waits.add_edges_from((kept, i) for i in list(waits.successors(gone)) if i != kept)
     waits.remove_node(gone)
+
+
+def _region(nodes: tuple[Node, ...], uses: Mapping[Value, int]) -> Applied:
+    """`nodes` as one that gives what others read too, or nothing else."""
+    inside = Counter(a for node in nodes for a in node.args)
+    outputs = tuple(v for n in nodes for v in n.results if not inside[v] or uses[v] > inside[v])
+    made = region_of(nodes, outputs)
+    return Applied(FuseElementwise.name, made.args, outputs, made.results)
+
+
+@dataclass(frozen=True)
+class FuseElementwise:
+    """Element-wise ops, each an argument of another -> a region of them."""
+
+    name: ClassVar[str] = "fuse-elementwise"
+
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        fixed, uses = graph.constants(), graph.use_counts()
+        nodes = [n for n in graph.nodes() if n.op is not param and n not in fixed]
+        groups = [group for group in grouped(nodes) if len(group) > 1]
+        return context.log.apply(graph, [_region(group, uses) for group in groups])
