@@ -126,7 +126,8 @@ class Applied:
     Where the two sides mean the same only for certain inputs (one sequence in a cache of many),
     `given` says which: "zeros", or "index" for the numbers from 0 on in row-major order. `allowed`
     is the largest difference, relative to the largest result, where the two sides differ by more
-    than rounding.
+    than rounding. With `ranks`, each of them is to have the values of `before` too: what it
+    computes for them together with the others, and which values it has for those of the leaves.
     """
 
     rule: str
@@ -135,6 +136,7 @@ class Applied:
     after: tuple[Value, ...]
     given: Mapping[Value, Literal["zeros", "index"]] = field(default_factory=dict[Value, Any])
     allowed: float | None = None
+    ranks: tuple[tuple[tuple[Value, ...], Mapping[Value, Value]], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ references from the same random inputs, for several values of every symbol.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
@@ -16,15 +17,17 @@ import torch
 from .dtypes import FLOATS
 from .interpret import compute, random_tensor
 from .ir import Graph, Node, Value, walk
+from .ops.collective import Communicator
 from .ops.leaf import constant, param
 from .ops.pointwise import cast
 from .ops.shape import cat, expand, permute, slice_, view
-from .ranks import Echo
+from .ranks import Echo, run_ranks
 from .rewrite import Applied
 from .torch_types import torch_dtype, wide
 from .types import VerifyError
 
-_ROUNDS = 3
+# Draws of few tokens, for sizes that may be anything, and one of some more.
+_ROUNDS, _FEW, _SOME = 3, 9, 64
 # What an op chooses differs for few tokens where a rule is wrong in a corner (a limit on groups
 # that seldom binds): so many are drawn, at most so many at once, and then again half as many with
 # inputs of other magnitudes. An error that one token in a hundred shows is missed once in 30,000
@@ -34,14 +37,64 @@ _CHOICES, _AT_ONCE = 1024, 256
 _SLACK = 8
 
 
-def check_rewrite(graph: Graph, applied: Applied) -> None:
-    """Raise VerifyError, naming rule, region and error, when the two sides differ.
+@dataclass
+class _Order:
+    """Nodes by number, arguments before users, and the set of nodes behind each, as bits."""
 
-    `graph` is the one in which the rewrite happened, for its symbols. Weights count as inputs.
-    Floats are compared within the tolerances of the ops involved, all else exactly. Regions that
-    choose are drawn for many tokens more, of inputs of several magnitudes.
+    number: dict[Node, int] = field(default_factory=dict[Node, int])
+    behind: dict[Node, int] = field(default_factory=dict[Node, int])
+
+    def add(self, roots: tuple[Value, ...]) -> None:
+        """Number what `roots` are computed from."""
+        for node in walk(roots, self.number.__contains__):
+            if node not in self.number:
+                self.number[node] = len(self.number)
+                bits = 0
+                for arg in node.args:
+                    bits |= self.behind[arg.node] | 1 << self.number[arg.node]
+                self.behind[node] = bits
+
+
+@dataclass
+class RewriteCheck:
+    """Checks rewrites, each kind of region once: those that differ in nothing but which values they
+    are computed from have the same answer.
     """
-    frontier = _frontier(applied)
+
+    answers: dict[Any, str | None] = field(default_factory=dict[Any, "str | None"])
+    _graph: Graph | None = None
+    _order: _Order = field(default_factory=_Order)
+
+    def __call__(self, graph: Graph, applied: Applied) -> None:
+        """Raise VerifyError, naming rule, region and error, when the two sides differ.
+
+        `graph` is the one in which the rewrite happened, for its symbols. Weights count as inputs.
+        Floats are compared within the tolerances of the ops involved, all else exactly. Regions
+        that choose are drawn for many tokens more, of inputs of several magnitudes.
+
+        The inputs are drawn independently, which asks for more than need be where the new side
+        looks behind some of them: if the sides differ, it is tried with the values behind.
+        """
+        if graph is not self._graph:
+            self._graph, self._order = graph, _Order()
+            self._order.add(graph.roots)
+        found: str | None = None
+        for frontier in _frontiers(applied, self._order):
+            key = _structure(graph, applied, frontier)
+            if key not in self.answers:
+                self.answers[key] = _compared(graph, applied, frontier)
+            if (found := self.answers[key]) is None:
+                return
+        raise VerifyError(f"rule {applied.rule} {found}")
+
+
+def check_rewrite(graph: Graph, applied: Applied) -> None:
+    """One rewrite by itself; see RewriteCheck."""
+    RewriteCheck()(graph, applied)
+
+
+def _compared(graph: Graph, applied: Applied, frontier: set[Value]) -> str | None:
+    """How the two sides differ, computed from random values of the frontier; None if not."""
     domains = _domains(applied, frontier)
     for binding, spread in _rounds(graph, _chooses(applied, frontier)):
         binding.update(_equal_symbols(applied, binding))
@@ -49,15 +102,66 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
         if spread:
             inputs = {v: _scaled(x) for v, x in inputs.items()}
         before = _evaluate(applied.before, inputs, binding)
-        after = _evaluate(applied.after, inputs, binding)
-        for old, new, a, b in zip(applied.before, applied.after, before, after, strict=True):
+        after = _after(applied, inputs, binding)
+        sides = zip(applied.before, applied.after, before, strict=True)
+        for (old, new, a), b in ((s, b) for s, bs in zip(sides, after, strict=True) for b in bs):
             allowed = applied.allowed or _allowed(old, new, frontier)
             if (found := _difference(a, b)) > allowed:
-                raise VerifyError(
-                    f"rule {applied.rule} changes a result by {found:.3g} (allowed {allowed:.3g}) "
+                return (
+                    f"changes a result by {found:.3g} (allowed {allowed:.3g}) "
                     f"at {binding}:\nbefore:\n{_show(old, frontier)}"
                     f"\nafter:\n{_show(new, frontier)}"
                 )
+    return None
+
+
+def _after(
+    applied: Applied, inputs: dict[Value, torch.Tensor], binding: dict[str, int]
+) -> list[list[Any]]:
+    """The values of the new side, of each rank."""
+    if not applied.ranks:
+        return [[x] for x in _evaluate(applied.after, inputs, binding)]
+
+    def job(
+        after: tuple[Value, ...], same: Mapping[Value, Value]
+    ) -> Callable[[Communicator], list[Any]]:
+        given = inputs | {new: inputs[old] for new, old in same.items()}
+        return lambda communicator: _evaluate(after, given, binding, communicator)
+
+    found = run_ranks([job(after, same) for after, same in applied.ranks])
+    return [list(of_ranks) for of_ranks in zip(*found, strict=True)]
+
+
+def _structure(graph: Graph, applied: Applied, frontier: set[Value]) -> Any:
+    """What two regions share that compute the same, but for which values they are given."""
+    lines: list[Any] = []
+    numbers: dict[Value, int] = {}
+
+    def number(value: Value, line: Any) -> None:
+        numbers[value] = len(numbers)
+        lines.append(line)
+
+    same = {new: old for _, given in applied.ranks for new, old in given.items()}
+    roots = (*applied.before, *applied.after, *(v for after, _ in applied.ranks for v in after))
+    stack = [*reversed((*roots, *same.values()))]
+    while stack:
+        value = stack[-1]
+        if value in numbers:
+            stack.pop()
+        elif value in frontier:
+            number(value, (value.type, applied.given.get(value)))
+        elif value in same:
+            number(value, numbers[same[value]])
+        elif todo := [a for a in value.node.args if a not in numbers]:
+            stack.extend(todo)
+        else:
+            node, args = value.node, tuple(numbers[a] for a in value.node.args)
+            number(
+                value, (node.op.name, value.index, args, node.given, repr(node.attrs), node.types)
+            )
+    ends = tuple(numbers[v] for v in roots)
+    symbols = tuple((name, r.start, r.stop) for name, r in graph.symbols.items())
+    return (applied.rule, applied.allowed, symbols, ends, tuple(lines))
 
 
 # Ops that only select elements: two of them on one value are not independent, so what is drawn
@@ -65,19 +169,40 @@ def check_rewrite(graph: Graph, applied: Applied) -> None:
 _SELECTIONS = frozenset((view, permute, expand, slice_, cast))
 
 
-def _frontier(applied: Applied) -> set[Value]:
-    """The values that both sides are computed from: the region's leaves, or where the new side
-    looks behind a leaf, what lies there.
+def _frontiers(applied: Applied, order: _Order) -> Iterator[set[Value]]:
+    """The values that both sides are computed from: the region's leaves and what the new side takes
+    beside them, then, value by value, what lies behind those that may depend on the others.
     """
-    old_nodes = set(walk(applied.before))
-    new_nodes = {n for n in walk(applied.after) if n.op not in (param, constant)} - old_nodes
-    reached = {a for n in new_nodes for a in n.args if a.node not in new_nodes}
-    reached |= {v for v in applied.after if v.node not in new_nodes}
-    frontier = {v for v in (*applied.leaves, *reached) if _is_input(v)}
-    while behind := _divisible(frontier, reached, applied.given.keys()):
+    order.add((*applied.before, *applied.leaves, *applied.after))
+    old = 0
+    for value in (*applied.before, *applied.leaves):
+        old |= order.behind[value.node] | 1 << order.number[value.node]
+
+    def is_old(node: Node) -> bool:
+        return bool(old >> order.number[node] & 1)
+
+    new_nodes = [n for n in walk(applied.after, is_old) if not is_old(n)]
+    inner = {n for n in new_nodes if n.op not in (param, constant)}
+    reached = {a for n in inner for a in n.args if a.node not in inner}
+    reached |= {v for v in applied.after if v.node not in inner}
+    leaves = set(applied.leaves)
+    if applied.ranks:
+        yield leaves
+        return
+    frontier = {v for v in leaves | reached if _is_input(v)}
+    yield frontier
+    divided: set[Value] = set()
+    while behind := _divisible(frontier, reached, leaves, applied.given.keys(), order):
         frontier.discard(behind)
-        frontier |= {a for a in behind.node.args if _is_input(a)}
-    return frontier
+        divided.add(behind)
+        stack = [*behind.node.args]
+        while stack:
+            value = stack.pop()
+            if value in divided:
+                stack.extend(value.node.args)
+            elif _is_input(value):
+                frontier.add(value)
+        yield frontier
 
 
 def _is_input(value: Value) -> bool:
@@ -85,16 +210,36 @@ def _is_input(value: Value) -> bool:
     return bool(value.node.args) or value.op in (param, constant)
 
 
-def _divisible(frontier: set[Value], reached: set[Value], given: Set[Value]) -> Value | None:
-    """A value of the frontier that must not be drawn: it selects from another value, or is computed
-    from something that is drawn or used beside it.
+def _divisible(
+    frontier: set[Value],
+    reached: set[Value],
+    leaves: set[Value],
+    given: Set[Value],
+    order: _Order,
+) -> Value | None:
+    """A value of the frontier that may not be independent of the others: it selects from another
+    value, or is computed from something that is drawn or used beside it, in the fewest steps.
+    Leaves of the region are independent of one another.
     """
-    fixed = {v.node for v in (*frontier, *reached) if v not in given}
+
+    fixed = {v.node for v in frontier | reached if v not in given}
+    beside = {v.node for v in (frontier | reached) - leaves if v not in given}
+    found: dict[Value, int] = {}
     for value in frontier:
-        selects = value.op in _SELECTIONS and bool(value.node.args)
-        if selects or any(n in fixed for n in walk(value.node.args)):
-            return value
-    return None
+        others = beside if value in leaves else fixed
+        if value.op in _SELECTIONS and value.node.args:
+            found[value] = 0
+        elif order.behind[value.node] & sum(1 << order.number[n] for n in others):
+            found[value] = _steps(value.node, others)
+    return min(found, key=lambda v: (found[v], -order.number[v.node]), default=None)
+
+
+def _steps(node: Node, others: set[Node]) -> int:
+    """How many nodes back from `node` the nearest of `others` is; it is computed from one."""
+    steps, row = 1, {a.node for a in node.args}
+    while not row & others:
+        steps, row = steps + 1, {a.node for n in row for a in n.args}
+    return steps
 
 
 def _domains(applied: Applied, frontier: set[Value]) -> dict[Value, range]:
@@ -116,7 +261,8 @@ def _domains(applied: Applied, frontier: set[Value]) -> dict[Value, range]:
 def _rounds(graph: Graph, chooses: bool) -> Iterator[tuple[dict[str, int], bool]]:
     """Values of the symbols for each draw, and whether its inputs are of several magnitudes."""
     for _ in range(_ROUNDS):
-        yield _sample_symbols(graph, 9), False
+        yield _sample_symbols(graph, _FEW), False
+    yield _sample_symbols(graph, _SOME), False
     if not chooses:
         return
     for tokens, spread in ((_CHOICES, False), (_CHOICES // 2, True)):
@@ -147,7 +293,7 @@ def _sample_symbols(graph: Graph, limit: int) -> dict[str, int]:
     """Values up to `limit` within the ranges, later symbols not above earlier ones (L rows of T
     tokens): small ones are drawn at random, large ones are as large as may be."""
     binding: dict[str, int] = {}
-    least = 2 if limit < _AT_ONCE else limit
+    least = 2 if limit == _FEW else limit
     for name, bounds in graph.symbols.items():
         low = min(max(least, bounds.start), bounds.stop - 1)
         limit = random.randint(low, max(low, min(limit, bounds.stop - 1)))
@@ -179,7 +325,10 @@ def _sample(
 
 
 def _evaluate(
-    roots: Iterable[Value], inputs: dict[Value, torch.Tensor], binding: dict[str, int]
+    roots: Iterable[Value],
+    inputs: dict[Value, torch.Tensor],
+    binding: dict[str, int],
+    communicator: Communicator | None = None,
 ) -> list[Any]:
     values: dict[Value, Any] = dict(inputs)
     stack = list(roots)
@@ -192,8 +341,9 @@ def _evaluate(
             stack.extend(todo)
             continue
         # Ranks that all hold the same are ranks too: what is true of any is true of them.
-        alone = Echo(node.attrs.get("ranks", 1)) if node.op.collective else None
-        results = compute(node, tuple(values[a] for a in node.args), binding, alone)
+        echo = Echo(node.attrs.get("ranks", 1)) if node.op.collective else None
+        args = tuple(values[a] for a in node.args)
+        results = compute(node, args, binding, communicator or echo)
         values.update((k, v) for k, v in zip(node.results, results, strict=True) if k not in values)
         stack.pop()
     return [values[v] for v in roots]

@@ -14,7 +14,7 @@ from ..compiler.ir import Graph
 from ..compiler.pipeline import Pass, PassContext, PassResult, run_pipeline
 from ..compiler.target import Target
 from ..compiler.torch_types import dtype_name, torch_dtype
-from ..compiler.validate import check_rewrite
+from ..compiler.validate import RewriteCheck
 from ..passes.pipelines import STAGES, TARGET, causal_lm, of_rank
 from ..passes.serving.insert_kv_cache import InsertKvCache
 from ..passes.serving.sample_on_device import output_names
@@ -46,7 +46,7 @@ def run_passes(
     say so."""
     if context.target and context.target.is_gpu:
         passes = (*passes, *TARGET)
-    check = check_rewrite if options.verify else None
+    check = RewriteCheck() if options.verify else None
     with progress.timed("passes"):
         return run_pipeline(
             graph, passes, context, check=check, progress=progress.stage, stages=STAGES

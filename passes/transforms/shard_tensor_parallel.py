@@ -10,14 +10,16 @@ arXiv:1909.08053; Xu et al. 2021, arXiv:2105.04663).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ...compiler.ir import Graph, Node, Op, Value
+from ...compiler.ir import Graph, Node, Op, Value, walk
 from ...compiler.ops import linear, moe
 from ...compiler.ops.collective import all_gather, all_reduce
-from ...compiler.ops.leaf import param
+from ...compiler.ops.leaf import constant, param
 from ...compiler.pipeline import PassContext
+from ...compiler.rewrite import Applied
 from ..raising.canonicalize import simplified
 from .propagate_slice import Cut, cut_weight, propagate_slice, sliced
 from .shard_plan import CannotShard, Facts, Form, Plan
@@ -56,9 +58,14 @@ class ShardTensorParallel:
             raise CannotShard(f"graph @{graph.name}: the ranks would not run the same collectives")
         plan = plans[self.rank]
         plan.report(self.name, context.log)
-        log = context.log
-        mine = log.declare(graph, _Builder(plan).build(), "one rank computes its part of values")
-        return simplified(mine, log)
+        builders = {rank: _Builder(plans[rank]) for rank in range(self.ranks)}
+        # Claims are about all ranks: the first makes them, for each of the others.
+        needed = builders if self.rank == 0 else {self.rank: builders[self.rank]}
+        graphs = {rank: builder.build() for rank, builder in needed.items()}
+        claims = _claims(list(builders.values())) if self.rank == 0 else []
+        reason = "one rank computes its part of values"
+        mine = context.log.declare(graph, graphs[self.rank], reason, claims=claims)
+        return simplified(mine, context.log)
 
 
 @dataclass
@@ -135,6 +142,34 @@ class _Builder:
             build = tensor_parallel_experts if by_units else expert_parallel_experts
             return build(node, given, facts.ranks, rank)
         return _emit(node, node.op, *given, **node.attrs)
+
+
+# By induction from the parameters on, every rank has what one has.
+def _claims(builders: Sequence[_Builder]) -> list[Applied]:
+    """Each value that all ranks have whole, computed from the nearest such values before it."""
+    facts = builders[0].plan.facts
+
+    def is_whole(node: Node) -> bool:
+        return all((Value(node), "whole") in b.made for b in builders)
+
+    def leaves_of(node: Node) -> Iterator[Value]:
+        for n in walk(node.results[:1], lambda n: n is not node and is_whole(n)):
+            if n is not node and (is_whole(n) or n.op in (param, constant)):
+                yield from n.results
+
+    claims: list[Applied] = []
+    for node in filter(is_whole, facts.nodes):
+        leaves = tuple(leaves_of(node))
+        ranks = tuple(
+            (
+                tuple(b.made[value, "whole"] for value in node.results),
+                {b.made[v, "whole"]: v for v in leaves if (v, "whole") in b.made},
+            )
+            for b in builders
+        )
+        before = node.results
+        claims.append(Applied("whole-on-every-rank", leaves, before, before, ranks=ranks))
+    return claims
 
 
 def _emit(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:

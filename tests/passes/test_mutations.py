@@ -15,18 +15,23 @@ from typing import Any
 import pytest
 import torch
 from ingot.compiler.ir import Graph, Node, Op, Value, walk
+from ingot.compiler.ops.collective import all_reduce
 from ingot.compiler.ops.leaf import literal
-from ingot.compiler.ops.pointwise import add, mul
-from ingot.compiler.pipeline import PassContext, PassError, run_pipeline
+from ingot.compiler.ops.pointwise import add, ge, mul, sub
+from ingot.compiler.ops.shape import cat, slice_
+from ingot.compiler.pipeline import Pass, PassContext, PassError, run_pipeline
 from ingot.compiler.rewrite import Applied, Log
 from ingot.compiler.target import Target, target_of
-from ingot.compiler.validate import check_rewrite
+from ingot.compiler.validate import RewriteCheck
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import RAISING, TARGET, causal_lm
+from ingot.passes.raising import canonicalize
 from ingot.passes.serving import insert_kv_cache, sample_on_device
-from ingot.passes.transforms import quantize_mxfp4
+from ingot.passes.transforms import quantize_mxfp4, shard_tensor_parallel, shares
 from ingot.passes.transforms.absorb_mla import AbsorbMla
 from ingot.passes.transforms.mxfp4_policy import MXFP4
+from ingot.passes.transforms.propagate_slice import Cut
+from ingot.passes.transforms.shard_tensor_parallel import ShardTensorParallel
 from tiny_models import tiny_model
 
 # A changed node, from a node that a rule built and its operands.
@@ -154,6 +159,28 @@ def zeroed(i: int) -> Change:
     return change
 
 
+def repeated(i: int, j: int) -> Change:
+    """Operand j in place of operand i as well."""
+
+    def change(node: Node, args: tuple[Value, ...]) -> Node:
+        return node.rebuilt((*args[:i], args[j], *args[i + 1 :]))
+
+    return change
+
+
+def of_a_part(node: Node, args: tuple[Value, ...]) -> Node:
+    """The same without the last index of the dim that it works along."""
+    axis = node.attrs["dim"]
+    size: Any = args[0].type.shape[axis]
+    return node.rebuilt((slice_(args[0], dim=axis, start=0, stop=size - 1),))
+
+
+def other_rows(node: Node, args: tuple[Value, ...]) -> Node:
+    """The row before or after the wanted one, of rows 0 and 1."""
+    one = literal(value=1, dtype=args[1].type.dtype)
+    return node.rebuilt((args[0], sub(one, args[1])))
+
+
 MLA, NVIDIA = "deepseek_v3", target_of("cuda:sm_90")
 BF16 = (("dtype", torch.bfloat16),)
 MUTATIONS: dict[str, Mutation] = {
@@ -161,6 +188,7 @@ MUTATIONS: dict[str, Mutation] = {
     "equal parts of a cat in the other order": Mutation(
         "llama", "drop-unit-dims", "cat", swapped(0, 1)
     ),
+    "mean of a part of the dim": Mutation("llama", "drop-unit-dims", "mean", of_a_part),
     "eps of another norm": Mutation("llama", "rms-norm", "rms_norm", attributes(eps=0.1)),
     "norm without its weight": Mutation("llama", "rms-norm", "rms_norm", dropped("weight")),
     "halves of rope are pairs": Mutation(
@@ -188,6 +216,9 @@ MUTATIONS: dict[str, Mutation] = {
     "W_O W_UV twice": Mutation(MLA, "premultiply-output", "matmul", doubled_last),
     # how they serve
     "another row's logits": Mutation("llama", "take-before-linear", "take", zeroed(1)),
+    "the next row's logits": Mutation("llama", "take-before-linear", "take", other_rows),
+    "slots for positions, written": Mutation("llama", "cache", "kv_append", repeated(5, 4)),
+    "slots for positions, read": Mutation("llama", "cache", "cached_attention", repeated(4, 3)),
     "window off by one": Mutation(
         "mistral", "cache", "cached_attention", one_more("window"), (("sliding_window", 3),)
     ),
@@ -304,7 +335,7 @@ def test_a_broken_rule_is_caught(name: str, broken: Callable[[Mutation], list[st
     mutation = MUTATIONS[name]
     uses = broken(mutation)
     with pytest.raises(PassError) as caught:
-        compiled(mutation, check_rewrite)
+        compiled(mutation, RewriteCheck())
     assert uses
     said = str(caught.value)
     assert re.match(
@@ -367,28 +398,158 @@ def _keys_for_values(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(quantize_mxfp4, "_with_operands", changed)
 
 
-# Where, what is broken, and what the check says.
-BUILT: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "rows of other tokens": (_wrong_rows, "insert-kv-cache: rule (logit|written)-rows"),
-    "caches of each other": (_caches_swapped, "insert-kv-cache: rule written-rows"),
-    "temperature for min_p": (_temperature_for_min_p, "sample-on-device: rule greedy-sample"),
-    "top_k for top": (_top_k_for_top, "sample-on-device: rule greedy-sample"),
-    "another weight packed": (_keys_for_values, "quantize-mxfp4: rule quantize-mxfp4-product"),
+class _OtherScales:
+    """`mxfp4` with the scales of the next row."""
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+
+    def node(self, args: tuple[Value, ...], *rest: Any) -> Node:
+        codes, scales = args
+        rows = scales.type.shape[0]
+        first = slice_(scales, dim=0, start=0, stop=1)
+        others = slice_(scales, dim=0, start=1, stop=rows)
+        return self.op.node((codes, cat(others, first, dim=0)), *rest)
+
+
+def _scales_of_another_row(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(quantize_mxfp4, "mxfp4", _OtherScales(quantize_mxfp4.mxfp4))
+
+
+def _merged(*facts: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Nodes of which only these facts are equal are merged."""
+
+    def merged(graph: Graph, log: Log) -> Graph:
+        seen: dict[Any, Node] = {}
+        applied: list[Applied] = []
+        for node in graph.nodes():
+            if node.args:
+                key = (node.op, node.types, *(repr(getattr(node, fact)) for fact in facts))
+                first = seen.setdefault(key, node)
+                if first is not node and not applied:
+                    rule = "common-subexpression"
+                    applied.append(Applied(rule, node.args, node.results, first.results))
+        return log.apply(graph, applied)
+
+    def breaks(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(canonicalize, "common_subexpressions", merged)
+
+    return breaks
+
+
+def _slice_of_another_rank(patch: pytest.MonkeyPatch) -> None:
+    """The columns of row-parallel weights, of two ranks."""
+    right = shard_tensor_parallel.cut_weight
+
+    def wrong(weight: Value, cut: Cut) -> Value:
+        start = cut.start if cut.axis == 0 else cut.size - cut.start
+        return right(weight, Cut(cut.axis, start, start + cut.size))
+
+    patch.setattr(shard_tensor_parallel, "cut_weight", wrong)
+
+
+def _missing_all_reduce(patch: pytest.MonkeyPatch) -> None:
+    emit = shard_tensor_parallel._emit
+
+    def emitted(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
+        return args[0] if op is all_reduce else emit(node, op, *args, **attrs)
+
+    patch.setattr(shard_tensor_parallel, "_emit", emitted)
+
+
+def _bias_on_every_rank(patch: pytest.MonkeyPatch) -> None:
+    emit = shard_tensor_parallel._emit
+
+    def emitted(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
+        if "bias" in attrs:
+            attrs["bias"] = node.operand("bias")
+        return emit(node, op, *args, **attrs)
+
+    patch.setattr(shard_tensor_parallel, "_emit", emitted)
+
+
+def _experts_of_other_ranks_count(patch: pytest.MonkeyPatch) -> None:
+    """Choices of experts that a rank does not hold are not weighed 0."""
+    held = shares._held
+
+    def all_held(node: Node, ids: Value, mine: Cut) -> tuple[Value, Value]:
+        _, index = held(node, ids, mine)
+        return ge(index, literal(value=0, dtype=ids.type.dtype)), index
+
+    patch.setattr(shares, "_held", all_held)
+
+
+SERVING = causal_lm(
+    max_sequences=2, max_tokens_per_sequence=64, quantize=MXFP4(group=16), sample=True
+)
+SHARDED = (*RAISING, ShardTensorParallel(2, 0))
+_SHARDED = "shard-tensor-parallel: rule whole-on-every-rank"
+Breaks = Callable[[pytest.MonkeyPatch], None]
+# What is broken, in which model and pipeline, and what the check says.
+BUILT: dict[str, tuple[Breaks, str, Sequence[Pass], str]] = {
+    "nodes that differ in an attribute": (
+        _merged("args"),
+        "llama",
+        RAISING,
+        "canonicalize: rule common-subexpression",
+    ),
+    "nodes that differ in an argument": (
+        _merged("attrs"),
+        "llama",
+        RAISING,
+        "canonicalize: rule common-subexpression",
+    ),
+    "rows of other tokens": (
+        _wrong_rows,
+        "llama",
+        SERVING,
+        "insert-kv-cache: rule (logit|written)-rows",
+    ),
+    "caches of each other": (
+        _caches_swapped,
+        "llama",
+        SERVING,
+        "insert-kv-cache: rule written-rows",
+    ),
+    "temperature for min_p": (
+        _temperature_for_min_p,
+        "llama",
+        SERVING,
+        "sample-on-device: rule greedy-sample",
+    ),
+    "top_k for top": (_top_k_for_top, "llama", SERVING, "sample-on-device: rule greedy-sample"),
+    "another weight packed": (
+        _keys_for_values,
+        "llama",
+        SERVING,
+        "quantize-mxfp4: rule quantize-mxfp4-product",
+    ),
+    "scales of another row": (
+        _scales_of_another_row,
+        "llama",
+        SERVING,
+        "quantize-mxfp4: rule mxfp4-projection",
+    ),
+    "slice of another rank": (_slice_of_another_rank, "llama", SHARDED, _SHARDED),
+    "missing all_reduce": (_missing_all_reduce, "llama", SHARDED, _SHARDED),
+    "bias on every rank": (_bias_on_every_rank, "gpt_oss", SHARDED, _SHARDED),
+    "ids of other ranks count": (_experts_of_other_ranks_count, "llama", SHARDED, _SHARDED),
 }
 
 
 @pytest.mark.parametrize("name", BUILT)
 def test_what_a_pass_builds_wrong_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    breaks, message = BUILT[name]
+    breaks, model, passes, message = BUILT[name]
+    graph = traced(model, ())
+    run_pipeline(graph, passes, check=RewriteCheck())
     breaks(monkeypatch)
-    packing = MXFP4(group=16)
-    passes = causal_lm(max_sequences=2, max_tokens_per_sequence=64, quantize=packing, sample=True)
     with pytest.raises(PassError, match=rf"^pass {message} changes a result"):
-        run_pipeline(traced("llama", ()), passes, check=check_rewrite)
+        run_pipeline(graph, passes, check=RewriteCheck())
 
 
 def test_unbroken_rules_pass_the_same_check() -> None:
     seen: set[str] = set()
+    check_rewrite = RewriteCheck()
 
     def check(graph: Graph, applied: Applied) -> None:
         seen.add(applied.rule)
