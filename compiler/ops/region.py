@@ -37,12 +37,17 @@ def step_types(operands: Sequence[TensorType], steps: Steps) -> Types:
                 f"region: expected element-wise ops of operands and earlier steps, found {name} of "
                 f"{list(inputs)} after {len(types)} values"
             )
-        args = tuple(TensorType(i[0], ()) if isinstance(i, tuple) else types[i] for i in inputs)
         try:
+            args = tuple(_number(*i) if isinstance(i, tuple) else types[i] for i in inputs)
             types += STEP_OPS[name].types(args, dict(named))
         except VerifyError as error:
             raise VerifyError(f"region: {error}") from error
     return tuple(types[len(operands) :])
+
+
+def _number(dtype: str, value: Any) -> TensorType:
+    (type_,) = literal.types((), {"value": value, "dtype": dtype})
+    return type_
 
 
 def _infer(*operands: TensorType, steps: Steps, outputs: tuple[int, ...]) -> Types:

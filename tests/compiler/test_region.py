@@ -51,6 +51,8 @@ REFUSALS = {
         "expected steps over one shape",
     ),
     "other dtypes": ((("add", (0, ("f32", 1.0))),), (1,), "region: add: expected"),
+    "a number of no dtype": ((("add", (0, (1.0,))),), (1,), "region: cannot take"),
+    "a number that is none": ((("add", (0, ("bf16", "1"))),), (1,), "region: literal: "),
     "a step that is none": ((("neg",),), (1,), "region: cannot take"),
 }
 
