@@ -20,7 +20,7 @@ from .ir import Graph, Node, Value, walk
 from .ops.collective import Communicator
 from .ops.leaf import constant, param
 from .ops.pointwise import cast
-from .ops.shape import cat, expand, permute, slice_, view
+from .ops.shape import cat, expand, gather, permute, slice_, view
 from .ranks import Echo, run_ranks
 from .rewrite import Applied
 from .torch_types import torch_dtype, wide
@@ -247,8 +247,11 @@ def _domains(applied: Applied, frontier: set[Value]) -> dict[Value, range]:
     found: dict[Value, range] = {}
     roots = (*applied.before, *applied.after)
     for node in {n for root in roots for n in _region(root, frontier)}:
-        for name, domain in node.op.domain.items():
-            stack = [node.operands[name]]
+        domains = [(node.operands[name], domain) for name, domain in node.op.domain.items()]
+        if node.op is gather and node.args[0].type.shape[node.attrs["dim"]] == 1:
+            domains.append((node.args[1], range(1)))
+        for operand, domain in domains:
+            stack = [operand]
             while stack:
                 value = stack.pop()
                 if value in frontier:
