@@ -16,10 +16,40 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DIFFS = Path(__file__).parent / "extending"
-KEPT = ("compiler", "passes", "codegen", "runtime", "frontends", "examples/pico")
+ROOMS = ("compiler", "passes", "codegen", "runtime", "frontends")
+KEPT = (*ROOMS, "examples/pico", "tests/helpers")
 
 # The diff -> the files that it may touch, and what must then run.
 EXTENSIONS: dict[str, tuple[set[str], str]] = {
+    "elementwise_op": (
+        {"codegen/expressions.py", "compiler/ops/pointwise.py"},
+        """
+import torch
+from ingot.compiler.ir import Op
+from kernel_checks import build_everywhere, check_node
+softplus, x = Op.registry["softplus"], torch.randn(5, 8)
+torch.testing.assert_close(softplus.reference(x)[0], torch.nn.functional.softplus(x))
+check_node(softplus, (x,))
+build_everywhere(softplus, (x.bfloat16(),))
+""",
+    ),
+    "gemm_kernel": (
+        {"codegen/templates/gemm/__init__.py", "codegen/templates/gemm/gemv_linear.py"},
+        """
+import torch
+from unittest.mock import patch
+from ingot.codegen.templates.gemm import gemv_linear
+from ingot.codegen.templates.gemm import linear as gemm
+from ingot.compiler.ops.linear import linear
+from kernel_checks import Weight, build_everywhere, check_node
+assert gemv_linear.variant in gemm.VARIANTS
+args = torch.randn(1, 96).bfloat16(), Weight(torch.randn(50, 96).bfloat16())
+more = {"bias": Weight(torch.randn(50).bfloat16()), "residual": torch.randn(1, 50).bfloat16()}
+with patch.object(gemm, "VARIANTS", (gemv_linear.variant,)):
+    check_node(linear, args, more)
+    build_everywhere(linear, args, more)
+""",
+    ),
     "cli_command": (
         {"frontends/cli/commands/__init__.py", "frontends/cli/commands/ops.py"},
         """
@@ -64,7 +94,6 @@ def tree(tmp_path: Path) -> Path:
     copy = tmp_path / "ingot"
     for folder in KEPT:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "tests").mkdir()
     for file in ("tests/test_house.py", "tests/conftest.py"):
         shutil.copy(ROOT / file, copy / file)
     for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "CONTRIBUTING.md"):
@@ -73,7 +102,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 def run(tree: Path, *command: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(tree.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join(map(str, (tree.parent, tree / "tests" / "helpers")))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         command, cwd=tree, env=env, text=True, check=False, stdout=-1, stderr=subprocess.STDOUT
     )
