@@ -96,7 +96,7 @@ def types(**changes: str) -> tuple[TensorType, ...]:
         (types(draw="i32"), 0, r"expected draw float\[4\], found i32\[4\]"),
         (types(top="i64"), 0, r"expected top i32\[4\], found i64\[4\]"),
         (types(seen="i64"), 0, r"expected seen i32\[4, 2\], found i64\[4, 2\]"),
-        (types()[:-1], 0, "expected 9 operands, found 8"),
+        (types()[:-1], 0, "expected logits, temperature, top_k, .*, top; found"),
         (types(), 41, "expected candidates of 0 to 40, found 41"),
         (types(), -1, "expected candidates of 0 to 40, found -1"),
     ],

@@ -61,7 +61,7 @@ def hold(directory: Path, where: str, quantize: str | None) -> None:
     with model:
         check = check_model(model, reference, prompts, steps=steps, top=TOP, tolerance=None)
     equal = [p.agreed for p in check.prompts]
-    print(check.model_type, check.beside, equal, f"{check.logprob_error:.1e}", check.failures)
+    print(check.model_type, check.reference, equal, f"{check.logprob_error:.1e}", check.failures)
     assert check.ok, check.failures
     # Not all by near-ties: a quarter of the tokens at least come before the first that differs.
     assert sum(equal) >= sum(p.steps for p in check.prompts) / 4, check.prompts
@@ -122,7 +122,7 @@ def verify(directory: Path, where: str, sizes: tuple[int, ...], *arguments: str)
 def test_verify_command(where: str) -> None:
     options = ("--dtype", "bf16", "--max-tokens", "256", "--tokens", "16")
     found = verify(PICO, where, (1, 8, 64), *options)
-    assert found["ok"] and found["beside"] == "transformers" and found["tolerance"] is None
+    assert found["ok"] and found["reference"] == "transformers" and found["tolerance"] is None
     assert (found["target"] == "cpu") == (where == "cpu") and found["dtype"] == "bf16"
     assert all(p["near"] and p["steps"] == 16 for p in found["prompts"])
 
@@ -138,7 +138,7 @@ def test_verify_command_in_f32_holds_the_numbers() -> None:
 def test_verify_command_with_packed_weights() -> None:
     options = ("--dtype", "bf16", "--quantize", "mxfp4", "--max-tokens", "256", "--tokens", "16")
     found = verify(PICO, "gpu", (1, 8, 64), *options)
-    assert found["ok"] and found["beside"] == "the cpu target" and found["layers"] == []
+    assert found["ok"] and found["reference"] == "the cpu target" and found["layers"] == []
     assert found["target"] != "cpu"
 
 
@@ -157,7 +157,7 @@ def test_verify_command_with_packed_weights_interpreted(
     found = verify(
         tmp_path, "interpreted", (2, 8), *options, "--prompts", str(prompts), "--dtype", "bf16"
     )
-    assert (found["target"], found["beside"]) == (INTERPRETED_TARGET, "the cpu target")
+    assert (found["target"], found["reference"]) == (INTERPRETED_TARGET, "the cpu target")
     assert found["layers"] == [] and found["ok"] != broken, found
     (prompt,) = found["prompts"]
     assert prompt["near"] != broken and (prompt["agreed"] == 2) != broken
