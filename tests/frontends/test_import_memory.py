@@ -7,6 +7,7 @@ transformers take about half of that).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -171,7 +172,8 @@ def test_peak_memory_is_the_largest_tensor_and_one_gib(tmp_path: Path) -> None:
     try:
         _write_checkpoint(directory)
         command = [sys.executable, __file__, str(directory)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        helpers = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # are imported from there
+        run = subprocess.run(command, capture_output=True, text=True, check=False, env=helpers)
     finally:
         shutil.rmtree(directory)
     assert run.returncode == 0, run.stderr

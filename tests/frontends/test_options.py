@@ -195,10 +195,12 @@ def wrong(module: torch.nn.Module) -> None:
 
 @pytest.mark.slow
 def test_types_of_the_doors(tmp_path: Path) -> None:
-    file = tmp_path / "typed.py"
-    file.write_text(TYPED + WRONGLY, encoding="utf-8")
+    (tmp_path / "typed.py").write_text(TYPED + WRONGLY, encoding="utf-8")
+    # An editable install is found by a hook, which pyright does not run.
+    (tmp_path / "ingot").symlink_to(Path(ingot.__file__).parent, target_is_directory=True)
+    (tmp_path / "pyrightconfig.json").write_text('{"include": ["typed.py"]}', encoding="utf-8")
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
-    done = subprocess.run([*command, file], check=False, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     found = json.loads(done.stdout)["generalDiagnostics"]
     lines = sorted({d["range"]["start"]["line"] for d in found if d["severity"] == "error"})
     first = TYPED.count("\n") + 2
