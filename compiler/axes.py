@@ -81,7 +81,6 @@ def position(dims: Dims, label: str) -> int | None:
 class _Term:
     name: str
     dims: tuple[str, ...]
-    optional: bool
     added: bool
 
 
@@ -89,10 +88,8 @@ def _terms(text: str) -> tuple[_Term, ...]:
     if _TERM.sub("", text).strip(" ,"):
         raise ValueError(f"axis rule: expected name[labels] …, found {text.strip()!r}")
     return tuple(
-        _Term(
-            name, tuple(d.strip() for d in dims.split(",") if d.strip()), bool(optional), bool(plus)
-        )
-        for plus, name, dims, optional in _TERM.findall(text)
+        _Term(name, tuple(d.strip() for d in dims.split(",") if d.strip()), bool(plus))
+        for plus, name, dims, _ in _TERM.findall(text)
     )
 
 

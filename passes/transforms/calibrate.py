@@ -79,27 +79,29 @@ def calibrate(
     return _Calibration(graph, weights, options, rotate, sites, store, advance).run(sequences)
 
 
-# The rows [n, K] that matrix `part` of weight operand i is multiplied by, for each op. A head has
-# its part of every token, an expert the tokens that were sent to it.
+# The rows [n, K] that matrix `part` of weight operand i of a node is multiplied by, for each op. A
+# head has its part of every token, an expert the tokens that were sent to it.
 
 
-def _rows_of_linear(args: Sequence[Any], attrs: Mapping[str, Any], i: int, part: int) -> Any:
+def _rows_of_linear(node: Node, args: Sequence[Any], i: int, part: int) -> Any:
     return args[0].reshape(-1, args[0].shape[-1])
 
 
-def _rows_of_head(args: Sequence[Any], attrs: Mapping[str, Any], i: int, part: int) -> Any:
+def _rows_of_head(node: Node, args: Sequence[Any], i: int, part: int) -> Any:
     return args[0][:, part]
 
 
-def _rows_of_expert(args: Sequence[Any], attrs: Mapping[str, Any], i: int, part: int) -> Any:
-    x, _, indices, gate_up, _, *biases = args
-    mine = x[(indices == part).any(-1)]
-    if i == 3:
+def _rows_of_expert(node: Node, args: Sequence[Any], i: int, part: int) -> Any:
+    named = node.op.by_name(args, node.given)
+    mine = named["x"][(named["indices"] == part).any(-1)]
+    if i == node.index_of("gate_up"):
         return mine
-    return moe.expert_hidden(mine, gate_up[part], biases[0][part] if biases else None, attrs)
+    bias = named.get("gate_up_bias")
+    bias = None if bias is None else bias[part]
+    return moe.expert_hidden(mine, named["gate_up"][part], bias, node.attrs)
 
 
-_ROWS: Mapping[Op, Callable[[Sequence[Any], Mapping[str, Any], int, int], torch.Tensor]] = {
+_ROWS: Mapping[Op, Callable[[Node, Sequence[Any], int, int], torch.Tensor]] = {
     linear.linear: _rows_of_linear,
     linear.head_linear: _rows_of_head,
     moe.experts: _rows_of_expert,
@@ -290,7 +292,7 @@ class _Calibration:
         exact = list(exact)
         if (choice := _CHOSEN_BY.get(node.op)) is not None:
             exact[choice] = found[choice]
-        x, y = (_ROWS[node.op](row, node.attrs, i, part) for row in (found, exact))
+        x, y = (_ROWS[node.op](node, row, i, part) for row in (found, exact))
         if rotated:
             x, y = (hadamard.reference(z, block=ROTATED)[0] for z in (x, y))
         return x, y
