@@ -149,6 +149,3 @@ def _generation(model_files: Mapping[str, bytes]) -> dict[str, float]:
 def _item(buffer: Buffer, lowered: Lowered) -> Item:
     type_ = TensorType(buffer.dtype, buffer.shape)
     return torch_item({buffer.name: type_}, lambda: [lowered.load_weight(buffer.name)])
-
-
-__all__ = ["SHARD_BYTES", "Exportable", "export"]

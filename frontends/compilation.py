@@ -205,12 +205,3 @@ def _eos(source: Any, config: Any) -> set[int]:
         eos = getattr(holder, "eos_token_id", None)
         found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
     return found
-
-
-__all__ = [
-    "LoweredModel",
-    "graphs_by_stage",
-    "kernel_backend",
-    "lower_language_model",
-    "run_passes",
-]

@@ -90,6 +90,3 @@ def torch_weights(load: WeightLoader, buffers: Mapping[str, Buffer]) -> WeightLo
         return torch.from_numpy(array).view(torch_dtype(buffers[name].dtype))
 
     return tensor
-
-
-__all__ = ["read_cpu_program", "torch_weights"]

@@ -49,6 +49,3 @@ def present_target() -> str:
 
     found = CudaDriver.find() or HipDriver.find()
     return found if found and found in TARGETS else CPU
-
-
-__all__ = ["CPU", "NoDriverError", "driver_for", "driver_here", "present_target"]

@@ -82,6 +82,3 @@ def _tokenizer(artifact: Artifact) -> Tokenizer | None:
     except _BROKEN as error:
         first = (str(error).splitlines() or [""])[0]
         raise IngotError(f"{artifact.path}: tokenizer: {type(error).__name__}: {first}") from error
-
-
-__all__ = ["IngotError", "LoadedModel", "load"]

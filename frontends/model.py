@@ -139,6 +139,3 @@ class Plan(Compiled):
     entry: str
     graphs: Mapping[str, Graph]
     report: Report
-
-
-__all__ = ["Compiled", "Model", "Plan", "Report", "WrittenIngot", "entry_sizes"]

@@ -261,14 +261,3 @@ def keywords_of(options: type) -> Callable[[F], F]:
         return function
 
     return decorate
-
-
-__all__ = [
-    "AUTO",
-    "CompileKeywords",
-    "CompileOptions",
-    "GenerateKeywords",
-    "GenerateOptions",
-    "NotYetError",
-    "keywords_of",
-]

@@ -31,6 +31,3 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
         }
     except OSError as error:
         raise SourceError(f"{directory}: not readable: {error}") from error
-
-
-__all__ = ["TEMPLATES", "read_model_files"]

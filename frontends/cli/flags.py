@@ -81,17 +81,3 @@ def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flat.__doc__ = command.__doc__
     flat.__dict__["__signature__"] = Signature(shown)
     return flat
-
-
-__all__ = [
-    "MANY",
-    "ONE",
-    "USUAL",
-    "Directory",
-    "Json",
-    "ModelPath",
-    "Traceback",
-    "UsageError",
-    "flag_name",
-    "with_flags",
-]

@@ -76,6 +76,3 @@ def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[T
             for w in data["weights"]
         ]
         yield table("Weights, as checked", ["weight", "dtype", "shape", "size"], rows, right=(3,))
-
-
-__all__ = ["ingot_data", "ingot_lines", "ingot_tables"]

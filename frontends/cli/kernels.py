@@ -120,13 +120,3 @@ def kernel_page(step: PlannedEntry) -> tuple[list[Table], list[str]]:
     tables = [*launch_tables(step), static_table(report, title)]
     lines = [] if step.choices else [_NO_REASONS]
     return tables, [*lines, *static_lines(report)]
-
-
-__all__ = [
-    "kernel_data",
-    "kernel_page",
-    "launch_tables",
-    "static_data",
-    "static_lines",
-    "static_table",
-]

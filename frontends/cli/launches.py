@@ -287,16 +287,3 @@ def _built(kernel: Kernel, ops: tuple[str, ...], launches: int) -> BuiltKernel:
         len(kernel.binary) if isinstance(kernel.binary, bytes) else 0,
         {n: counts[n] for n in _COUNTED if n in counts},
     )
-
-
-__all__ = [
-    "BuiltKernel",
-    "LaunchSection",
-    "LaunchSummary",
-    "PlannedEntry",
-    "StaticReport",
-    "chosen_entry",
-    "sections",
-    "spilled",
-    "static_report",
-]

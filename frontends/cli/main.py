@@ -97,6 +97,3 @@ for _name, _command in COMMANDS.items():
 def main() -> None:
     """The console script."""
     app()
-
-
-__all__ = ["app", "main"]

@@ -249,19 +249,3 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     largest = float(wanted.abs().max())
     difference = float((found.float() - wanted).abs().max())
     return difference / largest if largest else difference
-
-
-__all__ = [
-    "F32_TOLERANCE",
-    "Agreement",
-    "Answer",
-    "Check",
-    "LayerCheck",
-    "PromptCheck",
-    "Reference",
-    "built_in_prompts",
-    "check_model",
-    "compare_tokens",
-    "relative_error",
-    "worst",
-]

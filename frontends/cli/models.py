@@ -47,6 +47,3 @@ def open_model(source: Path, options: CompileOptions, usual: CompileOptions) -> 
     from ..loading import load
 
     return load(source)
-
-
-__all__ = ["check_compiled", "check_options", "compile_model", "is_ingot", "open_model"]

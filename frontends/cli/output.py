@@ -84,6 +84,3 @@ def table(
     for row in rows:
         made.add_row(*map(escape, row))
     return made
-
-
-__all__ = ["THEME", "IrHighlighter", "Shown", "print_json", "table"]

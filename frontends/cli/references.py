@@ -140,6 +140,3 @@ def _interpreted(
     with torch.inference_mode():
         outputs = interpret(part, inputs, weights).outputs
     return dict(zip(ends, outputs, strict=True))
-
-
-__all__ = ["CpuReference", "TransformersReference"]

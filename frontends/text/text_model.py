@@ -167,6 +167,3 @@ class _Run:
             top_logprobs=tuple(sequence.top_logprobs),
             message=sequence.message,
         )
-
-
-__all__ = ["TextModel"]

@@ -17,5 +17,3 @@ COMMANDS: dict[str, Callable[..., Shown | None]] = {
     module.__name__.rpartition(".")[2]: module.command
     for module in (compile, run, chat, inspect, verify, quantize, doctor)
 }
-
-__all__ = ["COMMANDS"]
