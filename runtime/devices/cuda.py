@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import (
     POINTER,
     Structure,
@@ -19,12 +19,20 @@ from ctypes import (
     c_ulonglong,
     c_void_p,
 )
+from typing import Any
 
-from .device_api import DeviceError, DeviceInfo, DriverMissingError, Edge, KernelNode
-from .gpu_driver import GpuDriver
-from .native_api import HANDLE, NativeApi, handles, pointers
-
-LIBRARIES = ("libcuda.so.1", "libcuda.so")
+from .device_api import (
+    HANDLE,
+    DeviceApi,
+    DeviceError,
+    DeviceInfo,
+    DriverMissingError,
+    Edge,
+    KernelNode,
+    handles,
+    pointers,
+)
+from .graph_executable import GpuDriver
 
 
 class KernelNodeParams(Structure):
@@ -88,32 +96,6 @@ SHARED_WITHOUT_OPT_IN = 48 << 10
 # tensor memory, the end of the MPS client, unknown.
 STICKY = frozenset({4, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721, 810, 999})
 
-SHARED_NAMES = {
-    "init": "cuInit",
-    "synchronize": "cuCtxSynchronize",
-    "allocate": "cuMemAlloc_v2",
-    "free": "cuMemFree_v2",
-    "allocate_pinned": "cuMemHostAlloc",
-    "free_pinned": "cuMemFreeHost",
-    "fill": "cuMemsetD8Async",
-    "to_device": "cuMemcpyHtoDAsync_v2",
-    "to_host": "cuMemcpyDtoHAsync_v2",
-    "create_stream": "cuStreamCreate",
-    "destroy_stream": "cuStreamDestroy_v2",
-    "wait_stream": "cuStreamSynchronize",
-    "create_event": "cuEventCreate",
-    "destroy_event": "cuEventDestroy_v2",
-    "record_event": "cuEventRecord",
-    "wait_event": "cuEventSynchronize",
-    "elapsed_ms": "cuEventElapsedTime",
-    "load_module": "cuModuleLoadData",
-    "unload_module": "cuModuleUnload",
-    "get_function": "cuModuleGetFunction",
-    "create_graph": "cuGraphCreate",
-    "destroy_graph": "cuGraphDestroy",
-    "launch": "cuGraphLaunch",
-    "destroy_executable": "cuGraphExecDestroy",
-}
 OWN_SIGNATURES = {
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
@@ -142,30 +124,30 @@ ADD_NODE_SIGNATURE = (
 )
 
 
-class CudaApi(NativeApi):
+class CudaApi(DeviceApi):
     """One NVIDIA GPU, in its primary context: the one that torch uses too."""
 
+    vendor = "cuda"
     has_programmatic_edges = True
-    libraries, shared_names = LIBRARIES, SHARED_NAMES
+    libraries = ("libcuda.so.1", "libcuda.so")
     own_signatures, sticky = OWN_SIGNATURES, STICKY
 
     def __init__(self, ordinal: int = 0, libraries: Sequence[str] | None = None) -> None:
-        """See NativeApi. No context is made before `open`."""
+        """See DeviceApi. No context is made before `open`."""
         super().__init__(ordinal, libraries)
         if hasattr(self._library, ADD_NODE):
             self._functions[ADD_NODE] = self._bind(ADD_NODE, ADD_NODE_SIGNATURE)
-            self._names[ADD_NODE] = ADD_NODE
         self._context = 0
-        self._call("init", 0)
+        self.init()
         device = c_int()
-        self._call("cuDeviceGet", byref(device), ordinal)
+        self.call("cuDeviceGet", byref(device), ordinal)
         self._device = device.value
         self.info = self._read_info(ordinal)
 
     def _read_info(self, ordinal: int) -> DeviceInfo:
         name, memory = ctypes.create_string_buffer(256), c_size_t()
-        self._call("cuDeviceGetName", name, len(name), self._device)
-        self._call("cuDeviceTotalMem_v2", byref(memory), self._device)
+        self.call("cuDeviceGetName", name, len(name), self._device)
+        self.call("cuDeviceTotalMem_v2", byref(memory), self._device)
         major, minor = map(self._attribute, COMPUTE_CAPABILITY)
         x, y, z = map(self._attribute, MAX_GRID_DIM)
         return DeviceInfo(
@@ -181,7 +163,7 @@ class CudaApi(NativeApi):
 
     def _attribute(self, attribute: int) -> int:
         value = c_int()
-        self._call("cuDeviceGetAttribute", byref(value), attribute, self._device)
+        self.call("cuDeviceGetAttribute", byref(value), attribute, self._device)
         return value.value
 
     def _error_text(self, code: int) -> str:
@@ -193,26 +175,19 @@ class CudaApi(NativeApi):
         return ": ".join(words) or "a code that the driver does not know"
 
     def open(self) -> None:
-        self._context = self._create("cuDevicePrimaryCtxRetain", self._device)
+        self._context = self.create("cuDevicePrimaryCtxRetain", self._device)
 
     def close(self) -> None:
         self._context = 0
-        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+        self.call("cuDevicePrimaryCtxRelease_v2", self._device)
 
-    @contextmanager
-    def current(self) -> Generator[None]:
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
-            yield
-        except BaseException:
-            # The first of two errors is the cause: a second is ignored.
-            self._functions["cuCtxPopCurrent_v2"](byref(c_void_p()))
-            raise
-        self._create("cuCtxPopCurrent_v2")
+    def _enter(self) -> tuple[Any, ...]:
+        self.call("cuCtxPushCurrent_v2", self._context)
+        return "cuCtxPopCurrent_v2", byref(c_void_p())
 
     def allow_shared(self, function: int, nbytes: int) -> None:
         if nbytes > SHARED_WITHOUT_OPT_IN:
-            self._call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_SIZE_BYTES, nbytes)
+            self.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_SIZE_BYTES, nbytes)
 
     def add_kernel_node(self, graph: int, node: KernelNode, edges: Sequence[Edge]) -> int:
         """See DeviceApi. DriverMissingError for a programmatic edge that the driver cannot make."""
@@ -223,7 +198,7 @@ class CudaApi(NativeApi):
         )
         before = handles([edge.node for edge in edges])
         if not any(edge.programmatic for edge in edges):
-            return self._create("cuGraphAddKernelNode_v2", graph, before, len(edges), byref(kernel))
+            return self.create("cuGraphAddKernelNode_v2", graph, before, len(edges), byref(kernel))
         if ADD_NODE not in self._functions:
             raise DriverMissingError(
                 f"{self._library._name} lacks {ADD_NODE}, which programmatic edges need: "
@@ -232,12 +207,12 @@ class CudaApi(NativeApi):
         kinds = [PROGRAMMATIC_EDGE if edge.programmatic else (0, 0, 0) for edge in edges]
         data = (EdgeData * len(edges))(*(EdgeData(*kind) for kind in kinds))
         whole = GraphNodeParams(kernel=kernel)
-        return self._create(ADD_NODE, graph, before, data, len(edges), byref(whole))
+        return self.create(ADD_NODE, graph, before, data, len(edges), byref(whole))
 
     def instantiate(self, graph: int, stream: int) -> int:
-        executable = self._create("cuGraphInstantiateWithFlags", graph, 0)
+        executable = self.create("cuGraphInstantiateWithFlags", graph, 0)
         try:
-            self._call("cuGraphUpload", executable, stream)
+            self.call("cuGraphUpload", executable, stream)
         except DeviceError:
             with suppress(DeviceError):  # the first of two errors is the cause
                 self.destroy_executable(executable)

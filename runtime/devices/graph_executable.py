@@ -7,7 +7,7 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,14 @@ from ...compiler.dtypes import DTYPES
 from ..driver import Array, WeightLoader
 from ..program import Buffer, Entry, Program, Slice
 from .check_program import ProgramError, check_address, check_program, launch_place
-from .device_api import DeviceApi, DeviceError, DeviceInfo, Edge, KernelNode
+from .device_api import (
+    DeviceApi,
+    DeviceError,
+    DeviceInfo,
+    DriverMissingError,
+    Edge,
+    KernelNode,
+)
 from .gpu_memory import (
     GpuMemory,
     SelfTestError,
@@ -201,7 +208,7 @@ class GpuExecutable:
             if image not in modules:
                 modules[image] = self._api.load_module(image)
                 self._owned.callback(self._api.unload_module, modules[image])
-            function = self._api.get_function(modules[image], kernel.symbol)
+            function = self._api.get_function(modules[image], kernel.symbol.encode())
             self._api.allow_shared(function, kernel.shared)
             functions[kernel.id] = function
         return functions
@@ -357,3 +364,30 @@ def _layouts(entry: Entry) -> tuple[Layout, Layout]:
         for kind in ("input", "output")
     )
     return inputs, outputs
+
+
+class GpuDriver:
+    """Implements driver.Driver for one GPU, through the C interface `api`."""
+
+    api: ClassVar[type[DeviceApi]]
+
+    def __init__(self, ordinal: int = 0, libraries: Sequence[str] | None = None) -> None:
+        """DriverMissingError without a driver; DeviceError when there is no such device."""
+        self._ordinal, self._libraries = ordinal, libraries
+        self.info = self.api(ordinal, libraries).info
+        self.target = self.info.target
+
+    @classmethod
+    def find(cls, libraries: Sequence[str] | None = None) -> str | None:
+        """The target of device 0, such as hip:gfx942; None without such a device.
+
+        CUDA: makes no context, but starts the driver, which forked processes cannot use then.
+        """
+        try:
+            return cls(0, libraries).target
+        except (DriverMissingError, DeviceError):
+            return None
+
+    def load(self, program: Program, weights: WeightLoader) -> GpuExecutable:
+        """See Driver.load, and GpuExecutable for the other errors."""
+        return GpuExecutable(program, self.api(self._ordinal, self._libraries), weights)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from ctypes import (
     POINTER,
     Structure,
@@ -19,13 +18,19 @@ from ctypes import (
 )
 from typing import Any
 
-from .device_api import DeviceError, DeviceInfo, DriverMissingError, Edge, KernelNode
-from .gpu_driver import GpuDriver
-from .native_api import HANDLE, NativeApi, handles, pointers
+from .device_api import (
+    HANDLE,
+    DeviceApi,
+    DeviceError,
+    DeviceInfo,
+    DriverMissingError,
+    Edge,
+    KernelNode,
+    handles,
+    pointers,
+)
+from .graph_executable import GpuDriver
 
-# Versioned names first: libamdhip64.so is whatever the last development package left. If torch has
-# loaded a library of one of these names, that one is used.
-LIBRARIES = ("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so")
 # HIP numbers its versions major · 10⁷ + minor · 10⁵ + patch; graphs of older ones are unsound.
 OLDEST = 6 * 10**7 + 4 * 10**5
 
@@ -67,32 +72,6 @@ class DeviceProperties(Structure):
 # timeout, context destroyed, assert, launch failure, unknown.
 STICKY = frozenset({4, 214, 700, 702, 709, 710, 719, 999})
 
-SHARED_NAMES = {
-    "init": "hipInit",
-    "synchronize": "hipDeviceSynchronize",
-    "allocate": "hipMalloc",
-    "free": "hipFree",
-    "allocate_pinned": "hipHostMalloc",
-    "free_pinned": "hipHostFree",
-    "fill": "hipMemsetAsync",
-    "to_device": "hipMemcpyHtoDAsync",
-    "to_host": "hipMemcpyDtoHAsync",
-    "create_stream": "hipStreamCreateWithFlags",
-    "destroy_stream": "hipStreamDestroy",
-    "wait_stream": "hipStreamSynchronize",
-    "create_event": "hipEventCreateWithFlags",
-    "destroy_event": "hipEventDestroy",
-    "record_event": "hipEventRecord",
-    "wait_event": "hipEventSynchronize",
-    "elapsed_ms": "hipEventElapsedTime",
-    "load_module": "hipModuleLoadData",
-    "unload_module": "hipModuleUnload",
-    "get_function": "hipModuleGetFunction",
-    "create_graph": "hipGraphCreate",
-    "destroy_graph": "hipGraphDestroy",
-    "launch": "hipGraphLaunch",
-    "destroy_executable": "hipGraphExecDestroy",
-}
 OWN_SIGNATURES = {
     "hipRuntimeGetVersion": (POINTER(c_int),),
     "hipGetDevice": (POINTER(c_int),),
@@ -106,29 +85,31 @@ OWN_SIGNATURES = {
 TEXTS = ("hipGetErrorName", "hipGetErrorString")
 
 
-class HipApi(NativeApi):
-    """One AMD GPU, in its primary context: the one that torch uses too."""
+class HipApi(DeviceApi):
+    """One AMD GPU, in its primary context, which the runtime keeps for the process."""
 
+    vendor = "hip"
     has_programmatic_edges = False
-    libraries, shared_names = LIBRARIES, SHARED_NAMES
+    # Versioned names first: libamdhip64.so is whatever the last development package left. If torch
+    # has loaded a library of one of these names, that one is used.
+    libraries = ("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so")
     own_signatures, sticky = OWN_SIGNATURES, STICKY
 
     def __init__(self, ordinal: int = 0, libraries: Sequence[str] | None = None) -> None:
-        """See NativeApi. DriverMissingError also for a HIP older than 6.4."""
+        """See DeviceApi. DriverMissingError also for a HIP older than 6.4."""
         super().__init__(ordinal, libraries)
         for name in TEXTS:
-            function = getattr(self._library, name)
-            function.argtypes, function.restype = (c_int,), c_char_p
+            self._bind(name, (c_int,), c_char_p)
         version = c_int()
-        self._call("hipRuntimeGetVersion", byref(version))
+        self.call("hipRuntimeGetVersion", byref(version))
         if version.value < OLDEST:
             raise DriverMissingError(
                 f"{self._library._name}: expected HIP {OLDEST} (6.4) or later, "
                 f"found {version.value}"
             )
-        self._call("init", 0)
+        self.init()
         properties = DeviceProperties()
-        self._call("hipGetDevicePropertiesR0600", byref(properties), ordinal)
+        self.call("hipGetDevicePropertiesR0600", byref(properties), ordinal)
         # gfx942:sramecc+:xnack-: the name is followed by feature flags.
         arch = properties.gcnArchName.decode(errors="replace").partition(":")[0]
         x, y, z = properties.maxGridSize
@@ -143,9 +124,10 @@ class HipApi(NativeApi):
             max_grid=(x, y, z),
         )
 
-    def _call(self, role: str, *args: Any) -> None:
+    def call(self, name: str, *args: Any) -> None:
+        """See DeviceApi."""
         try:
-            super()._call(role, *args)
+            super().call(name, *args)
         except DeviceError:
             # Reported here, so cleared: torch reads the thread's last error after its launches.
             self._functions["hipGetLastError"]()
@@ -156,27 +138,11 @@ class HipApi(NativeApi):
             getattr(self._library, name)(code).decode(errors="replace") for name in TEXTS
         )
 
-    def open(self) -> None:
-        """Does nothing: the runtime keeps the primary context for the process."""
-
-    def close(self) -> None:
-        """Does nothing; see open."""
-
-    @contextmanager
-    def current(self) -> Generator[None]:
+    def _enter(self) -> tuple[Any, ...]:
         before = c_int()
-        self._call("hipGetDevice", byref(before))
-        self._call("hipSetDevice", self._ordinal)
-        try:
-            yield
-        except BaseException:
-            # The first of two errors is the cause: a second is ignored.
-            self._functions["hipSetDevice"](before.value)
-            raise
-        self._call("hipSetDevice", before.value)
-
-    def allow_shared(self, function: int, nbytes: int) -> None:
-        """Does nothing: on AMD a launch may use all of a block's LDS."""
+        self.call("hipGetDevice", byref(before))
+        self.call("hipSetDevice", self._ordinal)
+        return "hipSetDevice", before.value
 
     def add_kernel_node(self, graph: int, node: KernelNode, edges: Sequence[Edge]) -> int:
         """See DeviceApi. HIP has no programmatic edges: ValueError for one."""
@@ -191,10 +157,10 @@ class HipApi(NativeApi):
             sharedMemBytes=node.shared,
         )
         before = handles([edge.node for edge in edges])
-        return self._create("hipGraphAddKernelNode", graph, before, len(edges), byref(kernel))
+        return self.create("hipGraphAddKernelNode", graph, before, len(edges), byref(kernel))
 
     def instantiate(self, graph: int, stream: int) -> int:
-        return self._create("hipGraphInstantiate", graph, None, None, 0)
+        return self.create("hipGraphInstantiate", graph, None, None, 0)
 
 
 class HipDriver(GpuDriver):

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from fake_gpu import COMPILE_SECONDS, CUDA, HIP, Vendor, compiler, headers
-from ingot.runtime.devices import cuda, hip, native_api
-from ingot.runtime.devices.device_api import DriverMissingError
-from ingot.runtime.devices.native_api import open_library
+from ingot.runtime.devices import cuda, device_api, hip
+from ingot.runtime.devices.device_api import DeviceApi, DriverMissingError, open_library
 
 INCLUDE = {"hip": "hip/hip_runtime_api.h", "cuda": "cuda.h"}
 
@@ -51,7 +50,7 @@ def layout(c_name: str, structure: type[Structure], **renamed: str) -> dict[str,
 HIP_FACTS: dict[str, int] = {
     **layout("hipKernelNodeParams", hip.KernelNodeParams),
     **layout("hipDeviceProp_tR0600", hip.DeviceProperties),
-    "hipStreamNonBlocking": native_api.NON_BLOCKING,
+    "hipStreamNonBlocking": device_api.NON_BLOCKING,
     "hipHostMallocDefault": 0,
     "hipEventDefault": 0,
     "hipSuccess": 0,
@@ -89,7 +88,7 @@ CUDA_FACTS: dict[str, int] = {
     "CU_GRAPH_NODE_TYPE_KERNEL": 0,
     "CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC": cuda.PROGRAMMATIC_EDGE[0],
     "CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC": cuda.PROGRAMMATIC_EDGE[2],
-    "CU_STREAM_NON_BLOCKING": native_api.NON_BLOCKING,
+    "CU_STREAM_NON_BLOCKING": device_api.NON_BLOCKING,
     "CU_EVENT_DEFAULT": 0,
     "CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK": cuda.MAX_THREADS_PER_BLOCK,
     "CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X": cuda.MAX_GRID_DIM[0],
@@ -134,18 +133,15 @@ def declarations(vendor: Vendor, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-CUDA_SIGNATURES = {**cuda.OWN_SIGNATURES, cuda.ADD_NODE: cuda.ADD_NODE_SIGNATURE}
-
-
 @pytest.mark.parametrize(
-    ("vendor", "names", "own"),
-    [(HIP, hip.SHARED_NAMES, hip.OWN_SIGNATURES), (CUDA, cuda.SHARED_NAMES, CUDA_SIGNATURES)],
+    ("vendor", "api", "more"),
+    [(HIP, hip.HipApi, {}), (CUDA, cuda.CudaApi, {cuda.ADD_NODE: cuda.ADD_NODE_SIGNATURE})],
 )
 def test_signatures(
-    vendor: Vendor, names: dict[str, str], own: dict[str, tuple[Any, ...]], tmp_path: Path
+    vendor: Vendor, api: type[DeviceApi], more: dict[str, tuple[Any, ...]], tmp_path: Path
 ) -> None:
     """As many arguments as the headers declare, pointers where they have pointers."""
-    bound = {name: native_api.SHARED_SIGNATURES[role] for role, name in names.items()} | own
+    bound = api.signatures() | more
     numbers = (ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_ulonglong)
     declarations_of = declarations(vendor, tmp_path)
     for name, types in bound.items():
@@ -159,16 +155,11 @@ def test_signatures(
 
 
 @pytest.mark.parametrize(
-    ("libraries", "names"),
-    [
-        (hip.LIBRARIES, [*hip.SHARED_NAMES.values(), *hip.OWN_SIGNATURES, *hip.TEXTS]),
-        (cuda.LIBRARIES, [*cuda.SHARED_NAMES.values(), *cuda.OWN_SIGNATURES, cuda.ADD_NODE]),
-    ],
-    ids=["hip", "cuda"],
+    ("api", "more"), [(hip.HipApi, hip.TEXTS), (cuda.CudaApi, (cuda.ADD_NODE,))]
 )
-def test_symbols_of_the_real_library(libraries: tuple[str, ...], names: list[str]) -> None:
+def test_symbols_of_the_real_library(api: type[DeviceApi], more: tuple[str, ...]) -> None:
     try:
-        library = open_library(libraries)
+        library = open_library(api.libraries)
     except DriverMissingError as missing:
         pytest.skip(str(missing))
-    assert [name for name in names if not hasattr(library, name)] == []
+    assert [name for name in (*api.signatures(), *more) if not hasattr(library, name)] == []

@@ -21,11 +21,10 @@ from ingot.frontends.loading import LoadedModel
 from ingot.runtime.artifact.reader import open_ingot
 from ingot.runtime.devices.check_program import byte_range
 from ingot.runtime.devices.cuda import CudaApi
-from ingot.runtime.devices.device_api import DeviceError
+from ingot.runtime.devices.device_api import DeviceApi, DeviceError
 from ingot.runtime.devices.gpu_memory import GpuMemory
 from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipApi
-from ingot.runtime.devices.native_api import NativeApi
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
 from programs import with_entries
 
@@ -326,7 +325,7 @@ def test_what_only_the_program_tells_is_seen(
     """An edge that is left out, or a buffer at another place of its memory, breaks no rule of a
     driver's: the comparison with the program must tell.
     """
-    api: type[NativeApi] = CudaApi if pico.gpu.vendor is CUDA else HipApi
+    api: type[DeviceApi] = CudaApi if pico.gpu.vendor is CUDA else HipApi
     add, address_of = api.add_kernel_node, GpuMemory.address_of
 
     def without_an_edge(self: Any, graph: int, node: Any, edges: Sequence[Any]) -> int:
