@@ -51,6 +51,3 @@ class Driver(Protocol):
         ValueError when the program was built for another target.
         """
         ...
-
-
-__all__ = ["Array", "Driver", "Executable", "WeightLoader"]

@@ -163,6 +163,3 @@ def _opened(name: str, flags: int, folder: int, what: str) -> Generator[int]:
 
 def _mapped(descriptor: int) -> mmap.mmap:
     return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-
-
-__all__ = ["UNFINISHED", "Files", "open_files"]

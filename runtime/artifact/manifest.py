@@ -108,15 +108,3 @@ def read_manifest(data: bytes | memoryview) -> Manifest:
             f"found {beyond[0]}"
         )
     return manifest
-
-
-__all__ = [
-    "FOLDERS",
-    "MANIFEST",
-    "MAX_FILES",
-    "EntryFact",
-    "FileFact",
-    "Manifest",
-    "is_file_name",
-    "read_manifest",
-]

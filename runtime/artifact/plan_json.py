@@ -212,6 +212,3 @@ def _entry(entry: _Entry) -> Entry:
 def _as(value: object, kind: type[T]) -> T:
     """Convert a checked struct to the dataclass of `program` with the same fields."""
     return convert(value, kind, from_attributes=True)
-
-
-__all__ = ["binary_name", "entry_json", "program_json", "read_program"]

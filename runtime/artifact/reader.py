@@ -266,21 +266,3 @@ def _check_weights(tensors: Mapping[str, Tensor], buffers: Mapping[str, Buffer])
                 f"weights: {shown(name)}: expected {buffer.dtype}{list(buffer.shape)}, "
                 f"found {tensor.dtype}{list(tensor.shape)}"
             )
-
-
-__all__ = [
-    "CODE",
-    "CPU",
-    "FINAL_GRAPH",
-    "FOLDED_GRAPH",
-    "SHARED_PLAN",
-    "TEMPLATES",
-    "TOKENIZER_FILES",
-    "Artifact",
-    "IngotError",
-    "check_manifest",
-    "code_name",
-    "open_ingot",
-    "plan_name",
-    "read_ingot_manifest",
-]

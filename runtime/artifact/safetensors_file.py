@@ -179,6 +179,3 @@ class ShardWriter:
             for data in item.load():
                 write(data)
             written(item.nbytes)
-
-
-__all__ = ["Item", "ShardWriter", "Span", "Tensor", "read_spans", "read_tensors", "shards_of"]

@@ -152,6 +152,3 @@ def _local(data: memoryview, name: str, offset: int, size: int) -> int:
     if own != size or begin + size > len(data):
         raise IngotError(f"zip: {name}: expected {size} bytes, found {own}")
     return begin
-
-
-__all__ = ["Member", "read_members"]

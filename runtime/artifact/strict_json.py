@@ -125,19 +125,3 @@ def _refusal(said: str, value: Any) -> str:
 def write_json(value: Any) -> bytes:
     """`value` as compact JSON that `read_json` takes; ValueError for what is not finite."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-__all__ = [
-    "LARGEST",
-    "IngotError",
-    "LongText",
-    "Sha256",
-    "Size",
-    "Strict",
-    "Text",
-    "decode",
-    "read_json",
-    "shown",
-    "typed",
-    "write_json",
-]

@@ -164,6 +164,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-__all__ = ["SUFFIX", "IngotWriter", "check_free"]

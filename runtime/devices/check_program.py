@@ -297,14 +297,3 @@ def _check_slice(where: str, given: Slice, taken: Argument, memory: Mapping[str,
             f"found {low} to {high}"
         )
     check_address(where, (buffer.offset or 0) + given.offset, taken)
-
-
-__all__ = [
-    "BASE_ALIGNMENT",
-    "Limits",
-    "ProgramError",
-    "byte_range",
-    "check_address",
-    "check_program",
-    "launch_place",
-]

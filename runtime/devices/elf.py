@@ -27,6 +27,3 @@ def code_target(binary: bytes | memoryview) -> str:
         return _NAMES[machine, number]
     others = {EM_CUDA: f"cuda:sm_{number}", EM_AMDGPU: f"an AMD GPU of number {number:#x}"}
     return others.get(machine, f"an ELF file for machine {machine}")
-
-
-__all__ = ["code_target"]

@@ -194,12 +194,3 @@ def _checked(symbols: Mapping[str, int]) -> Mapping[str, int]:
             f"entry {entry_name(symbols)}: expected symbols T ≥ 1 and L ≥ 1, found {dict(symbols)}"
         )
     return symbols
-
-
-__all__ = [
-    "SEEN_BITS",
-    "ServingAbi",
-    "ServingMeta",
-    "sampling_inputs",
-    "serving_outputs",
-]

@@ -88,6 +88,3 @@ class Batch:
         logit_rows = np.zeros(rows, np.int32)
         logit_rows[: len(self.rows)] = [first[row.chunk] + row.offset for row in self.rows]
         return {**made, "logit_rows": logit_rows, "page_table": page_table}
-
-
-__all__ = ["Batch", "Chunk", "Row"]

@@ -94,6 +94,3 @@ class KVCache:
         if slot not in self._held:
             raise ValueError(f"expected an open slot, one of {sorted(self._held)}, found {slot}")
         return self._held[slot]
-
-
-__all__ = ["CacheFullError", "KVCache"]

@@ -142,6 +142,3 @@ def _below(draw: float) -> np.float32:
     """`draw` in f32, not rounded up: what is below 1 stays there."""
     near = np.float32(draw)
     return near if near <= draw else np.nextafter(near, np.float32(0))
-
-
-__all__ = ["Choice", "RowSampler"]

@@ -169,15 +169,3 @@ def _checked(logits: NDArray[Any]) -> NDArray[np.float64]:
     if not math.isfinite(largest):
         raise broken_logits(largest)
     return logits.astype(np.float64)
-
-
-__all__ = [
-    "GREEDY",
-    "Sampling",
-    "broken_logits",
-    "distribution",
-    "log_softmax",
-    "most_likely",
-    "sample",
-    "uniform",
-]

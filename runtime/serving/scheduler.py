@@ -151,6 +151,3 @@ class Scheduler:
         self.preemptions += 1
         sequence.stats.preemptions += 1
         self.waiting.appendleft(sequence)
-
-
-__all__ = ["Scheduler"]

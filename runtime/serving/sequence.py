@@ -147,14 +147,3 @@ class Event:
     top_logprobs: TopLogprobs = ()
     finish_reason: FinishReason | None = None
     message: str = ""
-
-
-__all__ = [
-    "Event",
-    "FinishReason",
-    "Request",
-    "RequestKeywords",
-    "Sequence",
-    "SequenceStats",
-    "SessionStats",
-]

@@ -25,7 +25,6 @@ from .sequence import (
     Request,
     RequestKeywords,
     Sequence,
-    SequenceStats,
     SessionStats,
 )
 from .speculation import Drafter, Outcome, accept
@@ -335,6 +334,3 @@ class Session:
         sequence.finish_reason = reason
         sequence.message = message
         self._events.append(Event(sequence, finish_reason=reason, message=message))
-
-
-__all__ = ["Event", "Request", "Sequence", "SequenceStats", "Session", "SessionEndedError"]

@@ -64,6 +64,3 @@ def accept(rows: Iterable[Row], choices: Iterable[Choice], cache: KVCache) -> Ou
     except ValueError as error:
         outcome.end, outcome.message = "error", str(error)
     return outcome
-
-
-__all__ = ["Drafter", "Outcome", "accept"]
