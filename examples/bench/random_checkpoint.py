@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ingot.runtime.artifact.safetensors_file import Item, ShardWriter, shards_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -15,43 +16,26 @@ from transformers.core_model_loading import revert_weight_conversion
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-8b": dict(
         model_type="qwen3",
-        vocab_size=151936,
-        hidden_size=4096,
         intermediate_size=12288,
         num_hidden_layers=36,
-        num_attention_heads=32,
         num_key_value_heads=8,
-        head_dim=128,
         max_position_embeddings=40960,
-        rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=False,
     ),
     "deepseek-v2-lite": dict(
         model_type="deepseek_v2",
-        vocab_size=102400,
         hidden_size=2048,
         intermediate_size=10944,
         moe_intermediate_size=1408,
         num_hidden_layers=27,
         num_attention_heads=16,
         num_key_value_heads=16,
-        n_routed_experts=64,
-        n_shared_experts=2,
         num_experts_per_tok=6,
         first_k_dense_replace=1,
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-        topk_method="greedy",
         n_group=1,
         topk_group=1,
         q_lora_rank=None,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         max_position_embeddings=163840,
-        rms_norm_eps=1e-6,
         rope_parameters={
             "rope_type": "yarn",
             "rope_theta": 10000.0,
@@ -65,22 +49,10 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "qwen3-30b-a3b": dict(
         model_type="qwen3_moe",
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
         num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        decoder_sparse_step=1,
         norm_topk_prob=True,
         max_position_embeddings=40960,
-        rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=False,
     ),
 }
 _SHARD_BYTES = 4 << 30
@@ -116,51 +88,33 @@ def write_checkpoint(config: PreTrainedConfig, directory: Path) -> int:
     pool = (torch.randn(_POOL) * 0.02).bfloat16()
     files: dict[str, str] = {}
     written = 0
-    for number, shard in enumerate(_shards(tensors), 1):
+    items = [_item(name, tensor, pool) for name, tensor in tensors.items()]
+    for number, shard in enumerate(shards_of(items, _SHARD_BYTES), 1):
         file = f"model-{number:05}.safetensors"
-        written += _write_shard(directory / file, shard, pool)
-        files |= dict.fromkeys(shard, file)
+        with (directory / file).open("wb") as out:
+            ShardWriter(shard).write(out.write, lambda nbytes: None)
+        written += sum(item.nbytes for item in shard)
+        files |= {name: file for item in shard for name in item.types}
     index = {"metadata": {"total_size": written}, "weight_map": files}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return written
 
 
-def _shards(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if shard and 2 * sum(t.numel() for t in (*shard.values(), tensor)) > _SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[name] = tensor
-    yield shard
+def _item(name: str, tensor: torch.Tensor, pool: torch.Tensor) -> Item:
+    """A tensor to be written in pieces: beside the pool nothing is in memory."""
 
+    def load() -> Iterator[memoryview]:
+        left = tensor.numel()
+        if "norm" in name and tensor.dim() == 1:
+            yield _bytes(torch.ones(left, dtype=torch.bfloat16))
+            return
+        while left > 0:
+            start = int(torch.randint(_POOL // 2, ()))
+            part = pool[start : start + min(left, _POOL // 2)]
+            yield _bytes(part)
+            left -= part.numel()
 
-def _write_shard(path: Path, shard: dict[str, torch.Tensor], pool: torch.Tensor) -> int:
-    """One file, tensor by tensor: beside the pool nothing is in memory."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in shard.items():
-        start, end = end, end + 2 * tensor.numel()
-        header[name] = {
-            "dtype": "BF16",
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in shard.items():
-            left = tensor.numel()
-            if "norm" in name and tensor.dim() == 1:
-                out.write(_bytes(torch.ones(left, dtype=torch.bfloat16)))
-                continue
-            while left > 0:
-                start = int(torch.randint(_POOL // 2, ()))
-                part = pool[start : start + min(left, _POOL // 2)]
-                out.write(_bytes(part))
-                left -= part.numel()
-    return end
+    return Item({name: ("bf16", tuple(tensor.shape))}, load)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
