@@ -191,8 +191,9 @@ def _open(model: LoweredModel, driver: Driver, progress: Progress) -> Model:
             executable = driver.load(programs[0], loaders[0])
         else:
             executable = CpuDriver().load_ranks(programs, loaders)
-    session = Session(programs[0], executable)
-    return Model(session, model.exportable, model.graphs, model.report(), model.tokenizer)
+    session, exportable = Session(programs[0], executable), model.exportable
+    stops = exportable.stop_tokens
+    return Model(session, model.tokenizer, stops, exportable, model.graphs, model.report())
 
 
 __all__ = [

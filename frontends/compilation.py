@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -129,7 +129,9 @@ def lower_language_model(
     calibration = TextCalibration(tokenizer, model.max_tokens, progress)
     errors = PackingErrors()
 
-    def lowered_rank(rank: int) -> _Rank:
+    def lowered_rank(
+        rank: int,
+    ) -> tuple[list[PassResult], PassContext, Lowered, KernelBackend | None]:
         context = PassContext(target, model.weights, calibration)
         results = run_passes(model.graph, of_rank(passes, rank), context, options, progress)
         final = results[-1].graph if results else model.graph
@@ -150,10 +152,11 @@ def lower_language_model(
                 errors.observe,
                 backend,
             )
-        return _Rank(results, context, lowered, backend)
+        return results, context, lowered, backend
 
     ranks = [lowered_rank(rank) for rank in range(count)]
     results, context, lowered, backend = ranks[0]
+    every = [of_rank[2] for of_rank in ranks]
     graphs = graphs_by_stage(model.graph, results)
     final = graphs["final"]
     stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
@@ -167,7 +170,7 @@ def lower_language_model(
     )
 
     def report() -> Report:
-        programs = [rank.lowered.program for rank in ranks]
+        programs = [rank.program for rank in every]
         buffers = [b for program in programs for b in program.buffers.values()]
         return Report(
             model_type=exportable.model_type,
@@ -186,16 +189,7 @@ def lower_language_model(
             kernels_cached=backend.from_cache if backend else 0,
         )
 
-    return LoweredModel([rank.lowered for rank in ranks], exportable, graphs, tokenizer, report)
-
-
-class _Rank(NamedTuple):
-    """What one rank's way to a program left."""
-
-    results: list[PassResult]
-    context: PassContext
-    lowered: Lowered
-    backend: KernelBackend | None
+    return LoweredModel(every, exportable, graphs, tokenizer, report)
 
 
 def _eos(source: Any, config: Any) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,25 +31,18 @@ _BROKEN = (
 )
 
 
+@dataclass(eq=False)
 class LoadedModel(TextModel):
-    """A language model loaded from an ingot, with its `manifest` and final `graph`."""
+    """A language model loaded from an ingot, with its `manifest` and the text of its final IR."""
 
-    def __init__(
-        self,
-        session: Session,
-        tokenizer: Tokenizer | None,
-        manifest: Manifest,
-        graphs: Mapping[str, str],
-    ) -> None:
-        super().__init__(session, tokenizer, manifest.stop_tokens)
-        self.manifest = manifest
-        self._graphs = graphs
+    manifest: Manifest
+    graph_text: str
 
     def graph(self) -> Graph:
         """The final IR (imports torch)."""
         from ..compiler.text import parse
 
-        return parse(self._graphs[FINAL_GRAPH])
+        return parse(self.graph_text)
 
 
 def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
@@ -61,8 +54,8 @@ def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
     Device code from an untrusted ingot is untrusted code: hashes detect corruption, not origin.
     """
     artifact = open_ingot(path)
-    target = artifact.manifest.target
-    driver = driver or driver_for(target)
+    manifest = artifact.manifest
+    driver = driver or driver_for(manifest.target)
     tokenizer = _tokenizer(artifact)
     if artifact.program is None:
         from .cpu_ingot import read_cpu_program, torch_weights
@@ -73,7 +66,8 @@ def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
         program = artifact.program
         weights = artifact.weights(program.buffers)
     session = Session(program, driver.load(program, weights))
-    return LoadedModel(session, tokenizer, artifact.manifest, artifact.graphs)
+    text = artifact.graphs[FINAL_GRAPH]
+    return LoadedModel(session, tokenizer, manifest.stop_tokens, manifest, text)
 
 
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:

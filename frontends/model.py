@@ -12,11 +12,9 @@ from ..compiler.ir import Graph
 from ..compiler.pipeline import PassResult
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.program import Program
-from ..runtime.serving.session import Session
 from .aot import Exportable, export
 from .cli.inspect_view import show_bytes
 from .text.text_model import TextModel
-from .text.tokenizer import Tokenizer
 from .weight_report import WeightReport
 
 
@@ -97,25 +95,17 @@ class Compiled:
         return self.graphs[which]
 
 
+@dataclass(eq=False)
 class Model(TextModel, Compiled):
     """A compiled causal language model, serving in this process; for one thread at a time."""
 
-    def __init__(
-        self,
-        session: Session,
-        exportable: Exportable,
-        graphs: Mapping[str, Graph],
-        report: Report,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        super().__init__(session, tokenizer, exportable.stop_tokens)
-        self._exportable = exportable
-        self.graphs = graphs
-        self.report = report
+    exportable: Exportable
+    graphs: Mapping[str, Graph]
+    report: Report
 
     def export(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model as an ingot, which `ingot.load` reads: see `export` in `aot`."""
-        export(self._exportable, path, overwrite=overwrite)
+        export(self.exportable, path, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,31 +39,23 @@ class ModuleReport:
     seconds: Mapping[str, float]
 
 
+@dataclass(eq=False)
 class CompiledModule(Compiled):
     """Calls the program that fits the shapes of its arguments; for a GPU one is built for each new
     binding of the dynamic dims.
+
+    `backend` makes what generates kernels for `target`, None for the cpu; `structure` is the pytree
+    spec of what the module returns.
     """
 
-    def __init__(
-        self,
-        graphs: Mapping[str, Graph],
-        weights: Weights,
-        target: Target,
-        driver: Driver,
-        backend: Callable[[], Backend | None],
-        report: ModuleReport,
-        structure: Any,
-    ) -> None:
-        """`backend` makes what generates kernels for `target`, None for the cpu; `structure` is
-        the pytree spec of what the module returns."""
-        self.graphs = graphs
-        self._weights = weights
-        self._target = target
-        self._driver = driver
-        self._backend = backend
-        self._structure = structure
-        self._programs: dict[tuple[int, ...], Executable] = {}
-        self.report = report
+    graphs: Mapping[str, Graph]
+    report: ModuleReport
+    weights: Weights
+    target: Target
+    driver: Driver
+    backend: Callable[[], Backend | None]
+    structure: Any
+    programs: dict[tuple[int, ...], Executable] = field(default_factory=dict, init=False)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """What the module gives for `inputs`. ValueError when they do not fit."""
@@ -72,27 +64,26 @@ class CompiledModule(Compiled):
             raise ValueError(f"expected {len(graph.params)} inputs, found {len(inputs)}")
         named = {p.attrs["name"]: x for p, x in zip(graph.params, inputs, strict=True)}
         binding = bind_symbols(graph, {n: tuple(x.shape) for n, x in named.items()})
-        symbols = binding if self._target.is_gpu else {}
+        symbols = binding if self.target.is_gpu else {}
         key = tuple(symbols.values())
-        if key not in self._programs:
-            self._programs[key] = self._build(graph, symbols)
+        if key not in self.programs:
+            self.programs[key] = self._build(graph, symbols)
         arrays: dict[str, Any] = {n: x.detach() for n, x in named.items()}
-        results = self._programs[key].run(STEP, binding, arrays)
+        results = self.programs[key].run(STEP, binding, arrays)
         outputs = [
             torch.from_numpy(results[name]).to(torch_dtype(value.type.dtype))
             for name, value in zip(_output_names(graph), graph.outputs, strict=True)
         ]
-        return tree_unflatten(outputs, self._structure)
+        return tree_unflatten(outputs, self.structure)
 
     def _build(self, graph: Graph, symbols: Mapping[str, int]) -> Executable:
         """The program where `symbols` have these values, and others any in their range."""
         names = _output_names(graph)
         ends = [{**{n: r[end] for n, r in graph.symbols.items()}, **symbols} for end in (0, -1)]
-        bindings = ends[: 1 if self._target.is_gpu else 2]
-        lowered = lower(
-            graph, self._weights, self._target, bindings, names, backend=self._backend()
-        )
-        return self._driver.load(lowered.program, lowered.load_weight)
+        bindings = ends[: 1 if self.target.is_gpu else 2]
+        backend = self.backend()
+        lowered = lower(graph, self.weights, self.target, bindings, names, backend=backend)
+        return self.driver.load(lowered.program, lowered.load_weight)
 
 
 def _output_names(graph: Graph) -> Sequence[str]:
@@ -127,11 +118,11 @@ def compile_module(
     results = run_passes(imported.graph, passes, context, options, progress)
     return CompiledModule(
         graphs_by_stage(imported.graph, results),
+        ModuleReport(imported.graph.name, target.name, tuple(results), progress.seconds),
         weights,
         target,
         driver,
         partial(kernel_backend, target, progress),
-        ModuleReport(imported.graph.name, target.name, tuple(results), progress.seconds),
         program.call_spec.out_spec,
     )
 

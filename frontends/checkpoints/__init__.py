@@ -3,5 +3,5 @@
 `checkpoint` opens one over `safetensors_files` (mapped files, sharded writing), `conversions`
 (transformers' renames, stacks and concatenations), `quantized` (codes and scales as one weight),
 `quantization_config` (the scheme that config.json declares) and `dequantize` (FP8, NVFP4, INT4 to
-floats). `model_files` reads tokenizer and generation files; `export_quantized` writes MXFP4.
+floats). `export_quantized` writes MXFP4.
 """

@@ -164,14 +164,19 @@ def worst(errors: Iterable[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
 
 
-def built_in_prompts(tokenizer: Tokenizer | None, vocab_size: int, longest: int) -> list[list[int]]:
-    """Prompts of different lengths, up to `longest`; random ids without a tokenizer."""
+def prompt_ids(
+    tokenizer: Tokenizer | None, vocab_size: int, longest: int, texts: Sequence[str] = ()
+) -> list[list[int]]:
+    """`texts`, or built-in prompts of different lengths, each up to `longest` ids.
+
+    Without a tokenizer they are random ids.
+    """
     if tokenizer is None:
         drawn = torch.Generator().manual_seed(0)
         rows = [torch.randint(vocab_size, (n,), generator=drawn) for n in _RANDOM_LENGTHS]
         prompts: list[list[int]] = [row.tolist() for row in rows]
     else:
-        prompts = [tokenizer.encode(text) for text in _TEXTS]
+        prompts = [tokenizer.encode(text) for text in texts or _TEXTS]
     return [prompt[:longest] for prompt in prompts if prompt]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +37,40 @@ class TransformersReference:
 
     def __init__(self, directory: Path, model: Model) -> None:
         dtype = torch_dtype(model.report.dtype)
-        self._graph = model.graph("raise-ops")
+        graph = model.graph("raise-ops")
         self._theirs = _transformers_model(directory, dtype)
-        self._weights = _weights(directory, self._graph, dtype)
-        self._outputs = _layer_outputs(self._graph, self._theirs)
+        self._weights = _weights(directory, graph, dtype)
+        ends = _layer_outputs(graph, self._theirs)
+        self._part = Graph(graph.name, graph.params, tuple(ends.values()), graph.symbols)
+        self._hidden: dict[str, torch.Tensor] = dict.fromkeys(ends, torch.empty(0))
+        for path in ends:
+            self._theirs.get_submodule(path).register_forward_hook(partial(self._keep, path))
+
+    def _keep(self, path: str, _module: Any, _args: Any, output: Any) -> None:
+        self._hidden[path] = output[0] if isinstance(output, tuple) else output
 
     def answer(self, ids: Sequence[int]) -> Answer:
-        with _outputs_of(self._theirs, self._outputs) as hidden, torch.inference_mode():
+        inputs = {
+            "tokens": torch.tensor(ids, dtype=torch.int32),
+            "positions": torch.arange(len(ids), dtype=torch.int32),
+        }
+        with torch.inference_mode():
             found = self._theirs(input_ids=torch.tensor([ids]), use_cache=False)
-        ours = _interpreted(self._graph, self._outputs, ids, self._weights)
-        layers = {path: relative_error(value, hidden[path]) for path, value in ours.items()}
+            ours = interpret(self._part, inputs, self._weights).outputs
+        pairs = zip(ours, self._hidden.items(), strict=True)
+        layers = {path: relative_error(value, theirs) for value, (path, theirs) in pairs}
         return Answer(found.logits[0].float(), layers)
 
 
+@dataclass(frozen=True)
 class CpuReference:
     """The same model compiled for the cpu target, which dequantizes the same codes and scales."""
 
-    name = "the cpu target"
-
-    def __init__(self, model: Model) -> None:
-        """ValueError for a model of another target."""
-        if model.report.target != "cpu":
-            raise ValueError(f"expected a model for cpu, found one for {model.report.target}")
-        self._model = model
+    model: Model
+    name: str = "the cpu target"
 
     def answer(self, ids: Sequence[int]) -> Answer:
-        return Answer(torch.from_numpy(self._model.logits(ids)))
+        return Answer(torch.from_numpy(self.model.logits(ids)))
 
 
 def _weights(directory: Path, graph: Graph, dtype: torch.dtype) -> Weights:
@@ -108,35 +118,3 @@ def _layer_outputs(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
         if fitting:
             ends[layer.path] = fitting[-1]
     return ends
-
-
-@contextmanager
-def _outputs_of(model: PreTrainedModel, paths: Iterable[str]) -> Generator[dict[str, torch.Tensor]]:
-    """Record the outputs of the modules at `paths` during a forward pass."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def hook_for(path: str) -> Any:
-        def keep(_module: Any, _args: Any, output: Any) -> None:
-            outputs[path] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    hooks = [model.get_submodule(p).register_forward_hook(hook_for(p)) for p in paths]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _interpreted(
-    graph: Graph, ends: Mapping[str, Value], ids: Sequence[int], weights: Weights
-) -> dict[str, torch.Tensor]:
-    part = Graph(graph.name, graph.params, tuple(ends.values()), graph.symbols)
-    inputs = {
-        "tokens": torch.tensor(ids, dtype=torch.int32),
-        "positions": torch.arange(len(ids), dtype=torch.int32),
-    }
-    with torch.inference_mode():
-        outputs = interpret(part, inputs, weights).outputs
-    return dict(zip(ends, outputs, strict=True))

@@ -42,29 +42,6 @@ class _Spool:
             return tensors.get_tensor(name)
 
 
-def token_sequences(
-    texts: Sequence[str | Sequence[int]], tokenizer: Tokenizer | None, longest: int, vocab_size: int
-) -> list[list[int]]:
-    """Texts and lists of ids as sequences of at most `longest` ids.
-
-    ValueError for text without a tokenizer, text without tokens, and ids that the model lacks.
-    """
-    longest = min(longest, _LONGEST)
-    sequences: list[list[int]] = []
-    for text in texts:
-        if isinstance(text, str) and tokenizer is None:
-            raise ValueError("calibrate: text needs a tokenizer, and this model has none: give ids")
-        ids = tokenizer.encode(text) if isinstance(text, str) and tokenizer else list(text)
-        if not ids:
-            raise ValueError(f"calibrate: expected text, found {text!r}, which has no tokens")
-        if wrong := [i for i in ids if not 0 <= int(i) < vocab_size]:
-            raise ValueError(
-                f"calibrate: expected token ids from 0 to {vocab_size - 1}, found {wrong[0]}"
-            )
-        sequences += [list(map(int, ids[i : i + longest])) for i in range(0, len(ids), longest)]
-    return sequences
-
-
 @dataclass(frozen=True)
 class TextCalibration:
     """See compiler.pipeline.Calibration: for a model of `longest` tokens and its tokenizer."""
@@ -76,7 +53,26 @@ class TextCalibration:
     def sequences(
         self, texts: Sequence[str | Sequence[int]], vocab_size: int
     ) -> Sequence[Sequence[int]]:
-        return token_sequences(texts, self.tokenizer, self.longest, vocab_size)
+        """Texts and lists of ids as sequences of at most `longest` ids.
+
+        ValueError for text without a tokenizer, text without tokens, and ids that the model lacks.
+        """
+        longest, tokenizer = min(self.longest, _LONGEST), self.tokenizer
+        sequences: list[list[int]] = []
+        for text in texts:
+            if isinstance(text, str) and tokenizer is None:
+                raise ValueError(
+                    "calibrate: text needs a tokenizer, and this model has none: give ids"
+                )
+            ids = tokenizer.encode(text) if isinstance(text, str) and tokenizer else list(text)
+            if not ids:
+                raise ValueError(f"calibrate: expected text, found {text!r}, which has no tokens")
+            if wrong := [i for i in ids if not 0 <= int(i) < vocab_size]:
+                raise ValueError(
+                    f"calibrate: expected token ids from 0 to {vocab_size - 1}, found {wrong[0]}"
+                )
+            sequences += [list(map(int, ids[i : i + longest])) for i in range(0, len(ids), longest)]
+        return sequences
 
     def spool(self) -> Callable[[str, torch.Tensor], Entry]:
         return _Spool()

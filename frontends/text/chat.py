@@ -21,12 +21,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..checkpoints.model_files import TEMPLATES
+from ...runtime.artifact.reader import TEMPLATES
 from ..importers.source_error import SourceError
 
 _DEFAULT = "default"
 _FILE = "chat_template.jinja"
-_MORE = f"{TEMPLATES}/*.jinja"
+_MORE = f"{TEMPLATES}*.jinja"
 
 
 class ChatError(ValueError):

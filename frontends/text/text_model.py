@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
@@ -18,15 +19,16 @@ from .tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 
 
+@dataclass(eq=False)
 class TextModel:
-    """A causal language model, serving in this process; for one thread at a time."""
+    """A causal language model, serving in this process; for one thread at a time.
 
-    def __init__(
-        self, session: Session, tokenizer: Tokenizer | None, stop_tokens: Iterable[int]
-    ) -> None:
-        self._session = session
-        self.tokenizer = tokenizer
-        self.stop_tokens = frozenset(stop_tokens)
+    `session` submits, steps and cancels sequences, and has statistics.
+    """
+
+    session: Session
+    tokenizer: Tokenizer | None
+    stop_tokens: Iterable[int]
 
     def __enter__(self) -> Self:
         return self
@@ -34,18 +36,13 @@ class TextModel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
-    def session(self) -> Session:
-        """The serving session: submit, step, cancel, statistics."""
-        return self._session
-
     def close(self) -> None:
         """Free the program's memory; the model is unusable afterwards."""
-        self._session.close()
+        self.session.close()
 
     def logits(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
         """The logits float32 [T, vocab] after each of T tokens of one sequence."""
-        return self._session.logits(token_ids)
+        return self.session.logits(token_ids)
 
     @overload
     # A text is one prompt, though a str is an Iterable[str] too.
@@ -97,7 +94,7 @@ class TextModel:
             return run.events()
         for _ in run.events():
             pass
-        completions = run.completions()
+        completions = [run.completion(i) for i in range(len(rows))]
         return completions[0] if single else completions
 
     def _ids(self, prompt: Any) -> list[int]:
@@ -125,7 +122,7 @@ class _Run:
         options: GenerateOptions,
     ) -> None:
         self._session = model.session
-        stops = model.stop_tokens.union(options.stop_tokens)
+        stops = frozenset({*model.stop_tokens, *options.stop_tokens})
         request = Request(options.max_new_tokens, options.sampling, stops, options.logprobs)
         self._sequences = self._session.requests(prompts, request)
         decoders = [model.tokenizer.decoder() if model.tokenizer else None for _ in prompts]
@@ -151,12 +148,9 @@ class _Run:
                     reason = "stop" if checker.stopped else reason
                 yield TextEvent(i, text, event.token, event.logprob, reason, event.message)
 
-    def completions(self) -> list[Completion]:
-        """One completion a prompt, after all events."""
-        return [self._completion(i, checker) for i, checker in enumerate(self._checkers)]
-
-    def _completion(self, i: int, checker: StopStringChecker) -> Completion:
-        sequence = self._sequences[i]
+    def completion(self, i: int) -> Completion:
+        """The completion of prompt number `i`, after all events."""
+        sequence, checker = self._sequences[i], self._checkers[i]
         assert sequence.finish_reason is not None
         return Completion(
             text=checker.text,

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from ..checkpoints.model_files import read_model_files
+from ...runtime.artifact.reader import TEMPLATES, TOKENIZER_FILES
 from ..importers.source_error import SourceError
 from .chat import ChatTemplate, chat_template_of
 
@@ -49,7 +49,7 @@ class Tokenizer:
     @classmethod
     def open(cls, directory: str | Path) -> Tokenizer | None:
         """The tokenizer of a directory, None when it has no tokenizer.json. SourceError as `of`."""
-        return cls.of(read_model_files(Path(directory)), str(directory))
+        return cls.of(_read_files(Path(directory)), str(directory))
 
     @classmethod
     def of(cls, files: Mapping[str, bytes], place: str) -> Tokenizer | None:
@@ -163,6 +163,20 @@ class IncrementalDetokenizer:
         if text:
             self._ids, self._given = context, len(text)
         self._boundary = len(self._ids)
+
+
+def _read_files(directory: Path) -> dict[str, bytes]:
+    """Tokenizer, chat templates and configs that are there, by their path in `directory`.
+
+    SourceError for one that cannot be read.
+    """
+    paths = [directory / name for name in (*TOKENIZER_FILES, "config.json")]
+    paths += sorted((directory / TEMPLATES).glob("*.jinja"))
+    try:
+        found = {path: path.read_bytes() for path in paths if path.is_file()}
+    except OSError as error:
+        raise SourceError(f"{directory}: not readable: {error}") from error
+    return {path.relative_to(directory).as_posix(): data for path, data in found.items()}
 
 
 def _read_json(files: Mapping[str, bytes], name: str, place: str) -> dict[str, Any]:

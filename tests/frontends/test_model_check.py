@@ -15,9 +15,9 @@ from ingot.frontends.cli.main import app
 from ingot.frontends.cli.model_check import (
     Check,
     PromptCheck,
-    built_in_prompts,
     check_model,
     compare_tokens,
+    prompt_ids,
     relative_error,
 )
 from ingot.frontends.cli.references import TransformersReference
@@ -43,7 +43,7 @@ def model(directory: Path) -> Any:
 
 
 def checked(directory: Path, model: Any, **options: Any) -> Check:
-    prompts = built_in_prompts(None, 320, 100)
+    prompts = prompt_ids(None, 320, 100)
     options = {"steps": 8, "top": 5, "tolerance": 1e-4, **options}
     return check_model(model, TransformersReference(directory, model), prompts, **options)
 
@@ -111,8 +111,8 @@ def test_tolerance_and_nan() -> None:
 
 
 def test_prompts_of_different_lengths() -> None:
-    assert [len(p) for p in built_in_prompts(None, 50, 30)] == [1, 7, 30, 30]
-    assert all(0 <= i < 50 for p in built_in_prompts(None, 50, 30) for i in p)
+    assert [len(p) for p in prompt_ids(None, 50, 30)] == [1, 7, 30, 30]
+    assert all(0 <= i < 50 for p in prompt_ids(None, 50, 30) for i in p)
 
 
 def test_verify_command(directory: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from backends import INTERPRETED_TARGET, ON_CPU, ON_GPU, backend, compiled, entries_of
 from ingot.compiler.ops.moe import experts
 from ingot.frontends.cli.main import app
-from ingot.frontends.cli.model_check import Reference, built_in_prompts, check_model
+from ingot.frontends.cli.model_check import Reference, check_model, prompt_ids
 from ingot.frontends.cli.references import CpuReference, TransformersReference
 from ingot.runtime.driver import WeightLoader
 from ingot.runtime.program import Program
@@ -52,7 +52,7 @@ def hold(directory: Path, where: str, quantize: str | None) -> None:
         reference = CpuReference(
             compiled(directory, "cpu", SIZES, dtype="bf16", quantize=quantize, **LIMITS)
         )
-    prompts = built_in_prompts(model.tokenizer, 0, 128) if model.tokenizer else []
+    prompts = prompt_ids(model.tokenizer, 0, 128) if model.tokenizer else []
     if not prompts:
         drawn = torch.Generator().manual_seed(0)
         lengths = FEW_LENGTHS if few else LENGTHS

@@ -22,8 +22,9 @@ from ingot.compiler.ops.hadamard import hadamard
 from ingot.compiler.ops.mxfp4 import mxfp4, mxfp4_encode
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.weights import Entry, Weights
+from ingot.frontends.progress import Progress
 from ingot.frontends.text import calibration
-from ingot.frontends.text.calibration import token_sequences
+from ingot.frontends.text.calibration import TextCalibration
 from ingot.frontends.text.tokenizer import Tokenizer
 from ingot.passes.transforms.calibrate import Calibrated, calibrate, count_matrices
 from ingot.passes.transforms.mxfp4_policy import MXFP4
@@ -245,11 +246,15 @@ def test_options() -> None:
 
 
 def test_sequences() -> None:
-    assert token_sequences([[1, 2, 3, 4, 5], [6]], None, 2, 10) == [[1, 2], [3, 4], [5], [6]]
-    assert len(token_sequences([[0] * 5000], None, 10**6, 10)) == 3
+    def sequences(texts: Any, longest: int) -> Any:
+        bar = Progress(enabled=False)
+        return TextCalibration(None, longest, bar).sequences(texts, vocab_size=10)
+
+    assert sequences([[1, 2, 3, 4, 5], [6]], 2) == [[1, 2], [3, 4], [5], [6]]
+    assert len(sequences([[0] * 5000], 10**6)) == 3
     for wrong, message in (([[1, 10]], "from 0 to 9, found 10"), (["text"], "needs a tokenizer")):
         with pytest.raises(ValueError, match=message):
-            token_sequences(wrong, None, 8, 10)
+            sequences(wrong, 8)
 
 
 def test_tensor_parallel_is_refused() -> None:

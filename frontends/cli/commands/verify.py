@@ -17,7 +17,6 @@ from ..models import compile_model
 from ..output import Shown, table
 
 if TYPE_CHECKING:
-    from ...model import Model
     from ..model_check import Check
 
 # Both sides compute in this.
@@ -42,62 +41,36 @@ def command(
     Where the greedy tokens first differ, each must be among the other's top n. With --quantize a
     GPU is compared with the cpu target instead, which computes with the same weights dequantized.
     """
-    lines = prompts_of(prompts)
+    from ..model_check import F32_TOLERANCE, check_model, prompt_ids
+    from ..references import CpuReference, TransformersReference
+
+    texts = prompts.read_text(encoding="utf-8").splitlines() if prompts else []
+    texts = [text for text in texts if text]
+    if prompts and not texts:
+        raise UsageError(f"--prompts: {prompts} holds no prompt; expected one a line")
     against_cpu = options.quantize is not None
     if against_cpu and (present_target() if options.target == AUTO else options.target) == CPU:
         raise UsageError(
             "--quantize: a GPU is compared with the cpu target, and this is it; give --target"
         )
     model = compile_model(directory, options)
-    on_cpu = compile_model(directory, replace(options, target=CPU)) if against_cpu else None
-    with Console(stderr=True).status("comparing"):
-        check = compared(
-            directory, model, on_cpu, prompts=lines, tokens=tokens, top=top, tolerance=tolerance
-        )
-    return Shown(lambda: check_data(check), [*check_tables(check), verdict(check)], check.ok)
-
-
-def prompts_of(path: Path | None) -> list[str]:
-    """The lines of a file of prompts; UsageError where there are none."""
-    if path is None:
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    if not lines:
-        raise UsageError(f"--prompts: {path} holds no prompt; expected one a line")
-    return lines
-
-
-def compared(
-    directory: Path,
-    model: Model,
-    on_cpu: Model | None,
-    *,
-    prompts: list[str],
-    tokens: int,
-    top: int,
-    tolerance: float | None,
-) -> Check:
-    """Compare `model` of `directory` with transformers, or with `on_cpu` if given.
-
-    UsageError for options that this model cannot have.
-    """
-    from ..model_check import F32_TOLERANCE, built_in_prompts, check_model
-    from ..references import CpuReference, TransformersReference
-
-    meta = model.session.meta
+    meta, tokenizer = model.session.meta, model.tokenizer
     longest = meta.max_tokens_per_sequence - tokens
     if longest < 1:
         raise UsageError(f"--tokens {tokens}: sequences end at {meta.max_tokens_per_sequence}")
-    if prompts and model.tokenizer is None:
+    if texts and tokenizer is None:
         raise UsageError(f"--prompts: {directory} has no tokenizer.json; leave the option out")
-    ids = built_in_prompts(model.tokenizer, meta.vocab_size, longest)
-    if prompts and model.tokenizer is not None:
-        ids = [model.tokenizer.encode(line)[:longest] for line in prompts]
+    ids = prompt_ids(tokenizer, meta.vocab_size, longest, texts)
     if tolerance is None and model.report.dtype == "f32":
         tolerance = F32_TOLERANCE
-    reference = CpuReference(on_cpu) if on_cpu else TransformersReference(directory, model)
+    if against_cpu:
+        reference = CpuReference(compile_model(directory, replace(options, target=CPU)))
+    else:
+        reference = TransformersReference(directory, model)
     top = min(top, meta.vocab_size)
-    return check_model(model, reference, ids, steps=tokens, top=top, tolerance=tolerance)
+    with Console(stderr=True).status("comparing"):
+        check = check_model(model, reference, ids, steps=tokens, top=top, tolerance=tolerance)
+    return Shown(lambda: check_data(check), [*check_tables(check), verdict(check)], check.ok)
 
 
 def check_data(check: Check) -> dict[str, Any]:
