@@ -20,7 +20,6 @@ Observer = Callable[[Node, Sequence[Any], Sequence[Any]], None]
 
 def folded(
     graph: Graph,
-    constant_nodes: set[Node],
     packed: Callable[[Node, int], tuple[Value, Value] | None] = lambda node, position: None,
 ) -> dict[Value, str]:
     """The values of constant nodes that something else uses, with the names of their buffers.
@@ -30,11 +29,11 @@ def folded(
     """
     used: list[Value] = []
     for node in graph.nodes():
-        if node in constant_nodes:
+        if node.is_constant:
             continue
         for i, arg in enumerate(node.args):
-            used.extend(packed(node, i) or ((arg,) if arg.node in constant_nodes else ()))
-    used.extend(v for v in graph.roots if v.node in constant_nodes)
+            used.extend(packed(node, i) or ((arg,) if arg.node.is_constant else ()))
+    used.extend(v for v in graph.roots if v.node.is_constant)
     values = list(dict.fromkeys(used))
     names: dict[Value, str] = {}
     for value in values:
@@ -51,7 +50,7 @@ def folded_graph(graph: Graph) -> Graph:
     stored.
     """
     swap: dict[Value, Value] = {}
-    for value, name in folded(graph, graph.constants()).items():
+    for value, name in folded(graph).items():
         if value.op is not constant:
             swap[value] = constant(name=name.removeprefix("@"), type=value.type)
     return rebuild(graph, swap)

@@ -127,7 +127,6 @@ class EntryBuilder:
 
     graph: Graph
     folded: Mapping[Value, str]
-    constant_nodes: set[Node]
     outputs: Sequence[str]
     binding: dict[str, int]
     backend: Backend
@@ -151,9 +150,8 @@ class EntryBuilder:
         for value, name in self.folded.items():
             bound: Any = value.type.bind({})
             self.at[value] = Slice(name, bound.dtype, bound.shape)
-        fixed = self.constant_nodes
         for node in self.graph.nodes():
-            if node.op is not param and node not in fixed:
+            if node.op is not param and not node.is_constant:
                 self._add(node, uses)
         self._copy_outputs()
         self._copy_updates()

@@ -66,18 +66,15 @@ def lower(
             raise ValueError(f"{target.name}: expected a KernelBackend, found none")
         symbols = {name: (graph.symbols[name].start, last) for name, (_, last) in symbols.items()}
         program = cpu_program(folded_graph(graph), symbols, outputs, meta or {})
-        names = folded(graph, graph.constants())
+        names = folded(graph)
         return Lowered(program, ConstantMaker(names, weights, observe))
-    constant_nodes = graph.constants()
-    names = folded(graph, constant_nodes, backend.packed)
+    names = folded(graph, backend.packed)
     state = {name: buffer_of(name, graph.param(name).type, {}, "state") for name in graph.updates}
     constants = {name: buffer_of(name, v.type, {}, "weight") for v, name in names.items()}
     entries: list[Entry] = []
     arena = 0
     for binding in bindings:
-        entry, size = EntryBuilder(
-            graph, names, constant_nodes, outputs, dict(binding), backend
-        ).build()
+        entry, size = EntryBuilder(graph, names, outputs, dict(binding), backend).build()
         entries.append(entry)
         arena = max(arena, size)
     step = signature(graph, symbols, outputs, entries)

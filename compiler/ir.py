@@ -238,6 +238,7 @@ class Node:
 
     `args` are the operands that are there, in the order of the op's schema: the optional ones last,
     which `given` names. `source` is where the model says this: a module path or a source line.
+    `is_constant` says that it is computed from weights and literals alone: it can be folded.
     """
 
     op: Op
@@ -246,6 +247,11 @@ class Node:
     types: Types
     source: str = ""
     given: tuple[str, ...] = ()
+    is_constant: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        computed = self.op.name != "param" and all(a.node.is_constant for a in self.args)
+        object.__setattr__(self, "is_constant", computed and not self.is_symbolic)
 
     # A node stands for all that it is computed from: neither is shown or copied with it.
     def __repr__(self) -> str:
@@ -398,12 +404,7 @@ class Graph:
 
     def constants(self) -> set[Node]:
         """Nodes that depend on weights and literals alone, so that they are computed only once."""
-        found: set[Node] = set()
-        for node in self.nodes():
-            fixed = node.op.name != "param" and not node.is_symbolic
-            if fixed and all(a.node in found for a in node.args):
-                found.add(node)
-        return found
+        return {node for node in self.nodes() if node.is_constant}
 
     def cost(self, binding: Mapping[str, int]) -> Cost:
         """Flops and bytes of one run with every symbol bound; KeyError for an unbound symbol.

@@ -499,23 +499,3 @@ def rebuild(
         graph.symbols,
         {name: at(v) for name, v in graph.updates.items()},
     )
-
-
-def depends_only_on_constants(value: Value, known: dict[Node, bool] | None = None) -> bool:
-    """Whether `value` is computed from weights and literals alone, so that it can be folded.
-
-    `known` keeps what was found, by node, for further calls on the same graph.
-    """
-    known = {} if known is None else known
-    stack = [value.node]
-    while stack:
-        node = stack[-1]
-        if node in known:
-            stack.pop()
-        elif node.op.name == "param" or node.is_symbolic:
-            known[stack.pop()] = False
-        elif todo := [a.node for a in node.args if a.node not in known]:
-            stack.extend(todo)
-        else:
-            known[stack.pop()] = all(known[a.node] for a in node.args)
-    return known[value.node]

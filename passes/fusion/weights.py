@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from ...compiler.ir import Value
 from ...compiler.ops import shape
 from ...compiler.ops.mxfp4 import mxfp4
-from ...compiler.rewrite import Decline, depends_only_on_constants
+from ...compiler.rewrite import Decline
 
 
 def is_weight(value: Value) -> bool:
     """Whether `value` is computed from constants alone."""
-    return depends_only_on_constants(value)
+    return value.node.is_constant
 
 
 def is_quantized(value: Value) -> bool:

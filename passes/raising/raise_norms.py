@@ -9,7 +9,7 @@ from itertools import product
 from ...compiler.ir import Value
 from ...compiler.ops import norm, pointwise, reduce, shape
 from ...compiler.ops.leaf import literal
-from ...compiler.rewrite import Decline, Match, Pat, Rule, depends_only_on_constants, maybe, pat
+from ...compiler.rewrite import Decline, Match, Pat, Rule, maybe, pat
 
 
 def _rms_rule(root_form: str, scaled: bool) -> Rule:
@@ -18,7 +18,7 @@ def _rms_rule(root_form: str, scaled: bool) -> Rule:
     Models differ in where they round to x's dtype (before or after the weight); rms_norm rounds
     once, at the end.
     """
-    x, eps, weight = Pat(), Pat(literal), Pat(where=depends_only_on_constants)
+    x, eps, weight = Pat(), Pat(literal), Pat(where=lambda v: v.node.is_constant)
     wide = maybe(pointwise.cast, x)
     power = pat(pointwise.add, Pat(reduce.mean, (pat(pointwise.mul, wide, wide),)), eps)
     if root_form == "rsqrt":

@@ -7,19 +7,9 @@ from typing import Any
 from ...compiler.ir import Value
 from ...compiler.ops import moe, pointwise, reduce, shape
 from ...compiler.ops.leaf import literal
-from ...compiler.rewrite import (
-    Decline,
-    Match,
-    Other,
-    Pat,
-    Rule,
-    depends_only_on_constants,
-    either,
-    maybe,
-    pat,
-)
+from ...compiler.rewrite import Decline, Match, Other, Pat, Rule, either, maybe, pat
 
-LOGITS, BIAS = Pat(), Pat(where=depends_only_on_constants)
+LOGITS, BIAS = Pat(), Pat(where=lambda v: v.node.is_constant)
 WIDE = maybe(pointwise.cast, LOGITS)
 SOFTMAX, SIGMOID = pat(reduce.softmax, WIDE), pat(pointwise.sigmoid, WIDE)
 SCORES = either(SOFTMAX, SIGMOID)

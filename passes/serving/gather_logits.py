@@ -19,7 +19,6 @@ from ...compiler.rewrite import (
     Match,
     Pat,
     Rule,
-    depends_only_on_constants,
     pat,
     rewrite_all,
 )
@@ -51,7 +50,7 @@ def _rule(op: Op) -> Rule:
                 return Value(shape.take.node((x, m[ROWS]), {}, node.source))
             if position(dims, row[0]) is not None:
                 raise Decline("it does not keep the rows")
-            if x.op is literal or depends_only_on_constants(x):
+            if x.op is literal or x.node.is_constant:
                 return x
             raise Decline(f"{x.type} does not have the rows, it is broadcast over the rows")
 

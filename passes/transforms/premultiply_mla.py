@@ -18,16 +18,7 @@ from ...compiler.ops import shape
 from ...compiler.ops.linear import head_linear, linear, matmul
 from ...compiler.ops.mla import mla_attention
 from ...compiler.ops.rope import rope
-from ...compiler.rewrite import (
-    Decline,
-    Log,
-    Match,
-    Pat,
-    Rule,
-    depends_only_on_constants,
-    pat,
-    rewrite,
-)
+from ...compiler.rewrite import Decline, Log, Match, Pat, Rule, pat, rewrite
 from ...compiler.types import evaluate
 
 Side = Literal["query", "output"]
@@ -37,7 +28,7 @@ def _moved(roots: tuple[Value, ...], leaves: tuple[Value, ...], binding: dict[st
     """Bytes that the nodes between `leaves` and `roots` move; weights are made before the run."""
     outside = set(walk(leaves))
     inside = [n for n in walk(roots) if n not in outside]
-    run = [n for n in inside if not depends_only_on_constants(Value(n))]
+    run = [n for n in inside if not n.is_constant]
     return sum(evaluate(sympy.sympify(n.cost.bytes), binding) for n in run)
 
 
@@ -67,7 +58,7 @@ class _Choice:
 
 
 def _weight() -> Pat:
-    return Pat(where=depends_only_on_constants)
+    return Pat(where=lambda v: v.node.is_constant)
 
 
 def _heads(value: Value, *sizes: Any) -> Value:

@@ -15,7 +15,7 @@ from typing import Literal
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops import linear, moe, pointwise, shape
 from ...compiler.ops.leaf import param
-from ...compiler.rewrite import Log, depends_only_on_constants
+from ...compiler.rewrite import Log
 from ...compiler.types import evaluate
 from .propagate_slice import Cut, Misaligned, Propagated, cut_weight, propagate_slice
 from .shares import expert_parallel_experts, share, tensor_parallel_experts
@@ -51,12 +51,10 @@ class Facts:
 
     def __post_init__(self) -> None:
         self.nodes = list(self.graph.nodes())
-        known: dict[Node, bool] = {}
-        self.constant = {n for n in self.nodes if depends_only_on_constants(Value(n), known)}
         self.uses = Counter(a for n in self.nodes for a in n.args)
         self.uses.update(self.graph.roots)
         for node in self.nodes:
-            if node in self.constant or len(node.types) != 1:
+            if node.is_constant or len(node.types) != 1:
                 continue
             if self._is_summand(node):
                 self.partial_sum_nodes.add(node)
@@ -69,7 +67,7 @@ class Facts:
         if axes.sums - {axes.along}:
             # A product: what only its weights have need not be computed whole.
             pairs = zip(node.args, axes.operands, strict=True)
-            given = {f for a, d in pairs if a.node not in self.constant for n in d for f in n}
+            given = {f for a, d in pairs if not a.node.is_constant for n in d for f in n}
             own = ((i, n) for i, n in enumerate(axes.results[0]) if n and not given & set(n))
             return frozenset(i for i, factors in own if axes.is_plain(factors[0]))
         found = set[int]()
@@ -82,7 +80,7 @@ class Facts:
         return frozenset(found)
 
     def _are_weights(self, values: tuple[Value, ...]) -> bool:
-        return all(v.node in self.constant for v in values)
+        return all(v.node.is_constant for v in values)
 
     def _is_summand(self, node: Node) -> bool:
         if node.op is linear.linear:
@@ -177,7 +175,7 @@ class Plan:
         for root in self.facts.graph.roots:
             self._want([(root, "whole")], "the output")
         for node in reversed(self.facts.nodes):
-            computed = node not in self.facts.constant and node.op is not param
+            computed = not node.is_constant and node.op is not param
             if computed and any(r in self.wanted for r in node.results):
                 self._serve(node)
 
@@ -261,7 +259,7 @@ class Plan:
         if value.op not in pointwise.POINTWISE:
             return False
         rows = [a for a in value.node.args if a.type.shape[-1:] == value.type.shape[-1:]]
-        return all(a.node in self.facts.constant or self._pads(a) for a in rows)
+        return all(a.node.is_constant or self._pads(a) for a in rows)
 
     def report(self, name: str, log: Log) -> None:
         """Count what is split, and say of each product that is not who needs it whole."""

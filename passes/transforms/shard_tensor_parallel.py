@@ -88,10 +88,10 @@ class _Builder:
         if (value, form) in self.made:
             return self.made[value, form]
         if form == "whole":
-            assert value.node in self.plan.facts.constant or value.op is param
+            assert value.node.is_constant or value.op is param
             return value
         assert isinstance(form, Cut)
-        constant = value.node in self.plan.facts.constant
+        constant = value.node.is_constant
         made = cut_weight(value, form) if constant else sliced(self._get(value), form)
         self.made[value, form] = made
         return made

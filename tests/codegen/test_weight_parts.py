@@ -16,7 +16,6 @@ from ingot.compiler.ops.leaf import constant
 from ingot.compiler.ops.pointwise import add
 from ingot.compiler.ops.shape import full, permute, slice_
 from ingot.compiler.pipeline import PassContext, run_pipeline
-from ingot.compiler.rewrite import depends_only_on_constants
 from ingot.compiler.torch_types import type_of
 from ingot.compiler.types import TensorType
 from ingot.compiler.weights import Bounds, Entry, Weights, within
@@ -114,10 +113,8 @@ def test_part_is_what_lies_within_the_bounds(data: st.DataObject, stores: list[W
 
 def folded(graph: Graph) -> list[Value]:
     """What something computes with of that which depends on weights alone."""
-    known: dict[Any, bool] = {}
-    held = {n for n in graph.nodes() if depends_only_on_constants(Value(n), known)}
-    values = dict.fromkeys(a for n in graph.nodes() if n not in held for a in n.args)
-    return [v for v in values if v.node in held and v.op.name != "literal"]
+    values = dict.fromkeys(a for n in graph.nodes() if not n.is_constant for a in n.args)
+    return [v for v in values if v.node.is_constant and v.op.name != "literal"]
 
 
 def test_a_rank_reads_its_share_of_the_experts(

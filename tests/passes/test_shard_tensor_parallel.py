@@ -8,10 +8,10 @@ import pytest
 import torch
 from ingot.codegen.constants import evaluate_constant
 from ingot.compiler.interpret import interpret
-from ingot.compiler.ir import Graph, Value
+from ingot.compiler.ir import Graph
 from ingot.compiler.pipeline import PassContext, run_pipeline
 from ingot.compiler.ranks import interpret_ranks
-from ingot.compiler.rewrite import Log, depends_only_on_constants
+from ingot.compiler.rewrite import Log
 from ingot.compiler.verify import verify
 from ingot.compiler.weights import Weights
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
@@ -138,9 +138,7 @@ def imported(name: str, **overrides: object) -> tuple[Graph, HuggingFaceModel]:
 
 def held_bytes(graph: Graph) -> int:
     """Bytes of the weights, folded, that something computes with."""
-    known: dict = {}
-    constant = {n for n in graph.nodes() if depends_only_on_constants(Value(n), known)}
-    used = {a for n in graph.nodes() if n not in constant for a in n.args if a.node in constant}
+    used = {a for n in graph.nodes() if not n.is_constant for a in n.args if a.node.is_constant}
     return sum(v.type.nbytes for v in used)
 
 
