@@ -41,7 +41,8 @@ from .kernel_query import (
     dense_strides,
 )
 from .kernel_source import KernelSource, map_leaves
-from .select import PACKED_WEIGHTS, copied, select
+from .select import PACKED_WEIGHTS, select
+from .templates.rowwise.copy import copy
 
 # Vector loads want addresses that are multiples of this many bytes.
 _VECTOR = 16
@@ -95,105 +96,92 @@ class KernelBackend:
         return codes, scales
 
     def view(self, bound: Bound) -> Slice | None:
-        """See Backend.view."""
-        look = _VIEWS.get(bound.node.op.name)
-        source = bound.args[0] if bound.args else None
-        return look(source, bound) if look and isinstance(source, Slice) else None
+        """See Backend.view: what torch makes of strides says where the result lies."""
+        node, source = bound.node, bound.args[0] if bound.args else None
+        if node.op not in (view, permute, expand, slice_) or not isinstance(source, Slice):
+            return None
+        strides = source.strides or dense_strides(source.shape)
+        meta = torch.empty(0, device="meta").as_strided(source.shape, strides)
+        if node.op is view:
+            shape: Any = bound.types[0].shape
+            try:
+                seen = meta.view(shape)
+            except RuntimeError:  # the bytes lie too far apart
+                return None
+        else:
+            (seen,) = node.op.reference(meta, **bound.attrs)
+        shape, strides = tuple(seen.shape), seen.stride()
+        offset = source.offset + int(seen.storage_offset()) * DTYPES[source.dtype].bits // 8
+        dense = strides == dense_strides(shape)
+        return Slice(source.buffer, source.dtype, shape, offset, None if dense else strides)
 
     def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice | None, ...]) -> None:
         """See Backend.emit. NoKernelError where no template computes the node."""
-        node = bound.node
-        args = bound.args
-        if node.appends:
-            self._append(bound, builder, results)
+        node, args, given, append = bound.node, bound.args, bound.node.given, None
+        label, copying = f"{_label(node)} {node.source}".strip(), f"copy {node.source}".strip()
+        if node.op is view:
+            (source,), (target,) = args, results
+            assert isinstance(source, Slice) and target
+            self.copy(source, replace(target, shape=source.shape), builder, copying)
             return
-        results = tuple(result for result in results if result)
-        if node.op is view:  # of bytes that lie too far apart to be looked at otherwise
-            (source,) = args
-            assert isinstance(source, Slice)
-            target = replace(results[0], shape=source.shape)
-            self._copy(source, target, builder, f"copy {node.source}")
-            return
+        updated = {row.cache: row.updated for row in node.appends}
         if node.op.inplace and not bound.in_place:
-            for source, target in zip(args, results, strict=False):
-                assert isinstance(source, Slice)
-                self._copy(source, target, builder, f"copy {node.source}")
-            args = (*results, *args[len(results) :])
-        label = f"{_label(node)} {node.source}".strip()
-        query = KernelQuery(
-            node.op,
-            dict(bound.attrs),
-            tuple(map(operand, args)),
-            tuple(map(operand, results)),
-            self.target,
-            given=node.given,
-        )
-        self._compute(query, args, results, label, builder)
-
-    def _compute(
-        self,
-        query: KernelQuery,
-        args: tuple[Place, ...],
-        results: Sequence[Slice | None],
-        label: str,
-        builder: EntryBuilder,
-    ) -> None:
-        """Launch what a template chooses for a query, of dense copies if none reads as it is."""
-        chosen = select(query)
-        if isinstance(chosen, Declined) and not all(a.dense for a in query.args):
-            copying = f"copy {label.partition(' ')[2]}"
-            args = tuple(self._dense(a, builder, copying) for a in args)
-            query = replace(query, args=tuple(map(operand, args)))
-            chosen = select(query)
-        if isinstance(chosen, Declined):
-            raise NoKernelError(f"{label}: {chosen.reason}")
-        self._launch(chosen, args, results, label, builder)
-
-    def _append(
-        self, bound: Bound, builder: EntryBuilder, results: tuple[Slice | None, ...]
-    ) -> None:
-        """Launch what computes a node that writes rows of its results into caches."""
-        node, appends = bound.node, bound.node.appends
-        for row in appends:
-            source, target = bound.args[row.cache], results[row.updated]
+            updated = {i: i for i in range(len(results))}
+        for i, result in updated.items():
+            source, target = args[i], results[result]
             if source != target:
                 assert isinstance(source, Slice) and target
-                self._copy(source, target, builder, f"copy {node.source}")
-        args = tuple(a for i, a in enumerate(bound.args) if i not in {row.cache for row in appends})
+                self.copy(source, target, builder, copying)
+        if node.appends:
+            args = tuple(a for i, a in enumerate(args) if i not in updated)
+            given = tuple(name for name in given if name not in node.op.caches)
+            names = [*node.op.required, *given]
+            slots, positions, page_table = (
+                Arg(names.index(name)) for name in ("slots", "positions", "page_table")
+            )
+            kept = frozenset(i for i, result in enumerate(results) if result)
+            append = Append(
+                {row.row: row.updated for row in node.appends}, slots, positions, page_table, kept
+            )
+        elif updated:
+            held = tuple(result for result in results if result)
+            args = (*held, *args[len(held) :])
         types: list[Any] = list(bound.types)
         query = KernelQuery(
             node.op,
             dict(bound.attrs),
             tuple(map(operand, args)),
-            tuple(Operand(t, dense_strides(t.shape)) for t in types),
+            tuple(
+                operand(result) if result else Operand(type_, dense_strides(type_.shape))
+                for result, type_ in zip(results, types, strict=True)
+            ),
             self.target,
-            given=tuple(name for name in node.given if name not in node.op.caches),
+            append,
+            given,
         )
-        names = [*node.op.required, *query.given]
-        slots, positions, page_table = (
-            Arg(names.index(name)) for name in ("slots", "positions", "page_table")
-        )
-        kept = frozenset(i for i, result in enumerate(results) if result)
-        caches = {row.row: row.updated for row in appends}
-        query = replace(query, append=Append(caches, slots, positions, page_table, kept))
-        label = f"{_label(node)} {node.source}".strip()
-        self._compute(query, args, results, label, builder)
+        chosen = select(query)
+        if isinstance(chosen, Declined) and not all(a.dense for a in query.args):
+            args = tuple(self._dense(a, builder, copying) for a in args)
+            chosen = select(replace(query, args=tuple(map(operand, args))))
+        if isinstance(chosen, Declined):
+            raise NoKernelError(f"{label}: {chosen.reason}")
+        self._launch(chosen, args, results, label, builder)
 
     def _dense(self, place: Place, builder: EntryBuilder, label: str) -> Place:
         """`place`, or a dense copy of it."""
         if not isinstance(place, Slice) or place.strides is None:
             return place
         target = builder.scratch(TensorType(place.dtype, place.shape))
-        self._copy(place, target, builder, label)
+        self.copy(place, target, builder, label)
         return target
 
-    def copy(self, source: Slice, target: Slice, builder: EntryBuilder) -> None:
+    def copy(
+        self, source: Slice, target: Slice, builder: EntryBuilder, label: str | None = None
+    ) -> None:
         """See Backend.copy."""
-        self._copy(source, target, builder, f"copy {target.buffer}")
-
-    def _copy(self, source: Slice, target: Slice, builder: EntryBuilder, label: str) -> None:
         query = KernelQuery(view, {}, (operand(source),), (operand(target),), self.target)
-        self._launch(copied(query), (source,), (target,), label.strip(), builder)
+        label = label or f"copy {target.buffer}"
+        self._launch(copy(query), (source,), (target,), label, builder)
 
     def _launch(
         self,
@@ -294,58 +282,3 @@ def _argument(given: Slice | int | float) -> Argument:
     if isinstance(given, float):
         return Argument("f32")
     return Argument("i32" if -(2**31) <= given < 2**31 else "i64")
-
-
-# ---- views: the result as another slice of the same bytes, or None
-
-
-def _strides(source: Slice) -> tuple[int, ...]:
-    return source.strides or dense_strides(source.shape)
-
-
-def _seen(source: Slice, shape: Sequence[int], strides: Sequence[int], skip: int = 0) -> Slice:
-    """`source` under another shape and strides, `skip` elements further on."""
-    shape, strides = tuple(shape), tuple(strides)
-    offset = source.offset + skip * DTYPES[source.dtype].bits // 8
-    dense = strides == dense_strides(shape)
-    return Slice(source.buffer, source.dtype, shape, offset, None if dense else strides)
-
-
-def _reshaped(source: Slice, bound: Bound) -> Slice | None:
-    shape: Any = bound.types[0].shape
-    meta = torch.empty(0, device="meta").as_strided(source.shape, _strides(source))
-    try:
-        return _seen(source, shape, meta.view(shape).stride())
-    except RuntimeError:
-        return None
-
-
-def _permuted(source: Slice, bound: Bound) -> Slice:
-    strides, dims = _strides(source), bound.attrs["dims"]
-    return _seen(source, [source.shape[d] for d in dims], [strides[d] for d in dims])
-
-
-def _expanded(source: Slice, bound: Bound) -> Slice:
-    shape: Any = bound.types[0].shape
-    lead = len(shape) - len(source.shape)
-    sizes = (*(1,) * lead, *source.shape)
-    steps = (*(0,) * lead, *_strides(source))
-    strides = [0 if s != full else step for s, full, step in zip(sizes, shape, steps, strict=True)]
-    return _seen(source, shape, strides)
-
-
-def _sliced(source: Slice, bound: Bound) -> Slice:
-    strides = list(_strides(source))
-    axis = bound.attrs["dim"] % len(source.shape)
-    skip = bound.attrs["start"] * strides[axis]
-    strides[axis] *= bound.attrs.get("step", 1)
-    shape: Any = bound.types[0].shape
-    return _seen(source, shape, strides, skip)
-
-
-_VIEWS: dict[str, Callable[[Slice, Bound], Slice | None]] = {
-    view.name: _reshaped,
-    permute.name: _permuted,
-    expand.name: _expanded,
-    slice_.name: _sliced,
-}

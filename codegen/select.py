@@ -14,33 +14,30 @@ from .templates.moe import experts, gating
 from .templates.rowwise import copy, norms, reductions, rows
 from .templates.sampling import sample as sampling
 
-_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = (
-    pointwise.TEMPLATES,
-    attention.TEMPLATES,
-    copy.TEMPLATES,
-    experts.TEMPLATES,
-    gating.TEMPLATES,
-    heads.TEMPLATES,
-    linear.TEMPLATES,
-    mla.TEMPLATES,
-    norms.TEMPLATES,
-    rope.TEMPLATES,
-    rows.TEMPLATES,
-    reductions.TEMPLATES,
-    sampling.TEMPLATES,
+_MODULES = (
+    pointwise,
+    attention,
+    copy,
+    experts,
+    gating,
+    heads,
+    linear,
+    mla,
+    norms,
+    rope,
+    rows,
+    reductions,
+    sampling,
 )
-# Operands that their templates read in packed form, by op.
+# Operands that templates read in packed form, by op: what the modules' PACKED_WEIGHTS say.
 PACKED_WEIGHTS: Mapping[str, tuple[str, ...]] = {
-    "linear": ("weight",),
-    "project_heads": ("weight",),
-    "head_linear": ("weight",),
-    "experts": ("gate_up", "down"),
+    op: names for m in (experts, heads, linear) for op, names in m.PACKED_WEIGHTS.items()
 }
 
 
-def templates_of(op: str) -> list[Template]:
+def templates_of(op: str) -> Sequence[Template]:
     """The templates that are asked for nodes of the op called `op`."""
-    return [t for table in _TABLES for t in table.get(op, ())]
+    return [t for module in _MODULES for t in module.TEMPLATES.get(op, ())]
 
 
 def select(query: KernelQuery) -> Candidate | Declined:
@@ -62,8 +59,3 @@ def select(query: KernelQuery) -> Candidate | Declined:
         f"no kernel for {query.op.name}({types}) on {query.target.name}: "
         + ("; ".join(reasons) or "no template knows the op")
     )
-
-
-def copied(query: KernelQuery) -> Candidate:
-    """Result 0 as a copy of argument 0, whatever their strides."""
-    return copy.copy(query)

@@ -275,3 +275,5 @@ def _head_part(query: KernelQuery, part: int) -> HeadPart:
 
 
 TEMPLATES = {"project_heads": (project_heads,)}
+# Operands that are read in packed form.
+PACKED_WEIGHTS = {"project_heads": ("weight",)}

@@ -185,3 +185,5 @@ TEMPLATES = {
     "linear": (linear,),
     "head_linear": (head_linear,),
 }
+# Operands that are read in packed form.
+PACKED_WEIGHTS = {"linear": ("weight",), "head_linear": ("weight",)}

@@ -290,3 +290,5 @@ def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
 
 
 TEMPLATES = {"experts": (few, many)}
+# Operands that are read in packed form.
+PACKED_WEIGHTS = {"experts": ("gate_up", "down")}
