@@ -7,8 +7,44 @@ integers in the order of the scores. Nothing depends on anything but the row.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+# The key of -inf.
+_LOWEST = tl.constexpr(-2139095041)
+
+
+class Settings(NamedTuple):
+    """What rows ask for: [rows] each, as compiler.ops.sampling has them."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    draw: Any
+
+
+class Pieces(NamedTuple):
+    """A row of V logits, STEP apart, in PARTS parts of PART and in STRIPS strips of STRIP scores,
+    with WORDS words of `seen`. Scores take ROOM: behind them is room for LIST that matter. C most
+    likely tokens are sought. PARTS_UP, STRIPS_UP and C_UP are powers of 2 that hold PARTS, STRIPS
+    and C."""
+
+    V: Any
+    STEP: Any
+    ROOM: Any
+    PART: Any
+    PARTS: Any
+    PARTS_UP: Any
+    STRIP: Any
+    STRIPS: Any
+    STRIPS_UP: Any
+    WORDS: Any
+    LIST: Any
+    C: Any
+    C_UP: Any
 
 
 @triton.jit
@@ -142,40 +178,25 @@ def draw_from(
 
 @triton.jit
 def drawn_token(
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    draw,
-    scores,
-    largest,
-    mass,
-    tail,
-    ids,
-    length,
-    row,
-    V: tl.constexpr,
-    ROOM: tl.constexpr,
-    STRIPS: tl.constexpr,
-    STRIPS_UP: tl.constexpr,
-    STRIP: tl.constexpr,
-    LIST: tl.constexpr,
-    LOWEST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    settings, pieces, scores, largest, mass, tail, ids, length, row, BLOCK: tl.constexpr
 ):
     """The token that is drawn from a row that is not greedy."""
-    inverse = 1.0 / tl.load(temperature + row).to(tl.float32)
-    k = tl.load(top_k + row)
-    p = tl.load(top_p + row).to(tl.float32)
-    least = tl.load(min_p + row).to(tl.float32)
-    part = tl.load(draw + row).to(tl.float32)
+    V: tl.constexpr = pieces.V
+    STRIPS: tl.constexpr = pieces.STRIPS
+    STRIPS_UP: tl.constexpr = pieces.STRIPS_UP
+    LIST: tl.constexpr = pieces.LIST
+    inverse = 1.0 / tl.load(settings.temperature + row).to(tl.float32)
+    k = tl.load(settings.top_k + row)
+    p = tl.load(settings.top_p + row).to(tl.float32)
+    least = tl.load(settings.min_p + row).to(tl.float32)
+    part = tl.load(settings.draw + row).to(tl.float32)
     strip = tl.arange(0, STRIPS_UP)
     held = row * STRIPS + strip
     masses = tl.load(mass + held, mask=strip < STRIPS, other=0.0)
     whole = tl.sum(masses, 0)
 
     n = tl.load(length + row)
-    first = row * ROOM
+    first = row * pieces.ROOM
     outside = 0.0
     listed = n <= LIST
     if listed:
@@ -185,7 +206,7 @@ def drawn_token(
         n = V
     place = scores + first
 
-    edge = LOWEST
+    edge = _LOWEST
     high = key_of(largest)
     last = n
     limits_k = (k > 0) & (k < V)
@@ -224,8 +245,8 @@ def drawn_token(
         if chosen == STRIPS_UP:
             chosen = tl.max(tl.where(masses > 0, strip, 0), 0)
         before = tl.sum(tl.where(strip < chosen, masses, 0.0), 0)
-        start = chosen * STRIP
-        end = tl.minimum(start + STRIP, V)
+        start = chosen * pieces.STRIP
+        end = tl.minimum(start + pieces.STRIP, V)
     found = draw_from(
         place, start, end, before, part * whole, edge, last, floor, largest, inverse, BLOCK
     )
