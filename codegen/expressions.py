@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.dtypes import DTYPES, FLOATS, INTEGERS
-from ..compiler.ops.glu import CLAMPED
 
 NARROW = {name: f"tl.{DTYPES[name].torch}" for name in FLOATS if DTYPES[name].bits == 16}
 # The type in registers of each dtype that kernels know.
@@ -56,9 +55,14 @@ def stored(name: str, dtype: str) -> str:
 _Expression = Callable[[Sequence[Typed], Mapping[str, Any]], str]
 
 
-def _pattern(text: str) -> _Expression:
-    """Operands stand in `text` as {0}, {1}, {2}."""
-    return lambda operands, attrs: text.format(*(o.name for o in operands))
+def _pattern(text: str, **by_dtype: str) -> _Expression:
+    """Operands stand in `text` as {0}, {1}, {2}; some dtypes of the first have their own texts."""
+
+    def expression(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
+        chosen = by_dtype.get(operands[0].dtype, text)
+        return chosen.format(*(o.name for o in operands))
+
+    return expression
 
 
 def _compared(sign: str) -> _Expression:
@@ -67,25 +71,6 @@ def _compared(sign: str) -> _Expression:
     def expression(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
         x, y = (rounded(o.name, o.dtype) if o.value is not None else o.name for o in operands)
         return f"{x} {sign} {y}"
-
-    return expression
-
-
-def _by_kind(floats: str, integers: str, bools: str = "") -> _Expression:
-    def expression(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
-        dtype = operands[0].dtype
-        text = floats if dtype in FLOATS else integers if dtype in INTEGERS else bools
-        return text.format(*(o.name for o in operands))
-
-    return expression
-
-
-def _correct(f32: str, f64: str) -> _Expression:
-    """Correctly rounded: Triton's plain division and root of f32 are approximations."""
-
-    def expression(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
-        text = f64 if operands[0].dtype == "f64" else f32
-        return text.format(*(o.name for o in operands))
 
     return expression
 
@@ -117,36 +102,15 @@ def _power(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
     return f"float_power({x.name}, {y.name})"
 
 
-_ROOT_HALF, _ROOT_2_PI = math.sqrt(0.5), math.sqrt(2 / math.pi)
-_GELU = f"0.5 * {{0}} * (1 + tl.erf({{0}} * {_ROOT_HALF!r}))"
-_GELU_TANH = (
-    f"0.5 * {{0}} * (1 + tanh({_ROOT_2_PI!r} * ({{0}} + 0.044715 * {{0}} * {{0}} * {{0}})))"
-)
-_RELU = "tl.where({0} < 0, 0.0, {0})"
-_ACTIVATIONS = {
-    "silu": "{0} / (1 + tl.exp(-{0}))",
-    "sigmoid": "1 / (1 + tl.exp(-{0}))",
-    "relu": _RELU,
-    "tanh": "tanh({0})",
-    "gelu": _GELU,
-    "gelu_tanh": _GELU_TANH,
-}
-
-
 def _glu(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
     gate, up = (o.name for o in operands)
-    if attrs["activation"] != CLAMPED:
-        return f"({_ACTIVATIONS[attrs['activation']].format(gate)}) * {up}"
-    alpha, limit = (float(attrs[name]) for name in ("alpha", "limit"))
-    g = f"tl.where({gate} > {limit!r}, {limit!r}, {gate})"
-    low = f"tl.where({up} < -{limit!r}, -{limit!r}, {up})"
-    u = f"tl.where({up} > {limit!r}, {limit!r}, {low})"
-    return f"{g} / (1 + tl.exp(-{alpha!r} * {g})) * ({u} + 1)"
+    alpha, limit = (float(attrs.get(name, 0.0)) for name in ("alpha", "limit"))
+    return f"gated({gate}, {up}, {attrs['activation']!r}, {alpha!r}, {limit!r})"
 
 
 def _gelu(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
-    text = _GELU_TANH if attrs["approximate"] == "tanh" else _GELU
-    return text.format(operands[0].name)
+    name = "gelu_tanh" if attrs["approximate"] == "tanh" else "gelu"
+    return f"activated({operands[0].name}, {name!r})"
 
 
 # `index` is the place in the region's row-major order.
@@ -160,35 +124,32 @@ def _full(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
     return number(attrs["value"], attrs["dtype"])
 
 
-# NaN wins in maximum and minimum, as in torch.
+# Triton's plain division and root of f32 are approximations. NaN wins in maximum and minimum, as in
+# torch.
 EXPRESSIONS: Mapping[str, _Expression] = {
     "neg": _pattern("-{0}"),
     "abs": _pattern("tl.abs({0})"),
     "exp": _pattern("tl.exp({0})"),
     "log": _pattern("tl.log({0})"),
-    "sqrt": _correct("tl.sqrt_rn({0})", "tl.sqrt({0})"),
+    "sqrt": _pattern("tl.sqrt_rn({0})", f64="tl.sqrt({0})"),
     "rsqrt": _pattern("tl.rsqrt({0})"),
     "sin": _pattern("tl.sin({0})"),
     "cos": _pattern("tl.cos({0})"),
-    "tanh": _pattern(_ACTIVATIONS["tanh"]),
-    "sigmoid": _pattern(_ACTIVATIONS["sigmoid"]),
-    "silu": _pattern(_ACTIVATIONS["silu"]),
-    "relu": _pattern(_RELU),
+    "tanh": _pattern("tanh({0})"),
+    "sigmoid": _pattern("activated({0}, 'sigmoid')"),
+    "silu": _pattern("activated({0}, 'silu')"),
+    "relu": _pattern("activated({0}, 'relu')"),
     "gelu": _gelu,
     "clamp": _clamp,
     "cast": _cast,
     "logical_not": _pattern("{0} == 0"),
-    "add": _by_kind("{0} + {1}", "{0} + {1}", "{0} | {1}"),
+    "add": _pattern("{0} + {1}", bool="{0} | {1}"),
     "sub": _pattern("{0} - {1}"),
-    "mul": _by_kind("{0} * {1}", "{0} * {1}", "{0} & {1}"),
-    "div": _correct("tl.div_rn({0}, {1})", "{0} / {1}"),
+    "mul": _pattern("{0} * {1}", bool="{0} & {1}"),
+    "div": _pattern("tl.div_rn({0}, {1})", f64="{0} / {1}"),
     "pow": _power,
-    "maximum": _by_kind(
-        "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})", "tl.where({0} > {1}, {0}, {1})"
-    ),
-    "minimum": _by_kind(
-        "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})", "tl.where({0} < {1}, {0}, {1})"
-    ),
+    "maximum": _pattern("tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})"),
+    "minimum": _pattern("tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})"),
     "lt": _compared("<"),
     "le": _compared("<="),
     "gt": _compared(">"),

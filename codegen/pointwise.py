@@ -8,28 +8,14 @@ order, and the outermost dim is a run-time number, which buckets may change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 from typing import Any
 
-from ..compiler.dtypes import DTYPES
-from ..compiler.ops.region import STEP_OPS, step_types
-from ..compiler.target import Target
-from ..compiler.types import TensorType
+from ..compiler.ops.region import STEP_OPS, Steps, step_types
 from .expressions import EXPRESSIONS, HELD, Typed, number, rounded, stored
-from .kernel_query import (
-    Arg,
-    Call,
-    Candidate,
-    Declined,
-    KernelQuery,
-    Operand,
-    Ref,
-    Result,
-)
-from .prices import LAUNCH_SECONDS
+from .kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Result
 from .templates.generated import from_text
 from .templates.rowwise.copy import merged, unit_of
 
@@ -39,64 +25,59 @@ _MANY = 1 << 19
 _CONSTANTS = "BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One op of a region. `inputs` counts the region's operands, then the steps before this one.
-
-    `dtype` is the result's.
-    """
-
-    op: str
-    attrs: Mapping[str, Any]
-    inputs: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Region:
-    """Steps over `shape`; `args` broadcast to it, `outputs` are the steps whose results are kept,
-    each with its strides in elements."""
-
-    shape: tuple[int, ...]
-    args: tuple[Operand, ...]
-    steps: tuple[Step, ...]
-    outputs: tuple[tuple[int, tuple[int, ...]], ...]
-
-
-def computed(region: Region, target: Target) -> Candidate | Declined:
-    """One launch that computes a region: its arguments are Arg(i), its outputs Result(i)."""
-    if unknown := _unknown(region):
+def _computed(
+    query: KernelQuery, steps: Steps, dtypes: Sequence[str], outputs: Sequence[int]
+) -> Candidate | Declined:
+    """One launch that computes `steps`, whose results have `dtypes`; `steps` and `outputs` are
+    attributes of a region."""
+    args, results, shape = query.args, query.results, query.results[0].shape
+    if unknown := _unknown(args, steps, dtypes):
         return Declined(unknown)
-    count = prod(region.shape)
+    count = prod(shape)
     if not count:
         return Candidate((), 0.0, "nothing to compute")
-    memory = [i for i, a in enumerate(region.args) if a.value is None]
-    reads = [_broadcast(region.args[i], region.shape) for i in memory]
-    writes = [strides for _, strides in region.outputs]
-    dims, steps = merged(region.shape, *reads, *writes)
+    memory = [i for i, a in enumerate(args) if a.value is None]
+    reads = [_broadcast(args[i], shape) for i in memory]
+    dims, strides = merged(shape, *reads, *(result.strides for result in results))
     unit = unit_of(count)
-    furthest = max(sum((n - 1) * s for n, s in zip(dims, step, strict=True)) for step in steps)
-    far = max(count + _BLOCK, furthest + 1) >= 2**31
-    offsets = [_offset(dims, step) for step in steps]
-    text = _text(region, dims, unit, far, dict(zip(memory, offsets, strict=False)), offsets)
+    furthest = max(sum((n - 1) * s for n, s in zip(dims, step, strict=True)) for step in strides)
+    wide = ".to(tl.int64)" if max(count + _BLOCK, furthest + 1) >= 2**31 else ""
+    offsets = [_offset(dims, step) for step in strides]
+    names = [name for name, *_ in steps]
+    more = [f"and_{len(names) - 3}"] if names[3:] else []
+    name = "_".join(["pointwise", *names[:3], *more])
+    pointers = {f"x{i}": Arg(i) for i in memory} | {f"y{i}": Result(i) for i in range(len(results))}
+    lines = [
+        "@triton.jit",
+        f"def {name}({', '.join(pointers)}, units, {_CONSTANTS}):",
+        "    pdl_wait(PROGRAMMATIC)",
+        f"    index = tl.program_id(0){wide} * BLOCK + tl.arange(0, BLOCK)",
+        f"    inside = index < units{wide} * {unit}",
+    ]
+    if any(at.startswith("d") for at in offsets):
+        lines += _places(dims)
+    places = dict(zip(pointers, offsets, strict=True))
+    values = [Typed(f"a{i}", arg.type.dtype, arg.value) for i, arg in enumerate(args)]
+    for i in memory:
+        held = HELD[values[i].dtype]
+        lines.append(f"    a{i} = tl.load(x{i} + {places[f'x{i}']}, mask=inside).to({held})")
+    for i, ((op, inputs, *named), dtype) in enumerate(zip(steps, dtypes, strict=True)):
+        given = [Typed("", *n) if isinstance(n, tuple) else values[n] for n in inputs]
+        expression = EXPRESSIONS[op](_operands(op, given, dtype), dict(named))
+        lines.append(f"    v{i} = {rounded(expression, dtype)}")
+        values.append(Typed(f"v{i}", dtype))
+    for i, step in enumerate(outputs):
+        value = stored(values[step].name, values[step].dtype)
+        lines.append(f"    tl.store(y{i} + {places[f'y{i}']}, {value}, mask=inside)")
     block = _BLOCK if count >= _MANY else _SMALL_BLOCK
-    args: dict[str, Ref | int | float] = {f"x{i}": Arg(i) for i in memory}
-    args |= {f"y{i}": Result(i) for i in range(len(region.outputs))}
     call = Call(
-        _function(text, _name(region)),
-        {
-            **args,
-            "units": count // unit,
-            "BLOCK": block,
-        },
+        _function("\n".join(lines) + "\n", name),
+        {**pointers, "units": count // unit, "BLOCK": block},
         (-(-count // block), 1, 1),
-        tuple(Result(i) for i in range(len(region.outputs))),
-        num_warps=max(1, block // (8 * target.warp)),
+        tuple(Result(i) for i in range(len(results))),
+        num_warps=max(1, block // (8 * query.target.warp)),
     )
-    read = sum(region.args[i].nbytes for i in memory)
-    written = sum(count * DTYPES[region.steps[i].dtype].bits // 8 for i, _ in region.outputs)
-    seconds = (read + written) / target.bytes_per_second + LAUNCH_SECONDS
-    return Candidate((call,), seconds, f"{len(region.steps)} element-wise ops")
+    return Candidate((call,), query.seconds(1), f"{len(steps)} element-wise ops")
 
 
 @cache
@@ -104,14 +85,14 @@ def _function(text: str, name: str) -> Any:
     return from_text(text, name)
 
 
-def _unknown(region: Region) -> str:
-    """Why no kernel computes the region; empty where one does."""
-    for step in region.steps:
-        if step.op not in EXPRESSIONS:
-            return f"{step.op} has no expression"
-        if step.dtype not in HELD:
-            return f"{step.op}: kernels know no {step.dtype}"
-    for arg in region.args:
+def _unknown(args: Sequence[Operand], steps: Steps, dtypes: Sequence[str]) -> str:
+    """Why no kernel computes the steps; empty where one does."""
+    for (op, *_), dtype in zip(steps, dtypes, strict=True):
+        if op not in EXPRESSIONS:
+            return f"{op} has no expression"
+        if dtype not in HELD:
+            return f"{op}: kernels know no {dtype}"
+    for arg in args:
         if arg.type.dtype not in HELD or arg.packed:
             return f"kernels read no {arg.type}{' in packed form' if arg.packed else ''}"
     return ""
@@ -132,48 +113,6 @@ def _offset(dims: Sequence[int], steps: Sequence[int]) -> str:
     return " + ".join(terms) or "index * 0"
 
 
-def _name(region: Region) -> str:
-    names = [step.op for step in region.steps]
-    return "_".join(["pointwise", *names[:3], *([f"and_{len(names) - 3}"] if names[3:] else [])])
-
-
-def _text(
-    region: Region,
-    dims: Sequence[int],
-    unit: int,
-    far: bool,
-    read_at: Mapping[int, str],
-    offsets: Sequence[str],
-) -> str:
-    write_at = offsets[len(read_at) :]
-    wide = ".to(tl.int64)" if far else ""
-    names = [*(f"x{i}" for i in read_at), *(f"y{i}" for i in range(len(write_at))), "units"]
-    lines = [
-        "@triton.jit",
-        f"def {_name(region)}({', '.join(names)}, {_CONSTANTS}):",
-        "    pdl_wait(PROGRAMMATIC)",
-        f"    index = tl.program_id(0){wide} * BLOCK + tl.arange(0, BLOCK)",
-        f"    inside = index < units{wide} * {unit}",
-    ]
-    if any(at.startswith("d") for at in offsets):
-        lines += _places(dims)
-    values: list[Typed] = []
-    for i, arg in enumerate(region.args):
-        dtype = arg.type.dtype
-        values.append(Typed(f"a{i}", dtype, arg.value))
-        if arg.value is None:
-            lines.append(f"    a{i} = tl.load(x{i} + {read_at[i]}, mask=inside).to({HELD[dtype]})")
-    for i, step in enumerate(region.steps):
-        operands = _operands(step, values)
-        expression = EXPRESSIONS[step.op](operands, step.attrs)
-        lines.append(f"    v{i} = {rounded(expression, step.dtype)}")
-        values.append(Typed(f"v{i}", step.dtype))
-    for i, (step, _) in enumerate(region.outputs):
-        value = stored(f"v{step}", region.steps[step].dtype)
-        lines.append(f"    tl.store(y{i} + {write_at[i]}, {value}, mask=inside)")
-    return "\n".join(lines) + "\n"
-
-
 def _places(dims: Sequence[int]) -> list[str]:
     """Lines that find the places d0, d1, … of `index`; the outermost dim's size is not said."""
     lines: list[str] = []
@@ -184,43 +123,25 @@ def _places(dims: Sequence[int]) -> list[str]:
     return [*lines, f"    d{len(dims) - 1} = {left}"]
 
 
-def _operands(step: Step, values: Sequence[Typed]) -> list[Typed]:
+def _operands(op: str, given: Sequence[Typed], result: str) -> list[Typed]:
     """The operands of a step; a literal has the dtype of those beside it."""
-    given = [values[i] for i in step.inputs]
-    beside = given[1:] if step.op == "where" else given
-    dtype = next((o.dtype for o in beside if o.value is None), step.dtype)
+    beside = given[1:] if op == "where" else given
+    dtype = next((o.dtype for o in beside if o.value is None), result)
     return [o if o.value is None else Typed(number(o.value, dtype), dtype, o.value) for o in given]
 
 
 def region(query: KernelQuery) -> Candidate | Declined:
-    """A region: literals in its body are operands behind its own."""
-    first, steps = len(query.args), query.attrs["steps"]
-    literals = [i for _, inputs, *_ in steps for i in inputs if isinstance(i, tuple)]
-    places = iter(range(first, first + len(literals)))
-
-    def place(number: int | tuple[str, Any]) -> int:
-        if isinstance(number, tuple):
-            return next(places)
-        return number + (len(literals) if number >= first else 0)
-
-    args = (*query.args, *(Operand(TensorType(dtype, ()), (), n) for dtype, n in literals))
+    """A region of steps."""
+    steps, outputs = query.attrs["steps"], query.attrs["outputs"]
     types = step_types([a.type for a in query.args], steps)
-    body = tuple(
-        Step(name, dict(named), tuple(map(place, inputs)), type_.dtype)
-        for (name, inputs, *named), type_ in zip(steps, types, strict=True)
-    )
-    kept = zip(query.attrs["outputs"], query.results, strict=True)
-    outputs = tuple((number - first, result.strides) for number, result in kept)
-    return computed(Region(query.results[0].shape, args, body, outputs), query.target)
+    return _computed(query, steps, [t.dtype for t in types], outputs)
 
 
 def pointwise(query: KernelQuery) -> Candidate | Declined:
     """Any one element-wise op, and tensors out of nothing."""
-    (result,) = query.results
-    places = tuple(range(len(query.args)))
-    step = Step(query.op.name, query.attrs, places, result.type.dtype)
-    region = Region(result.shape, query.args, (step,), ((0, result.strides),))
-    return computed(region, query.target)
+    count = len(query.args)
+    step = (query.op.name, tuple(range(count)), *query.attrs.items())
+    return _computed(query, (step,), [query.results[0].type.dtype], (count,))
 
 
 TEMPLATES = {**dict.fromkeys(sorted(STEP_OPS), (pointwise,)), "region": (region,)}

@@ -9,17 +9,18 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .gemm.activations import activated, gated
 from .pdl import pdl_wait
 from .rowwise.arithmetic import float_power, integer_power, tanh
 
 # What a text may call beside tl.
-_HELPERS = (float_power, integer_power, pdl_wait, tanh)
+_HELPERS = (activated, float_power, gated, integer_power, pdl_wait, tanh)
 
 
 def from_text(text: str, name: str) -> Any:
     """The `@triton.jit` function called `name` that `text` defines.
 
-    `tl`, `triton`, `pdl_wait` and the functions of `arithmetic` are there. Equal texts give
+    `tl`, `triton` and the functions of _HELPERS are there. Equal texts give
     functions of equal hash. The text is kept in its attribute `generated`, and where Python looks
     for the lines of a file: Triton reads its functions from there.
     """

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen.build import build_one
 from ingot.codegen.kernel_backend import NoKernelError
-from ingot.codegen.kernel_query import Candidate, Operand
+from ingot.codegen.kernel_query import Candidate, KernelQuery, Operand
 from ingot.codegen.lower import lower
-from ingot.codegen.pointwise import Region, Step, computed
+from ingot.codegen.pointwise import pointwise
 from ingot.compiler.interpret import interpret, random_tensor
 from ingot.compiler.ir import Graph
 from ingot.compiler.ops.aten import aten_op
 from ingot.compiler.ops.leaf import param
+from ingot.compiler.ops.pointwise import neg
 from ingot.compiler.target import target_of
 from ingot.compiler.text import parse
 from ingot.compiler.types import TensorType
@@ -98,8 +99,8 @@ def test_buckets_share_a_region() -> None:
 def test_what_lies_far_apart_is_found_in_64_bits(step: int, casts: int) -> None:
     """Three rows of 4, `step` elements apart: with the larger step the last is past 2**31."""
     x = Operand(TensorType("f32", (3, 4)), (step, 1))
-    region = Region((3, 4), (x,), (Step("neg", {}, (0,), "f32"),), ((0, (4, 1)),))
-    chosen = computed(region, target_of("cuda:sm_90"))
+    y = Operand(TensorType("f32", (3, 4)), (4, 1))
+    chosen = pointwise(KernelQuery(neg, {}, (x,), (y,), target_of("cuda:sm_90")))
     assert isinstance(chosen, Candidate)
     assert chosen.calls[0].function.generated.count(".to(tl.int64)") == casts
 

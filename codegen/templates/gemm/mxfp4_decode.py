@@ -92,70 +92,25 @@ def scaled_numbers(words, scale, dtype: tl.constexpr):
     even, odd = tl.split(scale)
     s0, s2 = tl.split(even)
     s1, s3 = tl.split(odd)
-    if dtype == tl.float32:
-        a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3 = tl.inline_asm_elementwise(
-            _TO_F32,
-            _CONSTRAINTS,
-            [w0, w1, w2, w3, s0, s1, s2, s3],
-            dtype=(
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-                tl.int64,
-            ),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        tl.static_assert(dtype == tl.bfloat16 or dtype == tl.float16)
-        to_narrow: tl.constexpr = _TO_BF16 if dtype == tl.bfloat16 else _TO_F16
-        a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3 = tl.inline_asm_elementwise(
-            to_narrow,
-            _CONSTRAINTS,
-            [w0, w1, w2, w3, s0, s1, s2, s3],
-            dtype=(
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-                tl.int32,
-            ),
-            is_pure=True,
-            pack=1,
-        )
+    wide: tl.constexpr = dtype == tl.float32
+    tl.static_assert(wide or dtype == tl.bfloat16 or dtype == tl.float16)
+    to_narrow: tl.constexpr = _TO_BF16 if dtype == tl.bfloat16 else _TO_F16
+    a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3 = tl.inline_asm_elementwise(
+        _TO_F32 if wide else to_narrow,
+        _CONSTRAINTS,
+        [w0, w1, w2, w3, s0, s1, s2, s3],
+        dtype=(tl.int64 if wide else tl.int32,) * 16,
+        is_pure=True,
+        pack=1,
+    )
     # What is joined last changes fastest: words, in them bytes, in those the low half, the high.
     a = tl.join(tl.join(a0, a2), tl.join(a1, a3))
     b = tl.join(tl.join(b0, b2), tl.join(b1, b3))
     c = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     d = tl.join(tl.join(d0, d2), tl.join(d1, d3))
     pairs = tl.join(tl.join(a, c), tl.join(b, d))
-    if dtype == tl.float32:
-        low, high = pairs.to(tl.int32), (pairs >> 32).to(tl.int32)
-    else:
-        low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
+    half: tl.constexpr = tl.int32 if wide else tl.int16
+    low, high = pairs.to(half), (pairs >> (32 if wide else 16)).to(half)
     return tl.join(low.to(dtype, bitcast=True), high.to(dtype, bitcast=True))
 
 
