@@ -46,8 +46,8 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 class Exportable:
     """The content of an ingot: a lowered graph, and the metadata for serving it.
 
-    `graph` is the lowered graph; `model_files` are the tokenizer's, by their names in the model
-    directory.
+    `graph` is the lowered graph; `options` are those of compiling it, as plain JSON; `model_files`
+    are the tokenizer's, by their names in the model directory.
     """
 
     lowered: Lowered
@@ -55,6 +55,7 @@ class Exportable:
     model_type: str
     dtype: str
     stop_tokens: frozenset[int]
+    options: Mapping[str, Any]
     model_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
@@ -132,6 +133,7 @@ def _manifest(what: Exportable) -> Manifest:
         meta=convert(program.meta, ServingMeta),
         stop_tokens=tuple(sorted(what.stop_tokens)),
         generation=_generation(what.model_files),
+        options=what.options,
     )
 
 

@@ -166,6 +166,7 @@ def lower_language_model(
         model.config.model_type,
         dtype_name(model.dtype),
         frozenset(stops),
+        options.data(),
         tokenizer.files if tokenizer else {},
     )
 

@@ -53,6 +53,8 @@ def ingot_lines(data: Mapping[str, Any]) -> list[str]:
             f"on {meta['pages']} pages of {meta['page_size']}, vocabulary {meta['vocab_size']}"
         ),
     ]
+    if data["options"]:
+        lines.append(f"compiled with {_settings(data['options'])}")
     if (static := data["static"]) is not None:
         lines += [f"{static['target']}: {static['verdict']}"]
         lines += [static["note"]] if static["note"] else []
@@ -60,6 +62,15 @@ def ingot_lines(data: Mapping[str, Any]) -> list[str]:
         made = ", ".join(f"{name} {value}" for name, value in data["generation"].items())
         lines.append(f"its makers sample with {made}")
     return lines
+
+
+def _settings(options: Mapping[str, Any]) -> str:
+    """Names and values of options; those that are None are left out."""
+    return ", ".join(
+        f"{name} ({_settings(value)})" if isinstance(value, Mapping) else f"{name} {value}"
+        for name, value in options.items()
+        if value is not None
+    )
 
 
 def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[Table]:

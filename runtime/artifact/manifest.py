@@ -45,7 +45,8 @@ class Manifest(Strict, frozen=True, kw_only=True):
 
     `made_with` is the compiler's torch version; `symbols` has the first and last value of each
     symbol; `meta` is that of the program; `stop_tokens` end a completion; `generation` has the
-    sampling defaults of generation_config.json (temperature, top_k, ...), which callers may use.
+    sampling defaults of generation_config.json (temperature, top_k, ...), which callers may use;
+    `options` are those that the model was compiled with, which nothing depends on.
     """
 
     format: Literal["ingot"] = FORMAT
@@ -61,6 +62,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
     generation: Annotated[
         Mapping[Annotated[str, Meta(pattern=r"^\w{1,64}\Z")], int | float], Meta(max_length=64)
     ]
+    options: Annotated[Mapping[Text, Any], Meta(max_length=64)]
     files: Annotated[Mapping[str, FileFact], Meta(max_length=MAX_FILES)] = field(
         default_factory=dict[str, FileFact]
     )

@@ -14,7 +14,7 @@ from ...compiler.dtypes import DTYPES
 from ..driver import Array
 from .abi import SEEN_BITS, sampling_inputs
 from .batch import Row
-from .sampling import broken_logits, most_likely, sample, uniform
+from .sampling import Sampling, broken_logits, most_likely, sample, uniform
 from .sequence import Sequence as ServedSequence
 from .sequence import TopLogprobs
 
@@ -28,6 +28,8 @@ class Choice:
     top: TopLogprobs
 
 
+# What is asked of a row, and how many tops.
+_Asked = tuple[Sampling, int]
 # The bits of the first so many tokens of a history.
 _Seen = tuple[NDArray[np.uint32], int]
 
@@ -43,6 +45,7 @@ class RowSampler:
     vocab: int
     candidates: int | None
     _last: dict[int, dict[str, Array]] = field(default_factory=dict[int, dict[str, Array]])
+    _asked: dict[int, list[_Asked]] = field(default_factory=dict[int, list[_Asked]])
     _histories: WeakKeyDictionary[ServedSequence, _Seen] = field(
         default_factory=WeakKeyDictionary[ServedSequence, _Seen]
     )
@@ -79,36 +82,47 @@ class RowSampler:
         """
         if self.candidates is None:
             return {}
+        last = self._last.setdefault(count, {})
+        asked = [(r.sequence.request.sampling, r.sequence.request.top_logprobs) for r in rows]
+        made: dict[str, Array] = {}
+        if not last or asked != self._asked[count]:
+            made, self._asked[count] = self._settings(count, asked), asked
+        if any(sampling.temperature > 0 for sampling, _ in asked):
+            made["draw"] = np.zeros(count, np.float32)
+            for i, row in enumerate(rows):
+                if asked[i][0].temperature > 0:
+                    made["draw"][i] = _below(uniform(row.sequence.seed, row.step))
+        for name, array in made.items():
+            if name not in last or array.tobytes() != last[name].tobytes():
+                last[name] = array
+        penalized = [i for i, (sampling, _) in enumerate(asked) if sampling.repetition_penalty != 1]
+        if penalized or "seen" not in last:
+            words = np.zeros((count, -(-self.vocab // SEEN_BITS)), np.uint32)
+            for i in penalized:
+                words[i] = self._seen(rows[i])
+            last["seen"] = words.view(np.int32)
+        for array in last.values():
+            array.flags.writeable = False
+        return dict(last)
+
+    def _settings(self, count: int, asked: Sequence[_Asked]) -> dict[str, Array]:
+        """The inputs that are the same at every step; draws are 0."""
+        assert self.candidates is not None
         made: dict[str, Array] = {}
         for name, spec in sampling_inputs(self.vocab).items():
             if name != "seen":
                 value = 1 if name in ("top_p", "penalty") else 0
                 made[name] = np.full(count, value, DTYPES[spec.dtype].numpy)
-        seen: dict[int, NDArray[np.uint32]] = {}
-        for i, row in enumerate(rows):
-            sampling, top = row.sequence.request.sampling, row.sequence.request.top_logprobs
+        for i, (sampling, top) in enumerate(asked):
             if sampling.temperature > 0:
                 made["temperature"][i] = _within(sampling.temperature)
-                made["draw"][i] = _below(uniform(row.sequence.seed, row.step))
             made["top_k"][i] = min(sampling.top_k, self.vocab)
             made["top_p"][i] = sampling.top_p
             made["min_p"][i] = sampling.min_p
             made["top"][i] = top if top <= self.candidates else 0
             if sampling.repetition_penalty != 1:
                 made["penalty"][i] = _within(sampling.repetition_penalty)
-                seen[i] = self._seen(row)
-        last = self._last.setdefault(count, {})
-        if seen or not last:
-            words = np.zeros((count, -(-self.vocab // SEEN_BITS)), np.uint32)
-            for i, bits in seen.items():
-                words[i] = bits
-            last["seen"] = words.view(np.int32)
-        for name, array in made.items():
-            if name not in last or array.tobytes() != last[name].tobytes():
-                last[name] = array
-        for array in last.values():
-            array.flags.writeable = False
-        return dict(last)
+        return made
 
     def _on_device(self, row: Row) -> bool:
         return self.candidates is not None and row.sequence.request.top_logprobs <= self.candidates

@@ -30,7 +30,7 @@ from ingot.frontends.aot import export
 from ingot.frontends.cli.main import app
 from ingot.frontends.drivers import NoDriverError, driver_for, present_target
 from ingot.frontends.loading import LoadedModel, load
-from ingot.frontends.options import NotYetError
+from ingot.frontends.options import CompileOptions, NotYetError
 from ingot.runtime.artifact import writer as ingot_writer
 from ingot.runtime.artifact.reader import FOLDED_GRAPH, IngotError, open_ingot
 from ingot.runtime.devices.check_program import ProgramError
@@ -180,9 +180,11 @@ def test_command_line(directory: Path, tmp_path: Path) -> None:
 
     shown = run("inspect", path)
     assert shown.exit_code == 0, shown.output
-    for part in ("llama for cpu in f32", "serves 1 sequences of 64 tokens"):
+    for part in ("llama for cpu in f32", "serves 1 sequences of 64 tokens", "max_sequences 1"):
         assert part in shown.stdout
     data = json.loads(run("inspect", path, "--weights", "--json").stdout)
+    options = CompileOptions(max_tokens_per_sequence=64, max_sequences=1)
+    assert data["options"] == options.data()
     assert data["target"] == "cpu" and data["generation"] == {"temperature": 0.6, "top_k": 20}
     report = json.loads(written.stdout)
     assert sum(w["bytes"] for w in data["weights"]) == report["weight_bytes"]

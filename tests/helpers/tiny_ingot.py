@@ -144,7 +144,8 @@ def weights() -> Mapping[str, torch.Tensor]:
 def exportable(made: Program | None = None, files: Mapping[str, bytes] | None = None) -> Exportable:
     held = weights()
     lowered = Lowered(made or program(), lambda name: held[name])
-    return Exportable(lowered, graph(), "tiny", "bf16", frozenset({2}), dict(files or {}))
+    options = {"max_sequences": 2, "quantize": {"method": "rtn", "group": 32}, "dtype": None}
+    return Exportable(lowered, graph(), "tiny", "bf16", frozenset({2}), options, dict(files or {}))
 
 
 def graph() -> Graph:

@@ -55,6 +55,7 @@ def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
     assert path.is_file() == name.endswith(".ingot")
     assert artifact.manifest.target == "cuda:sm_90" and artifact.manifest.stop_tokens == (2,)
     assert dict(artifact.manifest.symbols) == {"T": (1, 4), "L": (1, 2)}
+    assert artifact.manifest.options["quantize"] == {"method": "rtn", "group": 32}
     assert len(artifact.weight_files) == 2, "shards of 4096 bytes"
     load = artifact.weights(made.buffers)
     for weight, expected in tiny_ingot.weights().items():

@@ -139,6 +139,7 @@ def test_what_does_not_change_is_the_same_object() -> None:
         np.float32(0.7),
         0,
     ]
+    assert not device.inputs(2, [row_of(cold)])["draw"].any()
 
 
 def test_drafted_tokens_are_seen_by_the_rows_behind_them_alone() -> None:
