@@ -69,6 +69,21 @@ def moved_bytes(operands: Operands, results: Types, **attrs: Any) -> Cost:
     return Cost(0, moved(operands, results))
 
 
+def free(operands: Operands, results: Types, **attrs: Any) -> Cost:
+    """The cost of what neither computes nor moves anything."""
+    return Cost(0, 0)
+
+
+def per_element(flops: int, of: str = "") -> Callable[..., Cost]:
+    """A cost of so many flops for each element of operand `of`, without one of the first result."""
+
+    def cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+        elements = (operands[of] if of else results[0]).numel
+        return Cost(flops * elements, moved(operands, results))
+
+    return cost
+
+
 def _schema(name: str, infer: Callable[..., Types]) -> tuple[str, ...]:
     """The operands that `infer` takes, see `Op.operands`; ValueError where that is not clear."""
     operands: list[str] = []
@@ -93,7 +108,8 @@ class Op:
     """One operation: type rule, meaning, price, samples and tolerance, registered once by name.
 
     `infer(*types, **named)` gives the result types or raises VerifyError.
-    `reference(*tensors, **named)` is the meaning, in torch; attributes come with all dims bound.
+    `meaning(*tensors, **named)` computes them in torch: one tensor, or several in a tuple (callers
+    take `reference`, which always gives a tuple); attributes come with all dims bound.
     Both take required operands in order, and by name attributes and the optional operands that a
     node has. The signature of `infer` is the op's schema (see `operands`).
     `cost(operands, result_types, **attrs)` prices one node; `operands` are types by name.
@@ -105,12 +121,12 @@ class Op:
     `domain` says, by operand, which numbers stand in integers, where that is not any.
     `axes`, where given, is how dims of operands and results correspond (see axes.py): an op without
     is opaque to passes that slice, gather, permute or shard.
-    `collective` says that ranks exchange data: `reference` takes a `communicator` beside attrs.
+    `collective` says that ranks exchange data: `meaning` takes a `communicator` beside attrs.
     """
 
     name: str
     infer: Callable[..., Types]
-    reference: Callable[..., tuple[Any, ...]]
+    meaning: Callable[..., Any]
     cost: Callable[..., Cost] = moved_bytes
     samples: tuple[Sample, ...] = ()
     axes: AxisRule | None = None
@@ -127,8 +143,9 @@ class Op:
     def __post_init__(self) -> None:
         if self.name in self.registry:
             raise ValueError(f"op {self.name!r} is already registered")
-        taken = inspect.signature(self.reference).parameters
-        if unknown := [name for name in self.optional if name not in taken]:
+        taken = inspect.signature(self.meaning).parameters if self.optional else {}
+        any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        if unknown := [name for name in self.optional if name not in taken and not any_name]:
             raise ValueError(f"op {self.name}: its reference does not take {', '.join(unknown)}")
         self.registry[self.name] = self
 
@@ -168,6 +185,11 @@ class Op:
         more = len(args) - len(self.required) - len(given)
         several = (f"{self.operands[-1][:-1]}[{i}]" for i in range(more))
         return dict(zip((*self.required, *several, *given), args, strict=True))
+
+    def reference(self, /, *tensors: Any, **named: Any) -> tuple[Any, ...]:
+        """The results, computed as `meaning` says; attributes come with all dims bound."""
+        results = self.meaning(*tensors, **named)
+        return tuple(results) if isinstance(results, tuple | list) else (results,)
 
     def types(self, args: Types, named: Mapping[str, Any]) -> Types:
         """What `infer` gives; VerifyError names the op, what it expected and what came.

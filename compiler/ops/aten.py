@@ -81,15 +81,11 @@ def aten_op(name: str) -> Op:
     def infer(*types: TensorType, **attrs: Any) -> Types:
         return _infer(name, overload, types, attrs)
 
-    def reference(*tensors: torch.Tensor, **attrs: Any) -> tuple[Any, ...]:
+    def reference(*tensors: torch.Tensor, **attrs: Any) -> Any:
         device = tensors[0].device if tensors and isinstance(tensors[0], torch.Tensor) else "cpu"
-        return _results(_call(overload, iter(tensors), attrs, device))
+        return _call(overload, iter(tensors), attrs, device)
 
     return Op(name, infer, reference, axes=_axes_of(name, overload))
-
-
-def _results(result: Any) -> tuple[Any, ...]:
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def _call(overload: Any, tensors: Iterator[Any], attrs: Mapping[str, Any], device: Any) -> Any:
@@ -130,10 +126,11 @@ def _run_on_meta(
     tensors = (torch.empty(t.shape, dtype=torch_dtype(t.dtype), device="meta") for t in operands)  # pyright: ignore
     bound = {k: bind_attr(v, at) for k, v in attrs.items()}
     try:
-        results = _results(_call(overload, tensors, bound, "meta"))
+        found = _call(overload, tensors, bound, "meta")
     except (RuntimeError, NotImplementedError, ValueError, IndexError, StopIteration) as error:
         shown = ", ".join(map(str, operands))
         raise VerifyError(f"{name}: torch refuses ({shown}) with {bound}: {error}") from error
+    results = found if isinstance(found, tuple | list) else (found,)
     if not all(isinstance(r, torch.Tensor) for r in results):
         raise VerifyError(f"{name}: expected tensors as results, found {results}")
     return tuple(type_of(r) for r in results)

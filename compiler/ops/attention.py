@@ -88,7 +88,7 @@ def _attention_reference(
     causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
-) -> tuple[torch.Tensor]:
+) -> torch.Tensor:
     tokens, heads, _ = q.shape
     group = heads // k.shape[1]
     keys, values = (wide(x).transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
@@ -108,7 +108,7 @@ def _attention_reference(
             scores = torch.cat((scores, sink), -1)
         weights = torch.softmax(scores, -1)[..., : k.shape[0]]
         blocks.append((weights @ values).transpose(0, 1).to(q.dtype))
-    return (torch.cat(blocks),)
+    return torch.cat(blocks)
 
 
 def _attention_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
@@ -325,7 +325,7 @@ def _cached_reference(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-) -> tuple[torch.Tensor]:
+) -> torch.Tensor:
     size = k_cache.shape[1]
     out = q.new_zeros(*q.shape[:2], v_cache.shape[-1])
     for slot in slots.unique().tolist():
@@ -344,7 +344,7 @@ def _cached_reference(
             block = wide(q[mine])
             result = _attend_pages(block, keys, values, hidden, sinks, scale, softcap)
             out[mine] = result.to(q.dtype)
-    return (out,)
+    return out
 
 
 def _cached_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from ..axes import along_dim, elementwise, rule
-from ..dtypes import FLOATS
-from ..ir import Cost, Op, Operands, Sample, moved
+from ..ir import Op, Sample, per_element
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError
+from .pointwise import float_type
 from .prologue import check_prologue, run_prologue
 from .shape import axis_of, replaced
 
@@ -43,7 +43,7 @@ def exchanged(x: torch.Tensor, ranks: int, communicator: Communicator | None) ->
     return [x] if communicator is None else communicator.exchange(x)
 
 
-def summed(x: torch.Tensor, ranks: int, communicator: Communicator | None) -> torch.Tensor:
+def summed(x: torch.Tensor, ranks: int, communicator: Communicator | None = None) -> torch.Tensor:
     """The sum of every rank's `x`: in f32, in the order of ranks, rounded once.
 
     So all ranks hold the same bits, and an element's sum does not depend on its neighbours.
@@ -65,22 +65,14 @@ def check_ranks(name: str, ranks: int) -> None:
 
 def _all_reduce_infer(x: TensorType, *, ranks: int) -> Types:
     check_ranks("all_reduce", ranks)
-    if x.dtype not in FLOATS:
-        raise VerifyError(f"all_reduce: expected a float, found {x}")
-    return (x,)
-
-
-def _all_reduce_reference(
-    x: torch.Tensor, *, ranks: int, communicator: Communicator | None = None
-) -> tuple[torch.Tensor]:
-    return (summed(x, ranks, communicator),)
+    return float_type("all_reduce", x)
 
 
 _T = TensorType("f32", (4, 6))
 all_reduce = Op(
     "all_reduce",
     _all_reduce_infer,
-    _all_reduce_reference,
+    summed,
     samples=(Sample((_T,), {"ranks": 1}),),
     collective=True,
     axes=elementwise,
@@ -99,8 +91,8 @@ def _all_gather_infer(x: TensorType, *, dim: int, ranks: int) -> Types:
 
 def _all_gather_reference(
     x: torch.Tensor, *, dim: int, ranks: int, communicator: Communicator | None = None
-) -> tuple[torch.Tensor]:
-    return (torch.cat(exchanged(x, ranks, communicator), dim),)
+) -> torch.Tensor:
+    return torch.cat(exchanged(x, ranks, communicator), dim)
 
 
 all_gather = Op(
@@ -137,12 +129,8 @@ def _add_norm_reference(
 ) -> tuple[torch.Tensor, ...]:
     if ranks > 1:
         delta = summed(delta, ranks, communicator)
-    n, (total,) = run_prologue(x, weight, delta, None, eps, None)
+    n, (total,) = run_prologue(x, weight, delta, eps=eps)
     return (total, n)
-
-
-def _add_norm_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(5 * operands["x"].numel, moved(operands, results))
 
 
 _X, _V = TensorType("f32", (3, 8)), TensorType("f32", (8,))
@@ -150,7 +138,7 @@ add_rms_norm = Op(
     "add_rms_norm",
     _add_norm_infer,
     _add_norm_reference,
-    _add_norm_cost,
+    per_element(5),
     (Sample((_X, _X, _V), {"eps": 1e-6}),),
     collective=True,
     axes=rule("x[*,k] delta[*,k] weight[k] -> [*,k], [*,k]; k whole"),

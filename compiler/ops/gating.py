@@ -64,7 +64,6 @@ def _gating_reference(
     delta: torch.Tensor | None = None,
     post_norm: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    correction: torch.Tensor | None = None,
     logits: str,
     sum_eps: float = 0.0,
     eps: float | None = None,
@@ -74,7 +73,7 @@ def _gating_reference(
     n, sums = run_prologue(x, norm, delta, post_norm, eps, post_eps)
     dtype = torch_dtype(logits)
     scores = product(n.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    chosen = router.reference(scores, correction=correction, eps=sum_eps, **routing)
+    chosen = router.reference(scores, eps=sum_eps, **routing)
     return (*chosen, *(() if norm is None else (n,)), *sums)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ..axes import elementwise
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Operands, Sample, moved
+from ..ir import Op, Sample, per_element
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError
 from .pointwise import gelu_of, gelu_tanh_of, sigmoid_of, silu_of
@@ -36,7 +35,7 @@ def check_activation(name: str, activation: str, alpha: float, limit: float) -> 
 
 
 def gated(
-    gate: torch.Tensor, up: torch.Tensor, activation: str, alpha: float, limit: float
+    gate: torch.Tensor, up: torch.Tensor, activation: str, alpha: float = 0.0, limit: float = 0.0
 ) -> torch.Tensor:
     """The gated unit in f32 (or f64), rounded once to the dtype of `gate`."""
     g, u = wide(gate), wide(up)
@@ -55,27 +54,12 @@ def _glu_infer(
     return (gate,)
 
 
-def _glu_reference(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    *,
-    activation: str,
-    alpha: float = 0.0,
-    limit: float = 0.0,
-) -> tuple[torch.Tensor]:
-    return (gated(gate, up, activation, alpha, limit),)
-
-
-def _glu_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(5 * results[0].numel, moved(operands, results))
-
-
 _X = TensorType("f32", (3, 8))
 glu = Op(
     "glu",
     _glu_infer,
-    _glu_reference,
-    _glu_cost,
+    gated,
+    per_element(5),
     (
         *(Sample((_X, _X), {"activation": a}) for a in ACTIVATIONS),
         Sample((_X, _X), {"activation": CLAMPED, "alpha": 1.702, "limit": 7.0}),

@@ -29,13 +29,13 @@ def _hadamard_infer(x: TensorType, *, block: int) -> Types:
     return (x,)
 
 
-def _hadamard_reference(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor]:
+def _hadamard_reference(x: torch.Tensor, *, block: int) -> torch.Tensor:
     """By sums and differences, log2(block) times: a row's bits do not depend on other rows."""
     y = wide(x).reshape(-1, 1, block)
     while y.shape[-1] > 1:
         a, b = y.unflatten(-1, (2, -1)).unbind(-2)
         y = torch.stack((a + b, a - b), 2).flatten(1, 2)
-    return ((y.reshape(x.shape) * block**-0.5).to(x.dtype),)
+    return (y.reshape(x.shape) * block**-0.5).to(x.dtype)
 
 
 def _hadamard_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Operands, Value
+from ..ir import Op, Value, free
 from ..types import TensorType, Types, VerifyError
 
 _INEXACT = (*FLOATS, "c64", "c128")
-
-
-def _free(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(0, 0)
 
 
 def _declared(*, name: str, type: TensorType) -> Types:
@@ -23,8 +19,8 @@ def _not_computed(**attrs: Any) -> tuple[Any, ...]:
     raise VerifyError(f"{attrs.get('name')!r} is an input of the graph: it is bound, not computed")
 
 
-param = Op("param", _declared, _not_computed, _free)
-constant = Op("constant", _declared, _not_computed, _free)
+param = Op("param", _declared, _not_computed, free)
+constant = Op("constant", _declared, _not_computed, free)
 
 
 # A literal reaches references as a Python number: torch then computes with it unrounded, as in
@@ -36,11 +32,11 @@ def _literal_infer(*, value: bool | int | float, dtype: str) -> Types:
     return (TensorType(dtype, ()),)
 
 
-def _literal_reference(*, value: Any, dtype: str) -> tuple[Any, ...]:
-    return (value,)
+def _literal_reference(*, value: Any, dtype: str) -> Any:
+    return value
 
 
-literal = Op("literal", _literal_infer, _literal_reference, _free)
+literal = Op("literal", _literal_infer, _literal_reference, free)
 
 
 def is_literal(value: Value, number: float | None = None) -> bool:

@@ -17,6 +17,7 @@ from ..types import TensorType, Types, VerifyError, dim
 from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
 from .pointwise import broadcast
 from .prologue import PROLOGUE, check_prologue, prologue_flops, run_prologue
+from .shape import picked
 
 # CPU BLAS rounds a row differently by how many there are: fewer than 8, those after the last whole
 # 8, and with an odd K or few columns also by where the row starts; and by strides (seen with MKL in
@@ -103,18 +104,14 @@ def _linear_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     *,
-    norm: torch.Tensor | None = None,
-    delta: torch.Tensor | None = None,
-    post_norm: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gate: str | None = None,
     alpha: float = 0.0,
     limit: float = 0.0,
-    eps: float | None = None,
-    post_eps: float | None = None,
+    **prologue: Any,
 ) -> tuple[torch.Tensor, ...]:
-    n, sums = run_prologue(x, norm, delta, post_norm, eps, post_eps)
+    n, sums = run_prologue(x, **prologue)
     y = product(wide(n).reshape(-1, n.shape[-1]), weight, bias)
     y = y.view(*x.shape[:-1], weight.shape[0])
     if gate is not None:
@@ -200,8 +197,8 @@ def _head_linear_infer(x: TensorType, weight: TensorType) -> Types:
     return (x.with_shape((*x.shape[:2], weight.shape[1])),)
 
 
-def _head_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor]:
-    return (product(x.transpose(0, 1), weight).transpose(0, 1),)
+def _head_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return product(x.transpose(0, 1), weight).transpose(0, 1)
 
 
 def _product_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
@@ -229,8 +226,8 @@ def _matmul_infer(x: TensorType, y: TensorType) -> Types:
     return (x.with_shape((*batch, x.shape[-2], y.shape[-1])),)
 
 
-def _matmul_reference(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
-    return (product(x, y.transpose(-1, -2)),)
+def _matmul_reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return product(x, y.transpose(-1, -2))
 
 
 matmul = Op(
@@ -251,19 +248,11 @@ def _embedding_infer(ids: TensorType, table: TensorType) -> Types:
     return (TensorType(table.dtype, (*ids.shape, table.shape[1])),)
 
 
-def _embedding_reference(ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor]:
-    return (torch.nn.functional.embedding(ids, table),)
-
-
-def _embedding_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(0, results[0].nbytes * 2 + operands["ids"].nbytes)
-
-
 embedding = Op(
     "embedding",
     _embedding_infer,
-    _embedding_reference,
-    _embedding_cost,
+    torch.nn.functional.embedding,
+    picked("ids"),
     (Sample((TensorType("i32", (3,)), TensorType("f32", (7, 4))), high=7),),
     axes=rule("ids[*] table[v,d] -> [*,d]; v by ids"),
 )

@@ -58,11 +58,10 @@ def _attention_infer(
 
 def _attention_reference(
     q_latent: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, *, scale: float
-) -> tuple[torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     rank = q_latent.shape[-1]
     q, k = torch.cat((q_latent, q_pe), -1), latent.unsqueeze(1)
-    (out,) = attention.reference(q, k, k[..., :rank], scale=scale)
-    return (out,)
+    return attention.reference(q, k, k[..., :rank], scale=scale)
 
 
 def _flops(operands: Operands, results: Types, context: Any) -> Any:
@@ -124,13 +123,11 @@ def _cached_reference(
     page_table: torch.Tensor,
     *,
     scale: float,
-) -> tuple[torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     rank = q_latent.shape[-1]
     q, k = torch.cat((q_latent, q_pe), -1), cache.unsqueeze(2)
-    (out,) = cached_attention.reference(
-        q, k, k[..., :rank], slots, positions, page_table, scale=scale
-    )
-    return (out,)
+    index = (slots, positions, page_table)
+    return cached_attention.reference(q, k, k[..., :rank], *index, scale=scale)
 
 
 def _cached_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -10,10 +9,10 @@ import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Operands, Sample, moved
+from ..ir import Cost, Op, Operands, Sample, moved, per_element
 from ..torch_types import torch_dtype, wide
 from ..types import TensorType, Types, VerifyError, dim
-from .glu import ACTIVATIONS, CLAMPED, check_activation, gated
+from .glu import ACTIVATIONS, CLAMPED, check_activation, glu
 from .linear import product
 from .pointwise import sigmoid_of
 
@@ -108,16 +107,12 @@ def _router_reference(
     return torch.cat((weights, ones), 1), torch.cat((indices, always), 1)
 
 
-def _router_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(8 * operands["logits"].numel, moved(operands, results))
-
-
 _LOGITS, _CORRECTION = TensorType("f32", (5, 8)), TensorType("f32", (8,))
 router = Op(
     "router",
     _router_infer,
     _router_reference,
-    _router_cost,
+    per_element(8, "logits"),
     (
         Sample((_LOGITS,), {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32"}),
         Sample(
@@ -209,42 +204,37 @@ def _experts_reference(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    activation: str,
-    gated: bool = True,
-    alpha: float = 0.0,
-    limit: float = 0.0,
-) -> tuple[torch.Tensor]:
+    **attrs: Any,
+) -> torch.Tensor:
     tokens, k = indices.shape
     parts = x.new_empty(tokens * k, x.shape[1])
     chosen = indices.flatten()
     for expert in chosen.unique().tolist():
         mine = (chosen == expert).nonzero().squeeze(1)
         first, last = (None if b is None else b[expert] for b in (gate_up_bias, down_bias))
-        h = product(x[mine // k], gate_up[expert], first)
-        h = _activate(h, activation, gated, alpha, limit)
-        parts[mine] = product(h, down[expert], last)
+        parts[mine] = product(
+            expert_hidden(x[mine // k], gate_up[expert], first, **attrs), down[expert], last
+        )
     out = (wide(parts).view(tokens, k, -1) * weights[..., None]).sum(1)
     if residual is not None:
         out = out + wide(residual)
-    return (out.to(x.dtype),)
-
-
-def _activate(
-    h: torch.Tensor, activation: str, is_gated: bool, alpha: float, limit: float
-) -> torch.Tensor:
-    if not is_gated:
-        return ACTIVATIONS[activation](h)
-    gate, up = h.chunk(2, -1)
-    return gated(gate, up, activation, alpha, limit)
+    return out.to(x.dtype)
 
 
 def expert_hidden(
-    x: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None, attrs: Mapping[str, Any]
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    activation: str,
+    gated: bool = True,
+    **clamped: float,
 ) -> torch.Tensor:
     """What one expert's down projection is given, [n, I], for x [n, D] and a node's attributes."""
-    alpha, limit = attrs.get("alpha", 0.0), attrs.get("limit", 0.0)
     h = product(x, gate_up, bias)
-    return _activate(h, attrs["activation"], attrs.get("gated", True), alpha, limit)
+    if not gated:
+        return ACTIVATIONS[activation](h)
+    return glu.reference(*h.chunk(2, -1), activation=activation, **clamped)[0]
 
 
 def _experts_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:

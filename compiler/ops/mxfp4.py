@@ -7,13 +7,11 @@ weight operand, and elsewhere it is folded when the program is loaded. Costs pri
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Node, Op, Operands, Sample, Tolerance
+from ..ir import Node, Op, Sample, Tolerance, free
 from ..microscaling import GROUPS, SCALE_RULES, decode, encode
 from ..torch_types import torch_dtype
 from ..types import TensorType, Types, VerifyError
@@ -45,15 +43,8 @@ def _mxfp4_infer(codes: TensorType, scales: TensorType, *, dtype: str) -> Types:
     return (TensorType(dtype, (*codes.shape[:-1], 2 * codes.shape[-1])),)
 
 
-def _mxfp4_reference(
-    codes: torch.Tensor, scales: torch.Tensor, *, dtype: str
-) -> tuple[torch.Tensor]:
-    return (decode(codes, scales, torch_dtype(dtype)),)
-
-
-def _mxfp4_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    """Nothing by itself: whoever uses the weight reads it in its packed form."""
-    return Cost(0, 0)
+def _mxfp4_reference(codes: torch.Tensor, scales: torch.Tensor, *, dtype: str) -> torch.Tensor:
+    return decode(codes, scales, torch_dtype(dtype))
 
 
 def _stored(node: Node) -> TensorType:
@@ -65,7 +56,7 @@ mxfp4 = Op(
     "mxfp4",
     _mxfp4_infer,
     _mxfp4_reference,
-    _mxfp4_cost,
+    free,  # whoever uses the weight reads it in its packed form
     (
         Sample((_CODES, _SCALES), {"dtype": "bf16"}, high=251),
         Sample(
@@ -96,15 +87,11 @@ def _encode_infer(w: TensorType, *, group: int, scale: str) -> Types:
     return (TensorType("u8", (*lead, inner // 2)), TensorType("u8", (*lead, inner // group)))
 
 
-def _encode_reference(w: torch.Tensor, *, group: int, scale: str) -> tuple[torch.Tensor, ...]:
-    return encode(w, group, scale)
-
-
 _W = TensorType("f32", (3, 64))
 mxfp4_encode = Op(
     "mxfp4_encode",
     _encode_infer,
-    _encode_reference,
+    encode,
     samples=tuple(Sample((_W,), {"group": g, "scale": s}) for g, s in ((32, "mse"), (16, "even"))),
     # Of what the codes stand for: an element is off by a sixth of its block's largest at most, or a
     # quarter where that is cut.

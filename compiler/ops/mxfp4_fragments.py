@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from ..dtypes import FLOATS
-from ..ir import Node, Op, Sample
+from ..ir import Op, Sample, free
 from ..microscaling import decode
 from ..torch_types import torch_dtype
 from ..types import TensorType, Types, VerifyError
@@ -158,20 +158,15 @@ def _tiled_reference(
     columns: int,
     dtype: str,
     gated: bool = False,
-) -> tuple[torch.Tensor]:
-    plain = unpacked(codes, scales, rows, columns, gated)
-    return (decode(*plain, torch_dtype(dtype)),)
-
-
-def _tiled_stored(node: Node) -> TensorType:
-    return node.types[0].with_dtype(f"mxfp4g{GROUP}")
+) -> torch.Tensor:
+    return decode(*unpacked(codes, scales, rows, columns, gated), torch_dtype(dtype))
 
 
 mxfp4_tiled = Op(
     "mxfp4_tiled",
     _tiled_infer,
     _tiled_reference,
-    mxfp4.cost,
+    free,
     tuple(
         Sample(_tiled(rows, columns), {"rows": rows, "columns": columns, **more}, high=251)
         for rows, columns, more in (
@@ -179,6 +174,6 @@ mxfp4_tiled = Op(
             (19, 96, {"dtype": "f32"}),
         )
     ),
-    stored=_tiled_stored,
+    stored=lambda node: node.types[0].with_dtype(f"mxfp4g{GROUP}"),
     domain=mxfp4.domain,
 )

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Operands, Sample, moved
+from ..ir import Op, Sample, per_element
 from ..torch_types import wide
 from ..types import TensorType, Types, VerifyError
 
 _X, _W = TensorType("f32", (3, 8)), TensorType("f32", (8,))
-
-
-def _norm_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(4 * operands["x"].numel, moved(operands, results))
 
 
 def _check(name: str, x: TensorType, *vectors: TensorType | None) -> Types:
@@ -47,15 +41,15 @@ def rms_normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torc
 
 def _rms_norm_reference(
     x: torch.Tensor, *, weight: torch.Tensor | None = None, eps: float
-) -> tuple[torch.Tensor]:
-    return (rms_normed(x, weight, eps).to(x.dtype),)
+) -> torch.Tensor:
+    return rms_normed(x, weight, eps).to(x.dtype)
 
 
 rms_norm = Op(
     "rms_norm",
     _rms_norm_infer,
     _rms_norm_reference,
-    _norm_cost,
+    per_element(4),
     (Sample((_X,), {"weight": _W, "eps": 1e-6}), Sample((_X,), {"eps": 1e-5})),
     axes=rule("x[*,d] weight[d]? -> [*,d]; d whole"),
 )
@@ -80,17 +74,17 @@ def _layer_norm_reference(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float,
-) -> tuple[torch.Tensor]:
+) -> torch.Tensor:
     y = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], eps=eps)
     y = y if weight is None else y * weight
-    return ((y if bias is None else y + bias).to(x.dtype),)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 layer_norm = Op(
     "layer_norm",
     _layer_norm_infer,
     _layer_norm_reference,
-    _norm_cost,
+    per_element(4),
     (
         Sample((_X,), {"weight": _W, "bias": _W, "eps": 1e-5}),
         Sample((_X,), {"weight": _W, "eps": 1e-5}),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..axes import elementwise
 from ..dtypes import DTYPES, FLOATS, INTEGERS
-from ..ir import Cost, Op, Operands, Sample, Tolerance, moved
+from ..ir import Op, Sample, Tolerance, per_element
 from ..torch_types import torch_dtype, wide
 from ..types import Dim, Shape, TensorType, Types, VerifyError
 
@@ -34,29 +35,22 @@ def broadcast(name: str, *shapes: Shape) -> Shape:
     return tuple(result)
 
 
-def _cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(results[0].numel, moved(operands, results))
+_cost = per_element(1)
 
 
 # ---- one operand
 
 
-def _unary_infer(name: str) -> Callable[[TensorType], Types]:
-    def infer(x: TensorType) -> Types:
-        if x.dtype not in FLOATS:
-            raise VerifyError(f"{name}: expected a float, found {x}")
-        return (x,)
-
-    return infer
+def float_type(name: str, x: TensorType) -> Types:
+    """The type of `x`, which is to be a float."""
+    if x.dtype not in FLOATS:
+        raise VerifyError(f"{name}: expected a float, found {x}")
+    return (x,)
 
 
 def _unary(name: str, torch_op: Callable[[Any], Any], **options: Any) -> Op:
-    def reference(x: Any) -> tuple[Any, ...]:
-        return (torch_op(x),)
-
-    return Op(
-        name, _unary_infer(name), reference, _cost, (Sample((_T,)),), axes=elementwise, **options
-    )
+    infer = partial(float_type, name)
+    return Op(name, infer, torch_op, _cost, (Sample((_T,)),), axes=elementwise, **options)
 
 
 # torch computes sigmoid, silu and gelu in other code for the numbers left over after the last full
@@ -105,11 +99,11 @@ relu = _unary("relu", torch.relu)
 def _gelu_infer(x: TensorType, *, approximate: str) -> Types:
     if approximate not in ("none", "tanh"):
         raise VerifyError(f"gelu: approximate is 'none' or 'tanh', found {approximate!r}")
-    return _unary_infer("gelu")(x)
+    return float_type("gelu", x)
 
 
-def _gelu_reference(x: torch.Tensor, *, approximate: str) -> tuple[torch.Tensor]:
-    return (gelu_tanh_of(x) if approximate == "tanh" else gelu_of(x),)
+def _gelu_reference(x: torch.Tensor, *, approximate: str) -> torch.Tensor:
+    return gelu_tanh_of(x) if approximate == "tanh" else gelu_of(x)
 
 
 gelu = Op(
@@ -125,17 +119,13 @@ gelu = Op(
 def _clamp_infer(x: TensorType, *, min: float, max: float) -> Types:
     if not min <= max:
         raise VerifyError(f"clamp: expected min <= max, found {min} and {max}")
-    return _unary_infer("clamp")(x)
-
-
-def _clamp_reference(x: torch.Tensor, *, min: float, max: float) -> tuple[torch.Tensor]:
-    return (x.clamp(min, max),)
+    return float_type("clamp", x)
 
 
 clamp = Op(
     "clamp",
     _clamp_infer,
-    _clamp_reference,
+    torch.clamp,
     _cost,
     (Sample((_T,), {"min": -0.5, "max": 0.5}), Sample((_T,), {"min": 0.0, "max": math.inf})),
     axes=elementwise,
@@ -148,8 +138,8 @@ def _cast_infer(x: TensorType, *, dtype: str) -> Types:
     return (x.with_dtype(dtype),)
 
 
-def _cast_reference(x: torch.Tensor, *, dtype: str) -> tuple[torch.Tensor]:
-    return (x.to(torch_dtype(dtype)),)
+def _cast_reference(x: torch.Tensor, *, dtype: str) -> torch.Tensor:
+    return x.to(torch_dtype(dtype))
 
 
 cast = Op(
@@ -168,14 +158,10 @@ def _not_infer(x: TensorType) -> Types:
     return (x,)
 
 
-def _not_reference(x: torch.Tensor) -> tuple[torch.Tensor]:
-    return (~x,)
-
-
 logical_not = Op(
     "logical_not",
     _not_infer,
-    _not_reference,
+    torch.logical_not,
     _cost,
     (Sample((TensorType("bool", (4,)),)),),
     axes=elementwise,
@@ -191,15 +177,12 @@ _ANY = ("bool", *_NUMBERS)
 
 
 def _binary_infer(
-    name: str, compare: bool, dtypes: tuple[str, ...]
-) -> Callable[[TensorType, TensorType], Types]:
-    def infer(x: TensorType, y: TensorType) -> Types:
-        if x.dtype != y.dtype or x.dtype not in dtypes:
-            kinds = ", ".join(dtypes)
-            raise VerifyError(f"{name}: expected equal dtypes of {kinds}; found {x} and {y}")
-        return (TensorType("bool" if compare else x.dtype, broadcast(name, x.shape, y.shape)),)
-
-    return infer
+    name: str, compare: bool, dtypes: tuple[str, ...], x: TensorType, y: TensorType
+) -> Types:
+    if x.dtype != y.dtype or x.dtype not in dtypes:
+        kinds = ", ".join(dtypes)
+        raise VerifyError(f"{name}: expected equal dtypes of {kinds}; found {x} and {y}")
+    return (TensorType("bool" if compare else x.dtype, broadcast(name, x.shape, y.shape)),)
 
 
 def _binary(
@@ -210,11 +193,8 @@ def _binary(
     compare: bool = False,
     samples: tuple[Sample, ...] = (Sample((_T, _T)), Sample((_T, _ROW))),
 ) -> Op:
-    def reference(x: Any, y: Any) -> tuple[Any, ...]:
-        return (torch_op(x, y),)
-
-    infer = _binary_infer(name, compare, dtypes)
-    return Op(name, infer, reference, _cost, samples, axes=elementwise, commutative=commutative)
+    infer = partial(_binary_infer, name, compare, dtypes)
+    return Op(name, infer, torch_op, _cost, samples, axes=elementwise, commutative=commutative)
 
 
 _BOOLS = (Sample((TensorType("bool", (3, 5)), TensorType("bool", (5,)))),)
@@ -259,10 +239,10 @@ def _where_infer(condition: TensorType, x: TensorType, y: TensorType) -> Types:
     return (TensorType(x.dtype, broadcast("where", condition.shape, x.shape, y.shape)),)
 
 
-def _where_reference(condition: torch.Tensor, x: Any, y: Any) -> tuple[torch.Tensor]:
+def _where_reference(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
     result = torch.where(condition, x, y)
     like = next((v for v in (x, y) if isinstance(v, torch.Tensor)), result)
-    return (result.to(like.dtype),)
+    return result.to(like.dtype)
 
 
 where = Op(

@@ -54,11 +54,11 @@ def check_prologue(
 
 def run_prologue(
     x: torch.Tensor,
-    norm: torch.Tensor | None,
-    delta: torch.Tensor | None,
-    post_norm: torch.Tensor | None,
-    eps: float | None,
-    post_eps: float | None,
+    norm: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
+    post_norm: torch.Tensor | None = None,
+    eps: float | None = None,
+    post_eps: float | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """n, which the product takes, and (s,) if there is a `delta`; both in x's dtype.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Operands, Sample, Tolerance, moved
+from ..ir import Op, Sample, Tolerance, per_element
 from ..torch_types import torch_dtype, wide
 from ..types import TensorType, Types, VerifyError
 
@@ -80,7 +78,7 @@ def _rope_infer(
 
 def _rope_reference(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, form: str, start: int = 0
-) -> tuple[torch.Tensor]:
+) -> torch.Tensor:
     half = cos.shape[1]
     end = start + 2 * half
     turn = wide(x[..., start:end])
@@ -93,11 +91,7 @@ def _rope_reference(
     c, s = wide(cos).view(shape), wide(sin).view(shape)
     pair = (a * c - b * s, b * c + a * s)
     turned = torch.stack(pair, -1).flatten(-2) if form == "interleaved" else torch.cat(pair, -1)
-    return (torch.cat((x[..., :start], turned.to(x.dtype), x[..., end:]), -1),)
-
-
-def _rope_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(3 * operands["x"].numel, moved(operands, results))
+    return torch.cat((x[..., :start], turned.to(x.dtype), x[..., end:]), -1)
 
 
 _TABLE = TensorType("f32", (5, 4))
@@ -105,7 +99,7 @@ rope = Op(
     "rope",
     _rope_infer,
     _rope_reference,
-    _rope_cost,
+    per_element(3),
     (
         Sample((TensorType("f32", (5, 2, 8)), _TABLE, _TABLE), {"form": "half"}),
         Sample(

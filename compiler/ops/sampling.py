@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from ..axes import rule
 from ..dtypes import FLOATS
-from ..ir import Cost, Op, Operands, Sample, moved
-from ..types import TensorType, Types, VerifyError, dim
+from ..ir import Op, Sample, per_element
+from ..types import TensorType, Types, VerifyError
 
 # The operands that hold one number a row, by name and kind.
 SETTINGS = (
@@ -144,11 +143,6 @@ def _chosen(
     return int(kept[min(index, len(kept) - 1)])
 
 
-def _sample_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    # A maximum, an exponential and a sum of every logit.
-    return Cost(dim(3 * operands["logits"].numel), moved(operands, results))
-
-
 def _row_types(dtype: str, rows: int, vocab: int) -> tuple[TensorType, ...]:
     settings = (TensorType("i32" if kind == "i32" else "f32", (rows,)) for _, kind in SETTINGS)
     words = TensorType("i32", (rows, -(-vocab // WORD)))
@@ -159,7 +153,7 @@ sample = Op(
     "sample",
     _sample_infer,
     _sample_reference,
-    _sample_cost,
+    per_element(3, "logits"),  # a maximum, an exponential and a sum
     (
         Sample(_row_types("f32", 9, 40), {"candidates": 5}, high=8),
         Sample(_row_types("bf16", 4, 7), {"candidates": 7}, high=2**31 - 1),

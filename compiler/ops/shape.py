@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..axes import along_dim, elementwise, permuted, reshaped, rule
 from ..dtypes import DTYPES, FLOATS, INTEGERS
-from ..ir import Cost, Op, Operands, Sample
+from ..ir import Cost, Op, Operands, Sample, free
 from ..torch_types import torch_dtype
 from ..types import Dim, Shape, TensorType, Types, VerifyError, dim
 
 _T = TensorType("f32", (4, 6))
-
-
-def _free(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    """A view moves nothing."""
-    return Cost(0, 0)
 
 
 def axis_of(name: str, x: TensorType, axis: int) -> int:
@@ -41,15 +37,11 @@ def _view_infer(x: TensorType, *, shape: Shape) -> Types:
     return (result,)
 
 
-def _view_reference(x: torch.Tensor, *, shape: tuple[int, ...]) -> tuple[torch.Tensor]:
-    return (x.reshape(shape),)
-
-
 view = Op(
     "view",
     _view_infer,
-    _view_reference,
-    _free,
+    torch.reshape,
+    free,
     (Sample((_T,), {"shape": (2, 2, 6)}),),
     axes=reshaped,
 )
@@ -64,14 +56,10 @@ def _permute_infer(x: TensorType, *, dims: tuple[int, ...]) -> Types:
     return (x.with_shape(tuple(x.shape[d] for d in dims)),)
 
 
-def _permute_reference(x: torch.Tensor, *, dims: tuple[int, ...]) -> tuple[torch.Tensor]:
-    return (x.permute(dims),)
-
-
 permute = Op(
     "permute",
     _permute_infer,
-    _permute_reference,
+    torch.permute,
     samples=(Sample((_T,), {"dims": (1, 0)}),),
     axes=permuted,
 )
@@ -87,8 +75,8 @@ def _expand_infer(x: TensorType, *, shape: Shape) -> Types:
     return (x.with_shape(shape),)
 
 
-def _expand_reference(x: Any, *, shape: tuple[int, ...]) -> tuple[torch.Tensor]:
-    return (x.expand(shape),)
+def _expand_reference(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+    return x.expand(shape)
 
 
 expand = Op(
@@ -127,19 +115,24 @@ def _index(x: torch.Tensor, dim: int, start: int, stop: int, step: int) -> Any:
 
 def _slice_reference(
     x: torch.Tensor, *, dim: int, start: int, stop: int, step: int = 1
-) -> tuple[torch.Tensor]:
-    return (x[_index(x, dim, start, stop, step)],)
+) -> torch.Tensor:
+    return x[_index(x, dim, start, stop, step)]
 
 
-def _slice_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(0, results[0].nbytes * 2)
+def picked(index: str = "") -> Callable[..., Cost]:
+    """The cost of reading and writing the result, and reading the indices in operand `index`."""
+
+    def cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
+        return Cost(0, results[0].nbytes * 2 + (operands[index].nbytes if index else 0))
+
+    return cost
 
 
 slice_ = Op(
     "slice",
     _slice_infer,
     _slice_reference,
-    _slice_cost,
+    picked(),
     (
         Sample((_T,), {"dim": 1, "start": 1, "stop": 5}),
         Sample((_T,), {"dim": 1, "start": 0, "stop": 6, "step": 2}),
@@ -160,10 +153,10 @@ def _scatter_infer(
 
 def _scatter_reference(
     x: torch.Tensor, src: torch.Tensor, *, dim: int, start: int, stop: int, step: int = 1
-) -> tuple[torch.Tensor]:
+) -> torch.Tensor:
     result = x.clone()
     result[_index(x, dim, start, stop, step)] = src
-    return (result,)
+    return result
 
 
 slice_scatter = Op(
@@ -190,8 +183,8 @@ def _cat_infer(*xs: TensorType, dim: int) -> Types:
     return (xs[0].with_shape(replaced(xs[0].shape, axis, size)),)
 
 
-def _cat_reference(*xs: torch.Tensor, dim: int) -> tuple[torch.Tensor]:
-    return (torch.cat(xs, dim),)
+def _cat_reference(*xs: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat(xs, dim)
 
 
 cat = Op(
@@ -212,8 +205,8 @@ def _full_infer(*, value: float, shape: Shape, dtype: str) -> Types:
     return (TensorType(dtype, tuple(dim(d) for d in shape)),)
 
 
-def _full_reference(*, value: float, shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor]:
-    return (torch.full(shape, value, dtype=torch_dtype(dtype)),)
+def _full_reference(*, value: float, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    return torch.full(shape, value, dtype=torch_dtype(dtype))
 
 
 full = Op(
@@ -231,8 +224,8 @@ def _arange_infer(*, start: Dim, stop: Dim, step: int, dtype: str) -> Types:
     return (TensorType(dtype, (_length(start, stop, step),)),)
 
 
-def _arange_reference(*, start: int, stop: int, step: int, dtype: str) -> tuple[torch.Tensor]:
-    return (torch.arange(start, stop, step, dtype=torch_dtype(dtype)),)
+def _arange_reference(*, start: int, stop: int, step: int, dtype: str) -> torch.Tensor:
+    return torch.arange(start, stop, step, dtype=torch_dtype(dtype))
 
 
 arange = Op(
@@ -253,19 +246,15 @@ def _take_infer(x: TensorType, rows: TensorType) -> Types:
     return (x.with_shape((*rows.shape, *x.shape[1:])),)
 
 
-def _take_reference(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor]:
-    return (x.index_select(0, rows),)
-
-
-def _take_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
-    return Cost(0, results[0].nbytes * 2 + operands["rows"].nbytes)
+def _take_reference(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x.index_select(0, rows)
 
 
 take = Op(
     "take",
     _take_infer,
     _take_reference,
-    _take_cost,
+    picked("rows"),
     (Sample((_T, TensorType("i32", (3,))), high=4),),
     axes=rule("x[v,*] rows[n] -> [n,*]; v by rows"),
 )
@@ -281,8 +270,8 @@ def _gather_infer(x: TensorType, index: TensorType, *, dim: int) -> Types:
     return (x.with_shape(index.shape),)
 
 
-def _gather_reference(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> tuple[torch.Tensor]:
-    return (x.gather(dim, index),)
+def _gather_reference(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> torch.Tensor:
+    return x.gather(dim, index)
 
 
 gather = Op(

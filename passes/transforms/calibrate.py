@@ -98,7 +98,7 @@ def _rows_of_expert(node: Node, args: Sequence[Any], i: int, part: int) -> Any:
         return mine
     bias = named.get("gate_up_bias")
     bias = None if bias is None else bias[part]
-    return moe.expert_hidden(mine, named["gate_up"][part], bias, node.attrs)
+    return moe.expert_hidden(mine, named["gate_up"][part], bias, **node.attrs)
 
 
 _ROWS: Mapping[Op, Callable[[Node, Sequence[Any], int, int], torch.Tensor]] = {
