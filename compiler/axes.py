@@ -25,7 +25,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import gcd, prod
+from functools import cache
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import sympy
@@ -177,6 +179,7 @@ def _sizes(pairs: Any, attrs: Mapping[str, Any]) -> dict[str, Dim]:
     return sizes
 
 
+@cache
 def _quotient(a: Dim, b: Dim) -> Dim | None:
     """a / b where that is a polynomial of integers, None otherwise."""
     if isinstance(a, int) and isinstance(b, int):
@@ -266,55 +269,33 @@ def batched_matmul(operands: Operands, results: Types, attrs: Mapping[str, Any])
 def reshaped(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
     """Both shapes as products of common factors; what has none is whole."""
     (x,) = operands.values()
-    old, new = x.shape, results[0].shape
-    made: tuple[list[list[str]], list[list[str]]] = ([[] for _ in old], [[] for _ in new])
+    shapes = (x.shape, results[0].shape)
+    if 0 in (*x.shape, *results[0].shape):
+        return _unrelated(*shapes)
+    # Strides of dims and the size of the whole. Those that divide, or are divided by, all others
+    # are the ends of common factors; between two of these some of both shapes may not fit each
+    # other: of rows of 3 · 2 as rows of 2 · 3 nothing corresponds.
+    ends = [[dim(prod(shape[i:])) for i in range(len(shape) + 1)] for shape in shapes]
+    every = {*ends[0], *ends[1]}
+    common = {a for a in every if all(_divides(a, b) or _divides(b, a) for b in every)}
+    names: dict[Any, str] = {}
     sizes: dict[str, Dim] = {}
-    opaque: set[str] = set()
-    if 0 in (*old, *new):
-        return _unrelated(old, new)
-    shapes, at = (old, new), [0, 0]
-    left: list[Dim] = [1, 1]
-
-    def take(side: int, size: Dim, label: str) -> None:
-        made[side][at[side] - 1].append(label)
-        rest = _quotient(left[side], size)
-        assert rest is not None
-        left[side] = rest
-
-    while True:
-        for side in (0, 1):
-            while left[side] == 1 and at[side] < len(shapes[side]):
-                left[side] = shapes[side][at[side]]
-                at[side] += 1
-        if left[0] == left[1] == 1:
-            break
-        label = f"d{len(sizes)}"
-        common = _common(left[0], left[1])
-        if common is not None:
-            sizes[label] = common
-            for side in (0, 1):
-                take(side, common, label)
-            continue
-        # Rows of 3 · 2 as rows of 2 · 3: nothing corresponds until the products meet again.
-        totals: list[Dim] = list(left)
-        ends: list[int] = list(at)
-        while totals[0] != totals[1]:
-            side = _shorter(totals, ends, shapes)
-            totals[side] = dim(totals[side] * shapes[side][ends[side]])
-            ends[side] += 1
-        for side in (0, 1):
-            for i in range(at[side] - 1, ends[side]):
-                name = f"d{len(sizes)}"
-                sizes[name] = left[side] if i == at[side] - 1 else shapes[side][i]
-                opaque.add(name)
-                made[side][i].append(name)
-            at[side], left[side] = ends[side], 1
-    return Axes(
-        (tuple(map(tuple, made[0])),),
-        (tuple(map(tuple, made[1])),),
-        sizes,
-        whole=frozenset(opaque),
-    )
+    whole: set[str] = set()
+    made: list[Dims] = []
+    for side, own in enumerate(ends):
+        chain = sorted({*common, *own}, key=lambda a: -sum(_divides(b, a) for b in every))
+        dims: list[Factors] = []
+        for high, low in pairwise(map(chain.index, own)):
+            factors: list[str] = []
+            for a, b in pairwise(chain[high : low + 1]):
+                shared = a in common and b in common
+                label = names.setdefault(b if shared else (b, side), f"d{len(names)}")
+                sizes[label] = _quotient(a, b) or 0
+                whole |= set() if shared else {label}
+                factors.append(label)
+            dims.append(tuple(factors))
+        made.append(tuple(dims))
+    return Axes((made[0],), (made[1],), sizes, whole=frozenset(whole))
 
 
 def _unrelated(old: Shape, new: Shape) -> Axes:
@@ -324,21 +305,5 @@ def _unrelated(old: Shape, new: Shape) -> Axes:
     return Axes((dims[: len(old)],), (dims[len(old) :],), sizes, whole=frozenset(names))
 
 
-def _common(a: Dim, b: Dim) -> Dim | None:
-    """The largest leading factor that splits both; None where they share none."""
-    if _quotient(a, b) is not None:
-        return b
-    if _quotient(b, a) is not None:
-        return a
-    if isinstance(a, int) and isinstance(b, int) and gcd(a, b) > 1:
-        return gcd(a, b)
-    return None
-
-
-def _shorter(totals: list[Dim], ends: list[int], shapes: tuple[Shape, Shape]) -> int:
-    """The side to go on with: the smaller, where that can be said, that has dims left."""
-    left = [s for s in (0, 1) if ends[s] < len(shapes[s])]
-    smaller = 0 if _quotient(totals[1], totals[0]) is not None else 1
-    if all(isinstance(t, int) for t in totals):
-        smaller = 0 if totals[0] < totals[1] else 1
-    return smaller if smaller in left else left[0]
+def _divides(a: Dim, b: Dim) -> bool:
+    return _quotient(b, a) is not None

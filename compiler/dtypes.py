@@ -69,14 +69,3 @@ STORED_BITS = {"mxfp4g16": Fraction(9, 2), "mxfp4g32": Fraction(17, 4)}
 def dense_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a dense `dtype[shape]`; packed dtypes are rounded up. KeyError: unknown dtype."""
     return -(-prod(shape) * DTYPES[dtype].bits // 8)
-
-
-__all__ = [
-    "DTYPES",
-    "FLOATS",
-    "INTEGERS",
-    "READABLE",
-    "STORED_BITS",
-    "Dtype",
-    "dense_bytes",
-]

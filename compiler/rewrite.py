@@ -29,9 +29,8 @@ class Pat:
     The same Pat twice in a rule must match the same value. `op` may be the name of an `aten.*` op.
     `args` match the op's required operands, or with None any do. Of its optional operands those in
     `given` must be there and match, those in `absent` must not be there; others may be.
-    `attrs` must be equal (to None: absent), `where` must hold. An `optional` pattern also matches
-    where its op is absent and its first argument matches instead: then both stand for the same
-    value. A pattern with `options` matches what any of them matches.
+    `attrs` must be equal (to None: absent), `where` must hold. A pattern with `options`
+    matches what any of them matches.
     """
 
     op: Op | str | None = None
@@ -41,7 +40,6 @@ class Pat:
     absent: tuple[str, ...] = ()
     where: Callable[[Value], bool] | None = None
     index: int = 0
-    optional: bool = False
     options: tuple[Pat, ...] = ()
 
     @property
@@ -62,7 +60,7 @@ def pat(
 
 def maybe(op: Op, arg: Pat) -> Pat:
     """`op` applied to `arg`, or `arg` itself."""
-    return Pat(op, (arg,), optional=True)
+    return either(Pat(op, (arg,)), arg)
 
 
 def either(*options: Pat) -> Pat:
@@ -255,8 +253,6 @@ def _solutions(pattern: Pat, value: Value, found: dict[Pat, Value]) -> Iterator[
         here = {**found, pattern: value}
         if pattern.where is None or pattern.where(value):
             yield from _argument_solutions(pattern, value, here)
-    if pattern.optional and pattern.args:
-        yield from _solutions(pattern.args[0], value, {**found, pattern: value})
 
 
 def _argument_solutions(
@@ -293,10 +289,7 @@ def _sequence_solutions(
 def _root_ops(pattern: Pat) -> set[str | None]:
     if pattern.options:
         return set().union(*map(_root_ops, pattern.options))
-    ops: set[str | None] = {pattern.op_name}
-    if pattern.optional and pattern.args:
-        ops |= _root_ops(pattern.args[0])
-    return ops
+    return {pattern.op_name}
 
 
 def _inner_nodes(found: Match) -> set[Node]:

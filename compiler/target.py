@@ -57,6 +57,3 @@ def target_of(name: str) -> Target:
     if name not in TARGETS:
         raise ValueError(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
-
-
-__all__ = ["CPU", "EM_AMDGPU", "EM_CUDA", "GPUS", "TARGETS", "Target", "target_of"]

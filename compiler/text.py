@@ -219,10 +219,25 @@ def _root(text: str, values: Mapping[str, Value]) -> Value:
     return _argument(ast.parse(_REF.sub(_reference, text), mode="eval").body, values)
 
 
-def _same_attrs(m: Node, n: Node) -> bool:
-    # By their text: 1, 1.0 and True are three attributes, and nan is one.
-    shown = ({k: show_attr(v) for k, v in node.attrs.items()} for node in (m, n))
-    return next(shown) == next(shown)
+def _canonical(graph: Graph) -> Any:
+    """All that a graph says, but sources: nodes in order, with numbers in place of arguments."""
+    numbers: dict[Node, Any] = {}
+    lines: list[Any] = []
+    for node in (*(p.node for p in graph.params), *graph.nodes()):
+        if node in numbers:
+            continue
+        # Attributes by their text: 1, 1.0 and True are three, and nan is one.
+        attrs = {k: show_attr(v) for k, v in node.attrs.items()}
+        args = [(numbers[a.node], a.index) for a in node.args]
+        line = (node.op.name, attrs, node.types, node.given, args)
+        if node.op in (literal, constant):
+            numbers[node] = line
+        else:
+            numbers[node] = len(lines)
+            lines.append(line)
+    roots = [(numbers[r.node], r.index) for r in graph.roots]
+    head = (graph.name, len(graph.params), len(graph.outputs), dict(graph.symbols))
+    return (*head, [*graph.updates], lines, roots)
 
 
 def same_structure(a: Graph, b: Graph) -> bool:
@@ -230,30 +245,4 @@ def same_structure(a: Graph, b: Graph) -> bool:
 
     Literals and constants are compared by content, all other nodes one to one.
     """
-    if (a.name, dict(a.symbols), list(a.updates)) != (b.name, dict(b.symbols), list(b.updates)):
-        return False
-    if len(a.outputs) != len(b.outputs):
-        return False
-    left, right = list(a.nodes()), list(b.nodes())
-    content = (literal, constant)
-    left = [*(p.node for p in a.params), *(n for n in left if n.op not in (*content, param))]
-    right = [*(p.node for p in b.params), *(n for n in right if n.op not in (*content, param))]
-    if len(left) != len(right) or len(a.params) != len(b.params):
-        return False
-    twin = dict(zip(left, right, strict=True))
-
-    def equal(x: Value, y: Value) -> bool:
-        if x.op in content:
-            return x.op is y.op and _same_attrs(x.node, y.node)
-        return twin.get(x.node) is y.node and x.index == y.index
-
-    same_nodes = all(
-        m.op is n.op
-        and _same_attrs(m, n)
-        and m.types == n.types
-        and m.given == n.given
-        and len(m.args) == len(n.args)
-        and all(equal(x, y) for x, y in zip(m.args, n.args, strict=True))
-        for m, n in zip(left, right, strict=True)
-    )
-    return same_nodes and all(equal(x, y) for x, y in zip(a.roots, b.roots, strict=True))
+    return _canonical(a) == _canonical(b)

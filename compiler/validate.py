@@ -7,7 +7,7 @@ references from the same random inputs, for several values of every symbol.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -134,34 +134,23 @@ def _after(
 
 def _structure(graph: Graph, applied: Applied, frontier: set[Value]) -> Any:
     """What two regions share that compute the same, but for which values they are given."""
-    lines: list[Any] = []
+    lines: dict[Value, Any] = {}
     numbers: dict[Value, int] = {}
-
-    def number(value: Value, line: Any) -> None:
-        numbers[value] = len(numbers)
-        lines.append(line)
-
     same = {new: old for _, given in applied.ranks for new, old in given.items()}
     roots = (*applied.before, *applied.after, *(v for after, _ in applied.ranks for v in after))
-    stack = [*reversed((*roots, *same.values()))]
-    while stack:
-        value = stack[-1]
-        if value in numbers:
-            stack.pop()
-        elif value in frontier:
-            number(value, (value.type, applied.given.get(value)))
+    for value in _inner((*roots, *same.values()), {*frontier, *same}):
+        numbers[value] = len(numbers)
+        if value in frontier:
+            lines[value] = (value.type, applied.given.get(value))
         elif value in same:
-            number(value, numbers[same[value]])
-        elif todo := [a for a in value.node.args if a not in numbers]:
-            stack.extend(todo)
+            lines[value] = numbers[same[value]]
         else:
             node, args = value.node, tuple(numbers[a] for a in value.node.args)
-            number(
-                value, (node.op.name, value.index, args, node.given, repr(node.attrs), node.types)
-            )
+            said = (node.op.name, value.index, args, node.given, repr(node.attrs), node.types)
+            lines[value] = said
     ends = tuple(numbers[v] for v in roots)
     symbols = tuple((name, r.start, r.stop) for name, r in graph.symbols.items())
-    return (applied.rule, applied.allowed, symbols, ends, tuple(lines))
+    return (applied.rule, applied.allowed, symbols, ends, tuple(lines.values()))
 
 
 # Ops that only select elements: two of them on one value are not independent, so what is drawn
@@ -245,8 +234,7 @@ def _steps(node: Node, others: set[Node]) -> int:
 def _domains(applied: Applied, frontier: set[Value]) -> dict[Value, range]:
     """Which integers to draw, for the values whose users say so, also through ops that select."""
     found: dict[Value, range] = {}
-    roots = (*applied.before, *applied.after)
-    for node in {n for root in roots for n in _region(root, frontier)}:
+    for node in _region((*applied.before, *applied.after), frontier):
         domains = [(node.operands[name], domain) for name, domain in node.op.domain.items()]
         if node.op is gather and node.args[0].type.shape[node.attrs["dim"]] == 1:
             domains.append((node.args[1], range(1)))
@@ -282,8 +270,7 @@ def _chooses(applied: Applied, frontier: set[Value]) -> bool:
         node.is_symbolic
         and any(a.type.dtype in FLOATS for a in node.args)
         and any(t.dtype not in FLOATS for t in node.types)
-        for root in (*applied.before, *applied.after)
-        for node in _region(root, frontier)
+        for node in _region((*applied.before, *applied.after), frontier)
     )
 
 
@@ -334,21 +321,15 @@ def _evaluate(
     communicator: Communicator | None = None,
 ) -> list[Any]:
     values: dict[Value, Any] = dict(inputs)
-    stack = list(roots)
-    while stack:
-        node = stack[-1].node
-        if stack[-1] in values:
-            stack.pop()
+    for value in _inner(roots, inputs):
+        if value in values:
             continue
-        if todo := [a for a in node.args if a not in values]:
-            stack.extend(todo)
-            continue
+        node = value.node
         # Ranks that all hold the same are ranks too: what is true of any is true of them.
         echo = Echo(node.attrs.get("ranks", 1)) if node.op.collective else None
         args = tuple(values[a] for a in node.args)
         results = compute(node, args, binding, communicator or echo)
         values.update((k, v) for k, v in zip(node.results, results, strict=True) if k not in values)
-        stack.pop()
     return [values[v] for v in roots]
 
 
@@ -366,22 +347,27 @@ def _difference(a: Any, b: Any) -> float:
     return float((a - b)[a.isfinite()].abs().max()) / scale if a.isfinite().any() else 0.0
 
 
-def _region(root: Value, frontier: set[Value]) -> list[Node]:
-    inner: list[Node] = []
-    seen: set[Node] = set()
-    stack = [root]
+def _inner(roots: Iterable[Value], known: Container[Value]) -> list[Value]:
+    """The values that `roots` need, arguments before users, down to those that are known."""
+    found: dict[Value, None] = {}
+    stack = [*roots][::-1]
     while stack:
-        value = stack.pop()
-        if value in frontier or value.node in seen:
-            continue
-        seen.add(value.node)
-        inner.append(value.node)
-        stack.extend(value.node.args)
-    return inner
+        value = stack[-1]
+        args = () if value in known or value in found else value.node.args
+        if todo := [a for a in args if a not in found]:
+            stack.extend(todo)
+        else:
+            found[stack.pop()] = None
+    return [*found]
+
+
+def _region(roots: Iterable[Value], frontier: set[Value]) -> list[Node]:
+    """The nodes between the frontier and `roots`, arguments before users."""
+    return [*dict.fromkeys(v.node for v in _inner(roots, frontier) if v not in frontier)]
 
 
 def _allowed(old: Value, new: Value, frontier: set[Value]) -> float:
-    nodes = [*_region(old, frontier), *_region(new, frontier)]
+    nodes = _region((old, new), frontier)
     dtypes = {t.dtype for n in nodes for t in n.types}
     return _SLACK * max((n.op.tolerance.of(d) for n in nodes for d in dtypes), default=0.0)
 
@@ -389,5 +375,5 @@ def _allowed(old: Value, new: Value, frontier: set[Value]) -> float:
 def _show(root: Value, frontier: set[Value]) -> str:
     names = sorted(frontier, key=lambda v: str(v.type))
     from_ = ", ".join(f"{v.op.name}: {v.type}" for v in names)
-    ops = " ".join(n.op.name for n in reversed(_region(root, frontier)))
+    ops = " ".join(n.op.name for n in _region((root,), frontier))
     return f"  {ops or 'a value as it is'} : {root.type}  from ({from_})"

@@ -8,48 +8,9 @@ order of tensor cores `mxfp4_fragments` · `hadamard` · `collective` what ranks
 functional torch operator.
 """
 
-from . import (
-    aten,
-    attention,
-    collective,
-    gating,
-    glu,
-    hadamard,
-    heads,
-    leaf,
-    linear,
-    mla,
-    moe,
-    mxfp4,
-    mxfp4_fragments,
-    norm,
-    pointwise,
-    reduce,
-    region,
-    rope,
-    sampling,
-    shape,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "aten",
-    "attention",
-    "collective",
-    "gating",
-    "glu",
-    "hadamard",
-    "heads",
-    "leaf",
-    "linear",
-    "mla",
-    "moe",
-    "mxfp4",
-    "mxfp4_fragments",
-    "norm",
-    "pointwise",
-    "reduce",
-    "region",
-    "rope",
-    "sampling",
-    "shape",
-]
+# Every op is registered, so that any text can be read.
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

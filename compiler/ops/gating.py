@@ -87,7 +87,9 @@ def _gating_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
 _X, _W, _K, _E = (TensorType("f32", shape) for shape in ((5, 8), (6, 8), (8,), (6,)))
 _CHOICE = {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32", "logits": "f32"}
 # Where x is bf16, so is n, and weights of f32 are no better than it.
-_ROUNDED = {**_CHOICE, "dtype": "bf16"}
+_NORMED = {**_CHOICE, "dtype": "bf16", "norm": _K, "eps": 1e-6}
+_GROUPS = {"score": "sigmoid", "groups": 3, "topk_groups": 2, "group_score": "top2", "scale": 2.5}
+_BIASES = {"bias": _E, "correction": _E, "sum_eps": 1e-20, "shared": 2}
 moe_gating = Op(
     "moe_gating",
     _gating_infer,
@@ -95,34 +97,8 @@ moe_gating = Op(
     _gating_cost,
     (
         Sample((_X, _W), _CHOICE),
-        Sample(
-            (_X, _W),
-            {
-                "norm": _K,
-                "bias": _E,
-                "correction": _E,
-                **_ROUNDED,
-                "score": "sigmoid",
-                "groups": 3,
-                "topk_groups": 2,
-                "group_score": "top2",
-                "scale": 2.5,
-                "sum_eps": 1e-20,
-                "shared": 2,
-                "eps": 1e-6,
-            },
-        ),
-        Sample(
-            (_X, _W),
-            {
-                "norm": _K,
-                "delta": _X,
-                "post_norm": _K,
-                **_ROUNDED,
-                "eps": 1e-5,
-                "post_eps": 1e-6,
-            },
-        ),
+        Sample((_X, _W), {**_NORMED, **_GROUPS, **_BIASES}),
+        Sample((_X, _W), {**_NORMED, "delta": _X, "post_norm": _K, "post_eps": 1e-5}),
     ),
     axes=rule(
         "x[t,k] weight[e,k] norm[k]? delta[t,k]? post_norm[k]? bias[e]? correction[e]? "

@@ -205,7 +205,15 @@ def _heads_axes(operands: Operands, results: Types, attrs: Mapping[str, Any]) ->
 _X, _W = TensorType("f32", (5, 8)), TensorType("f32", (24, 8))
 _K, _D, _N, _TABLE = (TensorType("f32", s) for s in ((8,), (4,), (24,), (5, 2)))
 _QKV = {"heads": (3, 2, 1), "dims": (4, 4, 4)}
+_NORM = {"norm": _K, "eps": 1e-5}
+_NORMS = {"norm_0": _D, "norm_1": _D, "head_eps": 1e-6}
 _ROPE = {"cos": _TABLE, "sin": _TABLE, "rotate": (True, True, False), "form": "half"}
+# Two parts, normed as wholes; of the heads of the second the last two of six dims are turned.
+_PARTS = {"heads": (3, 2), "dims": (4, 6), "rotate": (False, True), "start": 4, "norm_of": "part"}
+_WIDE_NORMS = {f"norm_{i}": TensorType("f32", (12,)) for i in range(2)}
+_NARROW = {name: TensorType("f32", (5, 1)) for name in ("cos", "sin")}
+_SUM = {"delta": _X, "post_norm": _K, "post_eps": 1e-6, "head_eps": 1e-6, "form": "deinterleaved"}
+_ONE = {"heads": (6,), "dims": (4,), "norm_0": _D, "head_eps": 1e-6, "norm_of": "rotated head"}
 project_heads = Op(
     "project_heads",
     _heads_infer,
@@ -214,55 +222,9 @@ project_heads = Op(
     (
         Sample((_X, _W), {**_QKV, **_ROPE}),
         Sample((_X, _W), {**_QKV, "bias": _N}),
-        Sample(
-            (_X, _W),
-            {
-                **_QKV,
-                "norm": _K,
-                "bias": _N,
-                "norm_0": _D,
-                "norm_1": _D,
-                **_ROPE,
-                "form": "interleaved",
-                "head_eps": 1e-6,
-                "eps": 1e-5,
-            },
-        ),
-        Sample(
-            (_X, _W),
-            {
-                "heads": (3, 2),
-                "dims": (4, 6),
-                "norm": _K,
-                "delta": _X,
-                "post_norm": _K,
-                "norm_0": TensorType("f32", (12,)),
-                "norm_1": TensorType("f32", (12,)),
-                "cos": TensorType("f32", (5, 1)),
-                "sin": TensorType("f32", (5, 1)),
-                "rotate": (False, True),
-                "form": "deinterleaved",
-                "start": 4,
-                "norm_of": "part",
-                "head_eps": 1e-6,
-                "eps": 1e-5,
-                "post_eps": 1e-6,
-            },
-        ),
-        Sample(
-            (_X, _W),
-            {
-                "heads": (6,),
-                "dims": (4,),
-                "norm_0": _D,
-                "cos": _TABLE,
-                "sin": _TABLE,
-                "rotate": (True,),
-                "form": "half",
-                "norm_of": "rotated head",
-                "head_eps": 1e-6,
-            },
-        ),
+        Sample((_X, _W), {**_QKV, **_ROPE, **_NORM, **_NORMS, "bias": _N, "form": "interleaved"}),
+        Sample((_X, _W), {**_PARTS, **_NORM, **_SUM, **_WIDE_NORMS, **_NARROW}),
+        Sample((_X, _W), {**_ONE, **_ROPE, "rotate": (True,)}),
     ),
     caches=_CACHES,
     axes=_heads_axes,

@@ -107,30 +107,18 @@ def _router_reference(
     return torch.cat((weights, ones), 1), torch.cat((indices, always), 1)
 
 
-_LOGITS, _CORRECTION = TensorType("f32", (5, 8)), TensorType("f32", (8,))
+_LOGITS = TensorType("f32", (5, 8))
+_CORRECTED = {"correction": TensorType("f32", (8,)), "eps": 1e-20, "shared": 3}
+_CHOICE = {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32"}
+_GROUPS = {"score": "sigmoid", "groups": 4, "topk_groups": 2, "group_score": "top2", "scale": 2.5}
 router = Op(
     "router",
     _router_infer,
     _router_reference,
     per_element(8, "logits"),
     (
-        Sample((_LOGITS,), {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32"}),
-        Sample(
-            (_LOGITS,),
-            {
-                "correction": _CORRECTION,
-                "k": 2,
-                "score": "sigmoid",
-                "normalize": True,
-                "dtype": "f32",
-                "groups": 4,
-                "topk_groups": 2,
-                "group_score": "top2",
-                "scale": 2.5,
-                "eps": 1e-20,
-                "shared": 3,
-            },
-        ),
+        Sample((_LOGITS,), _CHOICE),
+        Sample((_LOGITS,), {**_CHOICE, **_GROUPS, **_CORRECTED}),
     ),
     axes=rule("logits[t,e] correction[e]? -> [t,j], [t,j]; e j whole"),
 )
@@ -251,26 +239,19 @@ def _experts_cost(operands: Operands, results: Types, **attrs: Any) -> Cost:
 
 
 _X, _W, _I = TensorType("f32", (5, 8)), TensorType("f32", (5, 2)), TensorType("i64", (5, 2))
-_GATE_UP, _DOWN = TensorType("f32", (4, 12, 8)), TensorType("f32", (4, 8, 6))
+_OPERANDS = (_X, _W, _I, TensorType("f32", (4, 12, 8)), TensorType("f32", (4, 8, 6)))
 _BIASES = {"gate_up_bias": TensorType("f32", (4, 12)), "down_bias": TensorType("f32", (4, 8))}
+_CLAMPED = {"activation": CLAMPED, "alpha": 1.702, "limit": 7.0}
 experts = Op(
     "experts",
     _experts_infer,
     _experts_reference,
     _experts_cost,
     (
-        Sample((_X, _W, _I, _GATE_UP, _DOWN), {"activation": "silu"}, high=4),
-        Sample(
-            (_X, _W, _I, _GATE_UP, _DOWN),
-            {**_BIASES, "activation": "clamped_swiglu", "alpha": 1.702, "limit": 7.0},
-            high=4,
-        ),
-        Sample((_X, _W, _I, _GATE_UP, _DOWN), {"residual": _X, "activation": "silu"}, high=4),
-        Sample(
-            (_X, _W, _I, _GATE_UP, _DOWN),
-            {**_BIASES, "residual": _X, "activation": "gelu_tanh"},
-            high=4,
-        ),
+        Sample(_OPERANDS, {"activation": "silu"}, high=4),
+        Sample(_OPERANDS, {**_BIASES, **_CLAMPED}, high=4),
+        Sample(_OPERANDS, {"residual": _X, "activation": "silu"}, high=4),
+        Sample(_OPERANDS, {**_BIASES, "residual": _X, "activation": "gelu_tanh"}, high=4),
     ),
     axes=rule(
         "x[t,c] weights[t,j] indices[t,j] gate_up[e,(g i),c] down[e,d,i] gate_up_bias[e,(g i)]? "
