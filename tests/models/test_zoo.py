@@ -1,0 +1,146 @@
+"""Every causal language model type of transformers: right or refused, as docs/coverage.md says.
+
+The table is renewed with `python examples/bench/zoo.py NAME --markdown docs/coverage.md`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_configs import MAX_LAYERS, WINDOW
+from transformers import AutoConfig, PreTrainedModel
+from zoo import (
+    MAX_PARAMETERS,
+    NOT_BUILT,
+    REFUSED,
+    RIGHT,
+    UNCLEAR,
+    WRONG,
+    Attempt,
+    Verdict,
+    attempt,
+    isolated,
+    judge,
+    reference,
+    rows_of,
+    with_rows,
+)
+from zoo_models import TYPES, config_of, random_model
+
+COVERAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+TABLE = COVERAGE.read_text(encoding="utf-8")
+ROWS = rows_of(TABLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TYPES)
+def test_right_or_refused(name: str) -> None:
+    """Each type has the verdict of the table; those that are to be mended show as xfailed."""
+    found = isolated(name)
+    expected, _ = ROWS.get(name, (found.verdict, ""))
+    assert found.verdict == expected, f"renew the row in docs/coverage.md: {found}"
+    if found.verdict in (UNCLEAR, WRONG):
+        pytest.xfail(f"{found.verdict}: {found.reason}")
+
+
+def test_the_table_has_known_types() -> None:
+    if f"transformers {transformers.__version__}" not in TABLE:
+        pytest.skip(f"the table is of another version than {transformers.__version__}")
+    assert set(ROWS) <= set(TYPES)
+
+
+# ---- the sweep itself sees what is wrong
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return random_model("qwen3, windows", MAX_PARAMETERS)
+
+
+def test_right_in_both_ways() -> None:
+    found = isolated("qwen3, windows")
+    assert (found.memory, found.directory) == (RIGHT, RIGHT), found
+
+
+def test_another_weight_is_wrong(model: PreTrainedModel) -> None:
+    expected = reference(model)
+    norm = model.model.layers[1].self_attn.k_norm.weight
+    with torch.no_grad():
+        norm[3] *= 1.5
+        found = attempt(model, model, expected)
+        norm[3] /= 1.5
+    assert found.verdict == WRONG
+    assert found.error is not None and found.error > 1e-3
+
+
+def test_another_window_is_wrong(model: PreTrainedModel, tmp_path: Path) -> None:
+    """The prompt is long enough to see a window of another length."""
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    text = config.read_text(encoding="utf-8")
+    assert f'"sliding_window": {WINDOW}' in text
+    config.write_text(text.replace(f'"sliding_window": {WINDOW}', '"sliding_window": 36'), "utf-8")
+    assert attempt(tmp_path, model, reference(model)).verdict == WRONG
+
+
+def test_other_tokens_are_wrong(model: PreTrainedModel) -> None:
+    expected = reference(model)
+    tokens = [*expected.tokens[:-1], (expected.tokens[-1] + 1) % 90]
+    changed = type(expected)(expected.prompt, expected.logits, tokens)
+    found = attempt(model, model, changed)
+    assert found.verdict == WRONG and f"step {len(tokens) - 1}" in found.reason
+
+
+def test_errors_are_told_apart(model: PreTrainedModel, tmp_path: Path) -> None:
+    expected = reference(model)
+    refused = attempt(tmp_path, model, expected)
+    assert refused == Attempt(
+        REFUSED, "SourceError: DIR: expected a directory with config.json, found none"
+    )
+    assert attempt(3, model, expected).verdict == UNCLEAR
+
+
+def _end(name: str) -> Verdict:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return Verdict(name, RIGHT)
+
+
+def _wait(name: str) -> Verdict:
+    time.sleep(60)
+    return Verdict(name, RIGHT)
+
+
+def test_a_process_that_ends_is_unclear() -> None:
+    assert "SIGKILL" in isolated("llama", _end).reason
+    found = isolated("llama", _wait, seconds=1)
+    assert found.verdict == UNCLEAR and "1 seconds" in found.reason
+
+
+def test_what_transformers_cannot_make_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.MAX_PARAMETERS", 1000)
+    found = judge("llama")
+    assert found.verdict == NOT_BUILT and "million parameters" in found.reason
+
+
+def test_rows_join_a_table() -> None:
+    text = with_rows("# Title\n", [Verdict("b", RIGHT), Verdict("a", REFUSED, "x | y")])
+    again = with_rows(text, [Verdict("b", WRONG, "off by *one*")])
+    assert again.startswith("# Title\n\nCounts: 0 right, 1 refused, 0 unclear, 1 WRONG,")
+    assert rows_of(again) == {"a": (REFUSED, "x / y"), "b": (WRONG, "off by \\*one\\*")}
+    assert with_rows(again, []) == again
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "glm4_moe", "gemma3n_text", "deepseek_v4"])
+def test_a_tiny_configuration_has_every_kind_of_layer(name: str) -> None:
+    default, tiny = AutoConfig.for_model(name), config_of(name)
+    assert 2 <= tiny.num_hidden_layers <= 2 * MAX_LAYERS
+    for kinds in ("layer_types", "mlp_layer_types"):
+        if getattr(default, kinds, None):
+            assert {*getattr(tiny, kinds)} == {*getattr(default, kinds)}
+            assert len(getattr(tiny, kinds)) == tiny.num_hidden_layers
