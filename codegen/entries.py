@@ -7,8 +7,10 @@ what a node becomes is the backend's business.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from ..compiler.interpret import writes_in_place
 from ..compiler.ir import Graph, Node, Value

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from ..compiler.dtypes import DTYPES
 from ..compiler.ir import Node, Value
@@ -122,7 +123,7 @@ class KernelBackend:
         if node.op is view:
             (source,), (target,) = args, results
             assert isinstance(source, Slice) and target
-            self.copy(source, replace(target, shape=source.shape), builder, copying)
+            self.copy(source, structs.replace(target, shape=source.shape), builder, copying)
             return
         updated = {row.cache: row.updated for row in node.appends}
         if node.op.inplace and not bound.in_place:

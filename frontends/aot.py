@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..codegen.lower import Lowered
 from ..compiler.ir import Graph
 from ..compiler.types import TensorType
 from ..runtime.artifact.manifest import EntryFact, Manifest, is_file_name
-from ..runtime.artifact.plan_json import binary_name, entry_json, program_json
+from ..runtime.artifact.plan_json import entry_json, program_json
 from ..runtime.artifact.reader import (
     CPU,
     FINAL_GRAPH,
@@ -101,9 +102,8 @@ def _write_plan(out: IngotWriter, program: Program) -> None:
     out.add(SHARED_PLAN, program_json(program))
     for i, entry in enumerate(program.entries):
         out.add(plan_name(i), entry_json(entry))
-    codes = [k.binary for k in program.kernels.values() if isinstance(k.binary, bytes)]
-    for sha256, code in {binary_name(code): code for code in codes}.items():
-        out.add(code_name(program.target, sha256), code)
+    for code in dict.fromkeys(kernel.binary for kernel in program.kernels.values()):
+        out.add(code_name(program.target, sha256(code).hexdigest()), code)
 
 
 def _kept(model_files: Mapping[str, bytes]) -> dict[str, bytes]:

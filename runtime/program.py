@@ -1,22 +1,40 @@
 """The program: what codegen makes, the ingot stores and a driver brings to a device, as data.
 
-Standard library only. Nothing here computes.
+Nothing here computes. Types have the bounds within which an ingot may state them, which are checked
+when one is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
 
 # The function that serving replays: some tokens of some sequences in, logits out.
 STEP = "step"
 
+# The largest size, offset or count that a file may state: no sum of a few of them is near 2^64.
+LARGEST = 2**48
+Size = Annotated[int, Meta(ge=0, le=LARGEST)]
+Text = Annotated[str, Meta(max_length=1024)]
+LongText = Annotated[str, Meta(max_length=4096)]
 BufferKind = Literal["input", "output", "weight", "state", "scratch"]
+_Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_MOST_DIMS, _MOST_ARGS, _MOST = Meta(max_length=16), Meta(max_length=256), Meta(max_length=1 << 20)
+_Shape = Annotated[tuple[Size, ...], _MOST_DIMS]
+_Stride = Annotated[int, Meta(ge=-LARGEST, le=LARGEST)]
 
 
-@dataclass(frozen=True)
-class Argument:
+class Strict(Struct, frozen=True, forbid_unknown_fields=True):
+    """A struct whose JSON object has no fields but its own."""
+
+
+class _Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A struct that JSON has as a list of its fields."""
+
+
+class Argument(_Row, frozen=True):
     """What a GPU kernel takes at one place.
 
     `kind` is "*" and the dtype it points to, or i32, i64, f32 for a number passed by value.
@@ -24,12 +42,11 @@ class Argument:
     multiple of it.
     """
 
-    kind: str
-    multiple: int = 1
+    kind: Text
+    multiple: Size = 1
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(Strict, frozen=True):
     """One piece of device code.
 
     `binary` is a cubin or hsaco, `symbol` the function in it, `num_warps` warps make a block,
@@ -39,68 +56,64 @@ class Kernel:
     (registers, spills, ...) that nothing depends on.
     """
 
-    id: str
-    symbol: str
+    id: Text
+    symbol: LongText
     binary: bytes
-    num_warps: int = 1
-    shared: int = 0
-    args: tuple[Argument, ...] = ()
+    num_warps: Size = 1
+    shared: Size = 0
+    args: Annotated[tuple[Argument, ...], _MOST_ARGS] = ()
     programmatic: bool = False
-    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    facts: Annotated[Mapping[Text, Any], _MOST_ARGS] = field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True)
-class Buffer:
+class Buffer(_Row, frozen=True):
     """A named region of device memory.
 
     `offset` (bytes) places inputs, outputs and scratch in the arena that all entries share;
     weights and state own their memory and have none.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    name: Text
+    dtype: Text
+    shape: _Shape
     kind: BufferKind
-    nbytes: int
-    offset: int | None = None
+    nbytes: Size
+    offset: Size | None = None
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(_Row, frozen=True):
     """A view of a buffer: `offset` bytes in, seen as `dtype[shape]`.
 
     `strides` are in elements; None is dense (row-major).
     """
 
-    buffer: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int = 0
-    strides: tuple[int, ...] | None = None
+    buffer: Text
+    dtype: Text
+    shape: _Shape
+    offset: Size = 0
+    strides: Annotated[tuple[_Stride, ...], _MOST_DIMS] | None = None
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(Strict, frozen=True):
     """One kernel over its arguments; `label` says which node of the graph it computes."""
 
-    kernel: str
-    args: tuple[Slice | int | float, ...]
-    grid: tuple[int, int, int] = (1, 1, 1)
-    label: str = ""
+    kernel: Text
+    args: Annotated[tuple[Slice | _Integer | float, ...], _MOST_ARGS]
+    grid: tuple[Size, Size, Size] = (1, 1, 1)
+    label: LongText = ""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Strict, frozen=True):
     """The plan for one binding of the symbols (one bucket): buffers, launches, and their order.
 
     `buffers` are this entry's inputs, outputs and scratch. `dependencies` are pairs
     (earlier, later) of indices into `launches`, transitively reduced.
     """
 
-    symbols: Mapping[str, int]
-    buffers: tuple[Buffer, ...]
-    launches: tuple[Launch, ...]
-    dependencies: tuple[tuple[int, int], ...]
+    symbols: Annotated[Mapping[Text, Size], _MOST_DIMS]
+    buffers: Annotated[tuple[Buffer, ...], _MOST]
+    launches: Annotated[tuple[Launch, ...], _MOST]
+    dependencies: Annotated[tuple[tuple[Size, Size], ...], _MOST]
 
     @property
     def name(self) -> str:
@@ -113,13 +126,12 @@ def entry_name(symbols: Mapping[str, int]) -> str:
     return ",".join(f"{name}={value}" for name, value in symbols.items()) or "only"
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(_Row, frozen=True):
     """The dtype and shape of an input or output; a dim is an int, a symbol's name, or arithmetic
     over symbols as text ("2*T"), whose value only codegen knows."""
 
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: Text
+    shape: Annotated[tuple[Size | Text, ...], _MOST_DIMS]
 
     def bound(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where symbols have these values; KeyError for a dim that is arithmetic."""
@@ -139,8 +151,7 @@ class Spec:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
-@dataclass(frozen=True)
-class Function:
+class Function(Strict, frozen=True):
     """Something that a program computes: its signature, and one entry a bucket.
 
     `symbols` has the first and last value of each symbol. `state` names the state buffers that it
@@ -150,11 +161,11 @@ class Function:
     values of its symbols.
     """
 
-    symbols: Mapping[str, tuple[int, int]]
-    inputs: Mapping[str, Spec]
-    outputs: Mapping[str, Spec]
-    state: tuple[str, ...] = ()
-    entries: tuple[Entry, ...] = ()
+    symbols: Annotated[Mapping[Text, tuple[Size, Size]], _MOST_DIMS]
+    inputs: Annotated[Mapping[Text, Spec], _MOST_ARGS]
+    outputs: Annotated[Mapping[Text, Spec], _MOST_ARGS]
+    state: Annotated[tuple[Text, ...], _MOST] = ()
+    entries: Annotated[tuple[Entry, ...], Meta(max_length=4096)] = ()
     graph: str = ""
 
     def entry(self, symbols: Mapping[str, int]) -> Entry:
@@ -166,8 +177,7 @@ class Function:
         raise ValueError(f"no entry {entry_name(symbols)!r}; there are {known}")
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(Strict, frozen=True):
     """Everything that runs: functions by name, and the kernels, weights, state and arena that they
     share.
 
@@ -175,12 +185,12 @@ class Program:
     `max_sequences`, `max_tokens_per_sequence`, `pages` (all ints).
     """
 
-    target: str
-    kernels: Mapping[str, Kernel]
-    buffers: Mapping[str, Buffer]
-    functions: Mapping[str, Function]
-    arena_bytes: int
-    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    target: Text
+    kernels: Annotated[Mapping[Text, Kernel], _MOST]
+    buffers: Annotated[Mapping[Text, Buffer], _MOST]
+    functions: Annotated[Mapping[Text, Function], Meta(max_length=64)]
+    arena_bytes: Size
+    meta: Annotated[Mapping[Text, Any], _MOST_ARGS] = field(default_factory=dict[str, Any])
 
     @property
     def entries(self) -> tuple[Entry, ...]:

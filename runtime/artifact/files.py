@@ -10,9 +10,8 @@ import mmap
 import os
 import stat
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from .manifest import FOLDERS, MAX_FILES, is_file_name
 from .stored_zip import Member, read_members
@@ -22,20 +21,6 @@ UNFINISHED = ".partial"  # what the name ends with while an ingot is being writt
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # A FIFO must not be waited for: it is opened only to be seen and refused.
 _READ_FILE = _READ | os.O_NONBLOCK
-
-
-class Files(Protocol):
-    """The files of an ingot: sizes by name, and contents."""
-
-    sizes: dict[str, int]
-
-    def read(self, name: str) -> bytes:
-        """A copy of a file. IngotError when it is missing or its size has changed."""
-        ...
-
-    def map(self, name: str) -> memoryview:
-        """A private, copy-on-write mapping of a file."""
-        ...
 
 
 @contextmanager
@@ -63,6 +48,8 @@ def open_files(path: Path) -> Generator[Files]:
 
 
 class _Directory:
+    """The files of an ingot: `sizes` by name, and contents."""
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self.sizes: dict[str, int] = {}
@@ -90,28 +77,21 @@ class _Directory:
     def _open(self, name: str) -> Generator[tuple[int, int]]:
         """The descriptor and the size of a file."""
         folder, _, last = name.rpartition("/")
-        if not folder:
-            with _opened(last, _READ_FILE, self._descriptor, "a file") as descriptor:
-                yield descriptor, self._checked(name, descriptor)
-            return
-        flags = _READ | os.O_DIRECTORY
-        with (
-            _opened(folder, flags, self._descriptor, "a folder") as inside,
-            _opened(last, _READ_FILE, inside, "a file") as descriptor,
-        ):
-            yield descriptor, self._checked(name, descriptor)
-
-    def _checked(self, name: str, descriptor: int) -> int:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise IngotError(f"{name}: expected a regular file, found something else")
-        if found.st_size != self.sizes.get(name):
-            raise IngotError(
-                f"{name}: expected {self.sizes.get(name)} bytes, found {found.st_size}"
-            )
-        return found.st_size
+        inside, expected = self._descriptor, self.sizes.get(name)
+        with ExitStack() as opened:
+            if folder:
+                flags = _READ | os.O_DIRECTORY
+                inside = opened.enter_context(_opened(folder, flags, inside, "a folder"))
+            descriptor = opened.enter_context(_opened(last, _READ_FILE, inside, "a file"))
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise IngotError(f"{name}: expected a regular file, found something else")
+            if found.st_size != expected:
+                raise IngotError(f"{name}: expected {expected} bytes, found {found.st_size}")
+            yield descriptor, found.st_size
 
     def read(self, name: str) -> bytes:
+        """A copy of a file. IngotError when it is missing or its size has changed."""
         with self._open(name) as (descriptor, size):
             data = bytearray()
             while len(data) < size and (part := os.read(descriptor, size - len(data))):
@@ -119,11 +99,14 @@ class _Directory:
             return bytes(data)
 
     def map(self, name: str) -> memoryview:
+        """A private, copy-on-write mapping of a file."""
         with self._open(name) as (descriptor, size):
             return memoryview(_mapped(descriptor)) if size else memoryview(bytearray())
 
 
 class _Zip:
+    """As _Directory, of a zip."""
+
     def __init__(self, descriptor: int) -> None:
         if os.fstat(descriptor).st_size == 0:
             raise IngotError("expected a zip, found an empty file")
@@ -147,6 +130,9 @@ class _Zip:
         if member is None:
             raise IngotError(f"{name}: expected this file, found none")
         return self._view[member.offset : member.offset + member.size]
+
+
+Files = _Directory | _Zip
 
 
 @contextmanager

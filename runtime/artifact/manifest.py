@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field, structs, to_builtins
 
+from ..program import Size, Strict, Text
 from ..serving.abi import ServingMeta
-from .strict_json import IngotError, Sha256, Size, Strict, Text, decode, shown, typed, write_json
+from .strict_json import IngotError, Sha256, decode, shown, typed, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "ingot"

@@ -226,9 +226,9 @@ def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, b
         rest.pop(name, None)
         return content[name]
 
-    names = [plan_name(i) for i in range(len(manifest.entries))]
-    entries = {name: plan(name) for name in names}
-    program = read_program(target, plan(SHARED_PLAN), entries, binary, SHARED_PLAN)
+    names = [(entry.function, plan_name(i)) for i, entry in enumerate(manifest.entries)]
+    entries = [(function, name, plan(name)) for function, name in names]
+    program = read_program(plan(SHARED_PLAN), entries, binary, SHARED_PLAN)
     try:
         check_program(program)
         ServingAbi(program)
@@ -240,6 +240,10 @@ def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, b
 
 def check_manifest(manifest: Manifest, program: Program) -> None:
     """IngotError unless sizes and entries of the manifest are those of the program."""
+    if program.target != manifest.target:
+        raise IngotError(
+            f"{MANIFEST}: target: expected {program.target}, as the plan, found {manifest.target}"
+        )
     if dict(program.meta) != asdict(manifest.meta):
         raise IngotError(f"plan: expected the meta of {MANIFEST}, found another")
     stated = [(e.function, dict(e.symbols), e.launches) for e in manifest.entries]

@@ -13,7 +13,8 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from ...compiler.dtypes import DTYPES, dense_bytes
-from .strict_json import IngotError, Size, Strict, Text, read_json, typed
+from ..program import Size, Strict, Text
+from .strict_json import IngotError, read_json, typed
 
 MAX_HEADER = 100_000_000  # as the format's own library
 _METADATA = "__metadata__"

@@ -12,21 +12,12 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import msgspec
 from msgspec import Meta
 
-# The largest size, offset or count that a file may state: no sum of a few of them is near 2^64.
-LARGEST = 2**48
 _MAX_DEPTH = 32
 _MAX_SHOWN = 60
 _MAX_WORDS = 200
 
 T = TypeVar("T")
-Size = Annotated[int, Meta(ge=0, le=LARGEST)]
-Text = Annotated[str, Meta(max_length=1024)]
-LongText = Annotated[str, Meta(max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-
-
-class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A struct whose JSON object has exactly its fields."""
 
 
 class IngotError(ValueError):

@@ -185,18 +185,19 @@ class GpuExecutable:
         self._memory = allocate_memory(api, program, self._stream, owned)
         upload_weights(api, program, weights, self._memory, self._stream, owned)
         kernels = self._load_kernels()
-        layouts = [_layouts(entry) for entry in program.entries]
-        nbytes = max((side.nbytes for pair in layouts for side in pair), default=0)
-        self._host = api.allocate_pinned(max(nbytes, 1))
-        owned.callback(api.free_pinned, self._host)
-        self._staging: Bytes = memory_view(self._host, max(nbytes, 1))
+        nbytes = 1
         for name, function in program.functions.items():
             for entry in function.entries:
                 graph = self._build_graph(entry, kernels)
                 owned.callback(api.destroy_executable, graph)
-                self._plans[name, entry.name] = _Plan(graph, *_layouts(entry))
+                plan = self._plans[name, entry.name] = _Plan(graph, *_layouts(entry))
+                nbytes = max(nbytes, plan.inputs.nbytes, plan.outputs.nbytes)
+        self._host = api.allocate_pinned(nbytes)
+        owned.callback(api.free_pinned, self._host)
+        self._staging: Bytes = memory_view(self._host, nbytes)
         self._settle()
-        self._check_replay()
+        for name, function in program.functions.items():
+            self._check_replay(name, function.entries)
 
     def _load_kernels(self) -> dict[str, int]:
         """Functions by kernel id; kernels of one binary share a module."""
@@ -316,13 +317,7 @@ class GpuExecutable:
             api.to_host(self._host + copy.at, self._memory.arena + copy.offset, copy.nbytes, stream)
         self._settle()
 
-    def _check_replay(self) -> None:
-        """Replay the smallest entry of each function, see `_check_function`."""
-        for name, function in self._program.functions.items():
-            if function.entries:
-                self._check_function(name, function.entries)
-
-    def _check_function(self, function: str, entries: Sequence[Entry]) -> None:
+    def _check_replay(self, function: str, entries: Sequence[Entry]) -> None:
         """Replay the smallest entry twice on zeros, from zeroed state, and compare all bytes."""
         smallest = min(entries, key=lambda e: (prod(e.symbols.values()), len(e.launches)))
         plan = self._plans[function, smallest.name]

@@ -25,11 +25,11 @@ a row whose logits are broken is -1, and its logprob their maximum.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from operator import index
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from ...compiler.dtypes import DTYPES
 from ..driver import Array

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 
 import networkx as nx
@@ -22,6 +21,7 @@ from ingot.compiler.torch_types import type_of
 from ingot.compiler.weights import Entry, Weights
 from ingot.runtime.devices.staging import lay_out
 from ingot.runtime.program import STEP, Program, Slice
+from msgspec.structs import replace
 from pass_checks import plain_serving
 from planned import PlannedDriver, planned
 from programs import with_entries

@@ -36,6 +36,7 @@ from ingot.runtime.artifact.reader import FOLDED_GRAPH, IngotError, open_ingot
 from ingot.runtime.devices.check_program import ProgramError
 from ingot.runtime.program import Buffer
 from ingot.runtime.serving.sampling import GREEDY
+from msgspec import structs
 from tiny_ingot import edit, rewrite
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_level
@@ -297,7 +298,7 @@ def test_a_target_without_a_driver_is_told() -> None:
 
 
 def test_programs_that_would_be_refused_are_not_written(tmp_path: Path) -> None:
-    broken = replace(tiny_ingot.program(), arena_bytes=1)
+    broken = structs.replace(tiny_ingot.program(), arena_bytes=1)
     with pytest.raises(ProgramError, match="within the arena of 1 bytes"):
         tiny_ingot.write(tmp_path / "x", broken)
     held = tiny_ingot.weights()
@@ -306,7 +307,7 @@ def test_programs_that_would_be_refused_are_not_written(tmp_path: Path) -> None:
         export(replace(tiny_ingot.exportable(), lowered=wrong), tmp_path / "x")
     wide = Buffer("@wide", "c128", (2,), "weight", 32)
     made = tiny_ingot.program()
-    made = replace(made, buffers={**made.buffers, "@wide": wide})
+    made = structs.replace(made, buffers={**made.buffers, "@wide": wide})
     with pytest.raises(ValueError, match="weight @wide: a safetensors file holds no c128"):
         tiny_ingot.write(tmp_path / "x", made)
     collective = parse(

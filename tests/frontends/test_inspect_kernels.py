@@ -6,7 +6,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ from ingot.runtime.devices.check_program import ProgramError, check_program
 from ingot.runtime.program import Program
 from interpreted import InterpretedBackend
 from kernel_checks import ON_DEVICE
+from msgspec.structs import replace
 from pass_checks import for_target
 from tiny_ingot import GFX950, program, write
 from tiny_models import tiny_config, tiny_model

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipApi, HipDriver
 from ingot.runtime.driver import WeightLoader
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from msgspec.structs import replace
 from programs import program_of, with_entries
 
 HERE = Path(__file__).parent

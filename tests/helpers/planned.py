@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ingot.compiler.types import TensorType
 from ingot.compiler.weights import Weights
 from ingot.runtime.driver import Array, WeightLoader
 from ingot.runtime.program import Buffer, Entry, Kernel, Launch, Program, Slice
+from msgspec.structs import replace
 
 
 class ReferenceBackend:

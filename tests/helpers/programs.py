@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ingot.runtime.program import STEP, Buffer, Entry, Function, Program, Spec
+from msgspec.structs import replace
 
 
 def function_of(entry: Entry) -> Function:

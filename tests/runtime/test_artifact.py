@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import zipfile
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def a_launch(e: Any) -> Any:
 
 
 def code_of_amd(place: Path) -> None:
-    edit(place, SHARED, lambda p: _point(p, hashlib.sha256(tiny_ingot.GFX950).hexdigest()))
+    digest = hashlib.sha256(tiny_ingot.GFX950).digest()
+    edit(place, SHARED, lambda p: _point(p, b64encode(digest).decode()))
     name = hashlib.sha256(tiny_ingot.GFX950).hexdigest()
     old = hashlib.sha256(tiny_ingot.SM_90).hexdigest()
     (place / f"kernels/{old}.cubin").unlink()
@@ -198,7 +200,7 @@ def code_of_amd(place: Path) -> None:
 
 
 def _point(shared: Any, sha256: str) -> None:
-    shared["kernels"][0]["binary"] = sha256
+    next(iter(shared["kernels"].values()))["binary"] = sha256
 
 
 def offsets(name: str, start: int, end: int) -> Callable[[Any], Any]:
@@ -318,7 +320,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code for another GPU": (code_of_amd, "expected code for cuda:sm_90, found hip:gfx950"),
     "code outside": (
         plan(SHARED, lambda p: _point(p, "../" * 20)),
-        "kernels[0].binary: expected str matching",
+        "kernels[...].binary: invalid base64 encoded string",
+    ),
+    "a hash cut short": (plan(SHARED, lambda p: _point(p, "aaaa")), "of 32 bytes, found 3"),
+    "entries of another function": (
+        manifest(lambda m: m["entries"][0].update(function="draft")),
+        "functions: expected 'draft', found none of that name",
     ),
     "slice outside": (
         plan(ENTRY, lambda e: a_launch(e)["args"][0].__setitem__(3, 8)),
@@ -332,7 +339,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cycle": (plan(ENTRY, lambda e: e.update(dependencies=[[0, 1], [1, 0]])), "found [1, 0]"),
     "argument of another kind": (
         plan(ENTRY, lambda e: a_launch(e)["args"].__setitem__(3, {"run": 1})),
-        "launches[0].args[3]: expected int | float | str | array, found object",
+        "launches[0].args[3]: expected int | float | array, found object",
     ),
     "text with a control character": (
         plan(ENTRY, lambda e: a_launch(e).update(label="\x1b[2J")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +25,7 @@ from ingot.runtime.devices.check_program import (
 from ingot.runtime.devices.device_api import DeviceInfo
 from ingot.runtime.program import Argument, Program, Slice, Spec
 from interpreted import InterpretedBackend
+from msgspec.structs import replace
 from pass_checks import for_target
 from programs import with_entries, with_step
 from tiny_ingot import GFX950, program

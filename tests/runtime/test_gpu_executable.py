@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from ingot.runtime.devices.gpu_memory import SelfTestError
 from ingot.runtime.devices.hip import HipDriver
 from ingot.runtime.devices.host_arrays import memory_view
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
+from msgspec.structs import replace
 from programs import program_of, with_entries
 
 X = np.linspace(-1, 2, 8, dtype=np.float32)

@@ -6,7 +6,6 @@ import ctypes
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ingot.runtime.devices.gpu_memory import SelfTestError
 from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipDriver
 from ingot.runtime.program import Argument, Buffer, Entry, Kernel, Launch, Program, Slice
+from msgspec.structs import replace
 from programs import program_of, with_entries
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

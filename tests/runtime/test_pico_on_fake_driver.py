@@ -7,10 +7,11 @@ its code, and hold every launch to it. Here every replay is held to the program 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ingot.runtime.devices.gpu_memory import GpuMemory
 from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipApi
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
+from msgspec.structs import replace
 from programs import with_entries
 
 PICO = Path(__file__).parents[2] / "examples" / "pico"
@@ -228,7 +230,7 @@ def without_a_parameter(patch: pytest.MonkeyPatch) -> None:
 
     def broken(*args: Any) -> Any:
         made = node(*args)
-        return replace(made, params=made.params[1:])
+        return dataclasses.replace(made, params=made.params[1:])
 
     patch.setattr(GpuExecutable, "_node", broken)
 
@@ -238,7 +240,9 @@ def with_one_more_parameter(patch: pytest.MonkeyPatch) -> None:
 
     def broken(*args: Any) -> Any:
         made = node(*args)
-        return replace(made, params=(*made.params[:-2], ctypes.c_void_p(8), *made.params[-2:]))
+        return dataclasses.replace(
+            made, params=(*made.params[:-2], ctypes.c_void_p(8), *made.params[-2:])
+        )
 
     patch.setattr(GpuExecutable, "_node", broken)
 
@@ -248,7 +252,9 @@ def with_twice_the_threads(patch: pytest.MonkeyPatch) -> None:
 
     def broken(*args: Any) -> Any:
         made = node(*args)
-        return replace(made, threads=made.threads // 2 * 4 if made.threads < 512 else 64)
+        return dataclasses.replace(
+            made, threads=made.threads // 2 * 4 if made.threads < 512 else 64
+        )
 
     patch.setattr(GpuExecutable, "_node", broken)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ingot.runtime.artifact.plan_json import (
-    binary_name,
     entry_json,
     program_json,
     read_program,
@@ -29,6 +28,7 @@ from ingot.runtime.program import (
     Spec,
 )
 from ingot.runtime.serving.abi import ServingAbi
+from msgspec.structs import replace
 from tiny_ingot import GFX950, program
 
 # ---- the round trip
@@ -90,16 +90,14 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 def through_json(made: Program) -> Program:
-    codes = {
-        binary_name(k.binary): k.binary
-        for k in made.kernels.values()
-        if isinstance(k.binary, bytes)
-    }
+    codes = {sha256(k.binary).hexdigest(): k.binary for k in made.kernels.values()}
     shared = read_json(program_json(made), "shared", 1 << 20)
-    plans = {
-        f"entry {i}": read_json(entry_json(e), "e", 1 << 20) for i, e in enumerate(made.entries)
-    }
-    return read_program(made.target, shared, plans, codes.__getitem__, "plan")
+    plans = [
+        (name, "entry", read_json(entry_json(entry), "e", 1 << 20))
+        for name, function in made.functions.items()
+        for entry in function.entries
+    ]
+    return read_program(shared, plans, codes.__getitem__, "plan")
 
 
 @given(programs())

@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ingot.runtime.program import Program
 from ingot.runtime.serving.sampling import Sampling, most_likely
 from ingot.runtime.serving.session import Event, Sequence, Session, SessionEndedError
+from msgspec import structs
 from programs import with_entries, with_step
 
 VOCAB = 50
@@ -506,9 +507,12 @@ def without(program: Program, name: str) -> Program:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: replace(p, meta={}), r"program.meta\['vocab_size'\]: expected an int ≥ 1"),
-        (lambda p: replace(p, meta={**p.meta, "pages": 0}), r"meta\['pages'\].*found 0"),
-        (lambda p: replace(p, functions={}), r"program: expected a step, found \[\]"),
+        (
+            lambda p: structs.replace(p, meta={}),
+            r"program.meta\['vocab_size'\]: expected an int ≥ 1",
+        ),
+        (lambda p: structs.replace(p, meta={**p.meta, "pages": 0}), r"meta\['pages'\].*found 0"),
+        (lambda p: structs.replace(p, functions={}), r"program: expected a step, found \[\]"),
         (lambda p: with_step(p, entries=()), "step: expected at least one entry"),
         (lambda p: without(p, "slots"), r"step: expected inputs .*slots i32\[T\].* found"),
         (
@@ -516,7 +520,7 @@ def without(program: Program, name: str) -> Program:
             r"step: expected outputs logits f32\[L, 50\], found",
         ),
         (
-            lambda p: with_entries(p, [replace(p.entries[3], symbols={"T": 8, "L": 0})]),
+            lambda p: with_entries(p, [structs.replace(p.entries[3], symbols={"T": 8, "L": 0})]),
             "entry T=8,L=0: expected symbols T ≥ 1 and L ≥ 1, found",
         ),
         (
