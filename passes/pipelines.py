@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from ..compiler.ir import Graph, Node
 from ..compiler.ops.attention import attention
-from ..compiler.ops.linear import linear
 from ..compiler.ops.mla import mla_attention
 from ..compiler.ops.moe import router
 from ..compiler.ops.shape import permute, view
@@ -20,7 +19,7 @@ from .fusion.fuse_norm_linear import FuseNormLinear
 from .fusion.fuse_qkv_rope import FuseQkvRope
 from .fusion.fuse_shared_experts import FuseSharedExperts
 from .fusion.fuse_swiglu import FuseSwiglu
-from .fusion.weights import is_weight
+from .moves import is_projection
 from .raising.canonicalize import Canonicalize
 from .raising.raise_ops import RaiseOps
 from .serving.gather_logits import GatherLogits
@@ -69,9 +68,8 @@ def _ungated(graph: Graph) -> Iterator[tuple[Node, str]]:
     for node in graph.nodes():
         logits = node.args[0] if node.op is router else None
         alone = logits and users[logits] == [node] and logits not in graph.roots
-        if not logits or not alone or logits.op is not linear:
-            continue
-        if all(map(is_weight, (*logits.node.args[1:], *node.args[1:]))):
+        constant = all(a.node.is_constant for a in node.args[1:])
+        if logits and alone and constant and is_projection(logits):
             yield node, "the product of its logits has no other reader: both are moe_gating"
 
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from ...compiler.ir import Graph, Node, Op, Value
 from ...compiler.ops import norm, pointwise, shape
 from ...compiler.ops.attention import kv_append
-from ...compiler.ops.linear import head_linear, is_plain
+from ...compiler.ops.linear import head_linear, is_plain, linear
 from ...compiler.ops.mla import cached_mla_attention, mla_attention, mla_latent
 from ...compiler.ops.rope import rope
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Applied, Decline
-from .weights import concatenated, concatenated_biases, is_weight
+from ..moves import Rows, one_product
 
 # What lies between a down-projection and what attention reads; all but cat have one operand that
 # is no weight and no table, the first.
@@ -36,7 +36,7 @@ def _before(value: Value) -> tuple[Value, ...]:
         return args[:1]
     if value.op is kv_append:
         return (args[(len(args) - 3) // 2 + value.index],)
-    if value.op is pointwise.mul and (rest := tuple(a for a in args if not is_weight(a))):
+    if value.op is pointwise.mul and (rest := tuple(a for a in args if not a.node.is_constant)):
         return rest
     raise Decline(f"{value.op.name} lies between a product and the attention")
 
@@ -72,8 +72,6 @@ def _down_projections(attention: Node) -> list[Node]:
     products = list(dict.fromkeys((*queries, *low)))
     if len(products) < 2:
         raise Decline("the projections are one product already")
-    if not all(is_weight(a) for p in products for a in p.args[1:]):
-        raise Decline("a weight of a projection depends on the input")
     return products
 
 
@@ -81,9 +79,8 @@ def _down_projections(attention: Node) -> list[Node]:
 def _joined(products: list[Node]) -> tuple[Value, ...]:
     """The results of `products`, as slices of one product."""
     results = [Value(p) for p in products]
-    weight = concatenated([p.args[1] for p in products])
-    bias = concatenated_biases(results)
-    whole = Value(products[0].replace(weight=weight, bias=bias))
+    weight, bias = one_product([*map(Rows.of, results)])
+    whole = linear(products[0].args[0], weight, bias=bias)
     slices: list[Value] = []
     start: Any = 0
     for result in results:

@@ -13,20 +13,22 @@ from ...compiler.dtypes import DTYPES
 from ...compiler.ir import Graph, Value
 from ...compiler.ops import pointwise
 from ...compiler.ops.gating import moe_gating
-from ...compiler.ops.linear import is_plain, linear
+from ...compiler.ops.linear import linear
 from ...compiler.ops.moe import router
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Every, Match, Pat, Rule, maybe, rewrite
-from .weights import is_weight
-
-
-def _weighs(value: Value) -> bool:
-    return is_plain(value.node) and all(map(is_weight, value.node.args[1:]))
-
+from ...compiler.rewrite import (
+    Every,
+    Match,
+    Pat,
+    Rule,
+    maybe,
+    rewrite,
+)
+from ..moves import is_projection
 
 X = Pat()
-LOGITS = Pat(linear, (maybe(pointwise.cast, X), Pat()), where=_weighs)
-ROUTED = Pat(router, (LOGITS,), where=lambda v: all(map(is_weight, v.node.args[1:])))
+LOGITS = Pat(linear, (maybe(pointwise.cast, X), Pat()), where=is_projection)
+ROUTED = Pat(router, (LOGITS,), where=lambda v: all(a.node.is_constant for a in v.node.args[1:]))
 
 
 def _unwidened(weight: Value) -> Value:

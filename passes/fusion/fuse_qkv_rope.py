@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops import norm, rope, shape
 from ...compiler.ops.attention import attention, cached_attention, kv_append
 from ...compiler.ops.heads import project_heads
-from ...compiler.ops.linear import is_plain, linear
+from ...compiler.ops.linear import linear
 from ...compiler.ops.mla import cached_mla_attention, mla_attention
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
-from .weights import by_rows, concatenated, is_weight, rows_of
+from ...compiler.rewrite import (
+    Decline,
+    Match,
+    Pat,
+    Rule,
+    either,
+    pat,
+    rewrite,
+)
+from ..moves import Rows, is_projection, one_product, viewed
 
 # Ops that may stand between a product and attention, and how many of them at most: columns, view,
 # columns, view, norm, RoPE, view.
@@ -31,14 +38,14 @@ _MOST = 7
 class Part:
     """One of q, k, v: the ops between its product and attention, in the order in which they run.
 
-    `rows` choose among the product's columns, which are rows of the weight.
+    `rows` are those of the weight that it takes, one after the other.
     """
 
     result: Value
     product: Node
     heads: int
     size: int
-    rows: tuple[Node, ...]
+    rows: Rows
     norm: Node | None
     norm_of: str
     turn: Node | None
@@ -47,27 +54,12 @@ class Part:
     def width(self) -> int:
         return self.heads * self.size
 
-    @property
-    def span(self) -> tuple[int, int] | None:
-        """The rows of the weight, where they follow each other."""
-        whole = self.product.types[0]
-        start, stop = 0, whole.shape[-1]
-        cuts = [n for n in self.rows if n.op is shape.slice_]
-        for cut in cuts:
-            columns = cut.attrs["dim"] % whole.rank == whole.rank - 1
-            if cut is not cuts[0] or cut.args[0] != Value(self.product) or not columns:
-                return None
-            if cut.attrs.get("step", 1) != 1:
-                return None
-            start, stop = cut.attrs["start"], cut.attrs["stop"]
-        return (start, stop) if isinstance(stop, int) else None
-
 
 class Chain:
     """Patterns of one part: a product of `x`, and any few ops of _BETWEEN after it."""
 
     def __init__(self, x: Pat, cos: Pat, sin: Pat) -> None:
-        self.product = Pat(linear, (x, Pat()), where=_is_projection)
+        self.product = Pat(linear, (x, Pat()), where=is_projection)
         levels = [self.product]
         for _ in range(_MOST):
             below = levels[-1]
@@ -79,12 +71,10 @@ class Chain:
         return _part(m[self.root], m[self.product].node)
 
 
-def _is_projection(value: Value) -> bool:
-    return is_plain(value.node) and all(map(is_weight, value.node.args[1:]))
-
-
 def _normed(x: Pat) -> Pat:
-    return Pat(norm.rms_norm, (x,), where=lambda v: all(map(is_weight, v.node.args[1:])))
+    return Pat(
+        norm.rms_norm, (x,), where=lambda v: all(a.node.is_constant for a in v.node.args[1:])
+    )
 
 
 def _part(result: Value, product: Node) -> Part:
@@ -107,7 +97,8 @@ def _part(result: Value, product: Node) -> Part:
         raise Decline(f"RoPE is not over heads of {size}")
     normed, turn = next(iter(norms), None), next(iter(turns), None)
     of = "head" if normed is None else _norm_of(normed, heads, size, after[0] is turn)
-    return Part(result, product, heads, size, tuple(steps[:first]), normed, of, turn)
+    rows = Rows.of(Value([product, *steps][first])).flat()
+    return Part(result, product, heads, size, rows, normed, of, turn)
 
 
 def _steps(result: Value, product: Node) -> list[Node]:
@@ -136,58 +127,18 @@ def _one(name: str, found: Sequence[Any]) -> Any:
     return kinds[0]
 
 
-def _chosen(part: Part, weight: Value) -> Value:
-    """The rows of `weight` [N, …] that make `part`: its ops over columns, done to rows."""
-    tail, tokens = weight.type.shape[1:], part.product.types[0].shape[0]
-    for node in part.rows:
-        if node.op is shape.view:
-            if node.types[0].shape[0] != tokens:
-                raise Decline("tokens are part of what is viewed as heads")
-            weight = shape.view(weight, shape=(*node.types[0].shape[1:], *tail))
-        else:
-            attrs = dict(node.attrs)
-            attrs["dim"] = attrs["dim"] % node.types[0].rank - 1
-            if attrs["dim"] < 0:
-                raise Decline("tokens are chosen before attention")
-            weight = shape.slice_(weight, **attrs)
-    return shape.view(weight, shape=(part.width, *tail))
-
-
 # x·Wᵀ in some columns == x·(W in these rows)ᵀ, and x·Wᵀ ‖ x·Vᵀ == x·(W, then V)ᵀ
-def _weight(parts: Sequence[Part], operands: Sequence[Value]) -> Value:
-    """The rows of each part one after the other; a weight that is just that, as it is."""
-    pieces: list[Value | tuple[Value, int, int]] = []
-    for part, operand in zip(parts, operands, strict=True):
-        last = pieces[-1] if pieces else None
-        if (span := part.span) is None:
-            pieces.append(by_rows(partial(_chosen, part), operand))
-        elif isinstance(last, tuple) and (last[0], last[2]) == (operand, span[0]):
-            pieces[-1] = (operand, last[1], span[1])
-        else:
-            pieces.append((operand, *span))
-    return concatenated([p if isinstance(p, Value) else rows_of(*p) for p in pieces])
-
-
-def _bias(part: Part) -> Value:
-    if bias := part.product.operand("bias"):
-        return bias
-    type_ = part.product.types[0]
-    return shape.full(value=0.0, shape=type_.shape[-1:], dtype=type_.dtype)
-
-
 def _projected(parts: Sequence[Part]) -> tuple[Value, ...]:
     """The results of `parts` from one product."""
     for product in dict.fromkeys(p.product for p in parts):
         if sum(p.width for p in parts if p.product is product) > product.types[0].shape[-1]:
             raise Decline("parts share rows of a product")
-    x = parts[0].product.args[0]
-    operands: dict[str, Value] = {}
+    weight, bias = one_product([p.rows for p in parts])
+    operands: dict[str, Value | None] = {"bias": bias}
     attrs: dict[str, Any] = {
         "heads": tuple(p.heads for p in parts),
         "dims": tuple(p.size for p in parts),
     }
-    if any(p.product.operand("bias") for p in parts):
-        operands["bias"] = _weight(parts, [_bias(p) for p in parts])
     if norms := {f"norm_{i}": p for i, p in enumerate(parts) if p.norm}:
         operands |= {name: _norm_weight(p) for name, p in norms.items()}
         # Over one head or over a part of one head is the same.
@@ -201,9 +152,8 @@ def _projected(parts: Sequence[Part]) -> tuple[Value, ...]:
         attrs["form"] = _one("form", [n.attrs["form"] for n in turns])
         if start := _one("start", [n.attrs.get("start", 0) for n in turns]):
             attrs["start"] = start
-    weight = _weight(parts, [p.product.args[1] for p in parts])
-    results = project_heads.all(x, weight, **operands, **attrs)
-    return tuple(_shaped(r, p.result) for r, p in zip(results, parts, strict=True))
+    results = project_heads.all(parts[0].rows.x, weight, **operands, **attrs)
+    return tuple(viewed(r, p.result.type.shape) for r, p in zip(results, parts, strict=True))
 
 
 def _norm_weight(part: Part) -> Value:
@@ -213,10 +163,6 @@ def _norm_weight(part: Part) -> Value:
         return weight
     type_ = part.norm.types[0]
     return shape.full(value=1.0, shape=type_.shape[-1:], dtype=type_.dtype)
-
-
-def _shaped(result: Value, like: Value) -> Value:
-    return result if result.type == like.type else shape.view(result, shape=like.type.shape)
 
 
 # ---- q, k and v of one x. Attention is part of the match, to find them, and stays as it is.

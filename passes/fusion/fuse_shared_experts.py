@@ -13,18 +13,23 @@ from typing import ClassVar
 from ...compiler.ir import Graph, Node, Value, walk
 from ...compiler.ops import pointwise, shape
 from ...compiler.ops.glu import glu
-from ...compiler.ops.linear import is_plain, linear
+from ...compiler.ops.linear import linear
 from ...compiler.ops.moe import experts, router
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Decline, Match, Pat, Rule, either, pat, rewrite
-from .weights import by_rows, concatenated, is_weight, rows_of
+from ...compiler.rewrite import (
+    Decline,
+    Match,
+    Pat,
+    Rule,
+    either,
+    pat,
+    rewrite,
+)
+from ..moves import Rows, by_parts, concatenated, is_projection
 
 
 def _product(x: Pat) -> Pat:
-    def fits(value: Value) -> bool:
-        return is_plain(value.node) and all(map(is_weight, value.node.args[1:]))
-
-    return Pat(linear, (x, Pat()), where=fits)
+    return Pat(linear, (x, Pat()), where=is_projection)
 
 
 X, ROWS = Pat(), Pat()
@@ -37,7 +42,7 @@ ROUTED = Pat(
     experts,
     (X, *CHOSEN, Pat(), Pat()),
     absent=("residual",),
-    where=lambda v: all(map(is_weight, v.node.args[3:])),
+    where=lambda v: all(a.node.is_constant for a in v.node.args[3:]),
 )
 
 # ---- a gated MLP of the same x: gate and up are two products, or columns of one
@@ -48,24 +53,6 @@ HALVES = pat(shape.slice_, BOTH), pat(shape.slice_, BOTH)
 UNIT = either(pat(glu, *TWO), pat(glu, *HALVES))
 DOWN = _product(UNIT)
 ROOT = pat(pointwise.add, ROUTED, DOWN)
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """Weight and maybe bias of a product, or of some of its columns."""
-
-    weight: Value
-    bias: Value | None
-
-    @staticmethod
-    def of(value: Value) -> _Operands:
-        if value.op is linear:
-            return _Operands(value.node.args[1], value.node.operand("bias"))
-        whole = _Operands.of(value.node.args[0])
-        cut = (value.attrs["start"], value.attrs["stop"], value.attrs.get("step", 1))
-        if value.attrs["dim"] % value.type.rank != value.type.rank - 1:
-            raise Decline("gate and up are not columns of the shared product")
-        return _Operands(rows_of(whole.weight, *cut), whole.bias and rows_of(whole.bias, *cut))
 
 
 def _each(value: Value, count: int) -> Value:
@@ -84,14 +71,14 @@ def _columns_of_each(weight: Value, count: int) -> Value:
         parts = shape.view(v, shape=(rows, count, width // count))
         return shape.permute(parts, dims=(1, 0, 2))
 
-    return by_rows(split, weight)
+    return by_parts(split, weight)
 
 
 # down·(act(gate·x) ∘ up·x) == Σ_s down[:, s]·(act(gate[s]·x) ∘ up[s]·x) over S parts s of its
 # width: S experts that weigh 1, in the same sum as the chosen ones
 def _joined(m: Match) -> Value:
-    routed, down = m[ROUTED], _Operands.of(m[DOWN])
-    gate, up = map(_Operands.of, m[UNIT].node.args)
+    routed, down = m[ROUTED], Rows.of(m[DOWN])
+    gate, up = map(Rows.of, m[UNIT].node.args)
     (choice,) = nodes if len(nodes := {m[c].node for c in CHOICE}) == 1 else (None,)
     if choice is None or choice.attrs.get("shared"):
         raise Decline("weights and indices are not one router's, or have shared experts already")
@@ -107,7 +94,7 @@ def _joined(m: Match) -> Value:
     if not isinstance(width, int) or not isinstance(own, int) or width % own:
         raise Decline(f"a shared width of {width} is no multiple of the experts' {own}")
     count = width // own
-    parts = [by_rows(lambda v: _each(v, count), o.weight) for o in (gate, up)]
+    parts = [by_parts(lambda v: _each(v, count), o.weight) for o in (gate, up)]
     operands = {
         "gate_up": concatenated([gate_up, concatenated(parts, 1)]),
         "down": concatenated([down_weight, _columns_of_each(down.weight, count)]),

@@ -32,6 +32,7 @@ from ...compiler.rewrite import (
 )
 from ...compiler.torch_types import torch_dtype
 from ...compiler.types import dim
+from ..moves import concatenated, sliced
 from .mxfp4_views import RULES as MXFP4_RULES
 from .unit_dims import unit_dims_dropped
 
@@ -47,10 +48,8 @@ def _over(op: Any) -> Pat:
 # ---- views
 
 VIEW = pat(shape.view, _over(shape.view))
-SAME_VIEW = pat(shape.view, X)
 PERMUTE = pat(shape.permute, _over(shape.permute))
 ONE_PERMUTE = pat(shape.permute, X)
-SAME_EXPAND = pat(shape.expand, X)
 
 
 def _arg(value: Value, i: int = 0) -> Value:
@@ -66,33 +65,28 @@ def _same_type(root: Pat) -> Any:
     return build
 
 
+# f(x) == x where f does not even change the type
+def _same(op: Op) -> Rule:
+    root = pat(op, X)
+    return Rule(f"same-{op.name}", (root,), _same_type(root))
+
+
 # view(view(x)) == view(x)
 def _view_of_view(m: Match) -> Value:
     return shape.view(_arg(_arg(m[VIEW])), shape=m[VIEW].type.shape)
 
 
-# a view of a filled tensor is a filled tensor, and so is an expansion of it
-FULL_VIEW = pat(shape.view, _over(shape.full))
-FULL_EXPAND = pat(shape.expand, _over(shape.full))
-
-
-def _filled(root: Pat) -> Any:
-    def build(m: Match) -> Value:
-        type_ = m[root].type
-        return shape.full(value=_arg(m[root]).attrs["value"], shape=type_.shape, dtype=type_.dtype)
-
-    return build
-
-
 # f of a filled tensor is a filled tensor
-def _function_of_full(op: Any) -> Rule:
+def _function_of_full(op: Op) -> Rule:
     root = pat(op, _over(shape.full))
 
     def build(m: Match) -> Value:
         source, type_ = _arg(m[root]), m[root].type
-        filled = torch.full((), source.attrs["value"], dtype=torch_dtype(source.type.dtype))
-        (result,) = op.reference(filled, **m[root].attrs)
-        return shape.full(value=result.item(), shape=type_.shape, dtype=type_.dtype)
+        value = source.attrs["value"]
+        if op not in (shape.view, shape.expand):
+            filled = torch.full((), value, dtype=torch_dtype(source.type.dtype))
+            value = op.reference(filled, **m[root].attrs)[0].item()
+        return shape.full(value=value, shape=type_.shape, dtype=type_.dtype)
 
     return Rule(f"{op.name}-of-full", (root,), build)
 
@@ -261,16 +255,10 @@ def _view_permute(m: Match) -> Value:
 
 # ---- slices and concatenations
 
-SLICE = pat(shape.slice_, X)
 NESTED_SLICE = pat(shape.slice_, _over(shape.slice_))
 CUT = pat(shape.slice_, _over(shape.cat))
 SCATTER = pat(shape.slice_scatter, X, Y)
 CAT = pat(shape.cat)
-
-
-def _slice(x: Value, axis: int, start: Any, stop: Any, step: int = 1) -> Value:
-    extra = {"step": step} if step != 1 else {}
-    return shape.slice_(x, dim=axis, start=start, stop=stop, **extra)
 
 
 # slice(slice(x, a, b, s), c, d, t) == slice(x, a + c·s, a + d·s, s·t), within b
@@ -283,7 +271,7 @@ def _slice_of_slice(m: Match) -> Value:
     if step != 1:
         raise Decline("the inner slice has a step")
     start, stop = (dim(first + outer.attrs[k]) for k in ("start", "stop"))
-    return _slice(_arg(inner), outer.attrs["dim"], start, stop, outer.attrs.get("step", 1))
+    return sliced(_arg(inner), outer.attrs["dim"] % rank, start, stop, outer.attrs.get("step", 1))
 
 
 def _overlaps(whole: Value, axis: int, start: int, stop: int) -> list[tuple[Value, int, int]]:
@@ -310,8 +298,7 @@ def _slice_of_cat(m: Match) -> Value:
     if not all(isinstance(d, int) for d in (*sizes, start, stop)) or start == stop:
         raise Decline("bounds are symbolic")
     touched = _overlaps(whole, axis, start, stop)
-    parts = [_slice(p, axis, low, high) for p, low, high in touched]
-    return parts[0] if len(parts) == 1 else shape.cat(*parts, dim=axis)
+    return concatenated([sliced(p, axis, low, high) for p, low, high in touched], axis)
 
 
 # slice_scatter(x, y, a, b) == cat(x[:a], y, x[b:])
@@ -321,36 +308,18 @@ def _scatter_as_cat(m: Match) -> Value:
     size = x.type.shape[axis]
     if attrs.get("step", 1) != 1:
         raise Decline("a step leaves gaps")
-    before = [] if start == 0 else [_slice(x, axis, 0, start)]
-    after = [] if stop == size else [_slice(x, axis, stop, size)]
+    before = [] if start == 0 else [sliced(x, axis, 0, start)]
+    after = [] if stop == size else [sliced(x, axis, stop, size)]
     parts = (*before, m[Y], *after)
     return m[Y] if len(parts) == 1 else shape.cat(*parts, dim=axis)
 
 
+# cat(x[a:b], x[b:c]) == x[a:c]
 def _simpler_cat(m: Match) -> Value:
-    """Adjacent slices of one value joined."""
-    node = m[CAT].node
-    axis = node.attrs["dim"] % node.types[0].rank
-    joined: list[Value] = []
-    for part in node.args:
-        if joined and (both := _joined(joined[-1], part, axis)):
-            joined[-1] = both
-        else:
-            joined.append(part)
-    if len(joined) == len(node.args):
+    joined = concatenated(m[CAT].node.args, m[CAT].attrs["dim"])
+    if joined.op is shape.cat and len(joined.node.args) == len(m[CAT].node.args):
         raise Decline("nothing to join")
-    return joined[0] if len(joined) == 1 else shape.cat(*joined, dim=axis)
-
-
-def _joined(a: Value, b: Value, axis: int) -> Value | None:
-    """cat(x[a:b], x[b:c]) == x[a:c]"""
-    if a.op is not shape.slice_ or b.op is not shape.slice_ or _arg(a) != _arg(b):
-        return None
-    (p, q), rank = (a.attrs, b.attrs), a.type.rank
-    same = p["dim"] % rank == q["dim"] % rank == axis and p["stop"] == q["start"]
-    if not same or "step" in p or "step" in q:
-        return None
-    return _slice(_arg(a), axis, p["start"], q["stop"])
+    return joined
 
 
 # ---- arithmetic that changes nothing
@@ -362,7 +331,6 @@ def _neutral(op: Any, number: float) -> Rule:
     return Rule(f"{op.name}-{number}", (root,), _same_type(root))
 
 
-CAST = pat(pointwise.cast, X)
 TWO_CASTS = pat(pointwise.cast, _over(pointwise.cast))
 LOOKUP = pat(embedding, _over(pointwise.cast), X)
 
@@ -394,12 +362,9 @@ def _lookup_without_cast(m: Match) -> Value:
 
 
 RULES = (
-    Rule("same-view", (SAME_VIEW,), _same_type(SAME_VIEW)),
+    *map(_same, (shape.view, shape.expand, shape.slice_, pointwise.cast)),
     Rule("view-of-view", (VIEW,), _view_of_view),
-    Rule("view-of-full", (FULL_VIEW,), _filled(FULL_VIEW)),
-    Rule("expand-of-full", (FULL_EXPAND,), _filled(FULL_EXPAND)),
-    _function_of_full(pointwise.cast),
-    _function_of_full(pointwise.logical_not),
+    *map(_function_of_full, (shape.view, shape.expand, pointwise.cast, pointwise.logical_not)),
     Rule("where-of-full", (CHOOSE,), _chosen),
     Rule("topk-of-one", (ONE_OF_ONE, Other(ONE_OF_ONE, 1)), _only_one),
     *map(_reduction_of_one, (reduce.sum_, reduce.mean, reduce.amax)),
@@ -407,16 +372,13 @@ RULES = (
     Rule("scatter-everywhere", (SCATTER_VALUE,), _scattered_everywhere),
     Rule("permute-of-permute", (PERMUTE,), _permute_of_permute),
     Rule("trivial-permute", (ONE_PERMUTE,), _trivial_permute),
-    Rule("same-expand", (SAME_EXPAND,), _same_type(SAME_EXPAND)),
     Rule("permute-of-view", (TURNED_VIEW,), _view_permute),
     *(_hoist(op) for op in Op.registry.values() if op.axes and op is not shape.view),
     *map(_hoist, AXES),
-    Rule("same-slice", (SLICE,), _same_type(SLICE)),
     Rule("slice-of-slice", (NESTED_SLICE,), _slice_of_slice),
     Rule("slice-of-cat", (CUT,), _slice_of_cat),
     Rule("scatter-as-cat", (SCATTER,), _scatter_as_cat),
     Rule("simpler-cat", (CAT,), _simpler_cat),
-    Rule("same-cast", (CAST,), _same_type(CAST)),
     Rule("cast-of-cast", (TWO_CASTS,), _cast_of_cast),
     Rule("lookup-without-cast", (LOOKUP,), _lookup_without_cast),
     _neutral(pointwise.mul, 1),
@@ -447,18 +409,23 @@ def common_subexpressions(graph: Graph, log: Log) -> Graph:
     return log.apply(graph, applied)
 
 
-def simplified(graph: Graph, log: Log, rules: Sequence[Rule] = RULES) -> Graph:
-    """`rules` and the merging of equal nodes, until neither finds anything.
-
-    Declines are not kept: most views do change something, which is no near miss.
-    """
-    earlier = len(log.declined)
+def settled(graph: Graph, rules: Sequence[Rule], log: Log) -> Graph:
+    """`rules` and the merging of equal nodes, until neither finds anything."""
     while True:
         before = graph
         graph = common_subexpressions(rewrite_all(graph, rules, log), log)
         if graph is before:
-            del log.declined[earlier:]
             return graph
+
+
+def simplified(graph: Graph, log: Log) -> Graph:
+    """`graph` settled by RULES, whose declines are not kept: a view that changes something is no
+    near miss.
+    """
+    earlier = len(log.declined)
+    graph = settled(graph, RULES, log)
+    del log.declined[earlier:]
+    return graph
 
 
 @dataclass(frozen=True)

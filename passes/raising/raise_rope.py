@@ -15,6 +15,7 @@ from ...compiler.ops.leaf import is_literal, literal
 from ...compiler.ops.rope import rope, rope_tables
 from ...compiler.rewrite import Decline, Match, Pat, Rule, maybe, pat
 from ...compiler.types import Shape
+from ..moves import sliced, viewed
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,6 @@ def _size(value: Value) -> int:
     return size
 
 
-def _slice(value: Value, start: int, stop: int) -> Value:
-    if (start, stop) == (0, _size(value)):
-        return value
-    return shape.slice_(value, dim=value.type.rank - 1, start=start, stop=stop)
-
-
 def _rotated(a: Value, b: Value) -> tuple[Value, str]:
     """The value whose two members of each pair are `a` and `b`, and how it holds them."""
     p, q = span_of(a), span_of(b)
@@ -55,9 +50,9 @@ def _rotated(a: Value, b: Value) -> tuple[Value, str]:
     if p.base != q.base:
         raise Decline("the two halves are not of one value")
     if p.step == q.step == 1 and p.stop == q.start == p.start + half:
-        return _slice(p.base, p.start, q.stop), "half"
+        return sliced(p.base, p.base.type.rank - 1, p.start, q.stop), "half"
     if p.step == q.step == 2 and q.start == p.start + 1:
-        return _slice(p.base, p.start, p.start + 2 * half), "interleaved"
+        return sliced(p.base, p.base.type.rank - 1, p.start, p.start + 2 * half), "interleaved"
     raise Decline("the two parts are neither halves nor even and odd dims")
 
 
@@ -66,21 +61,18 @@ def _rotated(a: Value, b: Value) -> tuple[Value, str]:
 
 def _flat(table: Value, x: Value) -> Value:
     """A table [T, 1.., R] as [T, R]; Decline when its rows are not x's tokens."""
-    if table.op is shape.view and _flat_type(table.node.args[0], table):
-        table = table.node.args[0]
-    if table.type.rank != 2:
-        sizes = table.type.shape
-        if any(d != 1 for d in sizes[1:-1]):
-            raise Decline(f"a table {table.type} differs between heads")
-        table = shape.view(table, shape=(sizes[0], sizes[-1]))
+    sizes = table.type.shape
+    if table.type.rank != 2 and any(d != 1 for d in sizes[1:-1]):
+        raise Decline(f"a table {table.type} differs between heads")
+    inner = table.node.args[0] if table.op is shape.view else table
+    flat = (sizes[0], sizes[-1])
+    if inner.type.shape == flat:
+        table = inner
+    elif table.type.shape != flat:
+        table = shape.view(table, shape=flat)
     if table.type.shape[0] != x.type.shape[0]:
         raise Decline(f"a table {table.type} does not have the rows of {x.type}")
     return table
-
-
-def _flat_type(inner: Value, outer: Value) -> bool:
-    dims = outer.type.shape
-    return inner.type.shape == (dims[0], dims[-1])
 
 
 def _scales(table: Value) -> bool:
@@ -143,13 +135,7 @@ def _source(table: Value) -> tuple[Value, Value, float, str, str] | None:
         scale = float(number.attrs["value"])
     if table.op not in (pointwise.cos, pointwise.sin):
         return None
-    angles = table.node.args[0]
-    return _angles(angles, scale, table.op.name, dtype)
-
-
-def _angles(
-    angles: Value, scale: float, function: str, dtype: str
-) -> tuple[Value, Value, float, str, str] | None:
+    function, angles = table.op.name, table.node.args[0]
     if angles.op is not pointwise.mul:
         return None
     for column, row in (angles.node.args, angles.node.args[::-1]):
@@ -278,8 +264,7 @@ def _complex(m: Match) -> Value:
     if m[COMPLEX].type.dtype != x.type.dtype or m[PAIRED].type.shape != pairs:
         raise Decline(f"{x.type} is not turned pair by pair")
     turned = rope(x, *_tables(*_polar_tables(m[TURN], x)), form="interleaved")
-    target = m[COMPLEX].type.shape
-    return turned if turned.type.shape == target else shape.view(turned, shape=target)
+    return viewed(turned, m[COMPLEX].type.shape)
 
 
 # ---- cast(rope(cast(x, f32)), x's dtype) == rope(x), which computes in f32 and rounds once
@@ -318,15 +303,13 @@ def _deinterleaved(m: Match) -> Value:
 def _part_rule(before: bool, after: bool) -> Rule:
     low, high, part = Pat(), Pat(), Pat()
     turned = pat(rope, part, Pat(), Pat())
-    operands = (*((low,) if before else ()), turned, *((high,) if after else ()))
-    root = pat(shape.cat, *operands)
+    parts = [p for p, there in ((low, before), (part, True), (high, after)) if there]
+    root = pat(shape.cat, *(turned if p is part else p for p in parts))
 
     def build(m: Match) -> Value:
         if m[root].attrs["dim"] % m[root].type.rank != m[root].type.rank - 1:
             raise Decline("the parts are not joined along the last dim")
-        spans = [
-            span_of(m[p]) for p in (*((low,) if before else ()), part, *((high,) if after else ()))
-        ]
+        spans = [span_of(m[p]) for p in parts]
         base, first = spans[0].base, spans[0].start
         ends = [first, *(s.stop for s in spans)]
         joined = all(
@@ -338,7 +321,7 @@ def _part_rule(before: bool, after: bool) -> Rule:
         _, cos, sin = m[turned].node.args
         start = spans[1].start - first if before else 0
         extra: dict[str, Any] = {"start": start} if start else {}
-        whole = _slice(base, first, ends[-1])
+        whole = sliced(base, base.type.rank - 1, first, ends[-1])
         return rope(whole, cos, sin, form=m[turned].attrs["form"], **extra)
 
     return Rule("rope-part", (root,), build)

@@ -14,15 +14,8 @@ from ...compiler.ir import Graph, Op, Value
 from ...compiler.ops import attention, mla, shape
 from ...compiler.ops.leaf import literal
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import (
-    Decline,
-    Match,
-    Pat,
-    Rule,
-    pat,
-    rewrite_all,
-)
-from ..raising.canonicalize import common_subexpressions
+from ...compiler.rewrite import Decline, Match, Pat, Rule, pat
+from ..raising.canonicalize import settled
 
 ROWS = Pat()
 # Queries of all tokens and their keys and values come from one product: it stays one.
@@ -71,8 +64,8 @@ class GatherLogits:
     name: ClassVar[str] = "gather-logits"
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
-        while True:
-            before = graph
-            graph = common_subexpressions(rewrite_all(graph, RULES, context.log), context.log)
-            if graph is before:
-                return graph
+        graph = settled(graph, RULES, context.log)
+        for node in graph.nodes():
+            if node.op is shape.take and node.args[0].node.args and not node.args[0].op.axes:
+                context.log.decline(self.name, node.args[0].node, "it has no axis rule")
+        return graph

@@ -55,10 +55,9 @@ def grouped(nodes: Sequence[Node]) -> list[tuple[Node, ...]]:
                 and arg.type.shape == shape
                 and len(members[other]) + len(members[joined]) <= LARGEST
                 and not _between(waits, other, joined)
-                and not _between(waits, joined, other)
             )
             if fits:
-                _join(waits, other, joined)
+                nx.contracted_nodes(waits, other, joined, self_loops=False, copy=False)
                 for moved in members[joined]:
                     group_of[moved] = other
                 members[other] += members.pop(joined)
@@ -70,23 +69,7 @@ def grouped(nodes: Sequence[Node]) -> list[tuple[Node, ...]]:
 
 def _between(waits: nx.DiGraph[int], first: int, last: int) -> bool:
     """Whether `last` waits for another group that waits for `first`."""
-    seen: set[int] = set()
-    stack = [i for i in waits.successors(first) if i != last]
-    while stack:
-        group = stack.pop()
-        if group == last:
-            return True
-        if group not in seen:
-            seen.add(group)
-            stack.extend(waits.successors(group))
-    return False
-
-
-def _join(waits: nx.DiGraph[int], kept: int, gone: int) -> None:
-    """All edges of `gone` are edges of `kept`."""
-    waits.add_edges_from((i, kept) for i in list(waits.predecessors(gone)) if i != kept)
-    waits.add_edges_from((kept, i) for i in list(waits.successors(gone)) if i != kept)
-    waits.remove_node(gone)
+    return any(nx.has_path(waits, i, last) for i in waits.successors(first) if i != last)
 
 
 def _region(nodes: tuple[Node, ...], uses: Mapping[Value, int]) -> Applied:

@@ -20,9 +20,9 @@ from ...compiler.ops.norm import rms_norm
 from ...compiler.ops.rope import rope
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Match, Pat, Rule, pat, rewrite
+from ..moves import Rows, sliced
 from ..raising.canonicalize import common_subexpressions
 from ..raising.raise_rope import span_of
-from .head_rows import HeadRows, head_rows
 from .premultiply_mla import premultiplied
 
 Users = Mapping[Value, list[Node]]
@@ -39,7 +39,7 @@ class _Keys:
     `at` are the dims of k_nope and those of k_pe, each [start, stop).
     """
 
-    nope: HeadRows
+    nope: Rows
     pe: Value
     at: tuple[tuple[int, int], tuple[int, int]]
     nodes: frozenset[Node]
@@ -54,7 +54,7 @@ def _keys(k: Value, c_kv: Value) -> _Keys:
     spans = ((0, sizes[0]), (sizes[0], sum(sizes)))
     for i in (0, 1):
         try:
-            nope = head_rows(parts[i])
+            nope = _rows_of_heads(parts[i])
             pe, nodes = _of_all_heads(parts[1 - i])
         except Decline as reason:
             reasons.append(str(reason))
@@ -63,6 +63,14 @@ def _keys(k: Value, c_kv: Value) -> _Keys:
             return _Keys(nope, pe, (spans[i], spans[1 - i]), nodes | nope.nodes | {k.node})
         reasons.append("keys and values are not made of one latent")
     raise Decline("; ".join(dict.fromkeys(reasons)))
+
+
+def _rows_of_heads(value: Value) -> Rows:
+    """y[t, h, d] = weight[h, d] · x[t] + bias[h, d]."""
+    rows = Rows.of(value)
+    if rows.weight.type.rank != 3:
+        raise Decline(f"the product becomes rows {rows.weight.type}, not rows of heads")
+    return rows
 
 
 def _of_all_heads(part: Value) -> tuple[Value, frozenset[Node]]:
@@ -89,7 +97,7 @@ def _cut(q: Value, at: tuple[int, int]) -> Value:
             start, end = end, end + part.type.shape[2]
             if (start, end) == at:
                 return part
-    return shape.slice_(q, dim=2, start=at[0], stop=at[1])
+    return sliced(q, 2, *at)
 
 
 def _latent(c_kv: Value, k_pe: Value, shared: bool) -> Value:
@@ -106,8 +114,7 @@ def _latent(c_kv: Value, k_pe: Value, shared: bool) -> Value:
     beside = low.base == high.base and low.step == high.step == 1 and low.stop == high.start
     if not beside or 2 * cos.type.shape[1] != k_pe.type.shape[1]:
         return joined
-    whole = (low.start, high.stop) == (0, low.base.type.shape[1])
-    kv = low.base if whole else shape.slice_(low.base, dim=1, start=low.start, stop=high.stop)
+    kv = sliced(low.base, 1, low.start, high.stop)
     attrs = {"eps": c_kv.attrs["eps"], "form": k_pe.attrs["form"]}
     return mla_latent(kv, weight, cos, sin, **attrs)
 
@@ -135,7 +142,7 @@ def _refuse(node: Node) -> None:
 def _absorbed(users: Users, roots: frozenset[Value], m: Match) -> Value:
     node, (q, k, v) = m[ROOT].node, (m[p] for p in (Q, KEYS, V))
     _refuse(node)
-    values = head_rows(v)
+    values = _rows_of_heads(v)
     c_kv = values.x
     keys = _keys(k, c_kv)
     inner = keys.nodes | values.nodes | {node}

@@ -7,7 +7,7 @@ weights that a rank reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...compiler.ir import Node, Value
 from ...compiler.ops import shape
 from ...compiler.ops.leaf import constant
 from ...compiler.ops.mxfp4 import mxfp4
+from ..moves import concatenated, sliced
 
 # Indices [start, stop) of each label that is not whole.
 Ranges = Mapping[str, tuple[int, int]]
@@ -39,6 +40,10 @@ class Cut:
 
     def at(self, axis: int) -> Cut:
         return Cut(axis, self.start, self.stop)
+
+    def of(self, value: Value) -> Value:
+        """The cut as a slice of the value itself."""
+        return sliced(value, self.axis, self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -172,13 +177,6 @@ def is_all(value: Value, cut: Cut) -> bool:
     return (cut.start, cut.stop) == (0, value.type.shape[cut.axis])
 
 
-def sliced(value: Value, cut: Cut) -> Value:
-    """The cut as a slice of the value itself."""
-    if is_all(value, cut):
-        return value
-    return shape.slice_(value, dim=cut.axis, start=cut.start, stop=cut.stop)
-
-
 def cut_weight(value: Value, cut: Cut) -> Value:
     """A cut of what depends on weights alone, so that little more is read than it needs.
 
@@ -197,27 +195,17 @@ def cut_weight(value: Value, cut: Cut) -> Value:
         zeros = shape.full(value=0, shape=tuple(padding), dtype=value.type.dtype)
         return shape.cat(cut_weight(value, held), zeros, dim=cut.axis) if held.size else zeros
     if value.op is constant or is_all(value, cut):
-        return sliced(value, cut)
+        return cut.of(value)
     try:
         inner = propagate_slice(value.node, cut)
     except Misaligned:
         inner = None
-    return sliced(value, cut) if inner is None else _cut_each(value, inner)
+    return cut.of(value) if inner is None else _cut_each(value, inner)
 
 
 def _cut_each(value: Value, inner: Propagated) -> Value:
     args = tuple(cut_weight(a, c) if c else a for a, c in inner.args)
     return value.node.rebuilt(args, inner.attrs).results[0]
-
-
-def joined_cuts(weight: Value, cuts: Sequence[Cut]) -> Value:
-    """Cuts of the rows of a weight one after the other; of a packed weight, in its packed form."""
-    if len(cuts) == 1:
-        return cut_weight(weight, cuts[0])
-    if weight.op is mxfp4:
-        parts = tuple(joined_cuts(a, cuts) for a in weight.node.args)
-        return mxfp4.node(parts, weight.attrs, weight.node.source).results[0]
-    return shape.cat(*(cut_weight(weight, c) for c in cuts), dim=cuts[0].axis)
 
 
 def cut_label(value: Value, axes: Axes, dims: Dims, label: str, part: tuple[int, int]) -> Value:
@@ -228,4 +216,5 @@ def cut_label(value: Value, axes: Axes, dims: Dims, label: str, part: tuple[int,
     before, after = dims[axis][: (at := dims[axis].index(label))], dims[axis][at + 1 :]
     size, blocks, inner = (int(axes.size(f)) for f in ((label,), before, after))
     starts = [(block * size + part[0]) * inner for block in range(blocks)]
-    return joined_cuts(value, [Cut(axis, s, s + (part[1] - part[0]) * inner) for s in starts])
+    cuts = [Cut(axis, s, s + (part[1] - part[0]) * inner) for s in starts]
+    return concatenated([cut_weight(value, c) for c in cuts], axis)

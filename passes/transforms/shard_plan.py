@@ -226,7 +226,8 @@ class Plan:
         else:
             self.how[node] = "cuts"
         if self.how[node] == "whole":
-            self._want(((a, "whole") for a in node.args), node.op.name)
+            by = node.op.name if node.op.axes else f"{node.op.name}, which has no axis rule,"
+            self._want(((a, "whole") for a in node.args), by)
             return
         for cut in self.cuts(node):
             if inner := self._pushed(node, cut):

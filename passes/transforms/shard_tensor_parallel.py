@@ -12,18 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ...compiler.ir import Graph, Node, Op, Value, walk
+from ...compiler.ir import Graph, Node, Value, walk
 from ...compiler.ops import linear, moe
 from ...compiler.ops.collective import all_gather, all_reduce
 from ...compiler.ops.leaf import constant, param
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Applied
 from ..raising.canonicalize import simplified
-from .propagate_slice import Cut, cut_weight, propagate_slice, sliced
+from .propagate_slice import Cut, cut_weight, propagate_slice
 from .shard_plan import CannotShard, Facts, Form, Plan
-from .shares import expert_parallel_experts, tensor_parallel_experts, vocab_parallel_embedding
+from .shares import (
+    emit,
+    expert_parallel_experts,
+    tensor_parallel_experts,
+    vocab_parallel_embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class _Builder:
             return value
         assert isinstance(form, Cut)
         constant = value.node.is_constant
-        made = cut_weight(value, form) if constant else sliced(self._get(value), form)
+        made = cut_weight(value, form) if constant else form.of(self._get(value))
         self.made[value, form] = made
         return made
 
@@ -110,13 +115,13 @@ class _Builder:
                 self.made[value, "partial"] = self._summand(node)
             case "sum":
                 summand = self.made[value, "partial"] = self._summand(node)
-                self.made[value, "whole"] = _emit(node, all_reduce, summand, ranks=ranks)
+                self.made[value, "whole"] = emit(node, all_reduce, summand, ranks=ranks)
             case "gather":
                 (cut,) = self.plan.cuts(node)
-                parts = _emit(node, all_gather, self._cut(node, cut), dim=cut.axis, ranks=ranks)
+                parts = emit(node, all_gather, self._cut(node, cut), dim=cut.axis, ranks=ranks)
                 size = node.types[0].shape[cut.axis]
                 assert isinstance(size, int)
-                self.made[value, "whole"] = sliced(parts, Cut(cut.axis, 0, size))
+                self.made[value, "whole"] = Cut(cut.axis, 0, size).of(parts)
 
     def _cut(self, node: Node, cut: Cut) -> Value:
         inner = propagate_slice(node, cut)
@@ -134,14 +139,14 @@ class _Builder:
             assert isinstance(mine, Cut)
             weight = cut_weight(node.args[1], mine.at(1))
             bias = node.operand("bias") if rank == 0 else None
-            return _emit(node, linear.linear, *given, weight, bias=bias)
+            return emit(node, linear.linear, *given, weight, bias=bias)
         if node.op is linear.embedding:
             return vocab_parallel_embedding(node, given[0], facts.ranks, rank)
         if node.op is moe.experts:
             by_units = facts.layouts[node] == "intermediate"
             build = tensor_parallel_experts if by_units else expert_parallel_experts
             return build(node, given, facts.ranks, rank)
-        return _emit(node, node.op, *given, **node.attrs)
+        return emit(node, node.op, *given, **node.attrs)
 
 
 # By induction from the parameters on, every rank has what one has.
@@ -170,10 +175,6 @@ def _claims(builders: Sequence[_Builder]) -> list[Applied]:
         before = node.results
         claims.append(Applied("whole-on-every-rank", leaves, before, before, ranks=ranks))
     return claims
-
-
-def _emit(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
-    return op.node(args, attrs, node.source).results[0]
 
 
 __all__ = ["CannotShard", "ShardTensorParallel"]

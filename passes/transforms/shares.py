@@ -27,10 +27,10 @@ def vocab_parallel_embedding(node: Node, ids: Value, ranks: int, rank: int) -> V
     assert isinstance(size, int)
     mine = share(size, ranks, rank, 0)
     held, row = _held(node, ids, mine)
-    found = _emit(node, linear.embedding, row, cut_weight(table, mine))
-    column = _emit(node, shape.view, held, shape=(*ids.type.shape, 1))
+    found = emit(node, linear.embedding, row, cut_weight(table, mine))
+    column = emit(node, shape.view, held, shape=(*ids.type.shape, 1))
     zero = literal(value=0.0, dtype=found.type.dtype)
-    return _emit(node, pointwise.where, column, found, zero)
+    return emit(node, pointwise.where, column, found, zero)
 
 
 # Σ over the hidden units of an expert == Σ over ranks of the units that the rank holds
@@ -57,7 +57,7 @@ def expert_parallel_experts(node: Node, args: tuple[Value, ...], ranks: int, ran
     mine = share(count, ranks, rank, 0)
     held, index = _held(node, indices, mine)
     zero = literal(value=0.0, dtype=weights.type.dtype)
-    weights = _emit(node, pointwise.where, held, weights, zero)
+    weights = emit(node, pointwise.where, held, weights, zero)
     parameters = (cut_weight(p, mine) for p in node.args[3:])
     return node.rebuilt((x, weights, index, *parameters)).results[0]
 
@@ -68,12 +68,12 @@ def _held(node: Node, ids: Value, mine: Cut) -> tuple[Value, Value]:
     def number(value: int) -> Value:
         return literal(value=value, dtype=ids.type.dtype)
 
-    from_first = _emit(node, pointwise.ge, ids, number(mine.start))
-    held = _emit(
-        node, pointwise.logical_and, from_first, _emit(node, pointwise.lt, ids, number(mine.stop))
+    from_first = emit(node, pointwise.ge, ids, number(mine.start))
+    held = emit(
+        node, pointwise.logical_and, from_first, emit(node, pointwise.lt, ids, number(mine.stop))
     )
-    index = _emit(node, pointwise.sub, ids, number(mine.start))
-    return held, _emit(node, pointwise.where, held, index, number(0))
+    index = emit(node, pointwise.sub, ids, number(mine.start))
+    return held, emit(node, pointwise.where, held, index, number(0))
 
 
 def _added_once(bias: Value, rank: int) -> Value:
@@ -81,5 +81,6 @@ def _added_once(bias: Value, rank: int) -> Value:
     return shape.full(value=0, shape=bias.type.shape, dtype=bias.type.dtype) if rank else bias
 
 
-def _emit(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
+def emit(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
+    """The op's first result, at the place of `node` in the model."""
     return op.node(args, attrs, node.source).results[0]

@@ -210,7 +210,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
             "%0 = slice(%x, dim=2, start=1, stop=6)\n"
             "%1 = slice(%0, dim=-1, start=1, stop=5, step=2)\nreturn %1"
         ),
-        ["%0 = slice(%x, dim=-1, start=2, stop=6, step=2)", "return %0"],
+        ["%0 = slice(%x, dim=2, start=2, stop=6, step=2)", "return %0"],
         "%0 = slice(%x, dim=2, start=1, stop=6)\n%1 = slice(%0, dim=1, start=1, stop=3)\nreturn %1",
     ),
     "slice-of-cat": (

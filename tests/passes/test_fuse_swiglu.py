@@ -124,10 +124,14 @@ DECLINES = {
     "the product has another user": (HALVES + SILU, ", %l", f"linear {OUTSIDE}"),
     "a half has another user": (HALVES + SILU, ", %u", f"slice {OUTSIDE}"),
     "two values": (TWO.replace("%x, @wu", "%z, @wu") + SILU, "", "products of two values"),
-    "no weight": (TWO.replace("@wu", "%v") + SILU, "", "a weight is computed from parameters"),
+    "no weight": (
+        TWO.replace("@wu", "%v") + SILU,
+        "",
+        "a weight of the product depends on the input",
+    ),
     "one product": ("%g = linear(%x, @wg)\n" + ITSELF, "", "gate and up are one value"),
     "one half": (ONE_HALF + ITSELF, "", "gate and up are one value"),
-    "rows": (ROWS + SILU, "", "not slices of the product's columns"),
+    "rows": (ROWS + SILU, "", "a slice of the product touches the tokens"),
 }
 
 

@@ -109,17 +109,19 @@ def test_stops_at_attention() -> None:
         ),
         ("%a = slice(%x, dim=0, start=0, stop=1)\n%r = add(%a, %y)", "does not have the rows"),
         ("%r = slice(%x, dim=0, start=0, stop=T)", "it works along the rows"),
+        ("%r = aten.fliplr.default(%x)", "aten.fliplr.default: it has no axis rule"),
     ],
     ids=[
         "a view that mixes rows",
         "a view that makes rows of several",
         "an operand without the rows",
         "a slice of rows",
+        "an op without an axis rule",
     ],
 )
 def test_declines(lines: str, reason: str) -> None:
     after, declined = gathered(lines)
-    assert taken(after)[0] in ("add", "view", "slice")
+    assert taken(after)[0] in ("add", "view", "slice", "aten.fliplr.default")
     assert reason in "\n".join(declined)
 
 

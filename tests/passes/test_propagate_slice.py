@@ -15,13 +15,12 @@ from ingot.compiler.ops.leaf import constant, param
 from ingot.compiler.ops.mxfp4 import mxfp4
 from ingot.compiler.ops.mxfp4_fragments import mxfp4_fragments
 from ingot.compiler.types import TensorType
+from ingot.passes.moves import concatenated
 from ingot.passes.transforms.propagate_slice import (
     Cut,
     Misaligned,
     cut_weight,
-    joined_cuts,
     propagate_slice,
-    sliced,
 )
 from op_cases import Case, sampled_ops
 
@@ -93,7 +92,7 @@ def test_cut_is_the_slice(op: Op) -> None:
                 pushes += 1
                 given = tuple(taken(held[a], c) for a, c in inner.args)
                 args = tuple(
-                    param(name=f"y{i}", type=a.type if c is None else sliced(a, c).type)
+                    param(name=f"y{i}", type=a.type if c is None else c.of(a).type)
                     for i, (a, c) in enumerate(inner.args)
                 )
                 made = node.rebuilt(args, inner.attrs)
@@ -159,7 +158,7 @@ def test_packed_weights_stay_packed() -> None:
     assert cut.op is mxfp4 and loads(cut) == ["c[1: 16..32]", "s[1: 1..2]"]
     padded = cut_weight(packed(8, 64, 32), Cut(0, 6, 12))
     assert padded.op is mxfp4 and padded.type.shape == (6, 64)
-    both = joined_cuts(packed(8, 64, 32), (Cut(0, 0, 2), Cut(0, 4, 6)))
+    both = concatenated([cut_weight(packed(8, 64, 32), c) for c in (Cut(0, 0, 2), Cut(0, 4, 6))])
     assert both.op is mxfp4
     assert loads(both) == ["c[0: 0..2]", "c[0: 4..6]", "s[0: 0..2]", "s[0: 4..6]"]
     with pytest.raises(Misaligned, match="2 blocks of 32 are cut in parts of 16"):
