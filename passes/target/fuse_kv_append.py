@@ -61,6 +61,11 @@ class FuseKvAppend:
 
     name: ClassVar[str] = "fuse-kv-append"
 
+    def expected(self, graph: Graph) -> int:
+        """Appends of rows that come from an op which can write them itself."""
+        appends = (n for n in graph.nodes() if n.op is kv_append)
+        return sum(bool(n.args[len(n.types)].op.caches) for n in appends)
+
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         fused: dict[Node, Applied] = {}
         for append in graph.nodes():

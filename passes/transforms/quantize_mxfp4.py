@@ -88,6 +88,9 @@ class QuantizeMxfp4:
             else:
                 after = _turned(packed) if rotated else packed
                 rounded.append(Applied(rule, (site.weight,), (site.weight,), (after,)))
+        for node in graph.nodes():
+            if {"norm", "delta"} & {*node.given} and node.operands["weight"].op is not mxfp4:
+                context.log.decline(self.name, node, "it has a norm or a sum inside")
         if not swap and not any(n.op is mxfp4 for n in graph.nodes()):
             reasons = "\n  ".join(context.log.declined[:5]) or "no product has a weight"
             raise ValueError(f"packed nothing:\n  {reasons}")

@@ -59,17 +59,17 @@ def fused(before: Graph) -> Graph:
 
 
 def test_keys_values_and_latent_rows(golden: Callable[[str], None]) -> None:
-    after = fused(
-        block(
-            f"%ka, %va = {HEADS}",
-            "%ca = kv_append(%c, %row, %slots, %positions, %table)",
-            "return %q",
-            "update %kc = %ka",
-            "update %vc = %va",
-            "update %c = %ca",
-        )
+    before = block(
+        f"%ka, %va = {HEADS}",
+        "%ca = kv_append(%c, %row, %slots, %positions, %table)",
+        "return %q",
+        "update %kc = %ka",
+        "update %vc = %va",
+        "update %c = %ca",
     )
+    after = fused(before)
     assert ops(after) == {"project_heads": 1, "mla_latent": 1}
+    assert (STEP.expected(before), STEP.expected(after)) == (2, 0)
     golden(str(after))
 
 

@@ -201,3 +201,14 @@ def test_pico(tmp_path: Path) -> None:
     ours, theirs = (torch.log_softmax(torch.tensor(m.logits(ids)), -1) for m in (model, plain))
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
     assert 0.001 < divergence < 0.3  # nats a token
+
+
+def test_products_with_a_norm_inside_are_told() -> None:
+    graph = graph_of(
+        "graph @g(%x: f32[T, 64]) T=1..8 {\n"
+        "%0 = linear(%x, @a)\n%1 = linear(%0, @b, norm=@n, eps=1e-06)\n"
+        "%2 = linear(%1, @c)\n%3 = tanh(%2)\nreturn %3\n"
+        "} where {\n@a: f32[64, 64]\n@b: f32[64, 64]\n@c: f32[32, 64]\n@n: f32[64]\n}"
+    )
+    _, log = applied(QuantizeMxfp4(MXFP4()), graph)
+    assert "quantize-mxfp4: linear: it has a norm or a sum inside" in log.declined
