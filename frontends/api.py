@@ -17,7 +17,6 @@ from ..runtime.artifact.writer import check_free
 from ..runtime.driver import Driver
 from ..runtime.serving.session import Session
 from .aot import export
-from .cli.launches import chosen_entry
 from .compilation import LoweredModel, lower_language_model
 from .drivers import driver_here, present_target
 from .loading import IngotError, LoadedModel, load
@@ -147,10 +146,7 @@ def plan(
         lowered = lower_language_model(
             source, chosen, target_of(_target(chosen)), progress, plan_only=True, entry=entry
         )
-    program = lowered.exportable.lowered.program
-    names = [e.name for e in program.entries]
-    name = chosen_entry(names, entry) if names else ""
-    return Plan(program, name, lowered.graphs, lowered.report())
+    return Plan(lowered.exportable.lowered.program, lowered.graphs, lowered.report())
 
 
 def _target(options: CompileOptions) -> str:

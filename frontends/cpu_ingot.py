@@ -32,7 +32,6 @@ _BROKEN = (
     AssertionError,
     AttributeError,
     LookupError,
-    RecursionError,
     RuntimeError,
     SyntaxError,
     TypeError,
@@ -41,7 +40,8 @@ _BROKEN = (
 
 
 def read_cpu_program(artifact: Artifact) -> Program:
-    """The program that the folded IR is. IngotError for IR that is none."""
+    """The program that the folded IR is. IngotError for IR that is none, and where this machine has
+    not the memory for its state and scratch: nothing is tried then."""
     manifest, text = artifact.manifest, artifact.graphs[FOLDED_GRAPH]
     where = f"{artifact.path}: {FOLDED_GRAPH}"
     if found := _OUTSIDE.search(text):
@@ -63,21 +63,15 @@ def read_cpu_program(artifact: Artifact) -> Program:
     except _BROKEN as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise IngotError(f"{where}: {first}") from error
-    _check_memory(where, program)
-    return program
-
-
-def _check_memory(where: str, program: Program) -> None:
-    """IngotError for a program that this machine has not the memory for: nothing is tried then."""
-    needed = program.arena_bytes + sum(
-        b.nbytes for b in program.buffers.values() if b.kind == "state"
-    )
+    state = sum(b.nbytes for b in program.buffers.values() if b.kind == "state")
+    needed = program.arena_bytes + state
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > held:
         raise IngotError(
             f"{where}: expected to need at most the {held} bytes of this machine's memory beside "
             f"the weights, found {needed}"
         )
+    return program
 
 
 def torch_weights(load: WeightLoader, buffers: Mapping[str, Buffer]) -> WeightLoader:

@@ -122,10 +122,9 @@ class WrittenIngot(Compiled):
 class Plan(Compiled):
     """A model compiled for inspection: it cannot run, and no weight was read.
 
-    `program` has the kernels of one entry alone, that of the name `entry`; none for the cpu target.
+    `program` has the kernels of one entry alone; none for the cpu target.
     """
 
     program: Program
-    entry: str
     graphs: Mapping[str, Graph]
     report: Report

@@ -7,7 +7,7 @@ one source tensor in memory beside it. A weight in MXFP4 is two entries, codes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,34 +173,29 @@ def _packed(name: str, type_: TensorType, source: str, packed: Packed) -> dict[s
     shape = tuple(packed.shape[i] for i in _order(packed))
     found = TensorType(type_.dtype, shape)
     _check(name, type_, found, f"{packed.file.path.name} stores as {source!r}, in MXFP4,")
-    origin = f"{packed.file.path}: {source}"
-    codes, scales = packed.codes, packed.scales
-    return {
-        f"{name}.codes": Entry(codes.type, codes.read, origin, _part_of(codes)),
-        f"{name}.scales": Entry(scales.type, _without_nan(name, scales.read), origin),
-    }
+    parts = (_direct(name, part.type, source, part) for part in (packed.codes, packed.scales))
+    return _codes_and_scales(name, *parts)
 
 
-def _part_of(stored: Stored) -> Callable[[Bounds], torch.Tensor]:
-    return lambda bounds: within(stored.read(), bounds).clone()
+def _codes_and_scales(name: str, codes: Entry, scales: Entry) -> dict[str, Entry]:
+    """Both by their names; loading raises SourceError where an E8M0 byte stands for NaN."""
 
+    def load() -> torch.Tensor:
+        loaded = scales.load()
+        if count := int((loaded == 255).sum()):
+            raise SourceError(f"{name}: {count} of {loaded.numel()} scales are NaN (byte 255)")
+        return loaded
 
-def _without_nan(name: str, load: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`load` of E8M0 bytes; SourceError where one stands for NaN."""
-
-    def checked() -> torch.Tensor:
-        scales = load()
-        if count := int((scales == 255).sum()):
-            raise SourceError(f"{name}: {count} of {scales.numel()} scales are NaN (byte 255)")
-        return scales
-
-    return checked
+    return {f"{name}.codes": codes, f"{name}.scales": Entry(scales.type, load, scales.origin)}
 
 
 def _converted(
     conversion: Conversion, types: Mapping[str, TensorType]
 ) -> Iterable[tuple[str, dict[str, Entry]]]:
-    """The entry of each target that the model has, or the entries of its codes and scales."""
+    """The entry of each target that the model has, or the entries of its codes and scales.
+
+    Of sources in MXFP4 codes and scales are converted alike: their rows are those of the weight.
+    """
     for parts in conversion.sources.values():
         _check_indices(conversion.name, [name for name, _ in parts])
     if conversion.packed is None:
@@ -208,49 +203,28 @@ def _converted(
             f"{conversion.name}: {conversion.origin} are partly stored in MXFP4 and partly not"
         )
     if conversion.packed:
-        yield from _converted_packed(conversion, types)
+        if not conversion.keeps_rows:
+            raise SourceError(
+                f"{conversion.name}: {conversion.origin} are stored in MXFP4, and transformers "
+                f"loads them by {conversion.converter.operations}, which splits the groups of a "
+                "scale"
+            )
+        codes, scales = conversion.of(lambda p: p.codes), conversion.of(lambda p: p.scales)
+        of_scales = scales.shapes()
+        for name, shape in codes.shapes().items():
+            if name in types:
+                found = TensorType(types[name].dtype, (*shape[:-1], 2 * shape[-1]))
+                _check(name, types[name], found, f"{conversion.origin}, in MXFP4, give")
+                of_codes = codes.entry(name, TensorType("u8", shape))
+                blocks = scales.entry(name, TensorType("u8", of_scales[name]))
+                yield name, _codes_and_scales(name, of_codes, blocks)
         return
     dtypes = {dense(s).dtype for parts in conversion.sources.values() for _, s in parts}
     for name, shape in conversion.shapes().items():
-        if name not in types:
-            continue
-        for dtype in dtypes:
-            _check(name, types[name], TensorType(dtype, shape), f"{conversion.origin} give")
-        load: Callable[[], torch.Tensor] = partial(conversion.load, name, types[name])
-        part = conversion.part_loader(types[name])
-        yield name, {name: Entry(types[name], load, conversion.origin, part)}
-
-
-def _converted_packed(
-    conversion: Conversion, types: Mapping[str, TensorType]
-) -> Iterable[tuple[str, dict[str, Entry]]]:
-    """Apply the conversion to codes and to scales, whose rows are the rows of the weight."""
-    if not conversion.keeps_rows:
-        raise SourceError(
-            f"{conversion.name}: {conversion.origin} are stored in MXFP4, and transformers loads "
-            f"them by {conversion.converter.operations}, which splits the groups of a scale"
-        )
-    codes, scales = conversion.of(lambda p: p.codes), conversion.of(lambda p: p.scales)
-    of_scales = scales.shapes()
-    for name, shape in codes.shapes().items():
-        if name not in types:
-            continue
-        dense = TensorType(types[name].dtype, (*shape[:-1], 2 * shape[-1]))
-        _check(name, types[name], dense, f"{conversion.origin}, in MXFP4, give")
-        of_codes, of_blocks = TensorType("u8", shape), TensorType("u8", of_scales[name])
-        load = _without_nan(name, partial(scales.load, name, of_blocks))
-        yield (
-            name,
-            {
-                f"{name}.codes": Entry(
-                    of_codes,
-                    partial(codes.load, name, of_codes),
-                    conversion.origin,
-                    codes.part_loader(of_codes),
-                ),
-                f"{name}.scales": Entry(of_blocks, load, conversion.origin),
-            },
-        )
+        if name in types:
+            for dtype in dtypes:
+                _check(name, types[name], TensorType(dtype, shape), f"{conversion.origin} give")
+            yield name, {name: conversion.entry(name, types[name])}
 
 
 def _check(name: str, expected: TensorType, found: TensorType, verb: str) -> None:

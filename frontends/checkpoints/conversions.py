@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 
 from ...compiler.torch_types import torch_dtype
 from ...compiler.types import TensorType
-from ...compiler.weights import Bounds
+from ...compiler.weights import Bounds, Entry
 from ..checkpoints.dequantize import Dequantized
 from ..checkpoints.quantized import Packed, Source
 from ..checkpoints.safetensors_files import Stored
@@ -185,9 +185,10 @@ class Conversion:
                 stored.read_into(element.narrow(dim, low - inner[dim][0], high - low), there)
         return out
 
-    def part_loader(self, type_: TensorType) -> Callable[[Bounds], torch.Tensor] | None:
-        """`load_part` of `type_`; None unless this is a stack."""
-        return None if self.stack_dim is None else partial(self.load_part, type_)
+    def entry(self, target: str, type_: TensorType) -> Entry:
+        """The target called `target` as an entry, of which a stack is loaded in parts too."""
+        part = None if self.stack_dim is None else partial(self.load_part, type_)
+        return Entry(type_, partial(self.load, target, type_), self.origin, part)
 
 
 def dense(source: Source) -> Stored | Dequantized:

@@ -38,7 +38,6 @@ from .quantized import Packed, Source, sources_of
 from .safetensors_files import Stored, torch_item, write_checkpoint
 
 COMPRESSED_TENSORS, GPT_OSS = "compressed-tensors", "gpt-oss"
-FORMATS = (COMPRESSED_TENSORS, GPT_OSS)
 # gpt-oss's format holds these parameters, [E, K, N], and no others.
 _GPT_OSS_WEIGHTS = ("experts.gate_up_proj", "experts.down_proj")
 _SHARD_BYTES = 5 << 30
@@ -64,16 +63,16 @@ def quantize_directory(
     target: str | Path,
     options: MXFP4,
     *,
-    format: str | None = None,
     shard_bytes: int = _SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
     """Write the model in `source` to `target`, its weights in MXFP4 as `options` say.
 
-    `format` None is gpt-oss's own for a gpt-oss, compressed-tensors for others. `progress` gets
-    the bytes written and the total. The directory takes its name at the end; a failure leaves
-    nothing. ValueError for a target that exists and options that a format lacks; SourceError for a
-    model that cannot be read, is in MXFP4 already, or holds NaN.
+    The format is gpt-oss's own for a gpt-oss, compressed-tensors for others: transformers reads the
+    experts of gpt-oss in its own format alone, and no others. `progress` gets the bytes written and
+    the total. The directory takes its name at the end; a failure leaves nothing. ValueError for a
+    target that exists and options that a format lacks; SourceError for a model that cannot be read,
+    is in MXFP4 already, or holds NaN.
     """
     source, target = Path(source), Path(target)
     if target.exists() or target.is_symlink():
@@ -83,12 +82,14 @@ def quantize_directory(
     config = read_config(source)
     # This one is not traced: it says the modules and parameter names.
     meta = build_meta_model(config, attn_implementation="eager", experts_implementation="eager")
-    chosen = _format(format, config.model_type, options)
+    format_ = GPT_OSS if config.model_type == "gpt_oss" else COMPRESSED_TENSORS
+    if options.group != 32:
+        raise ValueError(f"group: {format_} has groups of 32, found {options.group}")
     stored, _ = stored_tensors(source)
     sources = sources_of(stored, quantization_scheme(config, source))
     if packed := next((n for n, s in sources.items() if isinstance(s, Packed)), None):
         raise SourceError(f"{source}: {packed} is in MXFP4 already")
-    plan = _Plan(sources, meta, _decisions(source, options), options, chosen)
+    plan = _Plan(sources, meta, _decisions(source, options), options, format_)
     items = [plan.item(*pair) for pair in destinations(sources, meta)]
     total, done = sum(item.nbytes for item in items), 0
 
@@ -109,21 +110,7 @@ def quantize_directory(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     before = sum(tensor.nbytes for tensor in stored.values())
-    return Exported(target, chosen, tuple(plan.quantized), plan.kept, before, total)
-
-
-def _format(format: str | None, model_type: str, options: MXFP4) -> str:
-    own = GPT_OSS if model_type == "gpt_oss" else COMPRESSED_TENSORS
-    if format not in (None, *FORMATS):
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}; found {format!r}")
-    if format not in (None, own):
-        raise ValueError(
-            f"format: a {model_type} is written as {own}, not as {format}: transformers reads the "
-            "experts of gpt-oss in its own format alone, and no others"
-        )
-    if options.group != 32:
-        raise ValueError(f"group: {own} has groups of 32, found {options.group}")
-    return own
+    return Exported(target, format_, tuple(plan.quantized), plan.kept, before, total)
 
 
 def _decisions(source: Path, options: MXFP4) -> dict[str, str]:

@@ -8,7 +8,7 @@ Floats stored without scales are dense, whatever the scheme says of their module
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...compiler.dtypes import FLOATS
 from ...compiler.types import TensorType
@@ -135,7 +135,7 @@ class _Grouping:
                 f"{name}: expected blocks u8 [..., N, K/32, 16] and scales u8 [..., N, K/32], "
                 f"found {blocks.type} and {scales.type}"
             )
-        codes = blocks.reshaped(*groups[:-1], groups[-1] * 16)
+        codes = replace(blocks, shape=(*groups[:-1], groups[-1] * 16))
         self._put(stem, Packed(codes, scales, transposed=True), name, f"{stem}_scales")
 
     def _packed(self, name: str, weight: str, tensor: Stored) -> None:

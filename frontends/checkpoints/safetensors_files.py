@@ -70,10 +70,6 @@ class Stored:
             return replace(self, dtype="u8")
         return replace(self, dtype="u8", shape=(*self.shape[:-1], self.shape[-1] // 2))
 
-    def reshaped(self, *shape: int) -> Stored:
-        """The same data with another shape of equally many elements."""
-        return replace(self, shape=shape)
-
     def read_into(self, out: torch.Tensor, bounds: Bounds) -> None:
         """Read what is within `bounds` into `out`, casting where its dtype differs.
 

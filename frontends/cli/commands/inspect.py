@@ -82,7 +82,7 @@ def command(
     if kernels or not holds_weights(source):
         model = plan = _plan(source, options, kernels, entry)
         if kernels:
-            planned = PlannedEntry.of(plan.program, plan.entry, plan.report.choices)
+            planned = PlannedEntry.of(plan.program, entry, plan.report.choices)
     else:
         model = compile_model(source, options)
     names = ("traced", *(p.name for p in model.report.passes), "final")

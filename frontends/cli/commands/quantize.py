@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from ..flags import Directory
-from ..output import Shown
+from ..output import Shown, table
 
 if TYPE_CHECKING:
     from ...checkpoints.export_quantized import Exported
@@ -25,26 +25,24 @@ def command(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR2", help="New directory to write.")
     ],
-    format: Annotated[
-        str | None,
-        typer.Option(help="compressed-tensors, or gpt-oss for a gpt-oss; without it, which fits."),
-    ] = None,
     scale: Annotated[
         str, typer.Option(help="Rule of the scales: mse, even, floor, rceil or ceil.")
     ] = "mse",
-    group: Annotated[int, typer.Option(help="Numbers that share a scale.")] = 32,
     keep: Annotated[
         list[str] | None,
         typer.Option(help="Glob of weights to leave as they are; may be repeated."),
     ] = None,
 ) -> Shown:
-    """Write a model with its weights in MXFP4, for transformers and Ingot to read."""
+    """Write a model with its weights in MXFP4, for transformers and Ingot to read.
+
+    The format is compressed-tensors, or for a gpt-oss its own.
+    """
     from ....passes.transforms.mxfp4_policy import MXFP4
     from ...checkpoints.export_quantized import quantize_directory
 
-    options = MXFP4(group=group, scale=scale, keep=tuple(keep or ()))
+    options = MXFP4(scale=scale, keep=tuple(keep or ()))
     with _bar() as progress:
-        exported = quantize_directory(directory, output, options, format=format, progress=progress)
+        exported = quantize_directory(directory, output, options, progress=progress)
     data = {**vars(exported), "directory": str(exported.directory), "kept": dict(exported.kept)}
     return Shown(lambda: data, [_kept_table(exported), [_summary(exported)]])
 
@@ -61,13 +59,12 @@ def _bar() -> Generator[Callable[[int, int], None]]:
 
 def _kept_table(exported: Exported) -> Table:
     """Why weights were kept, how many for each reason, and one of them."""
-    table = Table("kept because", "weights", "such as", box=None, header_style="bold")
     first: dict[str, str] = {}
     for name, reason in exported.kept.items():
         first.setdefault(reason, name)
-    for reason, count in Counter(exported.kept.values()).most_common():
-        table.add_row(reason, str(count), first[reason])
-    return table
+    counts = Counter(exported.kept.values()).most_common()
+    rows = [[reason, str(count), first[reason]] for reason, count in counts]
+    return table("Kept", ["kept because", "weights", "such as"], rows, right=(1,))
 
 
 def _summary(exported: Exported) -> str:
