@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from ..codegen.entries import Choice
 from ..compiler.ir import Graph
@@ -46,12 +48,16 @@ class Report:
     kernels_cached: int = 0
 
     @property
-    def kernels(self) -> Mapping[str, Mapping[tuple[str, tuple[str, ...], str], int]]:
-        """For each entry: (op, its kernels in order, why these) -> how many nodes."""
-        counted: dict[str, Counter[tuple[str, tuple[str, ...], str]]] = {}
+    def kernels(self) -> list[dict[str, Any]]:
+        """For each entry, op, its kernels in order, and why these: how many nodes, and seconds."""
+        found: dict[object, dict[str, Any]] = {}
         for c in self.choices:
-            counted.setdefault(c.entry, Counter())[c.op, c.kernels, c.reason] += 1
-        return counted
+            use = {"entry": c.entry, "op": c.op, "kernels": list(c.kernels), "why": c.reason}
+            key = (c.entry, c.op, c.kernels, c.reason)
+            use = found.setdefault(key, {**use, "nodes": 0, "seconds": 0.0})
+            use["nodes"] += 1
+            use["seconds"] += c.seconds
+        return list(found.values())
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
@@ -68,10 +74,11 @@ class Report:
             matches = ", ".join(f"{name} {count}" for name, count in sorted(p.matches.items()))
             lines.append(f"{p.name}: {p.nodes_before} -> {p.nodes_after} nodes ({matches})")
             lines += [f"  {note}" for note in p.notes]
-        for entry, uses in self.kernels.items():
+        for entry, uses in groupby(self.kernels, key=itemgetter("entry")):
             lines.append(f"kernels of {entry}")
-            for (op, kernels, reason), count in uses.items():
-                lines.append(f"  {count} x {op}: {', '.join(kernels)} ({reason})")
+            for use in uses:
+                kernels = ", ".join(use["kernels"])
+                lines.append(f"  {use['nodes']} x {use['op']}: {kernels} ({use['why']})")
         return "\n".join(lines)
 
 

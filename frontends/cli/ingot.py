@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from msgspec import structs, to_builtins
 from rich.table import Table
 
 from ...runtime.artifact.reader import Artifact
-from ...runtime.program import Program, entry_name
+from ...runtime.program import entry_name
 from .inspect_view import show_bytes
-from .kernels import static_data, static_table
+from .kernels import static_lines, static_table
 from .launches import static_report
 from .output import table
 
@@ -32,7 +33,7 @@ def ingot_data(artifact: Artifact, *, weights: bool) -> dict[str, Any]:
         "bytes": dict(groups),
     }
     if program is not None:
-        data["static"] = static_data(static_report(program, program.entries))
+        data["static"] = asdict(static_report(program, program.entries))
     if weights:
         data["weights"] = [
             {"name": name, "dtype": t.dtype, "shape": list(t.shape), "bytes": len(t.data)}
@@ -55,9 +56,7 @@ def ingot_lines(data: Mapping[str, Any]) -> list[str]:
     ]
     if data["options"]:
         lines.append(f"compiled with {_settings(data['options'])}")
-    if (static := data["static"]) is not None:
-        lines += [f"{static['target']}: {static['verdict']}"]
-        lines += [static["note"]] if static["note"] else []
+    lines += static_lines(data["static"]) if data["static"] else []
     if data["generation"]:
         made = ", ".join(f"{name} {value}" for name, value in data["generation"].items())
         lines.append(f"its makers sample with {made}")
@@ -73,14 +72,13 @@ def _settings(options: Mapping[str, Any]) -> str:
     )
 
 
-def ingot_tables(data: Mapping[str, Any], program: Program | None) -> Iterable[Table]:
-    """Tables of the entries, of the kernels of `program`, and of the weights in `data` if any."""
+def ingot_tables(data: Mapping[str, Any]) -> Iterable[Table]:
+    """Tables of the entries, of the kernels, and of the weights, each if there are any."""
     entries = [[e["name"], str(e["launches"])] for e in data["entries"]]
     if entries:
         yield table("Entries", ["entry", "launches"], entries, right=(1,))
-    if program is not None:
-        report = static_report(program, program.entries)
-        yield static_table(report, f"Kernels of all entries, as built for {report.target}")
+    if data["static"]:
+        yield static_table(data["static"], "Kernels of all entries")
     if "weights" in data:
         rows = [
             [w["name"], w["dtype"], "×".join(map(str, w["shape"])), show_bytes(w["bytes"])]

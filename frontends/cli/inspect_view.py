@@ -390,8 +390,3 @@ def show_bytes(nbytes: int) -> str:
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
-def one_token(graph: Graph) -> dict[str, int]:
-    """Every symbol at its smallest: one token of one sequence."""
-    return {name: bounds.start for name, bounds in graph.symbols.items()}

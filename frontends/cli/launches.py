@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...compiler.target import TARGETS
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 # Instruction counts in `Kernel.facts`: matrix instructions and conversions.
 _COUNTED = ("wgmma", "mma", "tcgen05", "mfma", "scaled_conversions")
+_NOT_RUN = (
+    "code for AMD is built and checked statically: no kernel of Ingot has been executed on AMD "
+    "hardware"
+)
 # Groups of launches outside layers; BODY for a program without layers.
 BODY, BEFORE, AFTER = "all launches", "before the layers", "after the layers"
 _OUTSIDE = (BODY, BEFORE, AFTER)
@@ -28,7 +32,8 @@ _OUTSIDE = (BODY, BEFORE, AFTER)
 class LaunchSummary:
     """One launch: its op, path within the layer, kernel, grid, and the reason if known.
 
-    `seconds` is the estimate for the whole op, on its first launch.
+    `seconds` is the estimate for the whole op, on its first launch, and `runner_up` what would have
+    been second, with its estimate.
     """
 
     op: str
@@ -37,6 +42,7 @@ class LaunchSummary:
     grid: tuple[int, int, int]
     why: str | None = None
     seconds: float | None = None
+    runner_up: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class LaunchSection:
 
     title: str
     layers: tuple[int, ...]
-    lines: tuple[LaunchSummary, ...]
+    launches: tuple[LaunchSummary, ...]
 
 
 @dataclass(frozen=True)
@@ -106,16 +112,12 @@ def sections(step: PlannedEntry) -> tuple[LaunchSection, ...]:
     for i, launch in enumerate(step.entry.launches):
         op, place = _split(launch)
         inside = place.removeprefix(groups[i]).lstrip(".")
-        choice = step.choices[i] if step.choices else None
-        begins = i == 0 or choice is None or choice is not step.choices[i - 1]
-        line = LaunchSummary(
-            op,
-            inside,
-            step.program.kernels[launch.kernel].symbol,
-            launch.grid,
-            choice.reason if choice else None,
-            choice.seconds if choice and begins else None,
-        )
+        line = LaunchSummary(op, inside, step.program.kernels[launch.kernel].symbol, launch.grid)
+        if step.choices:
+            choice = step.choices[i]
+            line = replace(line, why=choice.reason)
+            if i == 0 or choice is not step.choices[i - 1]:
+                line = replace(line, seconds=choice.seconds, runner_up=choice.runner_up or None)
         lines.setdefault(groups[i], []).append(line)
         kinds.setdefault(groups[i], []).append((op, inside, launch.kernel, launch.grid))
     found: dict[object, list[str]] = {}
@@ -195,67 +197,34 @@ class BuiltKernel:
     spills: int | None
     scalar_spills: int | None
     shared: int
-    code_bytes: int = 0
-    matrix: Mapping[str, int] = field(default_factory=dict[str, int])
+    code_bytes: int
+    matrix: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class StaticReport:
-    """Resource usage of the kernels of some entries, and the limits of the target."""
+    """Resource usage of the kernels of some entries, against the limits of the target.
+
+    `ok` unless a kernel spills, may spill, or uses more shared memory than a block may have.
+    `verdict` is one line: spills, and the largest use of shared memory and registers; `note` the
+    caveat for code that was never executed on its hardware.
+    """
 
     target: str
     shared_limit: int
     kernels: tuple[BuiltKernel, ...]
-
-    @property
-    def spilling(self) -> tuple[BuiltKernel, ...]:
-        return tuple(k for k in self.kernels if (k.spills or 0) + (k.scalar_spills or 0))
-
-    @property
-    def over_limit(self) -> tuple[BuiltKernel, ...]:
-        """Kernels that use more shared memory than a block may have."""
-        return tuple(k for k in self.kernels if k.shared > self.shared_limit)
-
-    @property
-    def unknown(self) -> tuple[BuiltKernel, ...]:
-        """Kernels whose spills the compiler did not report."""
-        return tuple(k for k in self.kernels if k.spills is None)
-
-    @property
-    def ok(self) -> bool:
-        return not (self.spilling or self.over_limit or self.unknown)
-
-    @property
-    def verdict(self) -> str:
-        """One line: spills, and the largest use of shared memory and registers."""
-        unit = "LDS" if self.target.startswith("hip") else "shared memory"
-        most = max((k.shared for k in self.kernels), default=0)
-        registers = max((k.registers or 0 for k in self.kernels), default=0)
-        spills = [f"{k.symbol} {spilled(k, self.target)}" for k in self.spilling]
-        parts = [f"SPILLS: {', '.join(spills)}"] if spills else []
-        if self.unknown:
-            parts.append(f"spills unknown of {', '.join(k.symbol for k in self.unknown)}")
-        over = (
-            f"OVER THE LIMIT: {', '.join(k.symbol for k in self.over_limit)}: "
-            if self.over_limit
-            else ""
-        )
-        return "; ".join(
-            [
-                *(parts or ["0 spills"]),
-                f"{over}at most {most:,} of {self.shared_limit:,} bytes of {unit}",
-                f"at most {registers} registers a thread",
-            ]
-        )
+    ok: bool
+    verdict: str
+    note: str | None
 
 
-def spilled(kernel: BuiltKernel, target: str) -> str:
+def spilled(spills: int | None, scalar_spills: int | None, target: str) -> str:
     """The spills of a kernel as text."""
-    if kernel.spills is None:
+    if spills is None:
         return "unknown"
     unit = "registers" if target.startswith("hip") else "bytes"
-    parts = [f"{kernel.spills} {unit}"] if kernel.spills else []
-    parts += [f"{kernel.scalar_spills} scalars"] if kernel.scalar_spills else []
+    parts = [f"{spills} {unit}"] if spills else []
+    parts += [f"{scalar_spills} scalars"] if scalar_spills else []
     return " and ".join(parts) or "0"
 
 
@@ -267,10 +236,28 @@ def static_report(program: Program, entries: Iterable[Entry]) -> StaticReport:
         for launch in entry.launches:
             used[launch.kernel] += 1
             ops.setdefault(launch.kernel, {})[_split(launch)[0]] = None
-    kernels = [
+    kernels = tuple(
         _built(program.kernels[id_], tuple(ops[id_]), count) for id_, count in used.most_common()
+    )
+    target, limit = program.target, TARGETS[program.target].shared_bytes
+    amd = target.startswith("hip")
+    spilling = [
+        f"{k.symbol} {spilled(k.spills, k.scalar_spills, target)}"
+        for k in kernels
+        if k.spills or k.scalar_spills
     ]
-    return StaticReport(program.target, TARGETS[program.target].shared_bytes, tuple(kernels))
+    unknown = [k.symbol for k in kernels if k.spills is None]
+    over = [k.symbol for k in kernels if k.shared > limit]
+    most = max((k.shared for k in kernels), default=0)
+    registers = max((k.registers or 0 for k in kernels), default=0)
+    parts = [f"SPILLS: {', '.join(spilling)}"] if spilling else []
+    parts += [f"spills unknown of {', '.join(unknown)}"] if unknown else []
+    parts = parts or ["0 spills"]
+    shared = f"at most {most:,} of {limit:,} bytes of {'LDS' if amd else 'shared memory'}"
+    parts.append(f"OVER THE LIMIT: {', '.join(over)}: {shared}" if over else shared)
+    parts.append(f"at most {registers} registers a thread")
+    ok, note = not (spilling or unknown or over), _NOT_RUN if amd else None
+    return StaticReport(target, limit, kernels, ok, "; ".join(parts), note)
 
 
 def _built(kernel: Kernel, ops: tuple[str, ...], launches: int) -> BuiltKernel:

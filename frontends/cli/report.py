@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ...compiler.ir import Graph
-from .inspect_view import one_token, show_bytes
+from .inspect_view import show_bytes
 from .output import table
 
 if TYPE_CHECKING:
-    from ..model import Model, Plan, Report, WrittenIngot
-
-
-def costs(traced: Graph, report: Report) -> list[dict[str, int]]:
-    """Flops and bytes of one token, over full caches: as traced, then after each pass."""
-    graphs = [traced, *(p.graph for p in report.passes)]
-    found = [graph.cost(one_token(graph)) for graph in graphs]
-    return [{"flops": int(c.flops), "bytes": int(c.bytes)} for c in found]
+    from ..model import Model, Plan, WrittenIngot
 
 
 def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
     """The report for `--json`."""
     report = model.report
-    moved = costs(model.graph("traced"), report)
-    estimates: dict[tuple[str, str, tuple[str, ...], str], float] = defaultdict(float)
-    for c in report.choices:
-        estimates[c.entry, c.op, c.kernels, c.reason] += c.seconds
+    # Of one token of one sequence, over full caches: as traced, then after each pass.
+    graphs = [model.graph("traced"), *(p.graph for p in report.passes)]
+    costs = [graph.cost({n: r.start for n, r in graph.symbols.items()}) for graph in graphs]
+    moved = [{"flops": int(c.flops), "bytes": int(c.bytes)} for c in costs]
     return {
         "model_type": report.model_type,
         "target": report.target,
@@ -53,18 +44,7 @@ def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
             {"name": name, "launches": launches, "scratch_bytes": scratch}
             for name, launches, scratch in report.entries
         ],
-        "kernels": [
-            {
-                "entry": entry,
-                "op": op,
-                "kernels": list(kernels),
-                "why": why,
-                "nodes": nodes,
-                "seconds": estimates[entry, op, kernels, why],
-            }
-            for entry, uses in report.kernels.items()
-            for (op, kernels, why), nodes in uses.items()
-        ],
+        "kernels": report.kernels,
         "kernel_count": {"built": report.kernels_built, "from_cache": report.kernels_cached},
         "weights": [asdict(weight) for weight in report.weights],
         "weight_bytes": report.weight_bytes,

@@ -126,5 +126,7 @@ def test_report_says_which_kernels_and_why(model: Any) -> None:
     few = Choice("linear", "T=1,L=1", ("fragment_kernel",), "few tokens", 1e-6)
     many = Choice("linear", "T=64,L=8", ("product_kernel",), "many tokens", 1e-6)
     report = replace(model.report, choices=(few, few, many))
-    assert report.kernels["T=1,L=1"] == {("linear", ("fragment_kernel",), "few tokens"): 2}
+    first, second = report.kernels
+    assert first == {**first, "entry": "T=1,L=1", "why": "few tokens", "nodes": 2, "seconds": 2e-6}
+    assert second["kernels"] == ["product_kernel"] and second["nodes"] == 1
     assert "kernels of T=64,L=8\n  1 x linear: product_kernel (many tokens)" in str(report)

@@ -119,8 +119,8 @@ def planned(
 def shown(step: PlannedEntry) -> str:
     lines = [f"{step.program.target} {step.entry.name}: {len(step.entry.launches)} launches"]
     for section in sections(step):
-        lines.append(f"  {section.title}: {len(section.lines)} launches")
-        for line in section.lines:
+        lines.append(f"  {section.title}: {len(section.launches)} launches")
+        for line in section.launches:
             why = "" if line.seconds is None else f"  # {line.why}"
             lines.append(f"    {line.op} {line.place}: {line.kernel}{why}".replace(" :", ":"))
     return "\n".join(lines)
@@ -142,11 +142,12 @@ def test_launches_a_layer(name: str, tmp_path: Path, golden: Callable[[str], Non
         steps = [PlannedEntry.of(made, name, choices) for name in (None, "8")]
         for step in steps:
             found = sections(step)
-            counted = sum(len(s.lines) * max(len(s.layers), 1) for s in found)
+            counted = sum(len(s.launches) * max(len(s.layers), 1) for s in found)
             assert counted == len(step.entry.launches)
             assert sorted(n for s in found for n in s.layers) == [0, 1, 2, 3, 4]
-            assert all(line.why for s in found for line in s.lines)
-            total = sum(line.seconds or 0.0 for s in found for line in s.lines)
+            assert all(line.why for s in found for line in s.launches)
+            assert any(line.runner_up for s in found for line in s.launches)
+            total = sum(line.seconds or 0.0 for s in found for line in s.launches)
             assert total > 0
         texts.append(shown(steps[0]))
     golden("\n".join(texts))
@@ -288,6 +289,7 @@ def test_inspect_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     lines = [line for s in data["step"]["sections"] for line in s["launches"]]
     assert {line["why"] for line in lines} == whys
     assert sum(line["seconds"] or 0.0 for line in lines) > 0
+    assert any(" µs)" in (line["runner_up"] or "") for line in lines)
 
     text = done("inspect", source, *options)
     assert f"0 kernels built, {len(kernels)} from the cache" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,11 +78,11 @@ def command(
         weight_table,
     )
 
-    planned: PlannedEntry | None = None
+    step: dict[str, Any] | None = None
     if kernels or not holds_weights(source):
         model = plan = _plan(source, options, kernels, entry)
         if kernels:
-            planned = PlannedEntry.of(plan.program, entry, plan.report.choices)
+            step = kernel_data(PlannedEntry.of(plan.program, entry, plan.report.choices))
     else:
         model = compile_model(source, options)
     names = ("traced", *(p.name for p in model.report.passes), "final")
@@ -101,8 +101,7 @@ def command(
 
     def data() -> dict[str, object]:
         text = {"graph": {"name": which, "text": str(graph)}} if wanted else {}
-        step = {"step": kernel_data(planned)} if planned else {}
-        return {**report_data(model), **text, **step}
+        return {**report_data(model), **text, **({"step": step} if step else {})}
 
     def parts() -> Iterator[Table | Sequence[str]]:
         if wanted:
@@ -118,7 +117,7 @@ def command(
             yield entry_table(report)
         if weights:
             yield weight_table(report)
-        page_tables, page_lines = kernel_page(planned) if planned else ([], [])
+        page_tables, page_lines = kernel_page(step) if step else ([], [])
         yield from page_tables
         yield [*summary_lines(report), *page_lines]
 
@@ -148,19 +147,19 @@ def _ingot(
     from ..launches import PlannedEntry
 
     artifact = open_ingot(source)
-    step = None
+    data = ingot_data(artifact, weights=weights)
+    page_tables, page_lines = [], []
     if kernels:
         if artifact.program is None:
             raise UsageError(f"--kernels: {source} is for the cpu target, which has no kernels")
-        step = PlannedEntry.of(artifact.program, entry)
-    data = ingot_data(artifact, weights=weights)
+        data["step"] = kernel_data(PlannedEntry.of(artifact.program, entry))
+        page_tables, page_lines = kernel_page(data["step"])
 
     def parts() -> Iterator[Table | Sequence[str]]:
         if everything:
             yield artifact.graphs[FINAL_GRAPH].splitlines()
-        yield from ingot_tables(data, artifact.program)
-        page_tables, page_lines = kernel_page(step) if step else ([], [])
+        yield from ingot_tables(data)
         yield from page_tables
         yield [*ingot_lines(data), *page_lines]
 
-    return Shown(lambda: {**data, "step": kernel_data(step)} if step else data, parts())
+    return Shown(lambda: data, parts())
