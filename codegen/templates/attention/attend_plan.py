@@ -28,34 +28,26 @@ _LEAST = 16
 
 
 @dataclass(frozen=True)
-class PagedIndex:
-    """The index of a paged cache of `slots` slots."""
-
-    pages: Pages
-    slots: int
-
-    @property
-    def context(self) -> int:
-        """The most positions of a slot."""
-        return self.pages.PER_SLOT * self.pages.SIZE
-
-
-@dataclass(frozen=True)
 class Attention:
     """What is attended to: see attend_kernel. `rest` is None where keys have the dims of `query`
-    alone, `values` where they are the first dims of the keys."""
+    alone, `values` where they are the first dims of the keys, `pages` for one sequence."""
 
-    tokens: int
-    heads: int
+    node: KernelQuery
     kv_heads: int
-    dtype: str
     query: Query
     rest: Query | None
     keys: Keys
     values: Keys | None
-    context: int
     variant: Variant
-    index: PagedIndex | None = None
+    pages: Pages | None
+
+    @property
+    def tokens(self) -> int:
+        return self.node.args[0].shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.node.args[0].shape[1]
 
     @property
     def v(self) -> int:
@@ -66,6 +58,19 @@ class Attention:
     def group(self) -> int:
         """Query heads a key/value head."""
         return self.heads // self.kv_heads
+
+    @property
+    def context(self) -> int:
+        """The most positions of a sequence."""
+        if self.pages:
+            return self.pages.PER_SLOT * self.pages.SIZE
+        return self.node.args[self.keys.data.index].shape[0]
+
+    @property
+    def sequences(self) -> int:
+        """How many there may be: one, or one a slot."""
+        table = self.node.operand("page_table")
+        return min(self.tokens, table.shape[0]) if table else 1
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,10 @@ class Tile:
     stages: int
 
 
-def plan(job: Attention, query: KernelQuery) -> Candidate:
+def plan(job: Attention) -> Candidate:
     """One launch, or two where the context is split."""
     splits = _splits(job)
-    tile = _tile(job, query)
+    tile = _tile(job)
     blocks = triton.cdiv(job.tokens * job.group, tile.m)
     slots = _slots(job, tile)
     # A program for every slot that a block may meet, while that does not crowd the device.
@@ -103,7 +108,7 @@ def plan(job: Attention, query: KernelQuery) -> Candidate:
             "query_rest": job.rest,
             "keys": job.keys,
             "values": job.values,
-            "pages": job.index.pages if job.index else None,
+            "pages": job.pages,
             # The sinks of a split context come where the splits are joined.
             "variant": job.variant._replace(sinks=None) if split else job.variant,
             "splits": held,
@@ -125,7 +130,7 @@ def plan(job: Attention, query: KernelQuery) -> Candidate:
         num_stages=tile.stages,
         overlaps=tile.m <= _FEW_ROWS,
     )
-    seconds = _seconds(job, query)
+    seconds = _seconds(job)
     reason = f"blocks of {tile.m} rows and {tile.n} positions"
     if not split:
         return Candidate((attend,), seconds + LAUNCH_SECONDS, f"{reason}, contexts whole")
@@ -135,13 +140,13 @@ def plan(job: Attention, query: KernelQuery) -> Candidate:
 
 
 def _combine(job: Attention, splits: Splits) -> Call:
-    assert job.index
+    assert job.pages
     block = min(128, max(1, 8192 // splits.BLOCK), triton.next_power_of_2(job.v))
     args = {
         "sums": Temp("sums"),
         "tops": Temp("tops"),
         "totals": Temp("totals"),
-        "pages": job.index.pages._replace(table=None),
+        "pages": job.pages._replace(table=None),
         "variant": job.variant,
         "splits": splits,
         "out": Result(0),
@@ -168,7 +173,7 @@ def _few(job: Attention) -> bool:
     """Whether blocks are small and contexts split."""
     splits = splits_of(job.context, _split(job), _STEADY)
     small = 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES
-    return job.index is not None and job.tokens <= _FEW_TOKENS and small
+    return job.pages is not None and job.tokens <= _FEW_TOKENS and small
 
 
 def _splits(job: Attention) -> int:
@@ -178,26 +183,24 @@ def _splits(job: Attention) -> int:
 
 def _slots(job: Attention, tile: Tile) -> int:
     """How many slots the rows of a block may be of."""
-    if not job.index:
-        return 1
     straddling = tile.m % job.group > 0 and job.group % tile.m > 0
-    return min(triton.cdiv(tile.m, job.group) + straddling, job.tokens, job.index.slots)
+    return min(triton.cdiv(tile.m, job.group) + straddling, job.sequences)
 
 
-def _tile(job: Attention, query: KernelQuery) -> Tile:
-    tile = _widest(job, query)
-    return replace(tile, n=min(tile.n, job.index.pages.SIZE)) if job.index else tile
+def _tile(job: Attention) -> Tile:
+    tile = _widest(job)
+    return replace(tile, n=min(tile.n, job.pages.SIZE)) if job.pages else tile
 
 
-def _widest(job: Attention, query: KernelQuery) -> Tile:
+def _widest(job: Attention) -> Tile:
     """The tile if pages are not smaller: chosen so that nothing spills registers. Stages of the
     pipeline on NVIDIA: one for the page's number, and enough to hold the next tile while one is in
     use. On AMD a lane holds twice as much: more than 64 rows spill masks, which are scalars, and
     with 8 warps, two on each SIMD, there are 256 registers a lane; shared memory is little."""
-    nvidia = query.target.name.startswith("cuda")
+    nvidia = job.node.target.name.startswith("cuda")
     rows = job.tokens * job.group
     width = max(padded(job.keys.D), padded(job.v))
-    if DTYPES[job.dtype].bits == 32:
+    if job.node.args[0].type.dtype == "f32":
         if width <= 128 or not nvidia:
             return Tile(_FEW_ROWS, 32 if width <= 256 else 16, 4, 1)
         return Tile(_FEW_ROWS, 16, 8 if width <= 256 else 16, 1)
@@ -216,12 +219,11 @@ def _widest(job: Attention, query: KernelQuery) -> Tile:
     return Tile(m, 64, 8 if m == 128 or width > 128 else 4, 3)
 
 
-def _seconds(job: Attention, query: KernelQuery) -> float:
+def _seconds(job: Attention) -> float:
     """Queries and results moved once, and a full context of every sequence that there can be."""
-    size = DTYPES[job.dtype].bits // 8
+    q, *_ = job.node.args
     rest = job.rest.D if job.rest else 0
-    sequences = min(job.tokens, job.index.slots) if job.index else 1
     width = job.kv_heads * (job.keys.D + rest + (job.v if job.values else 0))
-    moved = query.args[0].nbytes + query.results[0].nbytes
-    moved += sequences * job.context * width * size
-    return moved / query.target.bytes_per_second
+    moved = q.nbytes + job.node.results[0].nbytes
+    moved += job.sequences * job.context * width * DTYPES[q.type.dtype].bits // 8
+    return moved / job.node.target.bytes_per_second

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand
 from ..rowwise.rows import Pages
 from .attend import Keys, Query, Variant
-from .attend_plan import Attention, PagedIndex, padded, plan
+from .attend_plan import Attention, padded, plan
 
 
 def key_parts(d: int) -> tuple[int, int]:
@@ -14,10 +14,13 @@ def key_parts(d: int) -> tuple[int, int]:
     return first, d - first
 
 
-def paged_index(query: KernelQuery, caches: int, start: int) -> PagedIndex | Declined:
-    """The index of the paged caches that are the arguments from `caches` on, followed by slots,
-    positions and page table at `start`."""
-    table = query.args[start + 2]
+def pages_of(query: KernelQuery, caches: int) -> Pages | Declined | None:
+    """The index of the paged caches that are the arguments from `caches` on; None for an op
+    without."""
+    slots, table = query.ref("slots"), query.operand("page_table")
+    if slots is None or table is None:
+        return None
+    start = slots.index
     size = query.args[caches].shape[1]
     if size < 16 or size & (size - 1):
         return Declined(f"expected a page size of a power of two of at least 16, found {size}")
@@ -26,8 +29,7 @@ def paged_index(query: KernelQuery, caches: int, start: int) -> PagedIndex | Dec
             return Declined(f"expected pages one after the other, found strides {cache.strides}")
     if not all(a.dense for a in query.args[start : start + 3]):
         return Declined("expected a dense index")
-    slots, per_slot = table.shape
-    return PagedIndex(Pages(*(Arg(start + i) for i in range(3)), per_slot, size), slots)
+    return Pages(*(Arg(start + i) for i in range(3)), table.shape[1], size)
 
 
 def _rows(index: int, x: Operand, d: int) -> Keys:
@@ -35,47 +37,38 @@ def _rows(index: int, x: Operand, d: int) -> Keys:
     return Keys(Arg(index), x.strides[-3], x.strides[-2], d, padded(d))
 
 
-def _attention(query: KernelQuery, index: PagedIndex | None) -> Candidate | Declined:
+def attention(query: KernelQuery) -> Candidate | Declined:
+    """attention(q, k, v, sinks?), and with paged caches cached_attention(q, k_cache, v_cache,
+    slots, positions, page_table, sinks?)."""
+    pages = pages_of(query, 1)
+    if isinstance(pages, Declined):
+        return pages
     q, k, v = query.args[:3]
     if any(x.strides[-1] != 1 for x in (q, k, v)):
         return Declined("expected heads whose dims follow one another")
     if (sinks := query.operand("sinks")) and not sinks.dense:
         return Declined("expected dense sinks")
-    tokens, heads, dims = q.shape
-    d, d_rest = key_parts(dims)
+    d, d_rest = key_parts(q.shape[2])
     steps = q.strides[:2]
     attrs = query.attrs
+    variant = Variant(
+        attrs["scale"],
+        attrs.get("window", 0),
+        attrs.get("softcap", 0.0),
+        attrs.get("causal", True),
+        query.ref("sinks"),
+    )
     job = Attention(
-        tokens,
-        heads,
+        query,
         k.shape[-2],
-        q.type.dtype,
         Query(Arg(0), *steps, 0, d, padded(d)),
         Query(Arg(0), *steps, d, d_rest, padded(d_rest)) if d_rest else None,
         _rows(1, k, d),
         _rows(2, v, v.shape[-1]),
-        index.context if index else k.shape[0],
-        Variant(
-            attrs["scale"],
-            attrs.get("window", 0),
-            attrs.get("softcap", 0.0),
-            attrs.get("causal", True),
-            query.ref("sinks"),
-        ),
-        index,
+        variant,
+        pages,
     )
-    return plan(job, query)
+    return plan(job)
 
 
-def attention(query: KernelQuery) -> Candidate | Declined:
-    """attention(q, k, v[, sinks])."""
-    return _attention(query, None)
-
-
-def cached_attention(query: KernelQuery) -> Candidate | Declined:
-    """cached_attention(q, k_cache, v_cache, slots, positions, page_table[, sinks])."""
-    index = paged_index(query, 1, 3)
-    return index if isinstance(index, Declined) else _attention(query, index)
-
-
-TEMPLATES = {"attention": (attention,), "cached_attention": (cached_attention,)}
+TEMPLATES = {"attention": (attention,), "cached_attention": (attention,)}

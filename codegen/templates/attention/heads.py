@@ -37,6 +37,17 @@ class HeadPart(NamedTuple):
     BLOCK_HEADS: Any
 
 
+class Product(NamedTuple):
+    """y f32 [T, N], to which `bias` [N] is added. Norms with EPS are of a head, a rotated head or a
+    part: NORM_OF."""
+
+    y: Any
+    bias: Any
+    N: Any
+    NORM_OF: Any
+    EPS: Any
+
+
 class Rotation(NamedTuple):
     """Rotary embedding of 2 · HALF dims from START on, by tables whose rows lie STEP apart."""
 
@@ -49,19 +60,7 @@ class Rotation(NamedTuple):
 
 
 @triton.jit
-def heads_kernel(
-    y,
-    bias,
-    part_0,
-    part_1,
-    part_2,
-    rotation,
-    pages,
-    N: tl.constexpr,
-    NORM_OF: tl.constexpr,
-    EPS: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
-):
+def heads_kernel(product, part_0, part_1, part_2, rotation, pages, PROGRAMMATIC: tl.constexpr):
     """Up to three HeadParts of one token; program_id(1) counts through the blocks of one after the
     other."""
     pdl_wait(PROGRAMMATIC)
@@ -71,34 +70,24 @@ def heads_kernel(
         row = cache_row(pages, token)
     block = tl.program_id(1)
     if block < part_0.BLOCKS:
-        _part(y, bias, part_0, rotation, row, token, block, N, NORM_OF, EPS)
+        _part(product, part_0, rotation, row, token, block)
     elif block < part_0.BLOCKS + part_1.BLOCKS:
         if part_1.BLOCKS > 0:
             block -= part_0.BLOCKS
-            _part(y, bias, part_1, rotation, row, token, block, N, NORM_OF, EPS)
+            _part(product, part_1, rotation, row, token, block)
     else:
         if part_2.BLOCKS > 0:
             block = block - part_0.BLOCKS - part_1.BLOCKS
-            _part(y, bias, part_2, rotation, row, token, block, N, NORM_OF, EPS)
+            _part(product, part_2, rotation, row, token, block)
 
 
 @triton.jit
-def _part(
-    y,
-    bias,
-    part,
-    rotation,
-    row,
-    token,
-    block,
-    N: tl.constexpr,
-    NORM_OF: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    """A block of heads of a HeadPart, from y f32 [T, N]."""
+def _part(product, part, rotation, row, token, block):
+    """A block of heads of a HeadPart."""
     HEADS: tl.constexpr = part.HEADS
     D: tl.constexpr = part.D
-    FIRST: tl.constexpr = part.FIRST
+    NORM_OF: tl.constexpr = product.NORM_OF
+    EPS: tl.constexpr = product.EPS
     START: tl.constexpr = rotation.START
     HALF: tl.constexpr = rotation.HALF
     FORM: tl.constexpr = rotation.FORM
@@ -138,19 +127,21 @@ def _part(
         for first in range(0, HEADS * D, part.BLOCK_D):
             at = first + d
             ok = at < HEADS * D
-            value = tl.load(y + token * N + FIRST + at, mask=ok, other=0.0)
-            if bias is not None:
-                value += tl.load(bias + FIRST + at, mask=ok, other=0.0).to(tl.float32)
+            value = _values(product, part, token, at, ok)
             total += tl.sum(value * value, 0)
         scale = tl.rsqrt(total / (HEADS * D) + EPS)
-    value = _head_values(y, bias, norm, token, heads, mine, inside, D, N, FIRST, OF_PART)
-    partner = _head_values(y, bias, norm, token, heads, other, inside, D, N, FIRST, OF_PART)
+    at_mine = heads[:, None] * D + mine[None, :]
+    at_other = heads[:, None] * D + other[None, :]
+    value = _values(product, part, token, at_mine, inside)
+    partner = _values(product, part, token, at_other, inside)
     if OF_PART:
+        value *= tl.load(norm + at_mine, mask=inside, other=0.0).to(tl.float32)
+        partner *= tl.load(norm + at_other, mask=inside, other=0.0).to(tl.float32)
         value *= scale
         partner *= scale
     if NORMED and NORM_OF == "head":
         # The sum over a head is the same in whatever order its dims are read.
-        plain = _head_values(y, bias, None, token, heads, d, inside, D, N, FIRST, False)
+        plain = _values(product, part, token, heads[:, None] * D + d[None, :], inside)
         scales = tl.rsqrt(tl.sum(plain * plain, 1) / D + EPS)[:, None]
         value *= scales * tl.load(norm + mine, mask=d < D, other=0.0).to(tl.float32)[None, :]
         partner *= scales * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -173,26 +164,12 @@ def _part(
 
 
 @triton.jit
-def _head_values(
-    y,
-    bias,
-    norm,
-    token,
-    heads,
-    dims,
-    inside,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    FIRST: tl.constexpr,
-    PART_NORM: tl.constexpr,
-):
-    """[heads, dims] of y with bias, times the weight of a norm over the whole part."""
-    at = heads[:, None] * D + dims[None, :]
-    value = tl.load(y + token * N + FIRST + at, mask=inside, other=0.0)
-    if bias is not None:
-        value += tl.load(bias + FIRST + at, mask=inside, other=0.0).to(tl.float32)
-    if PART_NORM:
-        value *= tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
+def _values(product, part, token, at, inside):
+    """The elements `at` of a token's part of the product, with bias; 0 outside."""
+    column = part.FIRST + at
+    value = tl.load(product.y + token * product.N + column, mask=inside, other=0.0)
+    if product.bias is not None:
+        value += tl.load(product.bias + column, mask=inside, other=0.0).to(tl.float32)
     return value
 
 
@@ -236,17 +213,15 @@ def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
         table.shape[1] if table else 0,
         table.strides[0] if table else 0,
     )
+    eps = attrs.get("head_eps") or 0.0
+    product = Product(Temp("y"), query.ref("bias"), n, attrs.get("norm_of", "head"), eps)
     return Call(
         heads_kernel,
         {
-            "y": Temp("y"),
-            "bias": query.ref("bias"),
+            "product": product,
             **args,
             "rotation": rotation,
             "pages": append_pages(query),
-            "N": n,
-            "NORM_OF": attrs.get("norm_of", "head"),
-            "EPS": attrs.get("head_eps") or 0.0,
         },
         (query.args[0].shape[0], sum(p.BLOCKS for p in held), 1),
         tuple(ref for p in held for ref in (p.out, p.cache) if ref is not None),

@@ -9,8 +9,9 @@ from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery
 from ..pdl import pdl_wait
 from ..rowwise.rows import append_pages, append_refs, cache_row
 from .attend import Keys, Query, Variant
-from .attend_plan import Attention, PagedIndex, padded, plan
-from .grouped_query import paged_index
+from .attend_plan import Attention, padded, plan
+from .grouped_query import pages_of
+from .heads import Rotation
 
 # ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe)
 
@@ -19,16 +20,13 @@ from .grouped_query import paged_index
 def latent_kernel(
     kv,
     weight,
-    cos,
-    sin,
+    rotation,
     out,
     cache,
     pages,
     STEP: tl.constexpr,
     RANK: tl.constexpr,
-    HALF: tl.constexpr,
     EPS: tl.constexpr,
-    FORM: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
@@ -40,6 +38,8 @@ def latent_kernel(
     pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     row = kv + token * STEP
+    HALF: tl.constexpr = rotation.HALF
+    FORM: tl.constexpr = rotation.FORM
     WIDTH: tl.constexpr = RANK + 2 * HALF
     dim = tl.arange(0, BLOCK_RANK)
     inside = dim < RANK
@@ -55,8 +55,8 @@ def latent_kernel(
     b_to = 2 * pair + 1 if FORM == "interleaved" else pair + HALF
     a = tl.load(row + RANK + a_at, mask=paired, other=0.0).to(tl.float32)
     b = tl.load(row + RANK + b_at, mask=paired, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * HALF + pair, mask=paired, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * HALF + pair, mask=paired, other=0.0).to(tl.float32)
+    c = tl.load(rotation.cos + token * rotation.STEP + pair, mask=paired, other=0.0).to(tl.float32)
+    s = tl.load(rotation.sin + token * rotation.STEP + pair, mask=paired, other=0.0).to(tl.float32)
     turned_a = a * c - b * s
     turned_b = b * c + a * s
     if out is not None:
@@ -86,16 +86,13 @@ def mla_latent(query: KernelQuery) -> Candidate | Declined:
         {
             "kv": Arg(0),
             "weight": Arg(1),
-            "cos": Arg(2),
-            "sin": Arg(3),
+            "rotation": Rotation(Arg(2), Arg(3), query.attrs["form"], rank, half, half),
             "out": out,
             "cache": cache,
             "pages": append_pages(query),
             "STEP": kv.strides[0],
             "RANK": rank,
-            "HALF": half,
             "EPS": query.attrs["eps"],
-            "FORM": query.attrs["form"],
             "BLOCK_RANK": triton.next_power_of_2(rank),
             "BLOCK_HALF": triton.next_power_of_2(half),
         },
@@ -109,41 +106,31 @@ def mla_latent(query: KernelQuery) -> Candidate | Declined:
 # ---- mla_attention, cached_mla_attention: all heads share the one row that a token has
 
 
-def _attention(query: KernelQuery, index: PagedIndex | None) -> Candidate | Declined:
+def mla_attention(query: KernelQuery) -> Candidate | Declined:
+    """mla_attention(q_latent, q_pe, latent), and with a paged cache cached_mla_attention(q_latent,
+    q_pe, cache, slots, positions, page_table)."""
+    pages = pages_of(query, 2)
+    if isinstance(pages, Declined):
+        return pages
     q, q_pe, rows = query.args[:3]
     if any(x.strides[-1] != 1 for x in (q, q_pe, rows)):
         return Declined("expected rows whose dims follow one another")
-    tokens, heads, rank = q.shape
-    d, d_rest = padded(rank), padded(q_pe.shape[2])
+    rank, rest = q.shape[2], q_pe.shape[2]
     job = Attention(
-        tokens,
-        heads,
+        query,
         1,
-        q.type.dtype,
-        Query(Arg(0), q.strides[0], q.strides[1], 0, rank, d),
-        Query(Arg(1), q_pe.strides[0], q_pe.strides[1], 0, q_pe.shape[2], d_rest),
-        Keys(Arg(2), rows.strides[-2], 0, rank, d),
+        Query(Arg(0), *q.strides[:2], 0, rank, padded(rank)),
+        Query(Arg(1), *q_pe.strides[:2], 0, rest, padded(rest)),
+        Keys(Arg(2), rows.strides[-2], 0, rank, padded(rank)),
         None,
-        index.context if index else rows.shape[0],
         Variant(query.attrs["scale"], 0, 0.0, True, None),
-        index,
+        pages,
     )
-    return plan(job, query)
-
-
-def mla_attention(query: KernelQuery) -> Candidate | Declined:
-    """mla_attention(q_latent, q_pe, latent)."""
-    return _attention(query, None)
-
-
-def cached_mla_attention(query: KernelQuery) -> Candidate | Declined:
-    """cached_mla_attention(q_latent, q_pe, cache, slots, positions, page_table)."""
-    index = paged_index(query, 2, 3)
-    return index if isinstance(index, Declined) else _attention(query, index)
+    return plan(job)
 
 
 TEMPLATES = {
     "mla_latent": (mla_latent,),
     "mla_attention": (mla_attention,),
-    "cached_mla_attention": (cached_mla_attention,),
+    "cached_mla_attention": (mla_attention,),
 }

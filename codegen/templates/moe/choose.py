@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..rowwise.arithmetic import ordered
+
 
 class Choice(NamedTuple):
     """K of GROUPS times SIZE experts a token, and SHARED ones that every token has.
@@ -46,14 +48,6 @@ class Choice(NamedTuple):
 
 
 @triton.jit
-def ordered(x):
-    """f32 as i32 in the same order, -0 and 0 alike, NaN above all (as torch.topk has it)."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(x != x, 0x7FFFFFFF, key)
-
-
-@triton.jit
 def ranked(key, lane):
     """Keys with their lanes below them, so that one maximum finds the first of the largest."""
     return (key.to(tl.int64) << 16) | (0xFFFF - lane).to(tl.int64)
@@ -66,37 +60,33 @@ def lane_of(best):
 
 
 @triton.jit
-def expert_of(lane, GROUPS: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr):
-    """The expert in `lane`, and whether there is one: SIZE experts a group, SIZE2 lanes."""
-    group, within = lane // SIZE2, lane % SIZE2
-    return group * SIZE + within, (group < GROUPS) & (within < SIZE)
+def experts_in_lanes(choice):
+    """The experts in the lanes of a Choice, and whether there is one: SIZE a group of SIZE2."""
+    lane = tl.arange(0, choice.GROUPS2 * choice.SIZE2)
+    group, within = lane // choice.SIZE2, lane % choice.SIZE2
+    present = (group < choice.GROUPS) & (within < choice.SIZE)
+    return group * choice.SIZE + within, present
 
 
 @triton.jit
-def kept_groups(
-    choice,
-    present,
-    GROUPS: tl.constexpr,
-    GROUPS2: tl.constexpr,
-    SIZE2: tl.constexpr,
-    TOP: tl.constexpr,
-    TOP2: tl.constexpr,
-):
+def kept_groups(judged, present, choice):
     """i1 [GROUPS2 · SIZE2]: whether a lane's group is one of the TOP best, judged by its largest
-    choice or, with TOP2, by the sum of its two largest."""
-    by_group = tl.reshape(tl.where(present, choice, float("-inf")), (GROUPS2, SIZE2))
+    value or, with TOP2, by the sum of its two largest."""
+    GROUPS2: tl.constexpr = choice.GROUPS2
+    SIZE2: tl.constexpr = choice.SIZE2
+    by_group = tl.reshape(tl.where(present, judged, float("-inf")), (GROUPS2, SIZE2))
     within = tl.broadcast_to(tl.arange(0, SIZE2)[None, :], (GROUPS2, SIZE2))
     first = tl.max(ranked(ordered(by_group), within), 1)
     at = lane_of(first)[:, None] == within
     score = tl.sum(tl.where(at, by_group, 0.0), 1)
-    if TOP2:
+    if choice.TOP2:
         rest = tl.where(at, -2147483648, ordered(by_group))
         second = lane_of(tl.max(ranked(rest, within), 1))[:, None] == within
         score += tl.sum(tl.where(second, by_group, 0.0), 1)
     group = tl.arange(0, GROUPS2)
-    key = tl.where(group < GROUPS, ordered(score), -2147483648)
+    key = tl.where(group < choice.GROUPS, ordered(score), -2147483648)
     kept = group < 0
-    for _ in tl.static_range(TOP):
+    for _ in tl.static_range(choice.TOP):
         best = group == lane_of(tl.max(ranked(key, group), 0))
         kept = kept | best
         key = tl.where(best, -2147483648, key)
@@ -115,7 +105,7 @@ def choose(sums, choice, token):
     SIZE2: tl.constexpr = choice.SIZE2
     K: tl.constexpr = choice.K
     lane = tl.arange(0, choice.GROUPS2 * SIZE2)
-    expert, present = expert_of(lane, GROUPS, choice.SIZE, SIZE2)
+    expert, present = experts_in_lanes(choice)
     if choice.bias is not None:
         bias = tl.load(choice.bias + expert, mask=present, other=0)
         sums += bias.to(choice.LOGITS).to(tl.float32)
@@ -131,7 +121,7 @@ def choose(sums, choice, token):
         judged += tl.load(choice.correction + expert, mask=present, other=0).to(tl.float32)
     key = ordered(judged)
     if choice.TOP < GROUPS:
-        kept = kept_groups(judged, present, GROUPS, choice.GROUPS2, SIZE2, choice.TOP, choice.TOP2)
+        kept = kept_groups(judged, present, choice)
         key = tl.where(kept, key, -2147483647)
     order = ranked(tl.where(present, key, -2147483648), lane)
     taken = ranked(tl.full(lane.shape, -2147483648, tl.int32), lane)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..pdl import pdl_wait
 from ..rowwise.row_norm import normed, scales_of_row, store_row, summed
-from .choose import choose, expert_of
+from .choose import choose, experts_in_lanes
 
 
 class Router(NamedTuple):
@@ -63,8 +63,7 @@ def gate_kernel(rows, router, choice, n, s, ROW_BLOCK: tl.constexpr, PROGRAMMATI
     token = tl.program_id(0).to(tl.int64)
     post_scale, scale = scales_of_row(rows, token, router.WIDTH, ROW_BLOCK)
     LANES: tl.constexpr = choice.GROUPS2 * choice.SIZE2
-    lane = tl.arange(0, LANES)
-    expert, present = expert_of(lane, choice.GROUPS, choice.SIZE, choice.SIZE2)
+    expert, present = experts_in_lanes(choice)
     total = tl.zeros([LANES], tl.float32)
     for first in range(0, router.WIDTH, router.CHUNK):
         total += token_logits(
@@ -141,8 +140,7 @@ def choose_kernel(
     order; rows are STEP apart."""
     pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, choice.GROUPS2 * choice.SIZE2)
-    expert, present = expert_of(lane, choice.GROUPS, choice.SIZE, choice.SIZE2)
+    expert, present = experts_in_lanes(choice)
     total = tl.zeros([choice.GROUPS2 * choice.SIZE2], tl.float32)
     for part in tl.static_range(PARTS):
         row = logits + (token + part * tokens) * STEP

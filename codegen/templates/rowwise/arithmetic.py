@@ -1,9 +1,17 @@
-"""Arithmetic that tl lacks: powers, tanh, and sine and cosine of large angles."""
+"""Arithmetic that tl lacks: an order of floats, powers, tanh, sine and cosine of large angles."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def ordered(x):
+    """f32 as i32 in the same order, -0 and 0 alike, NaN above all (as torch.topk has it)."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(x != x, 0x7FFFFFFF, key)
 
 
 @triton.jit

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ....compiler.target import Target
-from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Ref, Result
+from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Result
 from ..pdl import pdl_wait
+from .arithmetic import ordered
 from .copy import merged
 
 _BLOCK = 4096
@@ -20,9 +20,21 @@ _FLOATS = ("f16", "bf16", "f32")
 _INTEGERS = ("u8", "i8", "i16", "i32", "i64")
 
 
+class Lines(NamedTuple):
+    """Lines of N elements, STEP apart. They begin where STRIDES say of the other dims, of sizes
+    SHAPE, all innermost first and the outermost unsized; what is made of them at OUT_STRIDES."""
+
+    x: Any
+    N: Any
+    STEP: Any
+    SHAPE: Any
+    STRIDES: Any
+    OUT_STRIDES: Any
+
+
 @triton.jit
 def _line(index, SHAPE: tl.constexpr, STRIDES: tl.constexpr):
-    """Where line `index` begins: a place in dims given innermost first, the outermost unsized."""
+    """Where line `index` begins."""
     left = index.to(tl.int64)
     at = left * 0
     for axis in tl.static_range(len(SHAPE)):
@@ -31,92 +43,53 @@ def _line(index, SHAPE: tl.constexpr, STRIDES: tl.constexpr):
     return at + left * STRIDES[len(SHAPE)]
 
 
-def _lines(x: Operand, axis: int, out: Operand) -> dict[str, Any]:
-    """Constants that find the lines of x along `axis`, and what belongs to them in `out`, of which
-    `axis` is dropped, one long, or as long as there is room."""
+def _launch(
+    query: KernelQuery, function: Any, dtypes: Sequence[str] = _FLOATS, **constants: Any
+) -> Candidate | Declined:
+    """A program a line of argument 0 along `dim`. Results have no such dim, or one that is one
+    long, or as long as there is room."""
+    x, out = query.args[0], query.results[0]
+    if x.type.dtype not in dtypes or x.packed or x.value is not None:
+        return Declined(f"expected one of {', '.join(dtypes)} in memory; found {x.type}")
+    axis = query.attrs["dim"] % len(x.shape)
     rest = [d for d in range(len(x.shape)) if d != axis]
     kept = rest if len(out.shape) == len(x.shape) else range(len(rest))
     shape = tuple(x.shape[d] for d in rest)
+    if not prod(shape):
+        return Candidate((), 0.0, "no lines")
     strides = (tuple(x.strides[d] for d in rest), tuple(out.strides[d] for d in kept))
     dims, (read, write) = merged(shape, *strides)
-    return {"SHAPE": dims[:-1], "STRIDES": read, "OUT_STRIDES": write}
-
-
-def _launch(
-    query: KernelQuery, function: Any, outs: Sequence[str], constants: Mapping[str, Any], block: int
-) -> Candidate | Declined:
-    """A program a line of argument 0 along `dim`."""
-    x = query.args[0]
-    if x.packed or x.value is not None:
-        return Declined(f"expected numbers in memory, found {x.type}")
-    axis = query.attrs["dim"] % len(x.shape)
-    lines = prod(n for d, n in enumerate(x.shape) if d != axis)
-    if not lines:
-        return Candidate((), 0.0, "no lines")
-    args: dict[str, Ref | int | float] = {"x": Arg(0)}
-    args |= {name: Result(i) for i, name in enumerate(outs)}
-    out = query.results[0]
-    call = Call(
-        function,
-        {
-            **args,
-            **_lines(x, axis, out),
-            "N": x.shape[axis],
-            "STEP": x.strides[axis],
-            "BLOCK": block,
-            **constants,
-        },
-        (lines, 1, 1),
-        tuple(Result(i) for i in range(len(outs))),
-        num_warps=_warps(block, query.target),
-    )
+    block = min(triton.next_power_of_2(x.shape[axis]), constants.pop("BLOCK", _BLOCK))
+    results = [Result(i) for i in range(len(query.results))]
+    args = {
+        "lines": Lines(Arg(0), x.shape[axis], x.strides[axis], dims[:-1], read, write),
+        **dict(zip(("out", "indices"), results, strict=False)),
+        "BLOCK": block,
+        **constants,
+    }
+    # Threads hold _PER_THREAD elements of a block each.
+    warps = max(1, min(512, block // _PER_THREAD) // query.target.warp)
+    call = Call(function, args, (prod(shape), 1, 1), tuple(results), num_warps=warps)
     return Candidate((call,), query.seconds(1), "a program a line")
-
-
-def _warps(block: int, target: Target) -> int:
-    """Warps of a program whose threads hold _PER_THREAD elements of a block each."""
-    return max(1, min(512, block // _PER_THREAD) // target.warp)
-
-
-def _block(query: KernelQuery) -> int:
-    size = query.args[0].shape[query.attrs["dim"] % len(query.args[0].shape)]
-    return min(triton.next_power_of_2(size), _BLOCK)
-
-
-def _unreadable(query: KernelQuery, dtypes: Sequence[str]) -> Declined | None:
-    found = query.args[0].type
-    if found.dtype in dtypes:
-        return None
-    return Declined(f"expected one of {', '.join(dtypes)}; found {found}")
 
 
 # ---- sum, mean, amax
 
 
 @triton.jit
-def reduce_kernel(
-    x,
-    out,
-    SHAPE: tl.constexpr,
-    STRIDES: tl.constexpr,
-    OUT_STRIDES: tl.constexpr,
-    N: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
-):
-    """A program reduces a line of N elements, STEP apart, in f32. NaN wins in amax."""
+def reduce_kernel(lines, out, BLOCK: tl.constexpr, KIND: tl.constexpr, PROGRAMMATIC: tl.constexpr):
+    """A program reduces a line in f32. NaN wins in amax."""
     pdl_wait(PROGRAMMATIC)
     line = tl.program_id(0)
-    x += _line(line, SHAPE, STRIDES)
-    out += _line(line, SHAPE, OUT_STRIDES)
+    N: tl.constexpr = lines.N
+    x = lines.x + _line(line, lines.SHAPE, lines.STRIDES)
+    out += _line(line, lines.SHAPE, lines.OUT_STRIDES)
     if KIND == "amax":
         most = tl.full((BLOCK,), float("-inf"), tl.float32)
         lost = tl.zeros((BLOCK,), tl.int32)
         for start in tl.range(0, N, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            y = tl.load(x + at * STEP, mask=at < N, other=float("-inf")).to(tl.float32)
+            y = tl.load(x + at * lines.STEP, mask=at < N, other=float("-inf")).to(tl.float32)
             most = tl.maximum(most, y)
             lost = lost | (y != y).to(tl.int32)
         result = tl.where(tl.max(lost, 0) > 0, float("nan"), tl.max(most, 0))
@@ -124,7 +97,7 @@ def reduce_kernel(
         total = tl.zeros((BLOCK,), tl.float32)
         for start in tl.range(0, N, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            total += tl.load(x + at * STEP, mask=at < N, other=0.0).to(tl.float32)
+            total += tl.load(x + at * lines.STEP, mask=at < N, other=0.0).to(tl.float32)
         result = tl.sum(total, 0)
         if KIND == "mean":
             result = result / N
@@ -136,10 +109,7 @@ def reduced(query: KernelQuery) -> Candidate | Declined:
     size = query.args[0].shape[query.attrs["dim"] % len(query.args[0].shape)]
     if not size:
         return Declined(f"{query.op.name} of no elements: {query.args[0].type}")
-    constants = {"KIND": query.op.name}
-    return _unreadable(query, _FLOATS) or _launch(
-        query, reduce_kernel, ("out",), constants, _block(query)
-    )
+    return _launch(query, reduce_kernel, KIND=query.op.name)
 
 
 # ---- softmax
@@ -147,40 +117,32 @@ def reduced(query: KernelQuery) -> Candidate | Declined:
 
 @triton.jit
 def softmax_kernel(
-    x,
-    out,
-    SHAPE: tl.constexpr,
-    STRIDES: tl.constexpr,
-    OUT_STRIDES: tl.constexpr,
-    N: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OUT_STEP: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
+    lines, out, BLOCK: tl.constexpr, OUT_STEP: tl.constexpr, PROGRAMMATIC: tl.constexpr
 ):
-    """A program a line of N elements, STEP apart: the largest, the sum of exponentials, the rest.
+    """A program a line: the largest, the sum of exponentials, the rest.
 
     A line longer than BLOCK is read three times.
     """
     pdl_wait(PROGRAMMATIC)
     line = tl.program_id(0)
-    x += _line(line, SHAPE, STRIDES)
-    out += _line(line, SHAPE, OUT_STRIDES)
+    N: tl.constexpr = lines.N
+    x = lines.x + _line(line, lines.SHAPE, lines.STRIDES)
+    out += _line(line, lines.SHAPE, lines.OUT_STRIDES)
     most = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in tl.range(0, N, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        y = tl.load(x + at * STEP, mask=at < N, other=float("-inf")).to(tl.float32)
+        y = tl.load(x + at * lines.STEP, mask=at < N, other=float("-inf")).to(tl.float32)
         most = tl.maximum(most, y)
     top = tl.max(most, 0)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, N, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        y = tl.load(x + at * STEP, mask=at < N, other=float("-inf")).to(tl.float32)
+        y = tl.load(x + at * lines.STEP, mask=at < N, other=float("-inf")).to(tl.float32)
         total += tl.where(at < N, tl.exp(y - top), 0.0)
     scale = 1 / tl.sum(total, 0)
     for start in tl.range(0, N, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        y = tl.load(x + at * STEP, mask=at < N, other=float("-inf")).to(tl.float32)
+        y = tl.load(x + at * lines.STEP, mask=at < N, other=float("-inf")).to(tl.float32)
         y = tl.exp(y - top) * scale
         tl.store(out + at * OUT_STEP, y.to(out.dtype.element_ty), mask=at < N)
 
@@ -188,10 +150,7 @@ def softmax_kernel(
 def softmax(query: KernelQuery) -> Candidate | Declined:
     """softmax(x) along one dim."""
     axis = query.attrs["dim"] % len(query.args[0].shape)
-    constants = {"OUT_STEP": query.results[0].strides[axis]}
-    return _unreadable(query, _FLOATS) or _launch(
-        query, softmax_kernel, ("out",), constants, _block(query)
-    )
+    return _launch(query, softmax_kernel, OUT_STEP=query.results[0].strides[axis])
 
 
 # ---- topk
@@ -199,46 +158,36 @@ def softmax(query: KernelQuery) -> Candidate | Declined:
 
 @triton.jit
 def topk_kernel(
-    x,
-    values,
+    lines,
+    out,
     indices,
-    SHAPE: tl.constexpr,
-    STRIDES: tl.constexpr,
-    OUT_STRIDES: tl.constexpr,
-    N: tl.constexpr,
-    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     OUT_STEP: tl.constexpr,
     TOP: tl.constexpr,
-    FLOAT: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """A program a line of N elements, which it holds: TOP times the largest of what is left.
+    """A program a line, which it holds: TOP times the largest of what is left.
 
     Of equals the first comes first; NaN comes before every number.
     """
     pdl_wait(PROGRAMMATIC)
     line = tl.program_id(0)
-    x += _line(line, SHAPE, STRIDES)
-    to = _line(line, SHAPE, OUT_STRIDES)
+    x = lines.x + _line(line, lines.SHAPE, lines.STRIDES)
+    to = _line(line, lines.SHAPE, lines.OUT_STRIDES)
     at = tl.arange(0, BLOCK)
-    y = tl.load(x + at * STEP, mask=at < N, other=0)
-    if FLOAT:
-        # An integer of the same order: the bits, those of negative numbers turned around.
-        y = y.to(tl.float32)
-        bits = tl.where(y == 0, 0.0, y).to(tl.int32, bitcast=True)
-        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        key = tl.where(y != y, 0x7FFFFFFF, key).to(tl.int64)
+    y = tl.load(x + at * lines.STEP, mask=at < lines.N, other=0)
+    if y.dtype.is_floating():
+        key = ordered(y.to(tl.float32)).to(tl.int64)
     else:
         key = y.to(tl.int64)
-    left = (at < N).to(tl.int32)
+    left = (at < lines.N).to(tl.int32)
     for i in tl.range(0, TOP):
         # Only in a line of smallest numbers is what is taken as large as what is left.
         held = tl.where(left > 0, key, -0x7FFFFFFFFFFFFFFF - 1)
         top = tl.max(held, 0)
         place = tl.min(tl.where((held == top) & (left > 0), at, BLOCK), 0)
         left = tl.where(at == place, 0, left)
-        tl.store(values + to + i * OUT_STEP, tl.load(x + place * STEP))
+        tl.store(out + to + i * OUT_STEP, tl.load(x + place * lines.STEP))
         tl.store(indices + to + i * OUT_STEP, place.to(tl.int64))
 
 
@@ -251,15 +200,9 @@ def topk(query: KernelQuery) -> Candidate | Declined:
     axis = query.attrs["dim"] % len(x.shape)
     if x.shape[axis] > _LONGEST_HELD:
         return Declined(f"a line of {x.type} is longer than the {_LONGEST_HELD} that are held")
-    constants = {
-        "OUT_STEP": query.results[0].strides[axis],
-        "TOP": query.attrs["k"],
-        "FLOAT": x.type.dtype in _FLOATS,
-    }
-    block = triton.next_power_of_2(x.shape[axis])
-    return _unreadable(query, (*_FLOATS, *_INTEGERS)) or _launch(
-        query, topk_kernel, ("values", "indices"), constants, block
-    )
+    step, top = query.results[0].strides[axis], query.attrs["k"]
+    dtypes = (*_FLOATS, *_INTEGERS)
+    return _launch(query, topk_kernel, dtypes, BLOCK=_LONGEST_HELD, OUT_STEP=step, TOP=top)
 
 
 # ---- gather: result[.., i, ..] = x[.., index[.., i, ..], ..]
@@ -352,8 +295,8 @@ def hadamard(query: KernelQuery) -> Candidate | Declined:
     """hadamard(x): blocks of the last dim."""
     (x,) = query.args
     size = query.attrs["block"]
-    if not x.dense or size > _LARGEST_ROTATED:
-        return Declined(f"x {x.type} is not dense, or its blocks of {size} are too large")
+    if not x.dense or size > _LARGEST_ROTATED or x.type.dtype not in _FLOATS:
+        return Declined(f"x {x.type} is not dense floats, or its blocks of {size} are too large")
     count = prod(x.shape) // size
     if not count:
         return Candidate((), 0.0, "no blocks")
@@ -373,7 +316,7 @@ def hadamard(query: KernelQuery) -> Candidate | Declined:
         (Result(0),),
         num_warps=max(128, min(512, size // 8)) // query.target.warp,
     )
-    return _unreadable(query, _FLOATS) or Candidate((call,), query.seconds(1), "in registers")
+    return Candidate((call,), query.seconds(1), "in registers")
 
 
 TEMPLATES = {
