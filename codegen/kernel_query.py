@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -214,6 +215,22 @@ class KernelQuery:
         # An appended row is moved as a result; the cache that it goes to is not.
         own = len(self.results) - (len(self.append.caches) if self.append else 0)
         return sum(o.nbytes for o in (*self.args, *self.results[:own]))
+
+
+def not_floats(operands: Iterable[Operand]) -> Declined | None:
+    """Why kernels that compute in f32 do not read some of the operands; None where they do."""
+    known = ("f16", "bf16", "f32")
+    odd = [o.type for o in operands if o.type.dtype not in known]
+    return Declined(f"expected operands of {', '.join(known)}; found {odd[0]}") if odd else None
+
+
+def even_step(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The one step, in elements, that leads through dims of these sizes in row-major order; None
+    where there is none, 0 where there is nothing to step through."""
+    steps = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
+    if any(outer != n * inner for (_, outer), (n, inner) in pairwise(steps)):
+        return None
+    return steps[-1][1] if steps else 0
 
 
 Template = Callable[[KernelQuery], Candidate | Declined | Iterable[Candidate | Declined]]

@@ -14,20 +14,23 @@ from .templates.moe import experts, gating
 from .templates.rowwise import copy, norms, reductions, rows
 from .templates.sampling import sample as sampling
 
-_MODULES = (
-    pointwise,
-    attention,
-    copy,
-    experts,
-    gating,
-    heads,
-    linear,
-    mla,
-    norms,
-    rope,
-    rows,
-    reductions,
-    sampling,
+_TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
+    module.TEMPLATES
+    for module in (
+        pointwise,
+        attention,
+        copy,
+        experts,
+        gating,
+        heads,
+        linear,
+        mla,
+        norms,
+        rope,
+        rows,
+        reductions,
+        sampling,
+    )
 )
 # Operands that templates read in packed form, by op: what the modules' PACKED_WEIGHTS say.
 PACKED_WEIGHTS: Mapping[str, tuple[str, ...]] = {
@@ -37,7 +40,7 @@ PACKED_WEIGHTS: Mapping[str, tuple[str, ...]] = {
 
 def templates_of(op: str) -> Sequence[Template]:
     """The templates that are asked for nodes of the op called `op`."""
-    return [t for module in _MODULES for t in module.TEMPLATES.get(op, ())]
+    return [t for table in _TABLES for t in table.get(op, ())]
 
 
 def select(query: KernelQuery) -> Candidate | Declined:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import prod
 
 import triton
 import triton.language as tl
 
-from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Result
+from ...kernel_query import (
+    Arg,
+    Call,
+    Candidate,
+    Declined,
+    KernelQuery,
+    Operand,
+    Result,
+    even_step,
+    not_floats,
+)
 from ..pdl import pdl_wait
 from ..rowwise.arithmetic import cos_and_sin
 
@@ -131,11 +140,11 @@ def _heads(x: Operand) -> tuple[int, int, int] | None:
     where the dims between do not lie in one step, or a head is not dense."""
     if x.packed or x.value is not None or (x.shape[-1] > 1 and x.strides[-1] != 1):
         return None
-    between = list(zip(x.shape[1:-1], x.strides[1:-1], strict=True))
-    steps = [(n, s) for n, s in between if n != 1]
-    if any(a != n * b for (_, a), (n, b) in pairwise(steps)):
+    step = even_step(x.shape[1:-1], x.strides[1:-1])
+    if step is None:
         return None
-    return prod(n for n, _ in between), x.strides[0], steps[-1][1] if steps else x.shape[-1]
+    heads = prod(x.shape[1:-1])
+    return heads, x.strides[0], step if heads != 1 else x.shape[-1]
 
 
 def rope(query: KernelQuery) -> Candidate | Declined:
@@ -145,8 +154,8 @@ def rope(query: KernelQuery) -> Candidate | Declined:
     tables = cos.strides[1:] == (1,) and cos.strides == sin.strides
     if lies is None or not tables:
         return Declined(f"heads of x {x.type} or rows of tables {cos.type} do not lie in one step")
-    if odd := [o.type for o in query.args if o.type.dtype not in _FLOATS]:
-        return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
+    if odd := not_floats(query.args):
+        return odd
     heads, step, head_step = lies
     if not x.shape[0] * heads:
         return Candidate((), 0.0, "no heads")

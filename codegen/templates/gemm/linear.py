@@ -9,17 +9,9 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
-from itertools import pairwise
 from math import prod
 
-from ...kernel_query import (
-    Arg,
-    Candidate,
-    Declined,
-    KernelQuery,
-    Operand,
-    Result,
-)
+from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand, Result, even_step
 from ...prices import LAUNCH_SECONDS, gemm_seconds, norm_within_launches
 from ..rowwise.norms import row_step
 from .epilogue import Epilogue, epilogue_of
@@ -175,9 +167,7 @@ def _batch_step(x: Operand, batch: tuple[int, ...]) -> int | None:
         return 0
     if lead != batch[len(batch) - len(lead) :] or prod(lead) != prod(batch):
         return None
-    steps = [(size, step) for size, step in zip(lead, strides, strict=True) if size != 1]
-    even = all(a == size * b for (_, a), (size, b) in pairwise(steps))
-    return steps[-1][1] if even else None
+    return even_step(lead, strides)
 
 
 TEMPLATES = {

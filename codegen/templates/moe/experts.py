@@ -14,20 +14,11 @@ import triton
 from ....compiler.dtypes import DTYPES
 from ....compiler.target import Target
 from ....compiler.types import TensorType
-from ...kernel_query import (
-    Arg,
-    Call,
-    Candidate,
-    Declined,
-    KernelQuery,
-    Operand,
-    Result,
-    Temp,
-)
+from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Result, Temp
 from ...prices import CHUNK_SECONDS, LAUNCH_SECONDS, MULTIPLIED_PER_SECOND, unpacking_seconds
-from ..gemm.epilogue import Epilogue, epilogue_of
+from ..gemm.epilogue import epilogue_of
 from ..gemm.product import Rows
-from ..gemm.weight import Weight, weight_of
+from ..gemm.weight import weight_of
 from .experts_few import expert_gemv_kernel
 from .experts_many import count_kernel, grouped_gemm_kernel, place_kernel
 from .experts_sum import combine_kernel
@@ -83,11 +74,6 @@ def _read(query: KernelQuery) -> _Experts | Declined:
     )
 
 
-def _touched(have: _Experts) -> float:
-    """How many experts T · k choices name, if all are equally likely."""
-    return have.count * (1 - (1 - 1 / have.count) ** have.choices)
-
-
 def _of_one(weight: Operand) -> float:
     """Bytes of one expert's weight."""
     return weight.nbytes / weight.shape[0]
@@ -128,39 +114,33 @@ def _combined(query: KernelQuery, have: _Experts) -> Call:
     )
 
 
-@dataclass(frozen=True)
-class _Gemm:
-    """A product of rows choice / k of x with the weight of the choice's expert; `n` columns."""
-
-    x: Rows
-    weight: Weight
-    epilogue: Epilogue
-    k: int
-    n: int
-
-    def args(self) -> dict[str, Any]:
-        shared = {"x": self.x, "weight": self.weight, "epilogue": self.epilogue}
-        return {**shared, "K": self.k, "N": self.n}
-
-
-def _gemms(query: KernelQuery, have: _Experts) -> tuple[_Gemm, _Gemm]:
-    """The gate-up GEMM, which makes the hidden rows of every choice, and the down GEMM."""
-    attrs, gated = query.attrs, have.gated
+def _gemms(query: KernelQuery, have: _Experts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the gate-up GEMM, which makes the hidden rows of every choice, and of the down
+    GEMM: rows choice / K of x with the weight of the choice's expert, N columns."""
     hidden = epilogue_of(
         query,
         Temp("hidden"),
         have.inner,
         bias=query.ref("gate_up_bias"),
-        activation=attrs["activation"],
-        gated=gated,
+        activation=query.attrs["activation"],
+        gated=have.gated,
         rounded=True,
     )
-    parts = epilogue_of(query, Temp("parts"), have.width, bias=query.ref("down_bias"))
-    rows = Rows(Temp("hidden"), have.inner, 0)
-    return (
-        _Gemm(Rows(Arg(0), have.step, 0), weight_of(query, 3, gated), hidden, have.k, have.inner),
-        _Gemm(rows, weight_of(query, 4), parts, 1, have.width),
-    )
+    gate_up = {
+        "x": Rows(Arg(0), have.step, 0),
+        "weight": weight_of(query, 3, have.gated),
+        "epilogue": hidden,
+        "K": have.k,
+        "N": have.inner,
+    }
+    down = {
+        "x": Rows(Temp("hidden"), have.inner, 0),
+        "weight": weight_of(query, 4),
+        "epilogue": epilogue_of(query, Temp("parts"), have.width, bias=query.ref("down_bias")),
+        "K": 1,
+        "N": have.width,
+    }
+    return gate_up, down
 
 
 def few(query: KernelQuery) -> Candidate | Declined:
@@ -172,13 +152,13 @@ def few(query: KernelQuery) -> Candidate | Declined:
     dtype = query.args[0].type.dtype
     calls: list[Call] = []
     for gemm, held in zip(_gemms(query, have), (gate_up, down), strict=True):
-        tile = _gemv_tile(gemm.weight.K, held)
+        tile = _gemv_tile(gemm["weight"].K, held)
         calls.append(
             Call(
                 expert_gemv_kernel,
-                {**gemm.args(), "indices": Arg(2), **tile},
-                (have.choices, triton.cdiv(gemm.n, tile["ROWS"]), 1),
-                (gemm.epilogue.y,),
+                {**gemm, "indices": Arg(2), **tile},
+                (have.choices, triton.cdiv(gemm["N"], tile["ROWS"]), 1),
+                (gemm["epilogue"].y,),
                 num_warps=_THREADS // query.target.warp,
             )
         )
@@ -238,9 +218,9 @@ def many(query: KernelQuery) -> Candidate | Declined:
         calls.append(
             Call(
                 grouped_gemm_kernel,
-                {**gemm.args(), **where, **shape, "BLOCK": _tile_block(query, held, shape)},
-                (tiles, triton.cdiv(gemm.n, shape["ROWS"]), 1),
-                (gemm.epilogue.y,),
+                {**gemm, **where, **shape, "BLOCK": _tile_block(query, held, shape)},
+                (tiles, triton.cdiv(gemm["N"], shape["ROWS"]), 1),
+                (gemm["epilogue"].y,),
                 num_warps=8 if tokens > 64 and query.target.warp == 32 else 4,
                 num_stages=3 if query.target.name.startswith("cuda") else 2,
                 overlaps=False,
@@ -278,7 +258,8 @@ def _tile_block(query: KernelQuery, weight: Operand, shape: Mapping[str, int]) -
 
 def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
     gate_up, down = query.args[3:5]
-    touched = _touched(have)
+    # How many experts the choices name, if all are equally likely.
+    touched = have.count * (1 - (1 - 1 / have.count) ** have.choices)
     # Of each expert's tiles the last is half full, if there are several.
     tiles = max(touched, have.choices / tokens + touched / 2)
     read = touched * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second

@@ -80,11 +80,7 @@ def unit_of(count: int) -> int:
 
 
 def copy_call(
-    source: Ref,
-    operand: Operand,
-    target: Ref,
-    strides: Sequence[int],
-    skip: int = 0,
+    source: Ref, operand: Operand, target: Ref, strides: Sequence[int], skip: int = 0
 ) -> tuple[Call, ...]:
     """The launch that copies `source`, which lies as `operand`, to `target`: under `strides`, from
     element `skip` on. No launch where there is nothing to copy."""
@@ -93,7 +89,10 @@ def copy_call(
         return ()
     shape, (read, write) = merged(operand.shape, operand.strides, tuple(strides))
     unit = unit_of(count)
-    constants = {
+    args = {
+        "source": source,
+        "target": target,
+        "units": count // unit,
         "UNIT": unit,
         "SHAPE": shape[:-1],
         "SOURCE_STRIDES": read,
@@ -101,18 +100,7 @@ def copy_call(
         "SKIP": skip,
         "BLOCK": BLOCK,
     }
-    args = {"source": source, "target": target, "units": count // unit}
-    return (
-        Call(
-            copy_kernel,
-            {
-                **args,
-                **constants,
-            },
-            (-(-count // BLOCK), 1, 1),
-            (target,),
-        ),
-    )
+    return (Call(copy_kernel, args, (-(-count // BLOCK), 1, 1), (target,)),)
 
 
 def copy(query: KernelQuery) -> Candidate:

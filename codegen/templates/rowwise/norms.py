@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import prod
 
 import triton
@@ -17,6 +16,8 @@ from ...kernel_query import (
     Operand,
     Ref,
     Result,
+    even_step,
+    not_floats,
 )
 from ..pdl import pdl_wait
 from .row_norm import InputRows, scales_of_row, store_row
@@ -25,7 +26,6 @@ from .row_norm import InputRows, scales_of_row, store_row
 _IN_REGISTERS = 8192
 # f32 elements of a row that a thread holds.
 _PER_THREAD = 8
-_FLOATS = ("f16", "bf16", "f32")
 
 
 # ---- prologue: s = x (+ delta, or + rms_norm(delta, post_norm)); n = rms_norm(s, norm)
@@ -49,13 +49,9 @@ def row_step(x: Operand) -> int | None:
     if x.packed or x.value is not None or not x.shape:
         return None
     *lead, width = x.shape
-    steps = [(n, s) for n, s in zip(lead, x.strides[:-1], strict=True) if n != 1]
     if width > 1 and x.strides[-1] != 1:
         return None
-    for (_, outer), (n, inner) in pairwise(steps):
-        if outer != n * inner:
-            return None
-    return steps[-1][1] if steps else width
+    return width if prod(lead) == 1 else even_step(lead, x.strides[:-1])
 
 
 def row_launch(width: int, warp: int) -> tuple[int, int]:
@@ -101,8 +97,8 @@ def prologue_call(
     apart = row_step(x) is None or (delta and row_step(delta) is None)
     if apart or not all(w.dense for w in weights):
         return Declined(f"rows of x {x.type}, its delta or weights do not lie in one step")
-    if odd := [o.type for o in (x, *weights) if o.type.dtype not in _FLOATS]:
-        return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
+    if odd := not_floats((x, *weights)):
+        return odd
     block, warps = row_launch(x.shape[-1], query.target.warp)
     return rows_call(input_rows(query, eps, post_eps, norm), x.shape, n, s, block, warps)
 
@@ -192,8 +188,8 @@ def layer_norm(query: KernelQuery) -> Candidate | Declined:
     step = row_step(x)
     if step is None or not all(a.dense for a in affine):
         return Declined(f"rows of x {x.type} or its weights do not lie in one step")
-    if odd := [o.type for o in query.args if o.type.dtype not in _FLOATS]:
-        return Declined(f"expected operands of {', '.join(_FLOATS)}; found {odd[0]}")
+    if odd := not_floats(query.args):
+        return odd
     block, warps = row_launch(x.shape[-1], query.target.warp)
     call = Call(
         layer_norm_kernel,
