@@ -16,6 +16,7 @@ from ..gemm.epilogue import epilogue_of
 from ..gemm.linear import normed_products
 from ..pdl import pdl_wait
 from ..rowwise.rows import append_pages, append_refs, cache_row
+from .rope import Rotation
 
 
 class HeadPart(NamedTuple):
@@ -46,17 +47,6 @@ class Product(NamedTuple):
     N: Any
     NORM_OF: Any
     EPS: Any
-
-
-class Rotation(NamedTuple):
-    """Rotary embedding of 2 · HALF dims from START on, by tables whose rows lie STEP apart."""
-
-    cos: Any
-    sin: Any
-    FORM: Any
-    START: Any
-    HALF: Any
-    STEP: Any
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from ..rowwise.rows import append_pages, append_refs, cache_row
 from .attend import Keys, Query, Variant
 from .attend_plan import Attention, padded, plan
 from .grouped_query import pages_of
-from .heads import Rotation
+from .rope import Rotation
 
 # ---- mla_latent: rms_norm(c_kv) ‖ rope(k_pe)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,6 +25,17 @@ from ..rowwise.arithmetic import cos_and_sin
 _FLOATS = ("f16", "bf16", "f32")
 # Elements of a tile that a program rotates.
 _TILE = 2048
+
+
+class Rotation(NamedTuple):
+    """Rotary embedding of 2 · HALF dims from START on, by tables whose rows lie STEP apart."""
+
+    cos: Any
+    sin: Any
+    FORM: Any
+    START: Any
+    HALF: Any
+    STEP: Any
 
 
 # ---- rope_tables: cos and sin of positions · inv_freq
@@ -90,18 +102,12 @@ def rope_tables(query: KernelQuery) -> Candidate | Declined:
 @triton.jit
 def rope_kernel(
     x,
-    cos,
-    sin,
+    rotation,
     out,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    START: tl.constexpr,
     X_STEP: tl.constexpr,
     HEAD_STEP: tl.constexpr,
-    TABLE_STEP: tl.constexpr,
-    READ_APART: tl.constexpr,
-    WRITTEN_APART: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
@@ -109,10 +115,14 @@ def rope_kernel(
 ):
     """A program rotates BLOCK_H of the HEADS heads of a token, SIZE elements each.
 
-    Pair i of HALF is read at (i, i + HALF), or with READ_APART == 1 at (2i, 2i + 1); so with
-    WRITTEN_APART it is written. What is not rotated, REST or fewer elements, is copied.
+    Pair i is read, and written, at (i, i + HALF) or at (2i, 2i + 1), by the form. What is not
+    rotated, REST or fewer elements, is copied.
     """
     pdl_wait(PROGRAMMATIC)
+    HALF: tl.constexpr = rotation.HALF
+    START: tl.constexpr = rotation.START
+    READ_APART: tl.constexpr = HALF if rotation.FORM == "half" else 1
+    WRITTEN_APART: tl.constexpr = 1 if rotation.FORM == "interleaved" else HALF
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     i = tl.arange(0, BLOCK)[None, :]
@@ -122,8 +132,8 @@ def rope_kernel(
     first = i if READ_APART != 1 else 2 * i
     a = tl.load(x + START + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + START + first + READ_APART, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * TABLE_STEP + i, mask=i < HALF, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * TABLE_STEP + i, mask=i < HALF, other=0.0).to(tl.float32)
+    c = tl.load(rotation.cos + token * rotation.STEP + i, mask=i < HALF, other=0.0).to(tl.float32)
+    s = tl.load(rotation.sin + token * rotation.STEP + i, mask=i < HALF, other=0.0).to(tl.float32)
     first = i if WRITTEN_APART != 1 else 2 * i
     kind: tl.constexpr = out.dtype.element_ty
     tl.store(out + START + first, (a * c - b * s).to(kind), mask=inside)
@@ -160,7 +170,7 @@ def rope(query: KernelQuery) -> Candidate | Declined:
     if not x.shape[0] * heads:
         return Candidate((), 0.0, "no heads")
     size, half = x.shape[-1], cos.shape[1]
-    form = query.attrs["form"]
+    form, start = query.attrs["form"], query.attrs.get("start", 0)
     block = triton.next_power_of_2(half)
     rest = size - 2 * half
     tile = max(1, _TILE // (2 * block + rest))
@@ -169,18 +179,12 @@ def rope(query: KernelQuery) -> Candidate | Declined:
         rope_kernel,
         {
             "x": Arg(0),
-            "cos": Arg(1),
-            "sin": Arg(2),
+            "rotation": Rotation(Arg(1), Arg(2), form, start, half, cos.strides[0]),
             "out": Result(0),
             "HEADS": heads,
             "SIZE": size,
-            "HALF": half,
-            "START": query.attrs.get("start", 0),
             "X_STEP": step,
             "HEAD_STEP": head_step,
-            "TABLE_STEP": cos.strides[0],
-            "READ_APART": half if form == "half" else 1,
-            "WRITTEN_APART": 1 if form == "interleaved" else half,
             "BLOCK_H": block_h,
             "BLOCK": block,
             "REST": triton.next_power_of_2(rest) if rest else 0,

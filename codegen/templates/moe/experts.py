@@ -19,9 +19,13 @@ from ...prices import CHUNK_SECONDS, LAUNCH_SECONDS, MULTIPLIED_PER_SECOND, unpa
 from ..gemm.epilogue import epilogue_of
 from ..gemm.product import Rows
 from ..gemm.weight import weight_of
-from .experts_few import expert_gemv_kernel
-from .experts_many import count_kernel, grouped_gemm_kernel, place_kernel
-from .experts_sum import combine_kernel
+from .experts_kernels import (
+    combine_kernel,
+    count_kernel,
+    expert_gemv_kernel,
+    grouped_gemm_kernel,
+    place_kernel,
+)
 
 # Elements of a weight that a program for few tokens loads at once, and how many of a row at most:
 # each of _THREADS loads four, or two, vectors of 16 bytes.

@@ -1,7 +1,11 @@
-"""Experts for many tokens: choices sorted by expert on the device, then a grouped GEMM.
+"""Kernels of a mixture's experts: for few tokens, for many, and the sum of a token's parts.
 
-Nothing is counted on the host: the grids are as large as any choice may need, and programs past the
-last tile return. A tile is up to TOKENS choices of one expert, in the order of the tokens.
+Few tokens: every choice is a GEMV with its own expert's rows; no sort, no padding. The choices of a
+token run beside each other: one after the other each would wait for memory.
+
+Many tokens: choices are sorted by expert on the device, then a grouped GEMM. Nothing is counted on
+the host: the grids are as large as any choice may need, and programs past the last tile return. A
+tile is up to TOKENS choices of one expert, in the order of the tokens.
 """
 
 from __future__ import annotations
@@ -9,9 +13,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gemm.epilogue import activate
+from ..gemm.epilogue import activate, finish
+from ..gemm.gemv import rows_times
 from ..gemm.weight import weight_tile
 from ..pdl import pdl_wait
+
+
+@triton.jit
+def expert_gemv_kernel(
+    x,
+    indices,
+    weight,
+    epilogue,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """y [choices, N] = epilogue of row choice / K of x times the weight of the choice's expert.
+
+    A program computes ROWS of the N columns of one choice; `x` are Rows.
+    """
+    pdl_wait(PROGRAMMATIC)
+    choice = tl.program_id(0)
+    expert = tl.load(indices + choice).to(tl.int64)
+    row = x.data + (choice // K).to(tl.int64) * x.STEP
+    column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = column < N
+    rows = expert * weight.N + column
+    if weight.HALVED:
+        # Rows 2i and 2i + 1 of the tile are the gate's and up's of one column.
+        pair = tl.arange(0, 2 * ROWS)
+        of_pair = tl.program_id(1) * ROWS + pair // 2
+        both = expert * weight.N + (pair % 2) * N + of_pair
+        sums = rows_times(weight, both, of_pair < N, row, 2 * ROWS, BLOCK)
+        total, up = tl.split(tl.reshape(sums, (ROWS, 2)))
+    else:
+        total = rows_times(weight, rows, inside, row, ROWS, BLOCK)
+        up = total
+    finish(epilogue, epilogue.y, total, up, choice, column, rows, inside, inside, N)
 
 
 @triton.jit
@@ -121,3 +162,33 @@ def grouped_gemm_kernel(
     to = epilogue.y + choice[:, None].to(tl.int64) * epilogue.STEP + column[None, :]
     stored = live[:, None] & inside[None, :]
     tl.store(to, tl.trans(value.to(epilogue.y.dtype.element_ty)), mask=stored)
+
+
+@triton.jit
+def combine_kernel(
+    parts,
+    weights,
+    residual,
+    out,
+    K: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """out [T, WIDTH] = sum over j of weights[t, j] · parts[t·K + j] + residual[t], in f32.
+
+    A program computes BLOCK columns of one token; residual's rows are STEP apart.
+    """
+    pdl_wait(PROGRAMMATIC)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(K):
+        choice = token * K + j
+        part = tl.load(parts + choice * WIDTH + at, mask=inside, other=0).to(tl.float32)
+        total += part * tl.load(weights + choice).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + token * STEP + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + token * WIDTH + at, total.to(out.dtype.element_ty), mask=inside)
