@@ -18,24 +18,11 @@ from .microscaling import block_exponents, encode_at, nearest, scaled
 DAMPING = 0.1
 
 
-def gptq(
-    w: torch.Tensor,
-    gram: torch.Tensor,
-    group: int = 32,
-    scale: str = "mse",
-    damping: float = DAMPING,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [N, K], Gram matrix [K, K] of its inputs -> codes u8 [N, K/2], scales u8 [N, K/group].
-
-    `scale` is a rule of
-    microscaling; "mse" takes, of two scales, the one that costs less in the product. ValueError for
-    weights that are not finite, and for a Gram matrix that is not, or is zero.
-    """
-    return compensated(w, inverse_factor(gram, damping), group, scale)
-
-
 def inverse_factor(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """The upper triangular U, f32, with Uᵀ·U = (gram + damping · mean of its diagonal)⁻¹."""
+    """The upper triangular U, f32, with Uᵀ·U = (gram + damping · mean of its diagonal)⁻¹.
+
+    ValueError for a Gram matrix that is not finite, or is zero.
+    """
     damped = gram.double()
     extra = float(damped.diagonal().mean()) * damping
     if not 0 < extra < math.inf:
@@ -48,10 +35,15 @@ def inverse_factor(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor
     return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
 
 
-def compensated(
-    w: torch.Tensor, factor: torch.Tensor, group: int, scale: str
+def gptq(
+    w: torch.Tensor, factor: torch.Tensor, group: int = 32, scale: str = "mse"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `gptq`, with the `inverse_factor` of the Gram matrix."""
+    """w [N, K], `inverse_factor` of the Gram matrix [K, K] of its inputs -> codes u8 [N, K/2],
+    scales u8 [N, K/group].
+
+    `scale` is a rule of microscaling; "mse" takes, of two scales, the one that costs less in the
+    product. ValueError for weights that are not finite.
+    """
     columns = w.float().T.contiguous()
     exponents: list[torch.Tensor] = []
     for start in range(0, len(columns), group):

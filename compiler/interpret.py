@@ -194,18 +194,14 @@ def interpret(
             raise ValueError(f"parameter %{p.attrs['name']}: expected {p.type}, found {found}")
 
     def load(node: Node) -> torch.Tensor:
+        name = node.attrs["name"]
         if weights is None:
-            raise KeyError(f"weight @{node.attrs['name']} is needed, but no weights were given")
-        return _load(node, weights)
+            raise KeyError(f"weight @{name} is needed, but no weights were given")
+        if (found := weights[name].type) != node.types[0]:
+            raise VerifyError(f"weight @{name}: expected {node.types[0]}, the store has {found}")
+        return weights.load(name)
 
     return Interpreter(graph).run(inputs, load, binding, communicator)
-
-
-def _load(node: Node, weights: Weights) -> torch.Tensor:
-    name = node.attrs["name"]
-    if (found := weights[name].type) != node.types[0]:
-        raise VerifyError(f"weight @{name}: expected {node.types[0]}, the store has {found}")
-    return weights.load(name)
 
 
 def random_tensor(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .ir import Graph, Node, Op, Value
+from .ir import Graph, Node, Op, Value, walk
 from .types import VerifyError
 
 _SWEEPS = 100
@@ -226,13 +226,9 @@ def _origins(graph: Graph, applied: Sequence[Applied]) -> dict[Node, str]:
     old = set(graph.nodes())
     origins: dict[Node, str] = {}
     for one in applied:
-        source = one.before[0].node.source
-        stack = [v.node for v in one.after]
-        while stack:
-            node = stack.pop()
-            if node not in old and node not in origins:
-                origins[node] = source
-                stack.extend(a.node for a in node.args)
+        for node in walk(one.after, lambda node: node in old or node in origins):
+            if node not in old:
+                origins.setdefault(node, one.before[0].node.source)
     return origins
 
 

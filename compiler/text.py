@@ -24,17 +24,13 @@ from .dtypes import DTYPES
 from .ir import Graph, Node, Op, Value, show_attr
 from .ops.aten import aten_op
 from .ops.leaf import constant, literal, param
-from .types import Dim, TensorType, VerifyError, dim, symbol
+from .types import TensorType, VerifyError, dim, symbol
 
 _HEAD = re.compile(r"graph @(\S+?)\((.*)\)((?: \w+=\d+\.\.\d+)*) \{$")
 # A string, which is left as it is, or a reference.
 _REF = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[%@][\w.\-/]+""")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "floor": sympy.floor,
-    "ceiling": sympy.ceiling,
-    "Mod": sympy.Mod,
-    "Min": sympy.Min,
-    "Max": sympy.Max,
+    name: getattr(sympy, name) for name in ("floor", "ceiling", "Mod", "Min", "Max")
 }
 
 
@@ -64,14 +60,6 @@ class ParseError(Exception):
 
 
 @cache
-def parse_dim(text: str) -> Dim:
-    """A dim as printed: an integer, a symbol, or arithmetic over them."""
-    value = _attr(ast.parse(text.strip(), mode="eval").body)
-    _check_dim(value)
-    return dim(value)
-
-
-@cache
 def parse_type(text: str) -> TensorType:
     """A type as printed, `bf16[T, 4096]`."""
     found = re.fullmatch(r"\s*(\w+)\[(.*)\]\s*", text)
@@ -79,13 +67,9 @@ def parse_type(text: str) -> TensorType:
         raise ParseError(f"expected a type such as f32[T, 64], found {text!r}")
     dims = _attr(ast.parse(f"[{found[2]}]", mode="eval").body)
     for d in dims:
-        _check_dim(d)
+        if isinstance(d, bool) or not isinstance(d, int | sympy.Expr):
+            raise ParseError(f"expected a dim, found {d!r}")
     return TensorType(found[1], tuple(dim(d) for d in dims))
-
-
-def _check_dim(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | sympy.Expr):
-        raise ParseError(f"expected a dim, found {value!r}")
 
 
 def _attr(tree: ast.expr) -> Any:
@@ -109,10 +93,6 @@ def _number(tree: ast.expr) -> Any:
     if not isinstance(value, int | float | sympy.Expr):
         raise ParseError(f"expected a number, found {ast.unparse(tree)}")
     return value
-
-
-def _split_types(text: str) -> list[str]:
-    return re.findall(r"\w+\[[^\]]*\]", text)
 
 
 def _reference(match: re.Match[str]) -> str:
@@ -148,19 +128,16 @@ def _parse_node(line: str, values: dict[str, Value]) -> None:
         found = _argument(keyword.value, values) if is_operand else _attr(keyword.value)
         named[keyword.arg or ""] = found
     node = op.node(args, named)
-    written = tuple(parse_type(t) for t in _split_types(type_text))
+    written = tuple(map(parse_type, re.findall(r"\w+\[[^\]]*\]", type_text)))
     if written != node.types:
-        raise VerifyError(f"{name}: written as {type_text}, but the op gives {_show(node)}")
+        given = ", ".join(map(str, node.types))
+        raise VerifyError(f"{name}: written as {type_text}, but the op gives {given}")
     names = [n.strip() for n in left.split(",")]
     if len(names) != len(node.results):
         raise ParseError(f"{name} has {len(node.results)} results, found {len(names)} names")
     if again := [n for n in names if n in values]:
         raise ParseError(f"{', '.join(again)} is defined before")
     values.update(zip(names, node.results, strict=True))
-
-
-def _show(node: Node) -> str:
-    return ", ".join(map(str, node.types))
 
 
 def _parse_head(line: str) -> tuple[str, tuple[Value, ...], dict[str, range]]:

@@ -52,8 +52,40 @@ def _check_options(
         )
 
 
-def _softcapped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
-    return torch.tanh(scores / softcap) * softcap if softcap else scores
+def _attend_pages(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    hidden: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """q [N, H, D] over keys [P, size, G, D] -> [N, H, V]; `hidden` is [N, P, size].
+
+    Sums run page by page in order, so that a token's result does not depend on how many later
+    pages or other tokens are given beside it.
+    """
+    tokens, heads, _ = q.shape
+    pages, size, groups, _ = keys.shape
+    rows = q.view(tokens, groups, -1, q.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
+    scores = product(rows[None].expand(pages, -1, -1, -1), keys.permute(0, 2, 1, 3))
+    scores = scores.view(pages, groups, -1, tokens, size) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(hidden.transpose(0, 1)[:, None, None], -math.inf)
+    top = scores.amax((0, -1))
+    sink = None if sinks is None else wide(sinks).view(groups, -1, 1)
+    if sink is not None:
+        top = torch.maximum(top, sink)
+    weights = torch.exp(scores - top[..., None])
+    total = torch.zeros_like(top) if sink is None else torch.exp(sink - top)
+    out = q.new_zeros(groups, rows.shape[1], values.shape[-1])
+    parts = product(weights.flatten(2, 3), values.permute(0, 2, 3, 1))
+    for part, weight in zip(parts, weights.sum(-1), strict=True):
+        out, total = out + part, total + weight
+    out = out.view(groups, -1, tokens, values.shape[-1]) / total[..., None]
+    return out.permute(2, 0, 1, 3).reshape(tokens, heads, -1)
 
 
 # ---- attention: every token sees itself and those before it, within `window` if it is not 0.
@@ -89,25 +121,16 @@ def _attention_reference(
     window: int = 0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    tokens, heads, _ = q.shape
-    group = heads // k.shape[1]
-    keys, values = (wide(x).transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
-    seen = torch.arange(k.shape[0], device=q.device)
+    seen = torch.arange(len(k), device=q.device)
+    keys, values = wide(k)[None], wide(v)[None]
     blocks: list[torch.Tensor] = []
-    for start in range(0, tokens, _QUERY_BLOCK):
-        block = wide(q[start : start + _QUERY_BLOCK]).transpose(0, 1)
-        at = torch.arange(start, start + block.shape[1], device=q.device)[:, None]
-        at = at + (k.shape[0] - tokens)
-        scores = _softcapped(block @ keys.transpose(1, 2) * scale, softcap)
+    for rows in torch.arange(len(q), device=q.device).split(_QUERY_BLOCK):
+        at = rows[:, None, None] + (len(k) - len(q))
         hidden = (seen > at) & causal
         if window:
             hidden = hidden | (seen <= at - window)
-        scores = scores.masked_fill(hidden, -math.inf)
-        if sinks is not None:
-            sink = wide(sinks)[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = torch.cat((scores, sink), -1)
-        weights = torch.softmax(scores, -1)[..., : k.shape[0]]
-        blocks.append((weights @ values).transpose(0, 1).to(q.dtype))
+        block = _attend_pages(wide(q[rows]), keys, values, hidden, sinks, scale, softcap)
+        blocks.append(block.to(q.dtype))
     return torch.cat(blocks)
 
 
@@ -277,40 +300,6 @@ def _cached_infer(
             f"cached_attention: expected caches [pages, size, G, D], found {k_cache}, {v_cache}"
         )
     return (q.with_shape((*q.shape[:2], v_cache.shape[3])),)
-
-
-def _attend_pages(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    hidden: torch.Tensor,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-) -> torch.Tensor:
-    """q [N, H, D] over keys [P, size, G, D] -> [N, H, V]; `hidden` is [N, P, size].
-
-    Sums run page by page in order, so that a token's result does not depend on how many later
-    pages or other tokens are given beside it.
-    """
-    tokens, heads, _ = q.shape
-    pages, size, groups, _ = keys.shape
-    rows = q.view(tokens, groups, -1, q.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
-    scores = product(rows[None].expand(pages, -1, -1, -1), keys.permute(0, 2, 1, 3))
-    scores = _softcapped(scores.view(pages, groups, -1, tokens, size) * scale, softcap)
-    scores = scores.masked_fill(hidden.transpose(0, 1)[:, None, None], -math.inf)
-    top = scores.amax((0, -1))
-    sink = None if sinks is None else wide(sinks).view(groups, -1, 1)
-    if sink is not None:
-        top = torch.maximum(top, sink)
-    weights = torch.exp(scores - top[..., None])
-    total = torch.zeros_like(top) if sink is None else torch.exp(sink - top)
-    out = q.new_zeros(groups, rows.shape[1], values.shape[-1])
-    parts = product(weights.flatten(2, 3), values.permute(0, 2, 3, 1))
-    for part, weight in zip(parts, weights.sum(-1), strict=True):
-        out, total = out + part, total + weight
-    out = out.view(groups, -1, tokens, values.shape[-1]) / total[..., None]
-    return out.permute(2, 0, 1, 3).reshape(tokens, heads, -1)
 
 
 def _cached_reference(

@@ -109,14 +109,10 @@ def _slice_infer(x: TensorType, *, dim: int, start: Dim, stop: Dim, step: int = 
     return (x.with_shape(replaced(x.shape, axis, _length(start, stop, step))),)
 
 
-def _index(x: torch.Tensor, dim: int, start: int, stop: int, step: int) -> Any:
-    return (slice(None),) * (dim % x.ndim) + (slice(start, stop, step),)
-
-
 def _slice_reference(
     x: torch.Tensor, *, dim: int, start: int, stop: int, step: int = 1
 ) -> torch.Tensor:
-    return x[_index(x, dim, start, stop, step)]
+    return x[(slice(None),) * (dim % x.ndim) + (slice(start, stop, step),)]
 
 
 def picked(index: str = "") -> Callable[..., Cost]:
@@ -154,9 +150,7 @@ def _scatter_infer(
 def _scatter_reference(
     x: torch.Tensor, src: torch.Tensor, *, dim: int, start: int, stop: int, step: int = 1
 ) -> torch.Tensor:
-    result = x.clone()
-    result[_index(x, dim, start, stop, step)] = src
-    return result
+    return torch.slice_scatter(x, src, dim, start, stop, step)
 
 
 slice_scatter = Op(

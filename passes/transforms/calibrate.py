@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...compiler.gptq import compensated, inverse_factor, toward_exact
+from ...compiler.gptq import gptq, inverse_factor, toward_exact
 from ...compiler.interpret import compute, interpret
 from ...compiler.ir import Graph, Node, Op, Value, walk
 from ...compiler.microscaling import decode, encode
@@ -259,7 +259,7 @@ class _Calibration:
         if self.options.method == "rtn" or inputs.are_none:
             return encode(w, group, scale)
         target = toward_exact(w, inputs.cross, inputs.factor)
-        return compensated(target, inputs.factor, group, scale)
+        return gptq(target, inputs.factor, group, scale)
 
     def _inputs(
         self, node: Node, i: int, rows: Sequence[Sequence[Any]], part: int, rotated: bool

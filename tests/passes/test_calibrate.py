@@ -14,7 +14,7 @@ import ingot
 import numpy as np
 import pytest
 import torch
-from ingot.compiler.gptq import DAMPING, gptq
+from ingot.compiler.gptq import DAMPING, gptq, inverse_factor
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph
 from ingot.compiler.microscaling import decode, encode
@@ -101,7 +101,7 @@ def encoded(w: torch.Tensor, found: torch.Tensor, exact: torch.Tensor) -> torch.
     gram = x.T @ x
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
     best = w64 + w64 @ (y - x).T @ x @ torch.linalg.inv(damped)
-    return gptq(((w64 + best) / 2).float(), gram.float())[0]
+    return gptq(((w64 + best) / 2).float(), inverse_factor(gram.float()))[0]
 
 
 @pytest.mark.parametrize("rotate", [False, True])
