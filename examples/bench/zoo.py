@@ -30,6 +30,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import ingot
+import ingot.frontends.api
+import ingot.frontends.importers.huggingface  # here once, not in the process of every type
 import numpy as np
 import torch
 from tiny_configs import ORDINARY_TOKENS

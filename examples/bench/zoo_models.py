@@ -78,7 +78,7 @@ _FIXES: dict[str, dict[str, Any]] = {
     **{name: _mrope(2, 3, 3) for name in _SPLIT_MROPE},
     **{name: _mrope(4, 2, 2) for name in ("qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe")},
     "chameleon": dict(vocabulary_map=_IMAGE_TOKENS),
-    "emu3": dict(vocabulary_map=_IMAGE_TOKENS),
+    "emu3": dict(vocabulary_map=_IMAGE_TOKENS, vq_config=dict(base_channels=32)),
     "glm4v_moe": _mrope(1, 1, 2),
     "cohere_compass": dict(text_config=_COMPASS),
     "cohere_compass_text": _COMPASS,
