@@ -99,6 +99,7 @@ _FIXES: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": _mrope(3, 3, 2),
     "gemma4": dict(vision_config=dict(model_type="gemma4_vision", **_VISION)),
     "granite4_vision": dict(deepstack_layer_map=[[0, 0], [1, 1]], downsample_rate="4/8"),
+    "hrm_text": dict(num_layers_per_stack=None, num_hidden_layers=2),
     "hunyuan_vl": dict(
         text_config=dict(head_dim=16, rope_parameters=dict(mrope_section=[2, 2, 2, 2]))
     ),
