@@ -163,12 +163,22 @@ def _for_one_device(options: CompileKeywords) -> CompileOptions:
 
 
 def _language_model(source: Any) -> str | Path | PreTrainedModel | None:
-    """`source`; None for a module that is no transformers model (those have a model_type)."""
-    config = getattr(source, "config", None)
-    if isinstance(source, torch.nn.Module) and not hasattr(config, "model_type"):
+    """`source`, unwrapped; None for a module that is no transformers model.
+
+    Those have a config with a model_type. TypeError for what is no model at all.
+    """
+    if isinstance(source, str | Path):
+        return source
+    if not isinstance(source, torch.nn.Module):
+        raise TypeError(
+            "expected the path of a model directory, a PreTrainedModel or an nn.Module, "
+            f"found {type(source).__name__}"
+        )
+    if not hasattr(getattr(source, "config", None), "model_type"):
         return None
-    model: Any = source
-    return model
+    from .importers.in_memory import unwrapped  # needs transformers, which is an extra
+
+    return unwrapped(source)
 
 
 def _open(model: LoweredModel, driver: Driver, progress: Progress) -> Model:

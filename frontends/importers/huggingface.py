@@ -8,6 +8,7 @@ operator is token-wise.
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,12 @@ from ...compiler.types import TensorType, symbol
 from ...compiler.weights import Weights
 from ..checkpoints.checkpoint import open_checkpoint, weights_of
 from ..checkpoints.safetensors_files import holds_weights
+from .attention_masks import AttentionMask, described_masks
+from .in_memory import traceable_model
 from .meta_model import MetaModel, PreTrainedConfig, PreTrainedModel, build_meta_model, read_config
+from .source_error import UnsupportedModel
 from .torch_export import Imported, ImportFailure, import_program
-from .traced_ops import UnsupportedModel, register
+from .traced_ops import register
 from .weightless import without_weights
 
 # Tokens in the traced sample; any number but 0 and 1, which torch.export treats as special.
@@ -66,11 +70,12 @@ class _Logits(torch.nn.Module):
 
 
 def trace(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
-    """The functional program of a meta model: ids and positions [1, T] -> logits [1, T, V]."""
-    ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device="meta")
+    """The functional program of a model: ids and positions [1, T] -> logits [1, T, V]."""
+    ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device=model.device)
     tokens = Dim("T", min=1, max=max(max_tokens, _SAMPLE_TOKENS))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), described_masks(max_tokens), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # torch's own
             program = export(
                 _Logits(model), (ids, ids.clone()), dynamic_shapes=({1: tokens}, {1: tokens})
             )
@@ -78,6 +83,11 @@ def trace(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
     except UnsupportedModel:
         raise
     except Exception as error:  # the model's own code runs here, and may fail in any way
+        if AttentionMask.__name__ in str(error):
+            raise ImportFailure(
+                f"{model.config.model_type}: the model computes attention from the mask itself; it "
+                "does not call attention through transformers' attention interface"
+            ) from error
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ImportFailure(
             f"{model.config.model_type}: torch.export cannot trace it without a cache and with a "
@@ -178,15 +188,14 @@ def import_hugging_face(
     register()
     in_memory = isinstance(source, PreTrainedModel)
     config = source.config if in_memory else read_config(source)
-    if in_memory and dtype is None:
-        dtype = source.dtype
     made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
     max_tokens = min(max_tokens, made_for or max_tokens)
-    meta = build_meta_model(config, dtype, max_positions=max_tokens)
     if in_memory:
-        frozen = Weights.of({n: meta.buffers[n] for n in meta.frozen}, "computed from the config")
+        meta = traceable_model(source, dtype, max_positions=max_tokens)
+        frozen = Weights.of(meta.buffers, "computed from the config")
         weights, packed, unused = Weights({**weights_of(source, meta), **frozen}), {}, ()
     else:
+        meta = build_meta_model(config, dtype, max_positions=max_tokens)
         absent = weightless and not holds_weights(Path(source))
         checkpoint = (without_weights if absent else open_checkpoint)(source, meta)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused

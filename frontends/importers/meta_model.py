@@ -120,11 +120,11 @@ def build_meta_model(
             "attention through transformers' attention interface"
         ) from error
     model.eval().requires_grad_(False)
-    _refuse_dynamic_rope(model)
-    _keep_in_float32(model, wanted)
+    refuse_dynamic_rope(model)
+    keep_in_float32(model, wanted)
     buffers = _non_persistent_buffers(model)
-    frozen = {} if max_positions is None else _frozen_long_rope(model, max_positions)
-    return MetaModel(model, {**buffers, **frozen}, _tied_names(model), frozenset(frozen))
+    frozen = {} if max_positions is None else long_rope_of(model, max_positions)
+    return MetaModel(model, {**buffers, **frozen}, tied_names(model), frozenset(frozen))
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -153,13 +153,14 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     """The module that holds the tensor called `name`, and the tensor's name in it."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
 
-def _refuse_dynamic_rope(model: torch.nn.Module) -> None:
+def refuse_dynamic_rope(model: torch.nn.Module) -> None:
+    """SourceError for rotary embeddings whose frequencies depend on the length."""
     for name, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
@@ -171,7 +172,7 @@ def _refuse_dynamic_rope(model: torch.nn.Module) -> None:
                 )
 
 
-def _frozen_long_rope(model: torch.nn.Module, max_positions: int) -> dict[str, torch.Tensor]:
+def long_rope_of(model: torch.nn.Module, max_positions: int) -> dict[str, torch.Tensor]:
     """Make every "longrope" embedding static; its frequencies for sequences of `max_positions`."""
     frozen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
@@ -191,7 +192,7 @@ def _frozen_long_rope(model: torch.nn.Module, max_positions: int) -> dict[str, t
     return frozen
 
 
-def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the modules that `model` keeps in float32 that dtype, as from_pretrained does."""
     patterns = [glob.replace("*", ".*") for glob in model._get_dtype_plan(dtype)]
     if not patterns:
@@ -199,7 +200,7 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     kept = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
     widened: dict[int, torch.nn.Parameter] = {}  # by identity, so that tied names stay tied
     for name, tensor in named_tensors(model):
-        module, leaf = _owner(model, name)
+        module, leaf = owner_of(model, name)
         if leaf in module._non_persistent_buffers_set or not kept.search(name):
             continue
         if leaf in module._buffers:
@@ -219,7 +220,7 @@ def _non_persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     meta = {
         name: buffer
         for name, buffer in model.named_buffers(remove_duplicate=False)
-        if _owner(model, name)[1] in _owner(model, name)[0]._non_persistent_buffers_set
+        if owner_of(model, name)[1] in owner_of(model, name)[0]._non_persistent_buffers_set
     }
     zeros, ones = (_initialised(model, meta, fill) for fill in (0, 1))
     if unfilled := [name for name in meta if not torch.equal(zeros[name], ones[name])]:
@@ -239,17 +240,18 @@ def _initialised(
         module.__dict__.pop("_is_hf_initialized", None)
     try:
         for name, buffer in real.items():
-            module, leaf = _owner(model, name)
+            module, leaf = owner_of(model, name)
             module._buffers[leaf] = buffer
         model.initialize_weights()
         return {name: model.get_buffer(name) for name in meta}
     finally:
         for name, buffer in meta.items():
-            module, leaf = _owner(model, name)
+            module, leaf = owner_of(model, name)
             module._buffers[leaf] = buffer
 
 
-def _tied_names(model: torch.nn.Module) -> dict[str, str]:
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Each name of a parameter that an earlier one has too, and that one."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""The error of all importers for a model that cannot be read."""
+"""The errors of importers for a model that cannot be read or expressed."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ class SourceError(ValueError):
     """A model or checkpoint that cannot be imported: the reason, and how to fix it."""
 
 
-__all__ = ["SourceError"]
+class UnsupportedModel(Exception):
+    """The model does something that this frontend cannot express; says what."""

@@ -59,7 +59,7 @@ def import_program(
 
 
 def _held(tensor: Any) -> Entry:
-    return Entry(type_of(tensor), lambda: tensor, "the traced program")
+    return Entry(type_of(tensor), lambda: tensor.detach().cpu(), "the traced program")
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """Custom ops ingot::attention and ingot::experts, which a Hugging Face model calls when traced.
 
-Registered with transformers' attention and experts interfaces under the name "ingot". No mask
-function is registered: no mask is built, and attention gets causality and window as arguments. Run
-eagerly, they compute the references.
+Registered with transformers' attention and experts interfaces under the name "ingot"; its masks are
+descriptions (see `attention_masks`). Run eagerly, they compute the references.
 """
 
 from __future__ import annotations
@@ -10,27 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...compiler.ops.attention import attention as attention_op
-from ...compiler.ops.glu import ACTIVATIONS, CLAMPED
+from ...compiler.ops.glu import ACTIVATIONS, CLAMPED, gated
 from ...compiler.ops.moe import experts as experts_op
+from .attention_masks import AttentionMask
+from .source_error import UnsupportedModel
 
 NAME = "ingot"
-# Hugging Face's names of activations, in ours.
-_ACTIVATION_NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "sigmoid": "sigmoid",
-    "tanh": "tanh",
-}
-
-
-class UnsupportedModel(Exception):
-    """The model does something that this frontend cannot express; says what."""
 
 
 @torch.library.custom_op("ingot::attention", mutates_args=())
@@ -123,7 +110,7 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | AttentionMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -132,16 +119,26 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **extra: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: q, k, v [B, heads, T, dim] -> ([B, T, H, V], None)."""
+    """transformers' attention interface: q, k, v [B, heads, T, dim] -> ([B, T, H, V], None).
+
+    Where the model made a mask by transformers' functions it alone decides, as in eager attention;
+    `is_causal` and `sliding_window` count where it made none.
+    """
     where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
-    if attention_mask is not None:
+    if isinstance(attention_mask, torch.Tensor):
         raise UnsupportedModel(f"{where} builds an attention mask of its own")
     for name in ("indices", "position_bias", "block_mask"):
         if extra.get(name) is not None:
             raise UnsupportedModel(f"{where} passes {name!r} to attention: not supported")
     if _layer_type(module) == "chunked_attention":
         raise UnsupportedModel(f"{where} uses chunked attention: not supported")
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is not None:
+        if attention_mask.problem:
+            raise UnsupportedModel(f"{where} masks attention {attention_mask.problem}")
+        causal, window = attention_mask.causal, attention_mask.window
+    else:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        window = sliding_window or 0
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = traced_attention(
         query,
@@ -150,26 +147,45 @@ def _attention(
         s_aux,
         float(scale),
         bool(causal),
-        int(sliding_window or 0),
+        int(window),
         float(softcap or 0.0),
     )
     return out, None
 
 
-def _activation_of(module: Any, default_gate: Any) -> tuple[str, float, float]:
-    """(activation, alpha, limit) of an experts module.
+def _activation_of(module: Any, gated_unit: bool) -> tuple[str, float, float]:
+    """(activation, alpha, limit) of an experts module, found by what it computes.
 
-    A module that overrides the gate is known when it has gpt-oss's `alpha` and `limit`.
+    The module's own function is run on numbers over and beyond the usual limits, and compared with
+    every activation that Ingot knows: neither a name in the config nor a class says what it does.
     """
-    if getattr(type(module), "_apply_gate", default_gate) is not default_gate:
-        if hasattr(module, "alpha") and hasattr(module, "limit"):
-            return CLAMPED, float(module.alpha), float(module.limit)
-        raise UnsupportedModel(f"{type(module).__name__} has a gate of its own: not supported")
-    config = module.config
-    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
-    if _ACTIVATION_NAMES.get(name) not in ACTIVATIONS:
-        raise UnsupportedModel(f"{type(module).__name__}: unknown activation {name!r}")
-    return _ACTIVATION_NAMES[name], 0.0, 0.0
+    alpha, limit = (float(getattr(module, name, 0.0) or 0.0) for name in ("alpha", "limit"))
+    with _disable_current_modes():
+        drawn = torch.Generator().manual_seed(0)
+        gate, up = 6 * torch.randn(2, 64, 16, generator=drawn)
+        try:
+            if not gated_unit:
+                found = module.act_fn(gate)
+            elif getattr(module, "is_concatenated", True):
+                found = module._apply_gate(torch.cat((gate, up), -1))
+            else:
+                found = module._apply_gate(torch.stack((gate, up), -1).flatten(-2))
+        except Exception as error:  # the model's own function
+            raise UnsupportedModel(
+                f"{type(module).__name__}: its activation cannot be run by itself: {error}"
+            ) from error
+        ones = torch.ones_like(up)
+        for name in (*ACTIVATIONS, CLAMPED):
+            if name == CLAMPED and not (gated_unit and alpha > 0 and limit > 0):
+                continue
+            given = (alpha, limit) if name == CLAMPED else (0.0, 0.0)
+            expected = gated(gate, up if gated_unit else ones, name, *given)
+            if torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+                return name, *given
+    known = ", ".join((*ACTIVATIONS, CLAMPED))
+    raise UnsupportedModel(
+        f"{type(module).__name__}: its activation is none of {known}: not supported"
+    )
 
 
 def register() -> None:
@@ -177,16 +193,14 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.integrations import moe
 
-    default_gate = getattr(moe, "_default_apply_gate", None)
-
     def experts(
         self: Any, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        activation, alpha, limit = _activation_of(self, default_gate)
         if getattr(self, "has_post_expert_norm", False):
             raise UnsupportedModel(f"{type(self).__name__} norms each expert: not supported")
-        gated, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
-        up_name = "gate_up_proj" if gated else "up_proj"
+        gated_unit, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
+        activation, alpha, limit = _activation_of(self, gated_unit)
+        up_name = "gate_up_proj" if gated_unit else "up_proj"
         return traced_experts(
             x,
             weights,
@@ -196,7 +210,7 @@ def register() -> None:
             getattr(self, f"{up_name}_bias") if biased else None,
             self.down_proj_bias if biased else None,
             activation,
-            gated,
+            gated_unit,
             getattr(self, "is_transposed", False),
             not getattr(self, "is_concatenated", True),
             alpha,

@@ -1,0 +1,132 @@
+"""A model in memory made ready to be traced as it is: a copy that shares the user's tensors.
+
+Whatever the user changed (hooks, replaced modules and activations, attributes, ties, adapters) is
+in the copy, because no part of it is rebuilt from the config. The user's own object is not touched.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from .meta_model import (
+    MetaModel,
+    PreTrainedModel,
+    keep_in_float32,
+    long_rope_of,
+    named_tensors,
+    owner_of,
+    refuse_dynamic_rope,
+    refuse_quantized,
+    tied_names,
+)
+from .source_error import SourceError
+
+
+def unwrapped(source: Any) -> PreTrainedModel:
+    """The transformers model in `source`, which may be wrapped by torch.compile or by PEFT.
+
+    SourceError in one line for anything else that has a config: a wrapper computes what the model
+    in it does not.
+    """
+    model = getattr(source, "_orig_mod", source)  # of torch.compile
+    if adapters := getattr(model, "peft_config", None):
+        if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
+            raise SourceError(
+                f"{type(model).__name__} learns prompts, which come before the tokens: not "
+                "supported; only adapters inside of layers are"
+            )
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise SourceError(
+            f"{type(model).__name__} has a config but is no transformers model: expected a "
+            "PreTrainedModel, or a module and example_inputs; give the model inside of it"
+        )
+    return model
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` in eval mode that shares its parameters and buffers.
+
+    Its parameters want no gradient. SourceError where an attribute of a module cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for _, tensor in named_tensors(model):
+        shared: torch.Tensor = tensor.detach()
+        if isinstance(tensor, torch.nn.Parameter):
+            shared = torch.nn.Parameter(shared, requires_grad=False)
+        memo.setdefault(id(tensor), shared)
+    try:
+        return deepcopy(model, memo).eval()
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise SourceError(
+            f"{type(model).__name__} cannot be copied to be traced: a module holds something that "
+            f"copy.deepcopy refuses: {error}"
+        ) from error
+
+
+def traceable_model(
+    model: PreTrainedModel, dtype: torch.dtype | None, *, max_positions: int
+) -> MetaModel:
+    """`model` as it is, ready to be traced; its tensors are shared, not copied.
+
+    `dtype` None keeps every tensor's own. Another one casts the parameters and persistent buffers,
+    but those that the model keeps in float32; the traced copy then lies on the meta device, where
+    a tensor that is held by a hook, and by no module, cannot follow it. `max_positions` is as in
+    `build_meta_model`. SourceError for a quantized model, one with weights on the meta device, and
+    one whose attention cannot be chosen.
+    """
+    refuse_quantized(model)
+    if foreign := [n for n, t in named_tensors(model) if type(t) not in _PLAIN]:
+        raise SourceError(
+            f"{type(model).__name__}: {foreign[0]} is a tensor of type "
+            f"{type(model.get_parameter(foreign[0])).__name__}; expected plain tensors"
+        )
+    if unloaded := [n for n, t in named_tensors(model) if t.is_meta]:
+        raise SourceError(
+            f"{type(model).__name__}: on the meta device: {unloaded[0]} and "
+            f"{len(unloaded) - 1} more; load the weights before"
+        )
+    copy = shared_copy(model)
+    _use_traced_ops(copy)
+    refuse_dynamic_rope(copy)
+    if dtype is not None and any(p.dtype != dtype for p in copy.parameters()):
+        _cast_on_meta(copy, dtype)
+        keep_in_float32(copy, dtype)
+    frozen = long_rope_of(copy, max_positions)
+    return MetaModel(copy, frozen, tied_names(copy), frozenset(frozen))
+
+
+_PLAIN = (torch.nn.Parameter, torch.Tensor, torch.nn.Buffer)
+
+
+def _use_traced_ops(copy: PreTrainedModel) -> None:
+    """Let `copy` call attention and experts by the ops that the importer knows."""
+    for set_implementation in (copy.set_attn_implementation, copy.set_experts_implementation):
+        try:
+            set_implementation("ingot")
+        except (ValueError, KeyError, ImportError) as error:
+            raise SourceError(
+                f"{copy.config.model_type}: the model knows only attention and experts of its own; "
+                f"it does not call them through transformers' interfaces: {error}"
+            ) from error
+
+
+def _cast_on_meta(copy: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the floats of `copy` that dtype, without their values: on the meta device."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, tensor in named_tensors(copy):
+        module, leaf = owner_of(copy, name)
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        if leaf in module._buffers:
+            if leaf in module._non_persistent_buffers_set:
+                wanted = tensor.dtype
+            module._buffers[leaf] = torch.empty_like(tensor, dtype=wanted, device="meta")
+            continue
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, dtype=wanted, device="meta")
+            made[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False)
+        module._parameters[leaf] = made[id(tensor)]
