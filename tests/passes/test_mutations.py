@@ -449,23 +449,23 @@ def _slice_of_another_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def _missing_all_reduce(patch: pytest.MonkeyPatch) -> None:
-    emit = shard_tensor_parallel._emit
+    emit = shard_tensor_parallel.emit
 
     def emitted(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
         return args[0] if op is all_reduce else emit(node, op, *args, **attrs)
 
-    patch.setattr(shard_tensor_parallel, "_emit", emitted)
+    patch.setattr(shard_tensor_parallel, "emit", emitted)
 
 
 def _bias_on_every_rank(patch: pytest.MonkeyPatch) -> None:
-    emit = shard_tensor_parallel._emit
+    emit = shard_tensor_parallel.emit
 
     def emitted(node: Node, op: Op, *args: Value, **attrs: Any) -> Value:
         if "bias" in attrs:
             attrs["bias"] = node.operand("bias")
         return emit(node, op, *args, **attrs)
 
-    patch.setattr(shard_tensor_parallel, "_emit", emitted)
+    patch.setattr(shard_tensor_parallel, "emit", emitted)
 
 
 def _experts_of_other_ranks_count(patch: pytest.MonkeyPatch) -> None:
