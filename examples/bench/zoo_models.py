@@ -109,6 +109,7 @@ _FIXES: dict[str, dict[str, Any]] = {
     "nemotron": dict(num_key_value_heads=2),
     "qwen4_exp": dict(text_config=_QWEN4),
     "qwen4_exp_text": _QWEN4,
+    "reformer": dict(is_decoder=True, axial_pos_embds=False),
     "step3p7": dict(text_config=dict(sliding_window=WINDOW)),
     "unlimited_ocr": dict(text_config=dict(num_key_value_heads=4)),
     "xmod": dict(is_decoder=True, default_language="en_XX"),
