@@ -74,17 +74,26 @@ def open_checkpoint(directory: str | Path, meta: MetaModel) -> Checkpoint:
 
 
 def stored_tensors(directory: Path) -> tuple[dict[str, Stored], list[File]]:
-    """Every tensor of a checkpoint by its stored name, and the files; headers are read."""
-    files = [File(path) for path in safetensors_files(directory)]
+    """Every tensor of a checkpoint by its stored name, and the files; headers are read.
+
+    A name that several files have is the tensor of the file that the index names. SourceError where
+    it names none of them.
+    """
     stored: dict[str, Stored] = {}
-    for file in files:
+    files: list[File] = []
+    chosen: dict[str, bool] = {}  # by the index
+    for path, names in safetensors_files(directory).items():
+        file = File(path)
+        files.append(file)
         for name, tensor in file.tensors.items():
-            if name in stored:
+            here = names is not None and name in names
+            if name in stored and not here and not chosen[name]:
                 raise SourceError(
                     f"tensor {name!r} is stored twice: in {stored[name].file.path.name} "
-                    f"and in {file.path.name}"
+                    f"and in {file.path.name}, and the index names neither"
                 )
-            stored[name] = tensor
+            if name not in stored or here:
+                stored[name], chosen[name] = tensor, here
     return stored, files
 
 

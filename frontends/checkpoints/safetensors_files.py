@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *_PICKLES)
+_LFS = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 _MAX_NAMES = 5  # names that an error lists before it only counts
 
 
@@ -92,21 +93,33 @@ class Stored:
 
 
 class File:
-    """One safetensors file: the header is read at once, the data mapped on first use."""
+    """One safetensors file: the header is read at once, the data mapped on first use.
+
+    `foreign` has the names and dtypes of tensors whose dtype Ingot does not know.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, Stored] = {}
+        self.foreign: dict[str, str] = {}
         size = 0
         try:
             with path.open("rb") as raw:
                 size = os.fstat(raw.fileno()).st_size
+                if raw.read(len(_LFS)) == _LFS:
+                    raise SourceError(
+                        f"{path}: a Git LFS pointer of {size} bytes instead of weights; fetch them "
+                        "with `git lfs pull`"
+                    )
 
                 def read(start: int, stop: int) -> bytes:
                     raw.seek(start)
                     return raw.read(stop - start)
 
-                for name, span in read_spans(read, size, path.name).items():
+                for name, span in read_spans(read, size, path.name, foreign=True).items():
+                    if span.dtype not in DTYPES:
+                        self.foreign[name] = span.dtype
+                        continue
                     self.tensors[name] = Stored(
                         self, span.dtype, span.shape, span.start, span.nbytes
                     )
@@ -134,18 +147,20 @@ def holds_weights(directory: Path) -> bool:
     return any(p.name == INDEX or p.suffix in _WEIGHTS for p in directory.iterdir())
 
 
-def safetensors_files(directory: Path) -> list[Path]:
-    """The safetensors files of `directory`: model.safetensors, or the shards that the index names.
+def safetensors_files(directory: Path) -> dict[Path, frozenset[str] | None]:
+    """The safetensors files of `directory`, and the names that the index puts into each.
 
-    SourceError for none, for pickles only (never loaded), and for a file that is missing or outside
-    the directory.
+    They are model.safetensors, or the shards that the index names; without an index the names are
+    None. SourceError for none, for pickles only (never loaded), and for a file that is missing or
+    outside the directory.
     """
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory")
     if (directory / SINGLE).exists():
-        return [_inside(directory, SINGLE)]
+        return {_inside(directory, SINGLE): None}
     if (directory / INDEX).exists():
-        return [_inside(directory, name) for name in _shards(directory)]
+        shards = sorted(_shards(directory).items())
+        return {_inside(directory, name): frozenset(names) for name, names in shards}
     names = sorted(path.name for path in directory.iterdir())
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise SourceError(
@@ -158,8 +173,8 @@ def safetensors_files(directory: Path) -> list[Path]:
     )
 
 
-def _shards(directory: Path) -> list[str]:
-    """The file names in the index, each once, in order."""
+def _shards(directory: Path) -> dict[str, list[str]]:
+    """The names of tensors in the index by the name of their file."""
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -167,13 +182,17 @@ def _shards(directory: Path) -> list[str]:
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
         raise SourceError(f"{directory / INDEX}: expected a weight_map of names to file names")
-    return sorted(set(files.values()))
+    shards: dict[str, list[str]] = {}
+    for name, file in files.items():
+        shards.setdefault(file, []).append(name)
+    return shards
 
 
 def _inside(directory: Path, name: str) -> Path:
     """The file `name` of `directory`; SourceError when it is missing or lies anywhere else.
 
-    A Hugging Face cache (snapshots/<revision>/<name> linking to blobs/<hash>) counts as inside.
+    Of a snapshot of a Hugging Face cache, or a folder in one, blobs/ is inside too: the files of a
+    snapshot link to it, and it may itself be a link.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise SourceError(f"{directory / INDEX}: expected plain file names, found {name!r}")
@@ -182,13 +201,19 @@ def _inside(directory: Path, name: str) -> Path:
     path = directory / name
     if not path.is_file():
         raise SourceError(f"{path}: no such file")
-    home, real = directory.resolve(), path.resolve()
-    allowed = {home}
-    if home.parent.name == "snapshots":
-        allowed.add(home.parent.parent / "blobs")
-    if real.parent not in allowed:
+    real = path.resolve()
+    if not any(real.is_relative_to(home) for home in _homes(directory)):
         raise SourceError(f"{path}: links to {real}, outside the checkpoint directory")
     return path
+
+
+def _homes(directory: Path) -> Iterator[Path]:
+    """The real folders in which files of `directory` may lie."""
+    yield directory.resolve()
+    for path in (directory.resolve(), directory.absolute()):
+        for snapshot in (path, *path.parents):
+            if snapshot.parent.name == "snapshots":
+                yield (snapshot.parent.parent / "blobs").resolve()
 
 
 # ---- writing

@@ -30,7 +30,10 @@ class _Described(Strict, frozen=True):
 
 @dataclass(frozen=True)
 class Span:
-    """`dtype[shape]` (the names of DTYPES), and its bytes from the start of the file."""
+    """`dtype[shape]`, and its bytes from the start of the file.
+
+    `dtype` is a name of DTYPES, or what the file says where that is none of theirs (`foreign`).
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,11 +41,13 @@ class Span:
     nbytes: int
 
 
-def read_spans(read: Callable[[int, int], Any], size: int, where: str) -> dict[str, Span]:
+def read_spans(
+    read: Callable[[int, int], Any], size: int, where: str, *, foreign: bool = False
+) -> dict[str, Span]:
     """Every tensor of a file of `size` bytes by name, in the order of their data.
 
     `read(start, stop)` gives bytes of it. IngotError unless the tensors fill the file exactly, end
-    to end.
+    to end, and for a dtype that DTYPES lacks, unless `foreign` ones are wanted too.
     """
     if size < 8:
         raise IngotError(f"{where}: expected a safetensors file, found {size} bytes")
@@ -57,10 +62,14 @@ def read_spans(read: Callable[[int, int], Any], size: int, where: str) -> dict[s
     for name, value in header.items():
         place = f"{where}: {name[:80]!r}"
         given = typed(value, _Described, place)
+        start, end = given.data_offsets
         if given.dtype not in _NAMES:
+            if foreign and end >= start:
+                found[name] = Span(given.dtype, given.shape, 8 + length + start, end - start)
+                continue
             known = ", ".join(_NAMES)
             raise IngotError(f"{place}: expected a dtype of {known}; found {given.dtype[:60]!r}")
-        dtype, (start, end) = _NAMES[given.dtype], given.data_offsets
+        dtype = _NAMES[given.dtype]
         if prod(given.shape) * DTYPES[dtype].bits % 8:
             raise IngotError(f"{place}: expected whole bytes, found {dtype}{list(given.shape)}")
         if end - start != (nbytes := dense_bytes(dtype, given.shape)):

@@ -402,10 +402,16 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 
 def test_a_tensor_stored_twice(tmp_path: Path) -> None:
+    """The index decides; transformers' own answer is another where it names neither."""
     tensors = saved(tmp_path, "llama")
-    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
-    save_file({"lm_head.weight": tensors["lm_head.weight"]}, tmp_path / "b.safetensors")
-    write_index(tmp_path, {**dict.fromkeys(tensors, "a.safetensors"), "x": "b.safetensors"})
+    (tmp_path / "model.safetensors").rename(tmp_path / "b.safetensors")
+    for name in ("a", "c"):
+        stale = {"lm_head.weight": tensors["lm_head.weight"] + 1, "x": torch.zeros(1)}
+        save_file(stale, tmp_path / f"{name}.safetensors")
+    shards = {"x": "a.safetensors", **dict.fromkeys(tensors, "b.safetensors"), "y": "c.safetensors"}
+    write_index(tmp_path, shards)
+    assert torch.equal(opened(tmp_path).weights.load("lm_head.weight"), tensors["lm_head.weight"])
+    write_index(tmp_path, {n: f for n, f in shards.items() if n != "lm_head.weight"})
     with pytest.raises(SourceError, match=r"'lm_head\.weight' is stored twice: in a\.s.* in b\.s"):
         opened(tmp_path)
 
@@ -459,3 +465,30 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").rename(blobs / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
     assert_holds(opened(snapshot), tiny_model("llama"))
+
+
+@pytest.mark.parametrize("folder", [".", "text/model"])
+def test_blobs_of_a_hub_cache_may_lie_elsewhere(folder: str, tmp_path: Path) -> None:
+    """A folder in a snapshot, and blobs/ on another disk; no other links are followed."""
+    cache, disk = tmp_path / "models--o--m", tmp_path / "disk"
+    directory = cache / "snapshots" / "abc" / folder
+    disk.mkdir()
+    saved(directory, "llama")
+    file = directory / "model.safetensors"
+    file.rename(disk / "0123")
+    (cache / "blobs").symlink_to(disk)
+    file.symlink_to(os.path.relpath(cache / "blobs" / "0123", directory.resolve()))
+    assert_holds(opened(directory), tiny_model("llama"))
+    (tmp_path / "secret").write_bytes((disk / "0123").read_bytes())
+    file.unlink()
+    file.symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match=r"links to .*secret, outside the checkpoint"):
+        opened(directory)
+
+
+def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 1\n"
+    (tmp_path / "model.safetensors").write_text(pointer, encoding="ascii")
+    with pytest.raises(SourceError, match="a Git LFS pointer of .* bytes.*`git lfs pull`$"):
+        opened(tmp_path)
