@@ -145,8 +145,22 @@ def _count_expert_modules(model: torch.nn.Module) -> int:
     return sum(isinstance(s, torch.nn.Parameter) and s.ndim == 3 for s in stacks)
 
 
-def _check(meta: MetaModel, imported: Imported) -> None:
-    """Check that the trace has all attention and experts; ImportFailure says what is missing."""
+def _language_model(model: PreTrainedModel) -> set[str]:
+    """The parameters of `model` that text goes through: all but those of towers for images and
+    sound and of what joins these to the text."""
+    names = dict(model.named_parameters())
+    if model.config.get_text_config() is model.config:
+        return {*names}
+    parts = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
+    inner = {id(p) for part in parts if part is not None for p in part.parameters()}
+    return {name for name, parameter in names.items() if id(parameter) in inner}
+
+
+def _check(meta: MetaModel, imported: Imported) -> tuple[str, ...]:
+    """The parameters of other parts than the language model that text does not need.
+
+    ImportFailure where the trace has not all attention, experts and parameters of that.
+    """
     model, kind = meta.model, meta.model.config.model_type
     found = [n.op for n in imported.graph.nodes()]
     layers = model.config.get_text_config().num_hidden_layers
@@ -163,11 +177,14 @@ def _check(meta: MetaModel, imported: Imported) -> None:
         )
     parameters = [n for n, _ in model.named_parameters()]
     used = {meta.tied.get(n, n) for n in imported.referenced}
-    if unused := [n for n in parameters if meta.tied.get(n, n) not in used]:
+    unused = [n for n in parameters if meta.tied.get(n, n) not in used]
+    language = _language_model(model)
+    if absent := [n for n in unused if n in language]:
         raise ImportFailure(
-            f"{kind}: {len(unused)} parameters take no part in the traced program: "
-            f"{', '.join(unused[:5])}"
+            f"{kind}: {len(absent)} parameters take no part in the traced program: "
+            f"{', '.join(absent[:5])}"
         )
+    return tuple(unused)
 
 
 def import_hugging_face(
@@ -200,7 +217,7 @@ def import_hugging_face(
         checkpoint = (without_weights if absent else open_checkpoint)(source, meta)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
     imported = _import_traced(meta, config.model_type, max_tokens)
-    _check(meta, imported)
+    unused = (*unused, *_check(meta, imported))
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)
     return HuggingFaceModel(graph, weights, config, meta.model.dtype, max_tokens, unused)

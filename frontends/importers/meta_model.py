@@ -20,13 +20,32 @@ from ...compiler.types import TensorType
 from .source_error import SourceError
 
 try:
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.auto.auto_factory import _get_model_class
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 except ImportError as error:
     raise ImportError(
         "Hugging Face models need transformers; install it with: pip install 'ingot[hf]'"
     ) from error
+
+_LANGUAGE_MODELS = {
+    name
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    for names in mapping.values()
+    for name in ([names] if isinstance(names, str) else names)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +108,8 @@ def build_meta_model(
 ) -> MetaModel:
     """The causal language model of `config` on the meta device; `config` itself is not changed.
 
-    The quantization scheme of the config is ignored: layers are unquantized.
+    A config for images and text makes the model for both, which takes text alone. The quantization
+    scheme of the config is ignored: layers are unquantized.
 
     dtype: of the parameters, None for the config's own (float32 where it names none). Modules that
     the model keeps in float32 stay so. The implementations are names registered with transformers;
@@ -103,12 +123,13 @@ def build_meta_model(
     ("dynamic"), and where a buffer's value cannot be rebuilt.
     """
     wanted: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    kind: Any = _class_of(config)
+    plain = without_quantization(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                without_quantization(config),
+            model: PreTrainedModel = kind._from_config(
+                plain if isinstance(plain, kind.config_class) else plain.get_text_config(),
                 dtype=wanted,
-                trust_remote_code=False,
                 attn_implementation=attn_implementation,
                 experts_implementation=experts_implementation,
             )
@@ -125,6 +146,25 @@ def build_meta_model(
     buffers = _non_persistent_buffers(model)
     frozen = {} if max_positions is None else long_rope_of(model, max_positions)
     return MetaModel(model, {**buffers, **frozen}, tied_names(model), frozenset(frozen))
+
+
+def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model of `config`: what its `architectures` name where transformers has that
+    for this config, else the one for causal language models, else that for images and text.
+
+    SourceError where there is none.
+    """
+    for name in config.architectures or ():
+        named: Any = getattr(transformers, name, None) if name in _LANGUAGE_MODELS else None
+        if named is not None and named.config_class is type(config):
+            return named
+    for automatic in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in automatic._model_mapping:
+            return _get_model_class(config, automatic._model_mapping)
+    raise SourceError(
+        f"{config.model_type}: transformers has no causal language model for "
+        f"{type(config).__name__}"
+    )
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,0 +1,41 @@
+"""Models for images and text, used with text alone: the towers are left out, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ingot.frontends.importers.huggingface import import_hugging_face
+from ingot.frontends.importers.torch_export import ImportFailure
+from transformers import PreTrainedModel
+from zoo import RIGHT, attempt, reference
+from zoo_models import random_model
+
+
+@pytest.fixture(scope="module")
+def llava() -> PreTrainedModel:
+    return random_model("llava", 10_000_000)
+
+
+def test_towers_are_unused_by_name(llava: PreTrainedModel, tmp_path: Path) -> None:
+    llava.save_pretrained(tmp_path)
+    towers = {
+        name
+        for name, _ in llava.named_parameters()
+        if name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+    }
+    for source in (llava, tmp_path):
+        found = import_hugging_face(source, dtype=None, max_tokens=96)
+        assert {*found.unused} == towers
+    assert attempt(tmp_path, llava, reference(llava)).verdict == RIGHT
+
+
+def test_the_language_model_takes_part_as_a_whole(llava: PreTrainedModel) -> None:
+    layer = llava.model.language_model.layers[1].self_attn
+    layer.extra = torch.nn.Parameter(torch.ones(3))
+    try:
+        with pytest.raises(ImportFailure, match=r"1 parameters take no part.*1\.self_attn\.extra"):
+            import_hugging_face(llava, dtype=None, max_tokens=96)
+    finally:
+        del layer.extra
