@@ -129,7 +129,9 @@ def _full(operands: Sequence[Typed], attrs: Mapping[str, Any]) -> str:
 EXPRESSIONS: Mapping[str, _Expression] = {
     "neg": _pattern("-{0}"),
     "abs": _pattern("tl.abs({0})"),
+    "floor": _pattern("tl.floor({0})"),
     "exp": _pattern("tl.exp({0})"),
+    "expm1": _pattern("expm1({0})"),
     "log": _pattern("tl.log({0})"),
     "sqrt": _pattern("tl.sqrt_rn({0})", f64="tl.sqrt({0})"),
     "rsqrt": _pattern("tl.rsqrt({0})"),
@@ -139,6 +141,7 @@ EXPRESSIONS: Mapping[str, _Expression] = {
     "sigmoid": _pattern("activated({0}, 'sigmoid')"),
     "silu": _pattern("activated({0}, 'silu')"),
     "relu": _pattern("activated({0}, 'relu')"),
+    "softplus": _pattern("softplus({0})"),
     "gelu": _gelu,
     "clamp": _clamp,
     "cast": _cast,

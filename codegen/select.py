@@ -11,7 +11,7 @@ from .templates.attention import grouped_query as attention
 from .templates.attention import heads, mla, rope
 from .templates.gemm import linear
 from .templates.moe import experts, gating
-from .templates.rowwise import copy, norms, reductions, rows
+from .templates.rowwise import copy, indexed, norms, reductions, rows
 from .templates.sampling import sample as sampling
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
@@ -23,6 +23,7 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
         experts,
         gating,
         heads,
+        indexed,
         linear,
         mla,
         norms,

@@ -27,10 +27,10 @@ EXTENSIONS: dict[str, tuple[set[str], str]] = {
 import torch
 from ingot.compiler.ir import Op
 from kernel_checks import build_everywhere, check_node
-softplus, x = Op.registry["softplus"], torch.randn(5, 8)
-torch.testing.assert_close(softplus.reference(x)[0], torch.nn.functional.softplus(x))
-check_node(softplus, (x,))
-build_everywhere(softplus, (x.bfloat16(),))
+softsign, x = Op.registry["softsign"], torch.randn(5, 8)
+torch.testing.assert_close(softsign.reference(x)[0], torch.nn.functional.softsign(x))
+check_node(softsign, (x,))
+build_everywhere(softsign, (x.bfloat16(),))
 """,
     ),
     "gemm_kernel": (

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from .gemm.activations import activated, gated
 from .pdl import pdl_wait
-from .rowwise.arithmetic import float_power, integer_power, tanh
+from .rowwise.arithmetic import expm1, float_power, integer_power, softplus, tanh
 
 # What a text may call beside tl.
-_HELPERS = (activated, float_power, gated, integer_power, pdl_wait, tanh)
+_HELPERS = (activated, expm1, float_power, gated, integer_power, pdl_wait, softplus, tanh)
 
 
 def from_text(text: str, name: str) -> Any:

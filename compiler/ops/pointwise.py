@@ -53,9 +53,10 @@ def _unary(name: str, torch_op: Callable[[Any], Any], **options: Any) -> Op:
     return Op(name, infer, torch_op, _cost, (Sample((_T,)),), axes=elementwise, **options)
 
 
-# torch computes sigmoid, silu and gelu in other code for the numbers left over after the last full
-# vector, and rounds those differently. A token's result must not depend on where in the batch it
-# stands, so these are written in ops that round alike everywhere: exp, tanh, erf and arithmetic.
+# torch computes sigmoid, silu, gelu and softplus in other code for the numbers left over after the
+# last full vector, and rounds those differently. A token's result must not depend on where in the
+# batch it stands, so these are written in ops that round alike everywhere: exp, log1p, tanh, erf
+# and arithmetic.
 
 
 def sigmoid_of(x: torch.Tensor) -> torch.Tensor:
@@ -82,9 +83,16 @@ def _rsqrt_of(x: torch.Tensor) -> torch.Tensor:
     return torch.rsqrt(wide(x)).to(x.dtype)
 
 
+def _softplus_of(x: torch.Tensor) -> torch.Tensor:
+    y = wide(x)
+    return (y.clamp(min=0) + torch.log1p(torch.exp(-y.abs()))).to(x.dtype)
+
+
 neg = _unary("neg", torch.neg)
 abs_ = _unary("abs", torch.abs)
+floor = _unary("floor", torch.floor)
 exp = _unary("exp", torch.exp)
+expm1 = _unary("expm1", torch.expm1)
 log = _unary("log", torch.log)
 sqrt = _unary("sqrt", torch.sqrt)
 rsqrt = _unary("rsqrt", _rsqrt_of)
@@ -94,6 +102,7 @@ tanh = _unary("tanh", torch.tanh)
 sigmoid = _unary("sigmoid", sigmoid_of)
 silu = _unary("silu", silu_of)
 relu = _unary("relu", torch.relu)
+softplus = _unary("softplus", _softplus_of)
 
 
 def _gelu_infer(x: TensorType, *, approximate: str) -> Types:
@@ -254,7 +263,10 @@ where = Op(
     axes=elementwise,
 )
 
-UNARY = (neg, abs_, exp, log, sqrt, rsqrt, sin, cos, tanh, sigmoid, silu, relu)
+UNARY = (
+    *(neg, abs_, floor, exp, expm1, log, sqrt, rsqrt, sin, cos, tanh),
+    *(sigmoid, silu, relu, softplus),
+)
 ACTIVATIONS = (silu, gelu, relu, sigmoid, tanh)
 POINTWISE = frozenset(
     (*UNARY, gelu, clamp, cast, logical_not)

@@ -1,4 +1,4 @@
-"""Ops that look along one dim: sums, extrema, softmax, top-k."""
+"""Ops that look along one dim: sums, extrema and where they are, softmax, top-k."""
 
 from __future__ import annotations
 
@@ -36,6 +36,25 @@ def _reduce(name: str, torch_op: Callable[..., Any], axes: AxisRule) -> Op:
 sum_ = _reduce("sum", torch.sum, along_dim("sum"))
 mean = _reduce("mean", torch.mean, along_dim())
 amax = _reduce("amax", torch.amax, along_dim())
+
+
+def _argmax_infer(x: TensorType, *, dim: int, keepdim: bool) -> Types:
+    if x.dtype not in (*INTEGERS, *FLOATS):
+        raise VerifyError(f"argmax: expected numbers in order, found {x}")
+    axis = axis_of("argmax", x, dim)
+    kept = (1,) if keepdim else ()
+    return (TensorType("i64", (*x.shape[:axis], *kept, *x.shape[axis + 1 :])),)
+
+
+# The index of the largest, of equals the first; NaN is larger than all.
+argmax = Op(
+    "argmax",
+    _argmax_infer,
+    torch.argmax,
+    _cost,
+    tuple(Sample((_T,), {"dim": d, "keepdim": k}) for d, k in ((-1, True), (0, False))),
+    axes=along_dim(),
+)
 
 
 def _softmax_infer(x: TensorType, *, dim: int) -> Types:

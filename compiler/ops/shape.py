@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from ..axes import along_dim, elementwise, permuted, reshaped, rule
+from ..axes import Axes, along_dim, elementwise, permuted, reshaped, rule
 from ..dtypes import DTYPES, FLOATS, INTEGERS
 from ..ir import Cost, Op, Operands, Sample, free
 from ..torch_types import torch_dtype
@@ -137,7 +137,7 @@ slice_ = Op(
 )
 
 
-def _scatter_infer(
+def _slice_scatter_infer(
     x: TensorType, src: TensorType, *, dim: int, start: Dim, stop: Dim, step: int = 1
 ) -> Types:
     axis = _check_slice("slice_scatter", x, dim, start, stop, step)
@@ -147,7 +147,7 @@ def _scatter_infer(
     return (x,)
 
 
-def _scatter_reference(
+def _slice_scatter_reference(
     x: torch.Tensor, src: torch.Tensor, *, dim: int, start: int, stop: int, step: int = 1
 ) -> torch.Tensor:
     return torch.slice_scatter(x, src, dim, start, stop, step)
@@ -155,8 +155,8 @@ def _scatter_reference(
 
 slice_scatter = Op(
     "slice_scatter",
-    _scatter_infer,
-    _scatter_reference,
+    _slice_scatter_infer,
+    _slice_scatter_reference,
     samples=(Sample((_T, TensorType("f32", (4, 2))), {"dim": 1, "start": 1, "stop": 3}),),
     axes=along_dim(),
 )
@@ -231,17 +231,23 @@ arange = Op(
 )
 
 
-# ---- rows by index
+# ---- rows and elements by index
 
 
 def _take_infer(x: TensorType, rows: TensorType) -> Types:
-    if rows.dtype not in ("i32", "i64") or rows.rank != 1 or x.rank < 1:
-        raise VerifyError(f"take: expected a tensor and i32 or i64 rows [n], found {x} and {rows}")
+    if rows.dtype not in ("i32", "i64") or x.rank < 1:
+        raise VerifyError(f"take: expected a tensor and i32 or i64 rows, found {x} and {rows}")
     return (x.with_shape((*rows.shape, *x.shape[1:])),)
 
 
 def _take_reference(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return x.index_select(0, rows)
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
+
+
+def _take_axes(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:
+    index = ",".join(f"n{i}" for i in range(operands["rows"].rank))
+    of_rank = rule(f"x[v,*] rows[{index}] -> [{index},*]; v by rows")
+    return of_rank(operands, results, attrs)
 
 
 take = Op(
@@ -249,8 +255,11 @@ take = Op(
     _take_infer,
     _take_reference,
     picked("rows"),
-    (Sample((_T, TensorType("i32", (3,))), high=4),),
-    axes=rule("x[v,*] rows[n] -> [n,*]; v by rows"),
+    (
+        Sample((_T, TensorType("i32", (3,))), high=4),
+        Sample((TensorType("f32", (8,)), TensorType("i64", (3, 2))), high=8),
+    ),
+    axes=_take_axes,
 )
 
 
@@ -273,5 +282,31 @@ gather = Op(
     _gather_infer,
     _gather_reference,
     samples=(Sample((_T, TensorType("i64", (4, 2))), {"dim": -1}, high=6),),
+    axes=along_dim(),
+)
+
+
+def _scatter_infer(x: TensorType, index: TensorType, *, dim: int, value: float) -> Types:
+    axis = axis_of("scatter", x, dim)
+    same = index.rank == x.rank and replaced(index.shape, axis, 0) == replaced(x.shape, axis, 0)
+    if index.dtype != "i64" or not same:
+        raise VerifyError(
+            f"scatter: expected i64 indices like {x} but for dim {axis}, found {index}"
+        )
+    return (x,)
+
+
+def _scatter_reference(
+    x: torch.Tensor, index: torch.Tensor, *, dim: int, value: float
+) -> torch.Tensor:
+    return x.scatter(dim, index, value)
+
+
+# x with a number at every index[.., i, ..] along one dim.
+scatter = Op(
+    "scatter",
+    _scatter_infer,
+    _scatter_reference,
+    samples=(Sample((_T, TensorType("i64", (4, 2))), {"dim": -1, "value": 1.5}, high=6),),
     axes=along_dim(),
 )

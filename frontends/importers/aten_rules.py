@@ -19,6 +19,7 @@ from ...compiler.ops import reduce as reduction
 from ...compiler.ops.leaf import literal
 from ...compiler.torch_types import dtype_name, torch_dtype
 from ...compiler.types import Dim, dim
+from . import indexing
 
 if TYPE_CHECKING:
     from .torch_export import Importer as Im
@@ -168,7 +169,7 @@ def _unbind(im: Im, x: Value, axis: int = 0) -> tuple[Value, ...]:
     return tuple(im.to_shape(_sliced(im, x, axis, i, i + 1), kept) for i in range(count))
 
 
-@_rule("cat")
+@_rule("cat concat concatenate")
 def _cat(im: Im, parts: list[Value], axis: int = 0) -> Value:
     dtype = im.result.dtype
     same = [im.to_dtype(p, dtype) for p in parts]
@@ -197,6 +198,10 @@ def _index_select(im: Im, x: Value, axis: int, rows: Value) -> Any:
 @_rule("gather")
 def _gather(im: Im, x: Value, axis: int, index: Value, **kwargs: Any) -> Value:
     return im.emit(shape.gather, x, index, dim=axis % x.type.rank)
+
+
+_rule("scatter.value")(indexing.scatter)
+_rule("index.Tensor")(indexing.index)
 
 
 # ---- out of nothing
@@ -242,6 +247,19 @@ for _op in pointwise.UNARY:
     _rule(_op.name)(_unary(_op))
 
 
+@_rule("softplus")
+def _softplus(im: Im, x: Value, beta: Any = 1, threshold: Any = 20) -> Any:
+    """log(1 + exp(beta · x)) / beta; from a `threshold` of 20 on that is x in f32."""
+    dtype = im.result.dtype
+    if threshold < 20 or dtype not in FLOATS:
+        return NotImplemented
+    if beta == 1:
+        return im.emit(pointwise.softplus, x)
+    wide = im.to_dtype(x, dtype if dtype == "f64" else "f32")
+    y = im.emit(pointwise.softplus, _times(im, wide, beta))
+    return im.to_dtype(_times(im, y, 1 / beta), dtype)
+
+
 @_rule("gelu")
 def _gelu(im: Im, x: Value, *, approximate: str = "none") -> Value:
     return im.emit(pointwise.gelu, x, approximate=approximate)
@@ -280,6 +298,8 @@ def _times(im: Im, x: Any, factor: Any) -> Any:
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 for _name in ("add", "sub", "mul", "div", "maximum", "minimum", *_COMPARISONS):
     _rule(f"{_name}.Tensor {_name}.Scalar {_name}")(_binary(getattr(pointwise, _name)))
+_rule("max.other")(_binary(pointwise.maximum))
+_rule("min.other")(_binary(pointwise.minimum))
 
 
 @_rule("rsub.Scalar rsub.Tensor")
@@ -342,9 +362,27 @@ def _clamp(im: Im, x: Value, *bounds: Any, min: Any = None, max: Any = None) -> 
     low = bounds[0] if bounds and which != "clamp_max" else min
     high = bounds[-1] if which == "clamp_max" else bounds[1] if len(bounds) > 1 else max
     if x.type.dtype not in FLOATS:
-        return NotImplemented
+        return _clamp_by(im, x, low, high)
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return im.emit(pointwise.clamp, x, min=float(low), max=float(high))
+
+
+@_rule("clamp.Tensor clamp_min.Tensor clamp_max.Tensor")
+def _clamp_by_tensors(
+    im: Im, x: Value, *bounds: Any, min: Value | None = None, max: Value | None = None
+) -> Value:
+    if "clamp_max" in str(im.node.target):
+        bounds = (None, *bounds)
+    first, second, *_ = (*bounds, None, None)
+    return _clamp_by(im, x, first or min, second or max)
+
+
+def _clamp_by(im: Im, x: Value, low: Any, high: Any) -> Value:
+    """min(max(x, low), high) in the result's dtype; None is no bound."""
+    x = im.to_dtype(x, im.result.dtype)
+    for op, bound in ((pointwise.maximum, low), (pointwise.minimum, high)):
+        x = x if bound is None else im.emit(op, x, im.to_dtype(bound, im.result.dtype))
+    return x
 
 
 # ---- along one dim
@@ -368,8 +406,19 @@ _rule("amax")(_along_one(reduction.amax))
 
 @_rule("max.dim")
 def _max(im: Im, x: Value, axis: int, keepdim: bool = False) -> tuple[Value, ...]:
-    values = im.emit(reduction.amax, x, dim=axis % x.type.rank, keepdim=keepdim)
-    return (values, im.fallback("aten.max.dim", [x, axis, keepdim], {})[1])
+    attrs: dict[str, Any] = {"dim": axis % x.type.rank, "keepdim": keepdim}
+    indices = im.emit(reduction.argmax, x, **attrs)
+    if x.type.dtype in FLOATS:
+        return (im.emit(reduction.amax, x, **attrs), indices)
+    (largest, _) = reduction.topk.node((x,), {"k": 1, "dim": attrs["dim"]}, im.source()).results
+    return (im.to_shape(largest, indices.type.shape), indices)
+
+
+@_rule("argmax")
+def _argmax(im: Im, x: Value, axis: int | None = None, keepdim: bool = False) -> Any:
+    if axis is None:
+        return NotImplemented
+    return im.emit(reduction.argmax, x, dim=axis % x.type.rank, keepdim=keepdim)
 
 
 @_rule("softmax.int _softmax")

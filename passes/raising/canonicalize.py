@@ -131,7 +131,7 @@ def _outer_product(m: Match) -> Value:
 
 
 # a number scattered to every place of a unit dim is everywhere
-SCATTER_VALUE = pat("aten.scatter.value", X, Pat(where=lambda v: v.op is shape.full))
+SCATTER_VALUE = pat(shape.scatter, X, Pat(where=lambda v: v.op is shape.full))
 
 
 def _scattered_everywhere(m: Match) -> Value:

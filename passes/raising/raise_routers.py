@@ -21,7 +21,7 @@ BEST = Pat(reduce.topk, (GROUPED,), {"k": 2})
 TOP2 = Pat(reduce.sum_, (BEST,))
 MAX = Pat(reduce.amax, (GROUPED,))
 GROUP_TOPK = Pat(reduce.topk, (either(TOP2, MAX),), index=1)
-KEPT = Pat("aten.scatter.value", (Pat(shape.full, attrs={"value": 0}), GROUP_TOPK), {"value": 1})
+KEPT = Pat(shape.scatter, (Pat(shape.full, attrs={"value": 0}), GROUP_TOPK), {"value": 1})
 MASK = Pat(
     pointwise.cast,
     (pat(shape.view, pat(shape.expand, maybe(shape.view, KEPT))),),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from ingot.compiler.ir import Op
@@ -9,7 +11,7 @@ from ingot.compiler.ops import pointwise as ops
 from ingot.compiler.ops.glu import ACTIVATIONS, CLAMPED, glu
 from ingot.compiler.ops.shape import arange, full
 from ingot.compiler.torch_types import torch_dtype
-from kernel_checks import Strided, check_node, run_node
+from kernel_checks import Strided, build_everywhere, check_node, run_node
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNARY = sorted(ops.UNARY, key=lambda op: op.name)
@@ -32,17 +34,34 @@ def test_one_operand(op: Op, dtype: torch.dtype) -> None:
 def test_the_ends_of_the_number_line(op: Op) -> None:
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 100.0, -100.0, 1e-30])
     attrs = {"gelu": {"approximate": "tanh"}, "clamp": {"min": -1.0, "max": torch.inf}}
-    if op.name in ("sin", "cos", "exp"):
+    if op.name in ("sin", "cos", "exp", "expm1"):
         x = x[[0, 1, 4, 7]]
     found, plain, _ = run_node(op, (x,), attrs.get(op.name, {}))
     (expected_,) = plain.reference()
     torch.testing.assert_close(found[0], expected_, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
-def test_tanh_is_right_near_zero() -> None:
-    x = torch.cat([draw(200) * 10.0**e for e in range(-8, 1)])
-    (found,), _, _ = run_node(ops.tanh, (x,), {})
-    torch.testing.assert_close(found.double(), x.double().tanh(), rtol=5e-7, atol=0)
+@pytest.mark.parametrize(
+    ("op", "exact"),
+    [
+        (ops.tanh, torch.tanh),
+        (ops.expm1, torch.expm1),
+        (ops.softplus, torch.nn.functional.softplus),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_right_to_the_last_bits_near_zero_and_far_out(
+    op: Op, exact: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    x = torch.cat([draw(200).clamp(-4, 4) * 10.0**e for e in range(-8, 2)])
+    (found,), _, _ = run_node(op, (x,), {})
+    torch.testing.assert_close(found.double(), exact(x.double()), rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("op", [ops.floor, ops.expm1, ops.softplus], ids=lambda op: op.name)
+def test_they_build_for_every_target(op: Op) -> None:
+    build_everywhere(op, (draw(64, 512, dtype=torch.bfloat16),))
+    build_everywhere(op, (draw(8, 48),))
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.compiler.ir import Op
 from ingot.compiler.ops.hadamard import hadamard
-from ingot.compiler.ops.reduce import amax, mean, softmax, sum_, topk
-from ingot.compiler.ops.shape import cat, gather, slice_scatter
+from ingot.compiler.ops.reduce import amax, argmax, mean, softmax, sum_, topk
+from ingot.compiler.ops.shape import cat, gather, scatter, slice_scatter
 from kernel_checks import Strided, build_everywhere, check_node, run_node
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,6 +97,26 @@ def test_topk_of_equals_takes_the_first_and_nan_is_the_largest() -> None:
     assert indices.tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32, torch.int64, torch.uint8])
+def test_argmax(dtype: torch.dtype) -> None:
+    x = torch.randint(0, 9, (3, 2, 40)).to(dtype)
+    for dim in (0, 1, -1):
+        for keepdim in (True, False):
+            check_node(argmax, (x,), {"dim": dim, "keepdim": keepdim})
+    check_node(argmax, (Strided(x[0]),), {"dim": 0, "keepdim": False})
+
+
+def test_argmax_of_equals_takes_the_first_and_nan_is_the_largest() -> None:
+    x = torch.full((4, 9001), -torch.inf)
+    x[1, 7000], x[1, 8000], x[2, 5000:] = 2.0, 2.0, torch.nan
+    x[3, 3], x[3, 8500] = -0.0, 0.0
+    (found,), _, _ = run_node(argmax, (x,), {"dim": -1, "keepdim": False})
+    assert found.tolist() == [0, 7000, 5000, 3]
+    least = torch.full((1, 300), torch.iinfo(torch.int64).min)
+    (found,), _, _ = run_node(argmax, (least,), {"dim": -1, "keepdim": True})
+    assert found.tolist() == [[0]]
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), st.data())
 @settings(max_examples=20, deadline=None)
 def test_topk_is_a_stable_sort(numbers: list[float], data: st.DataObject) -> None:
@@ -112,6 +132,7 @@ def test_topk_is_a_stable_sort(numbers: list[float], data: st.DataObject) -> Non
     ("op", "attrs"),
     [
         *((op, {"dim": -1, "keepdim": True}) for op in REDUCTIONS),
+        (argmax, {"dim": -1, "keepdim": True}),
         (softmax, {"dim": -1}),
         (topk, {"dim": -1, "k": 3}),
         (hadamard, {"block": 32}),
@@ -135,6 +156,25 @@ def test_gather(dim: int, dtype: torch.dtype) -> None:
     check_node(gather, (x, index), {"dim": dim}, tolerance=1e-9)
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_scatter(dim: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(4, 5, 6) * 9).to(dtype)
+    shape = list(x.shape)
+    shape[dim] = 3
+    index = torch.randint(0, x.shape[dim], shape)
+    value = 1 if dtype == torch.bool else -3
+    check_node(scatter, (x, index), {"dim": dim, "value": value}, tolerance=1e-9)
+    check_node(scatter, (Strided(x), index), {"dim": dim, "value": value}, tolerance=1e-9)
+
+
+def test_infinity_is_scattered_and_no_index_leaves_all_as_it_is() -> None:
+    x = torch.randn(3, 300)
+    index = torch.randint(0, 300, (3, 200))
+    check_node(scatter, (x, index), {"dim": 1, "value": -torch.inf})
+    check_node(scatter, (x, index[:, :0]), {"dim": 1, "value": 0.0}, tolerance=1e-9)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("block", [1, 2, 16, 32, 128, 1024])
 def test_hadamard(block: int, dtype: torch.dtype) -> None:
@@ -148,5 +188,8 @@ def test_they_build_for_every_target() -> None:
     build_everywhere(amax, (x,), {"dim": 0, "keepdim": True})
     build_everywhere(softmax, (torch.randn(4, 128),), {"dim": -1})
     build_everywhere(topk, (torch.randn(4, 256),), {"k": 8, "dim": -1})
-    build_everywhere(gather, (x, torch.zeros(4, 8, dtype=torch.int64)), {"dim": -1})
+    build_everywhere(argmax, (x,), {"dim": -1, "keepdim": False})
+    index = torch.zeros(4, 8, dtype=torch.int64)
+    build_everywhere(gather, (x, index), {"dim": -1})
+    build_everywhere(scatter, (x, index), {"dim": -1, "value": 1.0})
     build_everywhere(hadamard, (x,), {"block": 32})

@@ -27,6 +27,12 @@ def test_take(shape: tuple[int, ...]) -> None:
     check_node(take, (torch.randint(0, 99, shape), rows))
 
 
+def test_take_by_several_dims_of_rows() -> None:
+    rows = torch.tensor([[5, 0], [3, 5], [1, 1]])
+    check_node(take, (torch.randn(6), rows), tolerance=1e-9)
+    check_node(take, (torch.randn(6, 3, 5), rows), tolerance=1e-9)
+
+
 def test_take_of_a_slice() -> None:
     rows = torch.tensor([2, 0], dtype=torch.int32)
     check_node(take, (Strided(torch.randn(4, 10)), rows), tolerance=1e-9)

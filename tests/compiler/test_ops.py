@@ -281,6 +281,8 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: _call("cat", "f32[4, 6]", "f32[5, 6]", dim=1), "differs from .* in more than dim 1"),
     (lambda: _call("cat", dim=1), "at least one operand"),
     (lambda: _call("take", "f32[4, 6]", "f32[2]"), "i32 or i64 rows"),
+    (lambda: _call("scatter", "f32[4, 6]", "i64[5, 2]", dim=1, value=0), "expected i64 indices"),
+    (lambda: _call("argmax", "bool[4, 6]", dim=1, keepdim=True), "expected numbers in order"),
     (lambda: _call("gather", "f32[4, 6]", "i64[5, 2]", dim=1), "expected i64 indices like"),
     (lambda: _call("topk", "f32[4, 6]", k=7, dim=1), "expected 1 <= k <= dim 1 .*found k = 7"),
     (lambda: _call("topk", "f32[4, T]", k=1, dim=1), "expected 1 <= k"),
@@ -456,6 +458,16 @@ def test_activations_agree_with_torch_also_far_out(name: str, dtype: str) -> Non
         torch.testing.assert_close(
             glu.ACTIVATIONS[name](infinite), TORCH_ACTIVATIONS[name](infinite), equal_nan=True
         )
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+def test_softplus_agrees_with_torch_also_far_out(dtype: str) -> None:
+    x = torch.cat((torch.linspace(-25, 25, 97), torch.tensor([-80, -0.0, 100, 1e4, math.inf])))
+    x = x.to(torch_dtype(dtype))
+    (found,) = pointwise.softplus.reference(x)
+    expected = torch.nn.functional.softplus(x.double())
+    rounding = {"f32": 1e-6, "f64": 1e-9, "bf16": 1e-2}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=0)
 
 
 def test_clamped_swiglu_is_that_of_gpt_oss() -> None:

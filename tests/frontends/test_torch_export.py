@@ -184,7 +184,14 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "clamp_min": lambda m, i: m.clamp_min(0.2),
     "clamp_max": lambda m, i: torch.clamp_max(m, 0.2),
     "clamp by numbers in place": lambda m, i: torch.clip(m, -1, 1),
-    "clamp of ints": lambda m, i: i.clamp(1, 2),
+    "clamp of ints": lambda m, i: (i.clamp(1, 2), i.clamp(min=2)),
+    "clamp by tensors": lambda m, i: (m.clamp(-m * m, m * m), i.clamp(max=m), m.clamp(min=i)),
+    "clamp_min by a tensor": lambda m, i: torch.clamp_min(m, i).clamp_max(i + m),
+    "max and min of two": lambda m, i: (torch.max(m, -m), torch.min(m, i)),
+    "floor": lambda m, i: torch.floor(m * 3) + (i // 2),
+    "softplus": lambda m, i: (nn.functional.softplus(m), nn.functional.softplus(m, 2, 40)),
+    "softplus with a near threshold": lambda m, i: nn.functional.softplus(m, 1, 0.5),
+    "expm1": lambda m, i: m.expm1() + i.expm1(),
     "where": lambda m, i: torch.where(m > 0, m, -m),
     "where with numbers": lambda m, i: torch.where(m > 0, m, 0.5) + torch.where(m > 0, 1, m),
     "masked_fill": lambda m, i: m.masked_fill(i > 1, float("-inf")),
@@ -210,6 +217,8 @@ ALONG: dict[str, Callable[..., Any]] = {
     "sum of all": lambda x: x.sum(),
     "amax": lambda x: x.amax(-1),
     "max.dim": lambda x: tuple(x.max(-1)),
+    "max.dim of ints": lambda x: tuple((x * 9).long().max(1)),
+    "concat": lambda x: torch.concat((x, torch.concatenate([x, -x], 1)), 1),
     "values of max.dim": lambda x: x.max(1, keepdim=True)[0],
     "softmax": lambda x: x.softmax(-1),
     "softmax to a dtype": lambda x: torch.softmax(x, 1, dtype=torch.float64),
@@ -217,10 +226,43 @@ ALONG: dict[str, Callable[..., Any]] = {
     "topk unsorted": lambda x: x.topk(2, dim=1, sorted=False)[0].sum(1),
     "the smallest": lambda x: tuple(x.topk(2, dim=-1, largest=False)),
     "cumsum": lambda x: x.cumsum(-1),
-    "argmax": lambda x: x.argmax(-1),
+    "argmax": lambda x: x.argmax(-1, keepdim=True),
+    "argmax of all": lambda x: x.argmax(),
     "gather": lambda x: x.gather(-1, x.topk(2, -1)[1]),
     "group limit": lambda x: torch.zeros_like(x[:, 0]).scatter_(1, x[:, 0].topk(2, -1)[1], 1),
 }
+
+
+TABLE = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(0))
+INDEXED: dict[str, Callable[..., Any]] = {
+    "rows": lambda x, i: TABLE[i],
+    "rows from the end": lambda x, i: TABLE[i - 4],
+    "rows by indices of topk": lambda x, i: TABLE[x[:, :4, 0].topk(2, -1)[1]],
+    "elements of a vector": lambda x, i: TABLE[:, 0, 0][i],
+    "a middle dim": lambda x, i: x[:, i],
+    "the last dim": lambda x, i: x[..., i],
+    "by 8 bits": lambda x, i: TABLE[i.to(torch.int8)],
+    "of ints": lambda x, i: (TABLE * 9).long()[i],
+    "two dims": lambda x, i: TABLE[i, i[:, :1] * 0 - 2],
+    "two dims behind": lambda x, i: TABLE[:, i, i],
+    "two dims apart": lambda x, i: TABLE[i, :, i],
+}
+UNCHANGED: dict[str, Callable[..., Any]] = {
+    "a number scattered into a part": lambda x: x.scatter(1, x[:2, :, :2].long() * 0 + 1, 7),
+    "of tokens": lambda x: x[x[:, 0, 0].long() * 0],
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_indices_that_are_tensors(name: str) -> None:
+    found = ops(assert_imports(INDEXED[name], X, IDS[:, :2]))
+    assert found["take"] and not [op for op in found if op.startswith("aten.")]
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_indices_that_stay_as_they_are(name: str) -> None:
+    found = ops(assert_imports(UNCHANGED[name], X))
+    assert [op for op in found if op.startswith("aten.")]
 
 
 @pytest.mark.parametrize("name", ALONG)

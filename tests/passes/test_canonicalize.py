@@ -113,12 +113,12 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "scatter-everywhere": (
         (
             "%0 = view(@w, shape=[6, 1])\n%1 = full(value=0, shape=[6, 1], dtype='i64')\n"
-            "%2 = aten.scatter.value(%0, %1, dim=1, value=3) : f32[6, 1]\nreturn %2"
+            "%2 = scatter(%0, %1, dim=1, value=3) : f32[6, 1]\nreturn %2"
         ),
         ["%0 = full(value=3, shape=[6, 1], dtype='f32')", "return %0"],
         (
             "%1 = full(value=0, shape=[8, 1], dtype='i64')\n"
-            "%2 = aten.scatter.value(@table, %1, dim=1, value=3)\nreturn %2"
+            "%2 = scatter(@table, %1, dim=1, value=3)\nreturn %2"
         ),
     ),
     "permute-of-permute": (

@@ -53,7 +53,7 @@ def router_text(
             LIMIT[limit],
             "%gv, %gi = topk(%best, k=2, dim=1)",
             f"%zero = full(value=0, shape=[T, {GROUPS}], dtype='f32')",
-            "%kept = aten.scatter.value(%zero, %gi, dim=1, value=1)",
+            "%kept = scatter(%zero, %gi, dim=1, value=1)",
             f"%kc = view(%kept, shape=[T, {GROUPS}, 1])",
             f"%ke = expand(%kc, shape=[T, {GROUPS}, {EXPERTS // GROUPS}])",
             f"%kv = view(%ke, shape=[T, {EXPERTS}])",

@@ -1,4 +1,5 @@
-"""Arithmetic that tl lacks: an order of floats, powers, tanh, sine and cosine of large angles."""
+"""Arithmetic that tl lacks: an order of floats, powers, tanh, expm1, softplus, sine and cosine of
+large angles."""
 
 from __future__ import annotations
 
@@ -23,6 +24,32 @@ def tanh(x):
         series = x * (1 + z * (-1 / 3 + z * (2 / 15 + z * (-17 / 315 + z * (62 / 2835)))))
         result = tl.where(tl.abs(x) < 0.25, series, result)
     return result
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 of floats; in f32 also right to the last bits near 0, where it is a series."""
+    result = tl.exp(x) - 1
+    if x.dtype != tl.float64:
+        tail = 1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880))))
+        series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * tail))))
+        result = tl.where(tl.abs(x) < 0.5, series, result)
+    return result
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) of floats; in f32 right to the last bits, by the series of artanh."""
+    e = tl.exp(-tl.abs(x))
+    if x.dtype == tl.float64:
+        more = tl.log(1 + e)
+    else:
+        # log(1 + e) == 2 artanh(z), and z is at most 1/3.
+        z = tl.div_rn(e, 2 + e)
+        s = z * z
+        tail = 1 / 9 + s * (1 / 11 + s * (1 / 13 + s * (1 / 15)))
+        more = 2 * z * (1 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * tail))))
+    return tl.maximum(x, 0.0) + more
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What looks along one dim: sums, means, extrema, softmax, top-k, gather, blocks rotated."""
+"""What looks along one dim: sums, means, extrema, softmax, top-k, blocks rotated."""
 
 from __future__ import annotations
 
@@ -112,6 +112,46 @@ def reduced(query: KernelQuery) -> Candidate | Declined:
     return _launch(query, reduce_kernel, KIND=query.op.name)
 
 
+# ---- argmax
+
+
+@triton.jit
+def _key(y):
+    """Numbers as i64 in the same order, NaN above all."""
+    if y.dtype.is_floating():
+        key = ordered(y.to(tl.float32)).to(tl.int64)
+    else:
+        key = y.to(tl.int64)
+    return key
+
+
+@triton.jit
+def argmax_kernel(lines, out, BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr):
+    """A program a line: where its largest is, of equals the first."""
+    pdl_wait(PROGRAMMATIC)
+    line = tl.program_id(0)
+    N: tl.constexpr = lines.N
+    x = lines.x + _line(line, lines.SHAPE, lines.STRIDES)
+    best = tl.full((BLOCK,), -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
+    place = tl.arange(0, BLOCK)
+    for start in tl.range(0, N, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        key = _key(tl.load(x + at * lines.STEP, mask=at < N, other=0))
+        more = (key > best) & (at < N)
+        best = tl.where(more, key, best)
+        place = tl.where(more, at, place)
+    first = tl.min(tl.where(best == tl.max(best, 0), place, N), 0)
+    tl.store(out + _line(line, lines.SHAPE, lines.OUT_STRIDES), first.to(tl.int64))
+
+
+def argmax(query: KernelQuery) -> Candidate | Declined:
+    """argmax(x) along one dim."""
+    size = query.args[0].shape[query.attrs["dim"] % len(query.args[0].shape)]
+    if not size:
+        return Declined(f"argmax of no elements: {query.args[0].type}")
+    return _launch(query, argmax_kernel, (*_FLOATS, *_INTEGERS))
+
+
 # ---- softmax
 
 
@@ -176,10 +216,7 @@ def topk_kernel(
     to = _line(line, lines.SHAPE, lines.OUT_STRIDES)
     at = tl.arange(0, BLOCK)
     y = tl.load(x + at * lines.STEP, mask=at < lines.N, other=0)
-    if y.dtype.is_floating():
-        key = ordered(y.to(tl.float32)).to(tl.int64)
-    else:
-        key = y.to(tl.int64)
+    key = _key(y)
     left = (at < lines.N).to(tl.int32)
     for i in tl.range(0, TOP):
         # Only in a line of smallest numbers is what is taken as large as what is left.
@@ -203,61 +240,6 @@ def topk(query: KernelQuery) -> Candidate | Declined:
     step, top = query.results[0].strides[axis], query.attrs["k"]
     dtypes = (*_FLOATS, *_INTEGERS)
     return _launch(query, topk_kernel, dtypes, BLOCK=_LONGEST_HELD, OUT_STEP=step, TOP=top)
-
-
-# ---- gather: result[.., i, ..] = x[.., index[.., i, ..], ..]
-
-
-@triton.jit
-def gather_kernel(
-    x,
-    index,
-    out,
-    count,
-    ROWS: tl.constexpr,
-    PICKED: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
-):
-    """x is [outer, ROWS, INNER], index and out [outer, PICKED, INNER]: `count` elements, dense. An
-    index outside the rows, which no caller gives, reads row 0."""
-    pdl_wait(PROGRAMMATIC)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    row = tl.load(index + at, mask=inside, other=0)
-    row = tl.where((row >= 0) & (row < ROWS), row, 0)
-    outer = at // (PICKED * INNER)
-    value = tl.load(x + (outer * ROWS + row) * INNER + at % INNER, mask=inside)
-    tl.store(out + at, value, mask=inside)
-
-
-def gather(query: KernelQuery) -> Candidate | Declined:
-    """gather(x, index) along one dim."""
-    x, index = query.args
-    if not x.dense or not index.dense or x.packed:
-        return Declined(f"x {x.type} or indices {index.type} are not dense")
-    axis = query.attrs["dim"] % len(x.shape)
-    count = prod(index.shape)
-    if not count:
-        return Candidate((), 0.0, "nothing to gather")
-    block = 256
-    call = Call(
-        gather_kernel,
-        {
-            "x": Arg(0),
-            "index": Arg(1),
-            "out": Result(0),
-            "count": count,
-            "ROWS": x.shape[axis],
-            "PICKED": index.shape[axis],
-            "INNER": prod(x.shape[axis + 1 :]),
-            "BLOCK": block,
-        },
-        (-(-count // block), 1, 1),
-        (Result(0),),
-    )
-    return Candidate((call,), query.seconds(1), "element by element")
 
 
 # ---- hadamard
@@ -323,8 +305,8 @@ TEMPLATES = {
     "sum": (reduced,),
     "mean": (reduced,),
     "amax": (reduced,),
+    "argmax": (argmax,),
     "softmax": (softmax,),
     "topk": (topk,),
-    "gather": (gather,),
     "hadamard": (hadamard,),
 }
