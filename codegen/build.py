@@ -86,8 +86,8 @@ def build(
                 _write(folder, key, target, built)
             return built
 
-    # Triton and the assemblers hold no lock while they work: threads are as good as processes,
-    # which would have to start the caller's program anew.
+    # Triton's passes and the assemblers hold no lock while they work, and the rest is Python:
+    # threads are as good as processes, which would have to start the caller's program anew.
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         jobs = {pool.submit(make, source, 0.0): source for source in missing}
         try:
@@ -127,7 +127,8 @@ def compiled(source: KernelSource, target: Target) -> Any:
     try:
         return triton.compile(source.ast_source(), target=gpu, options=options)
     except Exception as error:  # Triton raises whatever its passes raise
-        raise BuildError(f"kernel {name} for {target.name}: {error}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise BuildError(f"kernel {name} for {target.name}: {cause}") from error
 
 
 def build_one(source: KernelSource, target: Target) -> Built:

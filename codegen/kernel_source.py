@@ -11,6 +11,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from ..compiler.ast_lock import AST_LOCK
 from ..compiler.dtypes import DTYPES
 from ..runtime.program import Argument
 
@@ -18,6 +19,25 @@ TRITON_TYPES = {name: dtype.triton for name, dtype in DTYPES.items() if dtype.tr
 
 # The constant of a function that waits for earlier launches itself: see templates.pdl.
 PROGRAMMATIC = "PROGRAMMATIC"
+
+
+class _TritonSource(ASTSource):
+    """As Triton's; one thread at a time parses functions and walks their trees.
+
+    Threads lose nothing by it: that is Python, which runs one thread at a time anyway.
+    """
+
+    def make_ir(self, *args: Any, **named: Any) -> Any:
+        with AST_LOCK:
+            return super().make_ir(*args, **named)
+
+
+class _GluonSource(GluonASTSource):
+    """As _TritonSource, of a Gluon function."""
+
+    def make_ir(self, *args: Any, **named: Any) -> Any:
+        with AST_LOCK:
+            return super().make_ir(*args, **named)
 
 
 def triton_type(kind: str) -> str:
@@ -75,13 +95,15 @@ class KernelSource:
                 f"kernel {function.__name__}: expected parameters {names}, found arguments "
                 f"{[*arguments]} (amiss: {sorted(amiss)})"
             )
+        with AST_LOCK:  # Triton parses the function, and what it calls, to hash it
+            key = function.cache_key
         return cls(
             function,
             tuple((n, arguments[n]) for n in names),
             num_warps,
             num_stages,
             programmatic and PROGRAMMATIC in names,
-            function.cache_key,
+            key,
         )
 
     def _leaves(self) -> Iterator[tuple[tuple[int, ...], str, Any]]:
@@ -126,7 +148,7 @@ class KernelSource:
             for place, _, v in self._leaves()
             if isinstance(v, Argument) and v.multiple > 1
         }
-        source = GluonASTSource if self.function.is_gluon() else ASTSource
+        source = _GluonSource if self.function.is_gluon() else _TritonSource
         return source(self.function, signature, constants, promises)
 
     def bound(self, args: tuple[Any, ...]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import sympy
 
+from .ast_lock import parse_expression
 from .dtypes import DTYPES
 from .ir import Graph, Node, Op, Value, show_attr
 from .ops.aten import aten_op
@@ -65,7 +66,7 @@ def parse_type(text: str) -> TensorType:
     found = re.fullmatch(r"\s*(\w+)\[(.*)\]\s*", text)
     if not found or found[1] not in DTYPES:
         raise ParseError(f"expected a type such as f32[T, 64], found {text!r}")
-    dims = _attr(ast.parse(f"[{found[2]}]", mode="eval").body)
+    dims = _attr(parse_expression(f"[{found[2]}]"))
     for d in dims:
         if isinstance(d, bool) or not isinstance(d, int | sympy.Expr):
             raise ParseError(f"expected a dim, found {d!r}")
@@ -114,7 +115,7 @@ def _argument(tree: ast.expr, values: Mapping[str, Value]) -> Value:
 def _parse_node(line: str, values: dict[str, Value]) -> None:
     left, _, rest = line.partition(" = ")
     call_text, _, type_text = rest.rpartition(" : ")
-    call = ast.parse(_REF.sub(_reference, call_text), mode="eval").body
+    call = parse_expression(_REF.sub(_reference, call_text))
     if not isinstance(call, ast.Call):
         raise ParseError("expected an op applied to arguments")
     name = ast.unparse(call.func)
@@ -193,7 +194,7 @@ def parse(text: str) -> Graph:
 
 
 def _root(text: str, values: Mapping[str, Value]) -> Value:
-    return _argument(ast.parse(_REF.sub(_reference, text), mode="eval").body, values)
+    return _argument(parse_expression(_REF.sub(_reference, text)), values)
 
 
 def _canonical(graph: Graph) -> Any:
