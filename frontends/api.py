@@ -13,7 +13,7 @@ from ..codegen.cpu import CpuDriver
 from ..codegen.lower import Lowered
 from ..compiler.target import target_of
 from ..passes.transforms.mxfp4_policy import MXFP4
-from ..runtime.artifact.writer import check_free
+from ..runtime.artifact.atomic_write import check_free
 from ..runtime.driver import Driver
 from ..runtime.serving.session import Session
 from .aot import export

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ...compiler.torch_types import torch_dtype
 from ...compiler.types import TensorType
 from ...passes.pipelines import RAISING
 from ...passes.transforms.mxfp4_policy import MXFP4, find_sites
+from ...runtime.artifact.atomic_write import AtomicWrite
 from ...runtime.artifact.safetensors_file import Item
 from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import MetaModel, build_meta_model, read_config
@@ -70,15 +70,12 @@ def quantize_directory(
 
     The format is gpt-oss's own for a gpt-oss, compressed-tensors for others: transformers reads the
     experts of gpt-oss in its own format alone, and no others. `progress` gets the bytes written and
-    the total. The directory takes its name at the end; a failure leaves nothing. ValueError for a
-    target that exists and options that a format lacks; SourceError for a model that cannot be read,
-    is in MXFP4 already, or holds NaN.
+    the total. The directory takes its name at the end; a failure leaves nothing. FileExistsError
+    for a target that exists; ValueError for options that a format lacks; SourceError for a model
+    that cannot be read, is in MXFP4 already, or holds NaN.
     """
     source, target = Path(source), Path(target)
-    if target.exists() or target.is_symlink():
-        raise ValueError(f"{target}: exists already; it is not overwritten")
-    if not target.parent.is_dir():
-        raise ValueError(f"{target.parent}: no such directory")
+    writing = AtomicWrite(target)
     config = read_config(source)
     # This one is not traced: it says the modules and parameter names.
     meta = build_meta_model(config, attn_implementation="eager", experts_implementation="eager")
@@ -99,16 +96,12 @@ def quantize_directory(
         if progress:
             progress(done, total)
 
-    partial = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        partial.chmod(0o755)
-        write_checkpoint(partial, items, shard_bytes, written)
-        _write_config(source, partial, plan.quantization_config())
-        _copy_others(source, partial)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with writing:
+        writing.content.mkdir()
+        write_checkpoint(writing.content, items, shard_bytes, written)
+        _write_config(source, writing.content, plan.quantization_config())
+        _copy_others(source, writing.content)
+        writing.publish()
     before = sum(tensor.nbytes for tensor in stored.values())
     return Exported(target, format_, tuple(plan.quantized), plan.kept, before, total)
 

@@ -2,5 +2,5 @@
 
 `reader` (opens and validates one) over `manifest`, `files` (a directory or, by `stored_zip`, a
 zip), `plan_json` (a program as JSON), `strict_json` (schema validation of untrusted JSON) and
-`safetensors_file` (read and written); `writer` (atomic writing).
+`safetensors_file` (read and written); `writer` over `atomic_write` (whole or not at all).
 """

@@ -1,28 +1,20 @@
-"""Writes an ingot atomically: to a hidden temporary path, renamed after everything is synced.
-
-A temporary path that a killed process leaves behind is refused by the reader.
-"""
+"""Writes an ingot, a zip or a directory, whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from msgspec import structs
 
-from .files import UNFINISHED
+from .atomic_write import AtomicWrite
 from .manifest import MANIFEST, FileFact, Manifest, is_file_name
-from .reader import read_ingot_manifest
-from .strict_json import IngotError
 
 SUFFIX = ".ingot"  # of a zip; everything else is a directory
 # Alignment in bytes of files in a zip, by an extra field of zeros.
@@ -43,16 +35,19 @@ class IngotWriter:
         """FileExistsError if `path` exists, except an ingot with `overwrite`."""
         self.path = Path(path)
         self._files: dict[str, FileFact] = {}
-        check_free(self.path, overwrite)
-        beside = f".{self.path.name}.{secrets.token_hex(4)}{UNFINISHED}"
-        self._beside = self.path.parent / beside
+        self._write = AtomicWrite(self.path, overwrite=overwrite)
         self._zip: zipfile.ZipFile | None = None
+        self._opened = ExitStack()
 
     def __enter__(self) -> IngotWriter:
-        if self.path.suffix == SUFFIX:
-            self._zip = zipfile.ZipFile(self._beside, "x", zipfile.ZIP_STORED)
-        else:
-            self._beside.mkdir()
+        with self._opened as opened:
+            content = opened.enter_context(self._write).content
+            if self.path.suffix == SUFFIX:
+                self._zip = zipfile.ZipFile(content, "x", zipfile.ZIP_STORED)
+                opened.callback(self._close_zip)
+            else:
+                content.mkdir()
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(
@@ -61,9 +56,7 @@ class IngotWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._zip is not None:
-            self._zip.close()
-        _remove(self._beside)
+        self._opened.__exit__(kind, error, trace)
 
     def add(self, name: str, data: bytes) -> None:
         """Add one small file."""
@@ -97,18 +90,13 @@ class IngotWriter:
             out.write(data)
         if self._zip is not None:
             self._zip.close()
-            _sync(self._beside)
-        else:
-            for folder in (*(p for p in self._beside.iterdir() if p.is_dir()), self._beside):
-                _sync(folder)
-        aside = self._beside.with_suffix(".old")
-        # A file takes the place of a file in one step; a directory must make way first.
-        if self.path.exists() and (self._zip is None or self.path.is_dir()):
-            self.path.rename(aside)
-        self._beside.replace(self.path)
-        _sync(self.path.parent)
-        _remove(aside)
+        self._write.publish()
         return complete
+
+    def _close_zip(self) -> None:
+        if self._zip is not None:
+            with suppress(OSError):  # it is closed all the same, and not to be kept
+                self._zip.close()
 
     @contextmanager
     def _open(self, name: str, size: int) -> Generator[IO[bytes]]:
@@ -116,12 +104,10 @@ class IngotWriter:
             with self._open_in_zip(self._zip, name, size) as file:
                 yield file
             return
-        path = self._beside / name
+        path = self._write.content / name
         path.parent.mkdir(exist_ok=True)
         with path.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
 
     def _open_in_zip(self, archive: zipfile.ZipFile, name: str, size: int) -> IO[bytes]:
         wide = size * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile decides
@@ -132,35 +118,3 @@ class IngotWriter:
         padding = -(archive.start_dir + head) % _ALIGNMENT
         info.extra = struct.pack("<2H", _PADDING, padding) + bytes(padding)
         return archive.open(info, "w", force_zip64=wide)
-
-
-def check_free(path: Path, overwrite: bool) -> None:
-    """FileExistsError if `path` exists, except an ingot with `overwrite`.
-
-    FileNotFoundError if its parent directory does not exist.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such directory")
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{path} is there already: expected a new path")
-    try:
-        read_ingot_manifest(path)
-    except IngotError as error:
-        raise FileExistsError(f"{path} is no ingot, so it is not replaced") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

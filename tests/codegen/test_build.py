@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import gc
 import json
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,6 +24,7 @@ from ingot.codegen.kernel_source import KernelSource
 from ingot.codegen.templates.generated import from_text
 from ingot.codegen.templates.rowwise.copy import copy_kernel
 from ingot.compiler.target import GPUS, Target, target_of
+from ingot.compiler.text import parse_type
 from ingot.runtime.devices.elf import code_target
 from ingot.runtime.program import Argument, Kernel
 
@@ -86,6 +92,46 @@ def test_many_may_build_at_once(tmp_path: Path) -> None:
         found = [job.result() for job in jobs]
     assert all(f == found[0] for f in found)
     assert len(files(tmp_path)) == 2 * len(wanted)
+
+
+class Cycle:
+    """Garbage whose end runs Python, in which threads may switch."""
+
+    def __init__(self) -> None:
+        self.self = self
+
+    def __del__(self) -> None:
+        time.sleep(0)
+
+
+@pytest.fixture
+def garbage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Garbage is collected often, and interrupts whoever parses, as by chance otherwise."""
+    parse = ast.parse
+
+    def littered(*args: Any, **options: Any) -> Any:
+        Cycle()
+        return parse(*args, **options)
+
+    monkeypatch.setattr(ast, "parse", littered)
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(100)
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+    gc.set_threshold(*threshold)
+
+
+@pytest.mark.usefixtures("garbage")
+def test_threads_take_turns_with_the_parser(tmp_path: Path) -> None:
+    """Python 3.11 gives threads that parse at once one counter: "recursion depth mismatch"."""
+    deep = "+".join(["((tl.load(x + at)))"] * 60)
+    texts = [TWICE.replace("tl.load(x + at) * 2", f"{deep} + {i}") for i in range(16)]
+    with ThreadPoolExecutor(4) as pool:  # as several callers: hashing a source parses, too
+        wanted = list(pool.map(partial(source, 32), texts))
+        types = list(pool.map(parse_type, (f"f32[{'+'.join(['T'] * n)}]" for n in range(1, 200))))
+    assert len(build(wanted, SM_90, cache=tmp_path, workers=4)) == len(texts)
+    assert len(types) == 199
 
 
 def files(folder: Path) -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 from ingot.compiler.microscaling import decode, encode
 from ingot.frontends.checkpoints import export_quantized, safetensors_files
 from ingot.frontends.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +21,8 @@ from ingot.frontends.cli.main import app
 from ingot.frontends.importers.meta_model import build_meta_model, read_config
 from ingot.frontends.importers.source_error import SourceError
 from ingot.passes.transforms.mxfp4_policy import MXFP4
+from ingot.runtime.artifact import atomic_write
+from ingot.runtime.artifact.atomic_write import AtomicWrite
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
@@ -188,15 +193,57 @@ def test_nothing_is_left_behind(saved: Callable[..., Path], tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
+def test_what_came_meanwhile_is_kept(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, sync = saved("llama"), atomic_write._sync_below
+
+    def late(path: Path) -> None:
+        sync(path)
+        (tmp_path / "out").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(atomic_write, "_sync_below", late)
+    with pytest.raises(FileExistsError, match="out came to be there meanwhile, and is kept"):
+        quantize_directory(source, tmp_path / "out", MXFP4())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "out"]
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("nbytes", [0, 2000, 20_000])
+def test_a_full_disk_names_the_path(
+    saved: Callable[..., Path], tmp_path: Path, nbytes: int
+) -> None:
+    source = saved("llama")
+    with (
+        files_of_at_most(nbytes),
+        pytest.raises(OSError, match=f"File too large: '{tmp_path}/out'"),
+    ):
+        quantize_directory(source, tmp_path / "out", MXFP4())
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def test_the_next_removes_what_a_killed_one_left(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, child = saved("llama"), os.fork()
+    if child == 0:
+        AtomicWrite(tmp_path / "out").__enter__().content.mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    quantize_directory(source, tmp_path / "out", MXFP4())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "out"]
+
+
 def test_what_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("llama")
     (tmp_path / "there").mkdir()
-    for target, options, error in (
-        ("there", MXFP4(), "exists already"),
-        ("no/where", MXFP4(), "no such directory"),
-        ("out", MXFP4(group=16), "compressed-tensors has groups of 32, found 16"),
+    for target, options, kind, error in (
+        ("there", MXFP4(), FileExistsError, "is there already: expected a new path"),
+        ("no/where", MXFP4(), FileNotFoundError, "no such directory"),
+        ("out", MXFP4(group=16), ValueError, "compressed-tensors has groups of 32, found 16"),
     ):
-        with pytest.raises(ValueError, match=error):
+        with pytest.raises(kind, match=error):
             quantize_directory(source, tmp_path / target, options)
     fixture = Path(__file__).parents[1] / "fixtures" / "quantized" / "quark_mxfp4"
     with pytest.raises(SourceError, match="is in MXFP4 already"):
@@ -230,7 +277,7 @@ def test_command(saved: Callable[..., Path], tmp_path: Path) -> None:
     assert "10 weights in MXFP4 (compressed-tensors)" in result.output
     assert "matches keep='*k_proj*'" in result.output
     again = run(app, arguments)
-    assert again.exit_code == 2 and "exists already; it is not overwritten" in again.output
+    assert again.exit_code == 2 and "is there already" in again.output
     wrong = run(app, [*arguments, "--scale", "nearest"])
     assert wrong.exit_code == 2 and "scale: expected one of" in wrong.output
     as_json = run(app, ["quantize", str(source), "-o", str(tmp_path / "two"), "--json"])
