@@ -197,7 +197,13 @@ def _index_select(im: Im, x: Value, axis: int, rows: Value) -> Any:
 
 @_rule("gather")
 def _gather(im: Im, x: Value, axis: int, index: Value, **kwargs: Any) -> Value:
-    return im.emit(shape.gather, x, index, dim=axis % x.type.rank)
+    axis = axis % x.type.rank
+    if x.node.is_constant and x.type.shape[:axis] == (1,) * (x.type.rank - 1):
+        # One row of a table by the index of each token: the tokens are the only dim that counts.
+        table, rows = im.to_shape(x, x.type.shape[-1:]), im.to_shape(index, index.type.shape[-1:])
+        taken = im.emit(shape.take, table, im.to_dtype(rows, "i32"))
+        return im.to_shape(taken, index.type.shape)
+    return im.emit(shape.gather, x, index, dim=axis)
 
 
 _rule("scatter.value")(indexing.scatter)

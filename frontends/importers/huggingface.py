@@ -29,8 +29,16 @@ from ...compiler.weights import Weights
 from ..checkpoints.checkpoint import open_checkpoint, weights_of
 from ..checkpoints.safetensors_files import holds_weights
 from .attention_masks import AttentionMask, described_masks
-from .in_memory import traceable_model
-from .meta_model import MetaModel, PreTrainedConfig, PreTrainedModel, build_meta_model, read_config
+from .default_positions import default_position_offset
+from .in_memory import meta_copy, traceable_model
+from .meta_model import (
+    MetaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    build_meta_model,
+    long_rope_limit,
+    read_config,
+)
 from .source_error import UnsupportedModel
 from .torch_export import Imported, ImportFailure, import_program
 from .traced_ops import register
@@ -58,26 +66,32 @@ class HuggingFaceModel:
 
 
 class _Logits(torch.nn.Module):
-    """The forward pass that is traced: no cache, positions given."""
+    """The forward pass that is traced: no cache, positions given, which count from `offset`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, offset: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.offset = model, offset
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        position_ids = position_ids + self.offset if self.offset else position_ids
         output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return output.logits
 
 
-def trace(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
-    """The functional program of a model: ids and positions [1, T] -> logits [1, T, V]."""
+def trace(model: PreTrainedModel, max_tokens: int, offset: int = 0) -> ExportedProgram:
+    """The functional program of a model: ids and positions [1, T] -> logits [1, T, V].
+
+    `offset` is added to the positions. ImportFailure names the line that cannot be traced.
+    """
     ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device=model.device)
     tokens = Dim("T", min=1, max=max(max_tokens, _SAMPLE_TOKENS))
     try:
         with torch.no_grad(), described_masks(max_tokens), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # torch's own
             program = export(
-                _Logits(model), (ids, ids.clone()), dynamic_shapes=({1: tokens}, {1: tokens})
+                _Logits(model, offset),
+                (ids, ids.clone()),
+                dynamic_shapes=({1: tokens}, {1: tokens}),
             )
             return program.run_decompositions({})
     except UnsupportedModel:
@@ -102,9 +116,9 @@ def _token_input(name: str, traced: TensorType) -> tuple[Value, Value]:
     return declared, view(cast(declared, dtype=traced.dtype), shape=traced.shape)
 
 
-def _import_traced(meta: MetaModel, name: str, max_tokens: int) -> Imported:
+def _import_traced(meta: MetaModel, name: str, max_tokens: int, offset: int) -> Imported:
     imported = import_program(
-        trace(meta.model, max_tokens),
+        trace(meta.model, max_tokens, offset),
         name,
         symbols={"T": range(1, max_tokens + 1)},
         inputs={
@@ -205,18 +219,28 @@ def import_hugging_face(
     register()
     in_memory = isinstance(source, PreTrainedModel)
     config = source.config if in_memory else read_config(source)
-    made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
-    max_tokens = min(max_tokens, made_for or max_tokens)
+    text = config.get_text_config()
+    limits = (getattr(text, "max_position_embeddings", None), long_rope_limit(config))
+    max_tokens = min([max_tokens, *(limit for limit in limits if limit)])
     if in_memory:
-        meta = traceable_model(source, dtype, max_positions=max_tokens)
-        frozen = Weights.of(meta.buffers, "computed from the config")
-        weights, packed, unused = Weights({**weights_of(source, meta), **frozen}), {}, ()
+        meta = traceable_model(source, dtype)
+        held = weights_of(source, meta)
+        weights = Weights({**held, **Weights.of(meta.buffers, "computed from the config")})
+        packed, unused = {}, ()
     else:
-        meta = build_meta_model(config, dtype, max_positions=max_tokens)
+        meta = build_meta_model(config, dtype)
         absent = weightless and not holds_weights(Path(source))
         checkpoint = (without_weights if absent else open_checkpoint)(source, meta)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
-    imported = _import_traced(meta, config.model_type, max_tokens)
+    try:
+        if in_memory:
+            offset = default_position_offset(meta_copy(meta.model), dict(source.named_buffers()))
+        else:
+            offset = default_position_offset(meta.model, meta.buffers)
+    except UnsupportedModel:
+        trace(meta.model, max_tokens)  # where this fails as well, it names the line
+        raise
+    imported = _import_traced(meta, config.model_type, max_tokens, offset)
     unused = (*unused, *_check(meta, imported))
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)

@@ -15,11 +15,11 @@ from .meta_model import (
     MetaModel,
     PreTrainedModel,
     keep_in_float32,
-    long_rope_of,
     named_tensors,
     owner_of,
     refuse_dynamic_rope,
     refuse_quantized,
+    short_rope_of,
     tied_names,
 )
 from .source_error import SourceError
@@ -68,16 +68,14 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
         ) from error
 
 
-def traceable_model(
-    model: PreTrainedModel, dtype: torch.dtype | None, *, max_positions: int
-) -> MetaModel:
+def traceable_model(model: PreTrainedModel, dtype: torch.dtype | None) -> MetaModel:
     """`model` as it is, ready to be traced; its tensors are shared, not copied.
 
     `dtype` None keeps every tensor's own. Another one casts the parameters and persistent buffers,
     but those that the model keeps in float32; the traced copy then lies on the meta device, where
-    a tensor that is held by a hook, and by no module, cannot follow it. `max_positions` is as in
-    `build_meta_model`. SourceError for a quantized model, one with weights on the meta device, and
-    one whose attention cannot be chosen.
+    a tensor that is held by a hook, and by no module, cannot follow it. `buffers` has only
+    rotary frequencies that are fixed here. SourceError for a quantized model, one with weights on
+    the meta device, and one whose attention cannot be chosen.
     """
     refuse_quantized(model)
     if foreign := [n for n, t in named_tensors(model) if type(t) not in _PLAIN]:
@@ -96,8 +94,14 @@ def traceable_model(
     if dtype is not None and any(p.dtype != dtype for p in copy.parameters()):
         _cast_on_meta(copy, dtype)
         keep_in_float32(copy, dtype)
-    frozen = long_rope_of(copy, max_positions)
-    return MetaModel(copy, frozen, tied_names(copy), frozenset(frozen))
+    return MetaModel(copy, short_rope_of(copy), tied_names(copy))
+
+
+def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` without the values of its tensors, on the meta device."""
+    copy = shared_copy(model)
+    _cast_on_meta(copy, None)
+    return copy
 
 
 _PLAIN = (torch.nn.Parameter, torch.Tensor, torch.nn.Buffer)
@@ -115,12 +119,12 @@ def _use_traced_ops(copy: PreTrainedModel) -> None:
             ) from error
 
 
-def _cast_on_meta(copy: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the floats of `copy` that dtype, without their values: on the meta device."""
+def _cast_on_meta(copy: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Give the floats of `copy` that dtype, if any, without values: on the meta device."""
     made: dict[int, torch.nn.Parameter] = {}
     for name, tensor in named_tensors(copy):
         module, leaf = owner_of(copy, name)
-        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         if leaf in module._buffers:
             if leaf in module._non_persistent_buffers_set:
                 wanted = tensor.dtype

@@ -56,14 +56,12 @@ class MetaModel:
     `from_pretrained(dtype=...)` would give it. `buffers` holds the non-persistent buffers (rotary
     frequencies, embedding scales) by name as CPU tensors with their true values. `tied` maps each
     name that shares its parameter with an earlier one to that one: lm_head.weight to
-    model.embed_tokens.weight. `frozen` names the buffers that are fixed for one
-    maximum length, where the model recomputes them at every call (longrope).
+    model.embed_tokens.weight.
     """
 
     model: PreTrainedModel
     buffers: Mapping[str, torch.Tensor]
     tied: Mapping[str, str]
-    frozen: frozenset[str] = frozenset()
 
     def types(self) -> dict[str, TensorType]:
         """The type of every parameter and buffer by name, tied names included."""
@@ -102,7 +100,6 @@ def build_meta_model(
     config: PreTrainedConfig,
     dtype: torch.dtype | None = None,
     *,
-    max_positions: int | None = None,
     attn_implementation: str = "ingot",
     experts_implementation: str | None = "ingot",
 ) -> MetaModel:
@@ -115,9 +112,8 @@ def build_meta_model(
     the model keeps in float32 stay so. The implementations are names registered with transformers;
     a model without experts ignores `experts_implementation`.
 
-    max_positions: how long sequences may become. Rotary embeddings of type "longrope" have one set
-    of frequencies for short and one for long sequences, and transformers chooses anew at every
-    length; with `max_positions` the choice is made once, for sequences of that length.
+    Rotary embeddings of type "longrope" keep their frequencies for short sequences, up to
+    `long_rope_limit`.
 
     SourceError for rotary embeddings whose frequencies depend on the length of the sequence
     ("dynamic"), and where a buffer's value cannot be rebuilt.
@@ -144,8 +140,7 @@ def build_meta_model(
     refuse_dynamic_rope(model)
     keep_in_float32(model, wanted)
     buffers = _non_persistent_buffers(model)
-    frozen = {} if max_positions is None else long_rope_of(model, max_positions)
-    return MetaModel(model, {**buffers, **frozen}, tied_names(model), frozenset(frozen))
+    return MetaModel(model, {**buffers, **short_rope_of(model)}, tied_names(model))
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -212,8 +207,24 @@ def refuse_dynamic_rope(model: torch.nn.Module) -> None:
                 )
 
 
-def long_rope_of(model: torch.nn.Module, max_positions: int) -> dict[str, torch.Tensor]:
-    """Make every "longrope" embedding static; its frequencies for sequences of `max_positions`."""
+def long_rope_limit(config: PreTrainedConfig) -> int | None:
+    """The longest sequences for which "longrope" keeps its frequencies for short ones, if any.
+
+    Behind that length transformers computes all tokens of a sequence anew with other frequencies,
+    which the cache of a served sequence cannot follow.
+    """
+    parameters: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    limits = [
+        int(kind["original_max_position_embeddings"])
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
+
+
+def short_rope_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Fix every "longrope" embedding to its frequencies for short sequences, and return them."""
     frozen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
@@ -224,7 +235,7 @@ def long_rope_of(model: torch.nn.Module, max_positions: int) -> dict[str, torch.
             leaf = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
             extra = {} if layer_type is None else {"layer_type": layer_type}
             frozen[f"{name}.{leaf}"], _ = ROPE_INIT_FUNCTIONS["longrope"](
-                module.config, "cpu", seq_len=max_positions, **extra
+                module.config, "cpu", seq_len=1, **extra
             )
         static = {key: "default" if k == "longrope" else k for key, k in by_layer_type.items()}
         frozen_kind: Any = static if isinstance(kinds, dict) else static[None]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -201,23 +203,57 @@ LONG = dict(
 )
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "tokens"), [(64, 60), (96, 80)], ids=["up to the original length", "beyond it"]
-)
-def test_long_rope_is_chosen_by_capacity(max_tokens: int, tokens: int) -> None:
+def test_long_rope_lowers_the_limit_to_where_its_frequencies_change() -> None:
+    """Behind it transformers computes every token of a sequence with others, before it too."""
     model = tiny_model("phi3", **LONG)
     eager(model, torch.arange(80))  # leaves the frequencies of a long sequence behind
-    imported = import_hugging_face(model, dtype=None, max_tokens=max_tokens)
-    ids = torch.randint(3, 128, (tokens,), generator=torch.Generator().manual_seed(0))
+    imported = import_hugging_face(model, dtype=None, max_tokens=96)
+    assert imported.max_tokens == 64
+    ids = torch.randint(3, 128, (64,), generator=torch.Generator().manual_seed(0))
     assert_close(logits_of(imported, ids), eager(model, ids))
+    assert_close(logits_of(imported, ids[:9]), eager(model, ids[:9]))
     found = ops(run_pipeline(imported.graph, RAISING)[-1].graph)
     assert found["rope"] == 4 and found["rope_tables"] == 1
 
 
-def test_long_rope_serves_short_prompts_with_long_frequencies() -> None:
-    """One graph has one set of frequencies: what a long capacity asks for."""
-    model = tiny_model("phi3", **LONG)
-    imported = import_hugging_face(model, dtype=None, max_tokens=96)
-    ids = torch.randint(3, 128, (80,), generator=torch.Generator().manual_seed(0))
-    assert_close(logits_of(imported, ids[:20]), eager(model, ids)[:20])
-    assert (logits_of(imported, ids[:20]) - eager(model, ids[:20])).abs().max() > 1e-4
+# ---- positions that a model makes itself
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm"),
+        "data2vec-text",
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 1, 7])
+def test_positions_count_from_where_the_model_begins(name: str, padding: int) -> None:
+    model = small_model(
+        name,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+        pad_token_id=padding,
+        is_decoder=True,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    ids = torch.randint(8, 64, (40,), generator=torch.Generator().manual_seed(0))
+    imported = import_hugging_face(model, dtype=None, max_tokens=64)
+    assert_close(logits_of(imported, ids), eager(model, ids))
+
+
+def test_positions_of_another_kind_are_refused() -> None:
+    model = small_model("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=128)
+
+    def by_twos(self: Any, input_ids: Any, position_ids: Any = None, **rest: Any) -> Any:
+        if position_ids is None:
+            position_ids = 2 * torch.arange(input_ids.shape[1])[None]
+        return type(self).forward(self, input_ids=input_ids, position_ids=position_ids, **rest)
+
+    model.transformer.forward = MethodType(by_twos, model.transformer)
+    with pytest.raises(UnsupportedModel, match=r"gpt2: .* are not 0, 1, 2, .*\[0, 2, 4, 6"):
+        import_hugging_face(model, dtype=None, max_tokens=64)
