@@ -27,7 +27,7 @@ from .model import Report, entry_sizes
 from .options import CompileOptions
 from .progress import Progress
 from .text.calibration import TextCalibration
-from .text.tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer, read_files, stop_tokens
 from .weight_report import PackingErrors, weight_reports
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def lower_language_model(
             sample=target.is_gpu,
         )
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
-    tokenizer = Tokenizer.open(directory) if directory else None
+    files = read_files(directory) if directory else {}
+    tokenizer = Tokenizer.of(files, str(directory))
     calibration = TextCalibration(tokenizer, model.max_tokens, progress)
     errors = PackingErrors()
 
@@ -159,7 +160,12 @@ def lower_language_model(
     every = [of_rank[2] for of_rank in ranks]
     graphs = graphs_by_stage(model.graph, results)
     final = graphs["final"]
-    stops = tokenizer.stop_token_ids if tokenizer else _eos(source, model.config)
+    stops = {*stop_tokens(files, str(directory)), *(tokenizer.stop_token_ids if tokenizer else ())}
+    if directory is None:
+        stops |= _eos(source, model.config)
+    elif "generation_config.json" not in files:  # the defaults of the config's class count then
+        vocab = range(lowered.program.meta["vocab_size"])
+        stops |= {id_ for id_ in _eos(None, model.config) if id_ in vocab}
     exportable = Exportable(
         lowered,
         final,
@@ -167,7 +173,7 @@ def lower_language_model(
         dtype_name(model.dtype),
         frozenset(stops),
         options.data(),
-        tokenizer.files if tokenizer else {},
+        files,
     )
 
     def report() -> Report:
@@ -194,7 +200,7 @@ def lower_language_model(
 
 
 def _eos(source: Any, config: Any) -> set[int]:
-    """The end-of-text ids of a model without a tokenizer: its generation config's and its own."""
+    """The end-of-text ids of a model in memory and of a config, with its defaults."""
     found: set[int] = set()
     for holder in (getattr(source, "generation_config", None), config, config.get_text_config()):
         eos = getattr(holder, "eos_token_id", None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...runtime.serving.sequence import FinishReason, SequenceStats
-from .tokenizer import IncrementalDetokenizer
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,41 +44,50 @@ class TextEvent:
     message: str = ""
 
 
-@dataclass
 class StopStringChecker:
     """Detokenizes one sequence and stops it at the first stop string.
 
-    Text that could be the beginning of a stop string is held back.
+    Text that could be the beginning of a stop string is held back. Stop strings may contain special
+    tokens, which the text itself leaves out: they are matched where they stand, and not shown.
     """
 
-    stream: IncrementalDetokenizer | None
-    stops: Sequence[str] = ()
-    text: str = ""
-    held: str = ""
-    stopped: bool = False
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = ()) -> None:
+        self.text = ""
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.decoder() if tokenizer else None
+        self._stops = stops
+        self._held: list[tuple[str, bool]] = []  # characters, and whether each is shown
 
     def push(self, token: int) -> str:
         """The text that `token` makes certain; sets `stopped` when a stop string is complete."""
-        return self._add(self.stream.push(token) if self.stream else "")
+        if self._tokenizer is None or self._stream is None:
+            return ""
+        return self._add(self._stream.push(token), self._tokenizer.hidden_text(token))
 
     def finish(self) -> str:
         """The text held back, after the last token."""
-        rest = self._add(self.stream.flush() if self.stream else "")
-        held, self.held = self.held, ""
-        self.text += held
-        return rest + held
+        rest = self._add(self._stream.flush()) if self._stream else ""
+        return rest + self._give(len(self._held))
 
-    def _add(self, new: str) -> str:
+    def _add(self, new: str, hidden: str = "") -> str:
         if self.stopped:
             return ""
-        pending = self.held + new
-        ends = [at for stop in self.stops if (at := pending.find(stop)) >= 0]
+        self._held += [(c, True) for c in new] + [(c, False) for c in hidden]
+        pending = "".join(c for c, _ in self._held)
+        ends = [at for stop in self._stops if (at := pending.find(stop)) >= 0]
         if ends:
             self.stopped = True
-            ready, self.held = pending[: min(ends)], ""
-        else:
-            keep = max((_overlap(pending, stop) for stop in self.stops), default=0)
-            ready, self.held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+            ready = self._give(min(ends))
+            self._held = []
+            return ready
+        keep = max((_overlap(pending, stop) for stop in self._stops), default=0)
+        return self._give(len(pending) - keep)
+
+    def _give(self, count: int) -> str:
+        """What is shown of the first `count` characters held."""
+        ready = "".join(c for c, shown in self._held[:count] if shown)
+        self._held = self._held[count:]
         self.text += ready
         return ready
 

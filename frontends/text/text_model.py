@@ -122,11 +122,14 @@ class _Run:
         options: GenerateOptions,
     ) -> None:
         self._session = model.session
-        stops = frozenset({*model.stop_tokens, *options.stop_tokens})
+        tokenizer = model.tokenizer
+        stops = {*model.stop_tokens, *options.stop_tokens}
+        if tokenizer is not None:
+            ids = map(tokenizer.special_id, options.stop_strings)
+            stops |= {id_ for id_ in ids if id_ is not None}
         request = Request(options.max_new_tokens, options.sampling, stops, options.logprobs)
         self._sequences = self._session.requests(prompts, request)
-        decoders = [model.tokenizer.decoder() if model.tokenizer else None for _ in prompts]
-        self._checkers = [StopStringChecker(d, options.stop_strings) for d in decoders]
+        self._checkers = [StopStringChecker(tokenizer, options.stop_strings) for _ in prompts]
         self._index = {sequence.id: i for i, sequence in enumerate(self._sequences)}
 
     def events(self) -> Iterator[TextEvent]:

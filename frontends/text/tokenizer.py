@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
 
 from ...runtime.artifact.reader import TEMPLATES, TOKENIZER_FILES
 from ..importers.source_error import SourceError
 from .chat import ChatTemplate, chat_template_of
+from .special_tokens import CONFIG, add_special_tokens, read_json
 
 _FILE = "tokenizer.json"
-_CONFIG = "tokenizer_config.json"
 # Stands for bytes that are no character, and for the start of one whose rest has not come yet.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# The tokens that tokenizer_config.json may name, in the order in which transformers adds them.
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """The tokenizer of a model directory.
 
-    `stop_token_ids` end a completion: every eos token that generation_config.json, config.json and
-    tokenizer_config.json name. `chat_template` is None where the model has none. `files` are its
-    source files, by their names in the directory.
+    `stop_token_ids` end a completion: every eos token that the files name. `chat_template` is None
+    where the model has none.
     """
 
     backend: tokenizers.Tokenizer
     stop_token_ids: tuple[int, ...]
     chat_template: ChatTemplate | None
-    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
     @classmethod
     def open(cls, directory: str | Path) -> Tokenizer | None:
         """The tokenizer of a directory, None when it has no tokenizer.json. SourceError as `of`."""
-        return cls.of(_read_files(Path(directory)), str(directory))
+        return cls.of(read_files(Path(directory)), str(directory))
 
     @classmethod
     def of(cls, files: Mapping[str, bytes], place: str) -> Tokenizer | None:
@@ -60,20 +47,17 @@ class Tokenizer:
         """
         if _FILE not in files:
             return None
-        try:
+        with _library_errors(f"{place}/{_FILE} is no tokenizer of the tokenizers library"):
             backend = tokenizers.Tokenizer.from_buffer(files[_FILE])
-        except Exception as error:  # the library raises nothing narrower
-            raise SourceError(
-                f"{place}/{_FILE} is no tokenizer of the tokenizers library: {error}"
-            ) from error
+        with _library_errors(f"{place}: its tokens cannot be added"):
+            names = add_special_tokens(backend, files, place)
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(files, _CONFIG, place)
-        _add_tokens(backend, config)
-        names = {name: text for name in _NAMED if (text := _content(config.get(name)))}
-        configs = [_read_json(files, n, place) for n in ("generation_config.json", "config.json")]
-        stops = _stop_tokens(configs, backend.token_to_id(names.get("eos_token", "")))
-        return cls(backend, stops, chat_template_of(files, config, names), files)
+        config = read_json(files, CONFIG, place)
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
+        named = backend.token_to_id(names.get("eos_token", ""))
+        stops = {*stop_tokens(files, place), *(() if named is None else (named,))}
+        return cls(backend, tuple(sorted(stops)), chat_template_of(files, config, names))
 
     @property
     def vocab_size(self) -> int:
@@ -85,11 +69,21 @@ class Tokenizer:
 
         `special_tokens=False` is for text that has them already, as a chat template's.
         """
-        return self.backend.encode(text, add_special_tokens=special_tokens).ids
+        with _library_errors("the tokenizer cannot encode this text"):
+            return self.backend.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens and ids that the tokenizer lacks are left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with _library_errors("the tokenizer cannot decode these ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def hidden_text(self, token: int) -> str:
+        """The text of a special token, which `decode` leaves out; empty for any other."""
+        return self._special.get(token, "")
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that `text` is, None where it is none."""
+        return next((id_ for id_, content in self._special.items() if content == text), None)
 
     def decoder(self) -> IncrementalDetokenizer:
         """A new stream that decodes token by token."""
@@ -97,12 +91,13 @@ class Tokenizer:
 
     def _is_silent(self, token: int) -> bool:
         """Whether `decode` leaves the token out."""
-        return token in self._special_ids or self.backend.id_to_token(token) is None
+        return token in self._special or self.backend.id_to_token(token) is None
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def _special(self) -> Mapping[int, str]:
+        """The texts of the special tokens, which `decode` leaves out, by their ids."""
         added = self.backend.get_added_tokens_decoder()
-        return frozenset(id_ for id_, token in added.items() if token.special)
+        return {id_: token.content for id_, token in added.items() if token.special}
 
     @cached_property
     def _byte_ids(self) -> frozenset[int]:
@@ -165,7 +160,7 @@ class IncrementalDetokenizer:
         self._boundary = len(self._ids)
 
 
-def _read_files(directory: Path) -> dict[str, bytes]:
+def read_files(directory: Path) -> dict[str, bytes]:
     """Tokenizer, chat templates and configs that are there, by their path in `directory`.
 
     SourceError for one that cannot be read.
@@ -179,58 +174,33 @@ def _read_files(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): data for path, data in found.items()}
 
 
-def _read_json(files: Mapping[str, bytes], name: str, place: str) -> dict[str, Any]:
-    """The object in a JSON file, empty when there is no file."""
-    if name not in files:
-        return {}
+def stop_tokens(files: Mapping[str, bytes], place: str) -> set[int]:
+    """Every `eos_token_id` of generation_config.json and config.json; SourceError for no id."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        content = read_json(files, name, place)
+        for holder in (content, content.get("text_config")):
+            given: Any = holder.get("eos_token_id") if isinstance(holder, Mapping) else None
+            ids: list[Any] = given if isinstance(given, list) else [] if given is None else [given]
+            for id_ in ids:
+                if not isinstance(id_, int) or isinstance(id_, bool):
+                    raise SourceError(
+                        f"{place}/{name}: eos_token_id: expected an id or a list of ids, "
+                        f"found {given!r:.80}"
+                    )
+                found.add(id_)
+    return found
+
+
+@contextmanager
+def _library_errors(what: str) -> Generator[None]:
+    """SourceError for any error of the tokenizers library: it raises bare Exceptions, and where its
+    Rust code panics PanicException, which is no Exception."""
     try:
-        content = json.loads(files[name].decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{place}/{name} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{place}/{name}: expected an object, found {type(content).__name__}")
-    return content
-
-
-def _content(entry: Any) -> str:
-    """The text of a token in tokenizer_config.json: a string, or an object with `content`."""
-    text = entry.get("content") if isinstance(entry, Mapping) else entry
-    return text if isinstance(text, str) else ""
-
-
-def _added(entry: Any, **defaults: bool) -> AddedToken:
-    given: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    chosen = {flag: bool(given[flag]) for flag in flags if flag in given}
-    return AddedToken(_content(entry), **{**defaults, **chosen})
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Add the tokens that tokenizer_config.json has and tokenizer.json lacks; mark special ones."""
-    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
-    listed: dict[str, Any] = config.get("added_tokens_decoder") or {}
-    for id_ in sorted(map(int, listed)):
-        token = _added(listed[str(id_)])
-        if repr(token) not in known:
-            backend.add_tokens([token])
-    for entry in _special_entries(config):
-        if _content(entry):
-            token = _added(entry, normalized=False)
-            token.special = True
-            backend.add_special_tokens([token])
-
-
-def _special_entries(config: Mapping[str, Any]) -> Iterator[Any]:
-    yield from (config.get(name) for name in _NAMED)
-    for key in ("extra_special_tokens", "additional_special_tokens"):
-        more: Any = config.get(key) or ()
-        yield from more.values() if isinstance(more, Mapping) else more
-
-
-def _stop_tokens(configs: Sequence[Mapping[str, Any]], named: int | None) -> tuple[int, ...]:
-    places: list[Any] = [*configs, *(config.get("text_config") or {} for config in configs)]
-    found = [] if named is None else [named]
-    for place in places:
-        ids = place.get("eos_token_id")
-        found += [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
-    return tuple(sorted(set(found)))
+        yield
+    except SourceError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise SourceError(f"{what}: {error}") from error

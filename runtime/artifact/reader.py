@@ -35,6 +35,8 @@ CODE = {"cuda": "cubin", "hip": "hsaco"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 )
