@@ -114,6 +114,7 @@ def lower_language_model(
             dtype=torch_dtype(str(options.dtype)) if options.dtype else None,
             max_tokens=options.max_tokens_per_sequence,
             weightless=plan_only,
+            allow_unused=options.unused == "allow",
         )
     passes = options.passes
     if passes is None:

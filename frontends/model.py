@@ -26,7 +26,7 @@ class Report:
 
     `entries` has, for each bucket of a GPU program, its name, its launches, and the bytes of arena
     that it uses.
-    Sizes are bytes. `unused` names tensors of the checkpoint that the program does not read.
+    Sizes are bytes. `unused` has tensors of the checkpoint that the program does not read, and why.
     `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `choices` says,
     for a GPU, by which kernels each node of each entry is computed, and why; `kernels_built` of
     those were built now, and `kernels_cached` came from the cache.
@@ -40,7 +40,7 @@ class Report:
     weight_bytes: int
     state_bytes: int
     arena_bytes: int
-    unused: tuple[str, ...]
+    unused: Mapping[str, str]
     seconds: Mapping[str, float]
     weights: tuple[WeightReport, ...] = ()
     choices: tuple[Choice, ...] = ()

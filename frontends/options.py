@@ -56,6 +56,7 @@ class CompileKeywords(TypedDict, total=False):
     dtype: str | torch.dtype | None
     passes: Sequence[Pass] | None
     verify: bool
+    unused: str
     progress: bool
 
 
@@ -70,7 +71,8 @@ class CompileOptions:
     products; those options that need a text (GPTQ) run the model over it. `tensor_parallel` N
     splits a language model over N ranks, threads of one process on the cpu target. `passes`
     replaces the pipeline. `verify` runs every rewritten region, before and after, on sampled
-    inputs. `progress` shows a bar on stderr.
+    inputs. `unused` "allow" leaves out tensors of a checkpoint that the model does not read, which
+    are refused where no reason for them is known. `progress` shows a bar on stderr.
 
     ValueError names the option, what was expected and what came; NotYetError what this version
     lacks. Equal options are normalized to the same values: "mxfp4" to MXFP4(), dtypes to "bf16" …
@@ -98,6 +100,10 @@ class CompileOptions:
             "Run every rewritten region, before and after, on samples.", name="validate"
         ),
     )
+    unused: str = field(
+        default="refuse",
+        metadata=_flag("allow: leave out stored tensors that the model does not read."),
+    )
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -112,6 +118,8 @@ class CompileOptions:
         for name in ("verify", "progress"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, found {value!r}")
+        if self.unused not in ("refuse", "allow"):
+            raise ValueError(f"unused: expected 'refuse' or 'allow', found {self.unused!r}")
         if self.dtype is not None:
             short = _SHORT.get(str(self.dtype).removeprefix("torch."))
             if short is None:
@@ -148,7 +156,7 @@ class CompileOptions:
         Passes stand as their text, calibration texts as their SHA-256.
         """
         found: dict[str, Any] = {**self.keywords()}
-        del found["progress"]
+        del found["progress"], found["unused"]
         if self.packing:
             texts = hashlib.sha256(json.dumps(self.packing.calibrate).encode()).hexdigest()
             found["quantize"] = {**asdict(self.packing), "calibrate": texts}

@@ -7,7 +7,7 @@ one source tensor in memory beside it. A weight in MXFP4 is two entries, codes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ...compiler.dtypes import FLOATS
+from ...compiler.dtypes import DTYPES, FLOATS
 from ...compiler.torch_types import torch_dtype, type_of
 from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, Entry, Weights, within
 from ..importers.meta_model import MetaModel, named_tensors, read_config, refuse_quantized
 from ..importers.source_error import SourceError
-from .conversions import Conversion, dense, destinations
+from .conversions import Conversion, Destination, dense, destinations
 from .dequantize import Dequantized
 from .quantization_config import quantization_scheme
 from .quantized import Packed, Source, sources_of
+from .rotations import Rotated, rotated_modules
 from .safetensors_files import File, Stored, listed, safetensors_files
+from .unused import reasons
 
 
 @dataclass(frozen=True)
@@ -35,39 +37,55 @@ class Checkpoint:
     `weights` has an entry for every parameter and buffer name of the model: stored ones, tied ones
     (the same entry under each name) and the non-persistent buffers. A name in `packed` has instead
     `<name>.codes` and `<name>.scales`: mxfp4 of both, its dims permuted as `packed` says, is the
-    parameter. `unused` are stored names without a parameter, `files` the safetensors files,
+    parameter. `rotated` are activations that the model turns, which its own code does not know of.
+    `unused` has the stored names without a parameter, and why, `files` the safetensors files,
     `total_bytes` the size of their tensor data.
     """
 
     weights: Weights
     packed: Mapping[str, tuple[int, ...]]
-    unused: tuple[str, ...]
+    rotated: Sequence[Rotated]
+    unused: Mapping[str, str]
     files: tuple[Path, ...]
     total_bytes: int
 
 
-def open_checkpoint(directory: str | Path, meta: MetaModel) -> Checkpoint:
+def open_checkpoint(
+    directory: str | Path, meta: MetaModel, *, allow_unused: bool = False
+) -> Checkpoint:
     """The weights of `meta` from model.safetensors or its shards; no tensor is read.
 
     Names and layouts are converted as transformers does when it loads; a tensor stored in another
     float dtype than the model's is cast when it is loaded. SourceError names what is missing, of
     another shape, truncated, not in the format that config.json declares, a pickle, or outside the
-    directory.
+    directory, and a tensor without a parameter for no known reason, unless `allow_unused`.
     """
     directory = Path(directory)
     stored, files = stored_tensors(directory)
     scheme = quantization_scheme(read_config(directory), directory)
-    entries, packed, unused = _entries(sources_of(stored, scheme), meta)
+    foreign = {n: d for file in files for n, d in file.foreign.items() if n not in stored}
+    sources = sources_of(stored, scheme)
+    targets = dict(destinations([*sources, *foreign], meta))
+    if unread := next((name for name in foreign if targets[name]), None):
+        raise SourceError(
+            f"{directory}: {unread} is stored as {foreign[unread]}: expected a dtype of "
+            f"{', '.join(DTYPES)}"
+        )
+    parameters = {n: None if t.converter else t.name for n, t in targets.items() if t}
+    rotated, matrices = rotated_modules(scheme.rotations, meta.model, stored, parameters)
+    entries, packed = _entries(sources, targets, meta)
     _resolve_ties(entries, packed, meta)
     held = entries.keys() | packed.keys()
     if missing := [name for name in meta.stored_names() if name not in held]:
         raise SourceError(f"{directory}: no tensor for {listed(missing)}")
+    rest = [name for name, target in targets.items() if target is None and name not in matrices]
     return Checkpoint(
         weights=Weights(entries).merged(
             Weights.of(meta.buffers, origin="computed from the config")
         ),
         packed=packed,
-        unused=tuple(unused),
+        rotated=rotated,
+        unused=reasons(rest, meta, scheme, allow=allow_unused, where=directory),
         files=tuple(file.path for file in files),
         total_bytes=sum(tensor.nbytes for tensor in stored.values()),
     )
@@ -126,17 +144,15 @@ def _cast_part(tensor: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> torc
 
 
 def _entries(
-    stored: Mapping[str, Source], meta: MetaModel
-) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]], list[str]]:
-    """Entries by the model's names, the permutations of packed ones, and unused stored names."""
+    stored: Mapping[str, Source], targets: Mapping[str, Destination | None], meta: MetaModel
+) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]]]:
+    """Entries by the model's names, and the permutations of packed ones."""
     types = meta.types()
     entries: dict[str, Entry] = {}
     packed: dict[str, tuple[int, ...]] = {}
     conversions: dict[str, Conversion] = {}
-    unused: list[str] = []
-    for source, target in destinations(stored, meta):
+    for source, target in targets.items():
         if target is None:
-            unused.append(source)
             continue
         name, tensor = target.name, stored[source]
         if target.converter is not None:
@@ -157,7 +173,7 @@ def _entries(
             if name not in made:
                 packed[name] = tuple(range(len(types[name].shape)))
             entries |= made
-    return entries, packed, unused
+    return entries, packed
 
 
 def _direct(name: str, type_: TensorType, source: str, stored: Stored | Dequantized) -> Entry:

@@ -82,8 +82,16 @@ def quantize_directory(
     format_ = GPT_OSS if config.model_type == "gpt_oss" else COMPRESSED_TENSORS
     if options.group != 32:
         raise ValueError(f"group: {format_} has groups of 32, found {options.group}")
-    stored, _ = stored_tensors(source)
-    sources = sources_of(stored, quantization_scheme(config, source))
+    stored, files = stored_tensors(source)
+    if foreign := next((name for file in files for name in file.foreign), None):
+        raise SourceError(f"{source}: {foreign} is stored in a dtype that cannot be copied")
+    scheme = quantization_scheme(config, source)
+    if scheme.rotations:
+        raise SourceError(
+            f"{source}: its activations are rotated online ({scheme.rotations[0].name}), which the "
+            "written config would not say"
+        )
+    sources = sources_of(stored, scheme)
     if packed := next((n for n, s in sources.items() if isinstance(s, Packed)), None):
         raise SourceError(f"{source}: {packed} is in MXFP4 already")
     plan = _Plan(sources, meta, _decisions(source, options), options, format_)

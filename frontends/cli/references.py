@@ -75,10 +75,11 @@ class CpuReference:
 
 def _weights(directory: Path, graph: Graph, dtype: torch.dtype) -> Weights:
     """The weights of `graph`; traced again only if tracing created some of them."""
-    stored = open_checkpoint(directory, build_meta_model(read_config(directory), dtype)).weights
+    meta = build_meta_model(read_config(directory), dtype)
+    stored = open_checkpoint(directory, meta, allow_unused=True).weights
     if all(n.attrs["name"] in stored for n in graph.nodes() if n.op is constant):
         return stored
-    return import_hugging_face(directory, dtype=dtype, max_tokens=2).weights
+    return import_hugging_face(directory, dtype=dtype, max_tokens=2, allow_unused=True).weights
 
 
 def _transformers_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -51,7 +51,7 @@ def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
         "state_bytes": report.state_bytes,
         "arena_bytes": report.arena_bytes,
         "one_token": moved[-1],
-        "unused": list(report.unused),
+        "unused": dict(report.unused),
         "seconds": dict(report.seconds),
     }
 
@@ -115,7 +115,10 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
     if data["kernels"]:
         count = data["kernel_count"]
         lines.append(f"{count['built']} kernels built, {count['from_cache']} from the cache")
-    if data["unused"]:
-        names = ", ".join(data["unused"][:3]) + (" …" if len(data["unused"]) > 3 else "")
-        lines.append(f"{len(data['unused'])} tensors of the checkpoint are not used: {names}")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in data["unused"].items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        lines.append(f"{len(names)} tensors of the checkpoint are not used ({reason}): {shown}")
     return lines

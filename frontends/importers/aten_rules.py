@@ -14,7 +14,7 @@ import torch
 
 from ...compiler.dtypes import FLOATS
 from ...compiler.ir import Op, Value
-from ...compiler.ops import attention, linear, moe, norm, pointwise, shape
+from ...compiler.ops import attention, hadamard, linear, moe, norm, pointwise, shape
 from ...compiler.ops import reduce as reduction
 from ...compiler.ops.leaf import literal
 from ...compiler.torch_types import dtype_name, torch_dtype
@@ -548,6 +548,11 @@ def _attention(
 def _unusual(attrs: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """Attributes that are not what the op takes for granted."""
     return {name: value for name, value in attrs.items() if value != usual[name]}
+
+
+@_rule("ingot.hadamard.default")
+def _hadamard(im: Im, x: Value, block: int) -> Value:
+    return im.emit(hadamard.hadamard, x, block=block)
 
 
 def _split_interleaved(im: Im, x: Value) -> Value:

@@ -39,6 +39,7 @@ from .meta_model import (
     long_rope_limit,
     read_config,
 )
+from .online_rotations import rotate_activations
 from .source_error import UnsupportedModel
 from .torch_export import Imported, ImportFailure, import_program
 from .traced_ops import register
@@ -53,8 +54,8 @@ _T = symbol("T")
 class HuggingFaceModel:
     """A causal language model: logits [T, vocab] from `tokens` and `positions`, both i32[T].
 
-    T is at most `max_tokens`. `unused` names tensors of the checkpoint that the graph does not read
-    (an MTP layer, say).
+    T is at most `max_tokens`. `unused` has tensors of the checkpoint that the graph does not read
+    (an MTP layer, say), and why.
     """
 
     graph: Graph
@@ -62,7 +63,7 @@ class HuggingFaceModel:
     config: PreTrainedConfig
     dtype: torch.dtype
     max_tokens: int
-    unused: tuple[str, ...]
+    unused: Mapping[str, str]
 
 
 class _Logits(torch.nn.Module):
@@ -170,8 +171,8 @@ def _language_model(model: PreTrainedModel) -> set[str]:
     return {name for name, parameter in names.items() if id(parameter) in inner}
 
 
-def _check(meta: MetaModel, imported: Imported) -> tuple[str, ...]:
-    """The parameters of other parts than the language model that text does not need.
+def _check(meta: MetaModel, imported: Imported) -> dict[str, str]:
+    """The parameters of other parts than the language model, and why text does not need them.
 
     ImportFailure where the trace has not all attention, experts and parameters of that.
     """
@@ -198,7 +199,7 @@ def _check(meta: MetaModel, imported: Imported) -> tuple[str, ...]:
             f"{kind}: {len(absent)} parameters take no part in the traced program: "
             f"{', '.join(absent[:5])}"
         )
-    return tuple(unused)
+    return dict.fromkeys(unused, "a part for images or sound, of a model that is given text alone")
 
 
 def import_hugging_face(
@@ -207,13 +208,15 @@ def import_hugging_face(
     dtype: torch.dtype | None,
     max_tokens: int,
     weightless: bool = False,
+    allow_unused: bool = False,
 ) -> HuggingFaceModel:
     """Trace and import a causal language model; no weight is read.
 
     `source` is a directory with config.json and safetensors, or a model in memory (it is not
     changed, and its tensors are not copied where `dtype` is their own). `dtype` None keeps the
     checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. With
-    `weightless` a directory may hold no weights: then they only have types. SourceError (see
+    `weightless` a directory may hold no weights: then they only have types. `allow_unused` leaves
+    out stored tensors that the model does not read, whatever they are. SourceError (see
     meta_model) or ImportFailure for an unsupported model.
     """
     register()
@@ -226,11 +229,13 @@ def import_hugging_face(
         meta = traceable_model(source, dtype)
         held = weights_of(source, meta)
         weights = Weights({**held, **Weights.of(meta.buffers, "computed from the config")})
-        packed, unused = {}, ()
+        packed, unused = {}, {}
     else:
         meta = build_meta_model(config, dtype)
         absent = weightless and not holds_weights(Path(source))
-        checkpoint = (without_weights if absent else open_checkpoint)(source, meta)
+        opened = without_weights if absent else open_checkpoint
+        checkpoint = opened(source, meta, allow_unused=allow_unused)
+        rotate_activations(meta.model, checkpoint.rotated)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
     try:
         if in_memory:
@@ -241,7 +246,7 @@ def import_hugging_face(
         trace(meta.model, max_tokens)  # where this fails as well, it names the line
         raise
     imported = _import_traced(meta, config.model_type, max_tokens, offset)
-    unused = (*unused, *_check(meta, imported))
+    unused = {**unused, **_check(meta, imported)}
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)
     return HuggingFaceModel(graph, weights, config, meta.model.dtype, max_tokens, unused)

@@ -13,13 +13,16 @@ from ...compiler.types import TensorType
 from ...compiler.weights import Entry, Weights
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import MXFP4, quantization_scheme
+from ..checkpoints.rotations import rotated_modules
 from .meta_model import MetaModel, read_config
 from .source_error import SourceError
 
 _GROUP = 32  # elements per scale in gpt-oss
 
 
-def without_weights(directory: str | Path, meta: MetaModel) -> Checkpoint:
+def without_weights(
+    directory: str | Path, meta: MetaModel, *, allow_unused: bool = False
+) -> Checkpoint:
     """`open_checkpoint` of a `directory` that has no weights: entries with types only.
 
     Weights declared in another format than MXFP4 are dense, as after reading. SourceError for
@@ -37,7 +40,9 @@ def without_weights(directory: str | Path, meta: MetaModel) -> Checkpoint:
         for end, part in held.items():
             entries[f"{name}{end}"] = Entry(part, missing, f"{directory}: config.json alone")
     buffers = Weights.of(meta.buffers, origin="computed from the config")
-    return Checkpoint(Weights(entries).merged(buffers), packed, (), (), 0)
+    rotations = quantization_scheme(read_config(directory), directory).rotations
+    rotated, _ = rotated_modules(rotations, meta.model, {}, {name: name for name in types})
+    return Checkpoint(Weights(entries).merged(buffers), packed, rotated, {}, (), 0)
 
 
 def _missing(directory: Path) -> Callable[[], NoReturn]:

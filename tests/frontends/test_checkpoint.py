@@ -75,7 +75,7 @@ def test_every_tensor_is_the_saved_one(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     checkpoint = opened(tmp_path)
     assert_holds(checkpoint, loaded)
-    assert checkpoint.unused == ()
+    assert checkpoint.unused == {}
     assert (len(checkpoint.files) > 1) is (shard == "100KB")
     assert checkpoint.total_bytes == sum(
         t.nbytes for file in checkpoint.files for t in load_file(file).values()
@@ -218,7 +218,44 @@ def test_what_the_model_has_no_place_for_is_reported(tmp_path: Path) -> None:
     store(tmp_path, tensors | extra)
     checkpoint = opened(tmp_path)
     assert sorted(checkpoint.unused) == sorted(extra)
+    assert "rotary" in checkpoint.unused["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert "multi-token" in checkpoint.unused["model.layers.2.eh_proj.weight"]
     assert_holds(checkpoint, tiny_model("deepseek_v3"))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.scales", "head.weight"]
+)
+def test_tensors_that_nobody_reads_are_refused(name: str, tmp_path: Path) -> None:
+    """A layer more than the config says, a scale, a head: each may change the numbers."""
+    store(tmp_path, saved(tmp_path, "llama") | {name: torch.zeros(3)})
+    with pytest.raises(SourceError, match=rf"reads no {name}, for no reason .* unused='allow'"):
+        opened(tmp_path)
+    meta = meta_model(read_config(tmp_path))
+    assert [*open_checkpoint(tmp_path, meta, allow_unused=True).unused] == [name]
+
+
+def test_a_dtype_that_is_not_known(tmp_path: Path) -> None:
+    """It counts only where the model reads the tensor."""
+    tensors = saved(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    store(tmp_path, tensors | {"model.rotary_emb.inv_freq": torch.zeros(4)})
+    data = path.read_bytes()
+
+    def respelt(name: str) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header[name]["dtype"] = "F6_E2M3"
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+    path.write_bytes(respelt("model.rotary_emb.inv_freq"))
+    checkpoint = opened(tmp_path)
+    assert [*checkpoint.unused] == ["model.rotary_emb.inv_freq"]
+    assert_holds(checkpoint, tiny_model("llama"))
+    path.write_bytes(respelt("model.norm.weight"))
+    with pytest.raises(SourceError, match=r"model\.norm\.weight is stored as F6_E2M3: expected"):
+        opened(tmp_path)
 
 
 # --- laziness ----------------------------------------------------------------------------------
@@ -406,9 +443,10 @@ def test_a_tensor_stored_twice(tmp_path: Path) -> None:
     tensors = saved(tmp_path, "llama")
     (tmp_path / "model.safetensors").rename(tmp_path / "b.safetensors")
     for name in ("a", "c"):
-        stale = {"lm_head.weight": tensors["lm_head.weight"] + 1, "x": torch.zeros(1)}
+        stale = {"lm_head.weight": tensors["lm_head.weight"] + 1, "mtp.x": torch.zeros(1)}
         save_file(stale, tmp_path / f"{name}.safetensors")
-    shards = {"x": "a.safetensors", **dict.fromkeys(tensors, "b.safetensors"), "y": "c.safetensors"}
+    shards = {"mtp.x": "a.safetensors", "mtp.y": "c.safetensors"}
+    shards |= dict.fromkeys(tensors, "b.safetensors")
     write_index(tmp_path, shards)
     assert torch.equal(opened(tmp_path).weights.load("lm_head.weight"), tensors["lm_head.weight"])
     write_index(tmp_path, {n: f for n, f in shards.items() if n != "lm_head.weight"})

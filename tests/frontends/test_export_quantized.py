@@ -64,7 +64,7 @@ def assert_read_back(exported: Exported, name: str, scale: str = "mse") -> int:
         assert torch.equal(checkpoint.weights.load(f"{key}.codes"), codes), key
         assert torch.equal(checkpoint.weights.load(f"{key}.scales"), scales), key
         count += 1
-    assert checkpoint.unused == ()
+    assert checkpoint.unused == {}
     return count
 
 

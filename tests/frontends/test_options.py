@@ -33,6 +33,7 @@ WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
     "max_tokens_per_sequence": (CompileOptions, True, ValueError, "at least 1, found True"),
     "dtype": (CompileOptions, torch.int8, ValueError, "expected one of bf16.*found torch.int8"),
     "verify": (CompileOptions, "yes", ValueError, "expected True or False, found 'yes'"),
+    "unused": (CompileOptions, "drop", ValueError, "expected 'refuse' or 'allow', found 'drop'"),
     "progress": (CompileOptions, None, ValueError, "expected True or False, found None"),
     "max_new_tokens": (GenerateOptions, 0, ValueError, "at least 1, found 0"),
     "temperature": (GenerateOptions, -1, ValueError, "a finite number ≥ 0, found -1"),
@@ -74,6 +75,7 @@ def test_equal_options_are_equal_keys() -> None:
         given = CompileOptions(quantize="mxfp4", dtype=dtype)
         assert given == same and hash(given) == hash(same)
     assert CompileOptions(**same.keywords()) == same
+    assert CompileOptions(unused="allow").data() == CompileOptions().data()
     assert GenerateOptions(stop="a") == GenerateOptions(stop=["a"])
     both = GenerateOptions(stop=["a", 7])
     assert both.stop_strings == ["a"] and both.stop_tokens == [7]

@@ -248,7 +248,7 @@ def test_float4_codes_and_e8m0_scales(tmp_path: Path) -> None:
     packed, plain = imported(fp4), imported(tmp_path / "dense")
     assert torch.equal(logits(packed, tokens), logits(plain, tokens))
     assert [n for n in packed.weights if n.endswith("experts.down_proj.codes")]
-    assert packed.unused == ()
+    assert packed.unused == {}
 
 
 def test_a_dequantized_gpt_oss_saved_again(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_scales_beside_a_dense_weight_on_the_list_are_left_over(tmp_path: Path) 
         stored["lm_head.weight_scale"] = torch.ones(96, 2, dtype=torch.uint8)
 
     checkpoint = opened(altered(tmp_path, "ct_mxfp4", leave))
-    assert checkpoint.unused == ("lm_head.weight_scale",)
+    assert [*checkpoint.unused] == ["lm_head.weight_scale"]
 
 
 @pytest.mark.parametrize(
@@ -321,6 +321,24 @@ def test_patterns_of_modules_to_ignore(pattern: str, module: str, ignored: bool)
     assert QuantizationScheme("fp8", ignore=("other", pattern)).ignores(module) is ignored
 
 
+def test_scales_of_activations_and_of_the_cache_are_left_out(tmp_path: Path) -> None:
+    """Both stay in floats, so that their scales have nothing to scale."""
+
+    def add(stored: dict[str, torch.Tensor], section: dict) -> None:
+        section["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "dynamic": False}
+        (group,) = section["config_groups"].values()
+        group["input_activations"] = {"num_bits": 8, "type": "float", "dynamic": True}
+        for name in ("k_scale", "v_scale", "q_proj.input_global_scale"):
+            stored[f"{LAYER}.self_attn.{name}"] = torch.tensor([3.0])
+
+    tokens = torch.arange(3, 19)
+    model = imported(altered(tmp_path, "ct_nvfp4", add))
+    assert torch.equal(logits(model, tokens), logits(imported(FIXTURES / "ct_nvfp4"), tokens))
+    reasons = {n.rpartition(".")[2]: reason for n, reason in model.unused.items()}
+    assert reasons.keys() == {"k_scale", "v_scale", "input_global_scale"}
+    assert "KV cache" in reasons["k_scale"] and "activations" in reasons["input_global_scale"]
+
+
 def test_modelopt_by_its_own_file_alone(tmp_path: Path) -> None:
     directory = altered(tmp_path, "modelopt_nvfp4", lambda *_: None)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -333,6 +351,13 @@ def test_modelopt_by_its_own_file_alone(tmp_path: Path) -> None:
     source = FIXTURES / "modelopt_nvfp4" / "hf_quant_config.json"
     (directory / source.name).write_bytes(source.read_bytes())
     assert opened(directory).weights.load(f"{LAYER}.mlp.up_proj.weight").dtype == torch.bfloat16
+    told = json.loads(source.read_text(encoding="utf-8"))
+    for key, where in (("shift", told), ("quantized_layers", told["quantization"])):
+        where[key] = {"x": 1}
+        (directory / source.name).write_text(json.dumps(told), encoding="utf-8")
+        with pytest.raises(SourceError, match=rf"{key} .*: not known"):
+            opened(directory)
+        del where[key]
     (directory / source.name).write_text("{", encoding="utf-8")
     with pytest.raises(SourceError, match=r"hf_quant_config\.json: expected ModelOpt's"):
         opened(directory)
@@ -544,6 +569,50 @@ DAMAGED: dict[str, tuple[str, str, Any, str]] = {
         f"{UP}.weight_scale_inv",
         "weight_scale",
         f"FP8 with '{UP}.weight_scale' .* is not supported",
+    ),
+    "an unknown key": ("fp8_qwen3", "config", {"shift": 2}, r"quantization_config\.shift '2': not"),
+    "an unknown key of weights": (
+        "ct_nvfp4",
+        "config",
+        {
+            "config_groups": {
+                "g": {
+                    "format": "nvfp4-pack-quantized",
+                    "weights": {"type": "float", "num_bits": 4, "group_size": 16, "bias": False},
+                }
+            }
+        },
+        r"config_groups\.g\.weights\.bias 'False': not known, and may change what the model",
+    ),
+    "sparse": (
+        "ct_int4",
+        "config",
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        "sparsity_config with format 'sparse-24-bitmask' is not supported; known: dense",
+    ),
+    "modelopt that scales inputs": (
+        "modelopt_nvfp4",
+        "config",
+        {"pre_quant_scale": True},
+        "modelopt's pre_quant_scale True is not supported",
+    ),
+    "inputs that are scaled": (
+        "modelopt_nvfp4",
+        f"{UP}.pre_quant_scale",
+        lambda _: torch.ones(64),
+        f"{UP}.pre_quant_scale changes what its module computes",
+    ),
+    "inputs that are smoothed": (
+        "ct_int4",
+        f"{UP}.smoothing_factor",
+        lambda _: torch.ones(64),
+        f"{UP}.smoothing_factor changes what its module computes",
+    ),
+    "scales of an unknown kind": (
+        "ct_mxfp4",
+        f"{UP}.scales",
+        lambda _: torch.ones(64),
+        f"reads no {UP}.scales, for no reason that is known; unused='allow'",
     ),
     "a list that is none": ("quark_mxfp4", "config", {"exclude": "lm_head"}, "a list of names"),
     "some experts dense": (

@@ -1,0 +1,126 @@
+"""Stored tensors that no parameter of the model is made of: known reasons, or a refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..importers.meta_model import MetaModel
+from ..importers.source_error import SourceError
+from .quantization_config import QuantizationScheme
+from .safetensors_files import listed
+
+# Of a module, by the last part of the name.
+_ROTARY = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
+_CACHE = ("k_scale", "v_scale", "kv_scale", "k_bias", "v_bias", "k_zero_point", "v_zero_point")
+_ACTIVATIONS = (
+    "input_scale",
+    "input_global_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+    "q_scale",
+    "prob_scale",
+)
+_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
+# What only the extra layers of multi-token prediction have.
+_MTP = ("eh_proj", "enorm", "hnorm", "shared_head")
+_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+# What a product multiplies or adds: without it, its numbers are others.
+_NEEDED = (
+    "pre_quant_scale",
+    "input_rotation",
+    "input_prescale",
+    "smooth_scale",
+    "smoothing_scale",
+    "smooth_factor",
+    "smoothing_factor",
+    "g_idx",
+    "weight_g_idx",
+    "weight_zero_point",
+    "qzeros",
+    "lora_A",
+    "lora_B",
+)
+
+
+_LAYER = re.compile(r"((?:^|.*\.)layers\.(\d+))\.(.*)")
+
+
+def reasons(
+    names: Sequence[str], meta: MetaModel, scheme: QuantizationScheme, *, allow: bool, where: object
+) -> dict[str, str]:
+    """Why the model needs none of the stored `names`.
+
+    SourceError, which begins with `where`, for one that changes what a module computes, and, unless
+    `allow`, for those without a known reason.
+    """
+    found: dict[str, str] = {}
+    unknown: list[str] = []
+    known = _Known.of(names, meta, scheme)
+    for name in names:
+        if reason := known.reason(name):
+            found[name] = reason
+        elif name.removesuffix(".weight").rpartition(".")[2] in _NEEDED:
+            raise SourceError(
+                f"{where}: {name} changes what its module computes: not supported; use a version "
+                "of the model without it"
+            )
+        else:
+            unknown.append(name)
+    if unknown and not allow:
+        raise SourceError(
+            f"{where}: the model reads no {listed(unknown)}, for no reason that is known; "
+            "unused='allow' (--unused allow) leaves them out"
+        )
+    return found | dict.fromkeys(unknown, "the model does not read it; allowed")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the tensors of a checkpoint: `ignored` patterns are transformers' own,
+    `extra` the layers behind the last one of the model that predict further tokens."""
+
+    ignored: tuple[re.Pattern[str], ...]
+    extra: frozenset[str]
+    scheme: QuantizationScheme
+
+    @classmethod
+    def of(cls, names: Sequence[str], meta: MetaModel, scheme: QuantizationScheme) -> _Known:
+        config = meta.model.config.get_text_config()
+        layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+        declared = max(int(getattr(config, count, 0) or 0) for count in _MTP_COUNTS)
+        found: set[str] = set()
+        for match in filter(None, map(_LAYER.fullmatch, names)):
+            layer, index, rest = match[1], int(match[2]), match[3]
+            if layers <= index < layers + declared or (
+                index >= layers and rest.partition(".")[0] in _MTP
+            ):
+                found.add(layer)
+        ignored = meta.model._keys_to_ignore_on_load_unexpected or ()
+        return cls(tuple(map(re.compile, sorted(ignored))), frozenset(found), scheme)
+
+    def reason(self, name: str) -> str:
+        """Why the model does not need it, "" where that is not known."""
+        module, _, leaf = name.rpartition(".")
+        layer = _LAYER.fullmatch(name)
+        if (layer and layer[1] in self.extra) or any(
+            part == "mtp" or part.startswith("mtp_") for part in name.split(".")
+        ):
+            return "multi-token prediction, which is not served"
+        if leaf in _ROTARY:
+            return "rotary frequencies, which follow from the config"
+        if leaf == "position_ids":
+            return "positions, which are counted"
+        if any(pattern.search(name) for pattern in self.ignored):
+            return "transformers does not load it for this model either"
+        if not self.scheme.method:
+            return ""
+        if leaf in _CACHE:
+            return "a scale of a quantized KV cache; the cache stays in floats"
+        if leaf in _ACTIVATIONS:
+            return "a scale of quantized activations; activations stay in floats"
+        if leaf in _WEIGHT_SCALES and self.scheme.ignores(module):
+            return "a scale of a module that config.json keeps dense"
+        return ""
