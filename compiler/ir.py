@@ -103,6 +103,10 @@ def _schema(name: str, infer: Callable[..., Types]) -> tuple[str, ...]:
     return tuple(operands)
 
 
+def _call(args: Types, named: Mapping[str, Any]) -> str:
+    return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in named.items())])})"
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One operation: type rule, meaning, price, samples and tolerance, registered once by name.
@@ -196,22 +200,29 @@ class Op:
 
         `args` are the required operands, `named` the optional ones and attributes.
         """
-        shown = f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in named.items())])})"
         missing = len(args) - len(self.required)
         if missing < 0 or (missing and not self.is_variadic):
             expected = ", ".join(self.operands) or "no operands"
-            raise VerifyError(f"{self.name}: expected {expected}; found {shown}")
+            raise VerifyError(f"{self.name}: expected {expected}; found {_call(args, named)}")
         try:
             types = self.infer(*args, **named)
-        except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
-            raise VerifyError(f"{self.name}: cannot take {shown}: {error}") from error
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise VerifyError(f"{self.name}: cannot take {_call(args, named)}: {error}") from error
         for type_ in types:
             if type_.dtype not in DTYPES:
                 known = ", ".join(DTYPES)
                 raise VerifyError(f"{self.name}: dtype is one of {known}; found {type_.dtype!r}")
             if any(isinstance(d, int) and d < 0 for d in type_.shape):
                 raise VerifyError(
-                    f"{self.name}: expected dims of at least 0, found {type_} of {shown}"
+                    f"{self.name}: expected dims of at least 0, found {type_} of "
+                    f"{_call(args, named)}"
                 )
         return types
 
@@ -405,10 +416,14 @@ class Graph:
 
     def param(self, name: str) -> Value:
         """The parameter called `name`; KeyError lists those there are."""
-        for value in self.params:
-            if value.node.attrs["name"] == name:
-                return value
+        if name in self._by_name:
+            return self._by_name[name]
         raise KeyError(f"graph @{self.name} has no parameter {name!r}, only {param_names(self)}")
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Value]:
+        """The parameters; of those that share a name the first."""
+        return {p.node.attrs["name"]: p for p in reversed(self.params)}
 
     def users(self) -> dict[Value, list[Node]]:
         """Value to the nodes that take it as an argument."""

@@ -3,97 +3,35 @@
 The form is one line a node, `%3, %4 = topk(%2, dim=-1, k=2) : f32[T, 2], i64[T, 2]`. Parameters and
 results are written %name, weights @name (their types stand in the `where` block), scalar literals
 dtype(number); optional operands by name, `linear(%2, @w, bias=@b)`. Lines that start with # are
-comments. Each call is read with Python's own parser, as
-data: nothing is evaluated but arithmetic on dims.
+comments. Each call is read with Python's own parser, as data: nothing is evaluated but arithmetic
+on dims.
 """
 
 from __future__ import annotations
 
 import ast
-import math
-import operator
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
-import sympy
-
 from .ast_lock import parse_expression
-from .dtypes import DTYPES
+from .attribute_text import ParseError, parse_attribute, parse_type
 from .ir import Graph, Node, Op, Value, show_attr
 from .ops.aten import aten_op
 from .ops.leaf import constant, literal, param
-from .types import TensorType, VerifyError, dim, symbol
+from .types import VerifyError
+from .untrusted import check_untrusted
 
-_HEAD = re.compile(r"graph @(\S+?)\((.*)\)((?: \w+=\d+\.\.\d+)*) \{$")
-# A string, which is left as it is, or a reference.
-_REF = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[%@][\w.\-/]+""")
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    name: getattr(sympy, name) for name in ("floor", "ceiling", "Mod", "Min", "Max")
-}
-
-
-def _quotient(a: Any, b: Any) -> Any:
-    return sympy.Integer(a) / b if isinstance(a, int) else a / b
-
-
-def _power(a: Any, b: Any) -> Any:
-    # Text may come from anywhere: 9**9**9 would keep the reader busy for ever.
-    if not isinstance(b, int) or abs(b) > _MAX_EXPONENT:
-        raise ParseError(f"expected an exponent within ±{_MAX_EXPONENT}, found {b}")
-    return a**b
-
-
-_MAX_EXPONENT = 16
-_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: _quotient,
-    ast.Pow: _power,
-}
-
-
-class ParseError(Exception):
-    """The text is not IR; the message quotes the line."""
-
-
-@cache
-def parse_type(text: str) -> TensorType:
-    """A type as printed, `bf16[T, 4096]`."""
-    found = re.fullmatch(r"\s*(\w+)\[(.*)\]\s*", text)
-    if not found or found[1] not in DTYPES:
-        raise ParseError(f"expected a type such as f32[T, 64], found {text!r}")
-    dims = _attr(parse_expression(f"[{found[2]}]"))
-    for d in dims:
-        if isinstance(d, bool) or not isinstance(d, int | sympy.Expr):
-            raise ParseError(f"expected a dim, found {d!r}")
-    return TensorType(found[1], tuple(dim(d) for d in dims))
-
-
-def _attr(tree: ast.expr) -> Any:
-    if isinstance(tree, ast.Constant):
-        return tree.value
-    if isinstance(tree, ast.List):
-        return tuple(_attr(item) for item in tree.elts)
-    if isinstance(tree, ast.Name):
-        return {"inf": math.inf, "nan": math.nan}.get(tree.id, symbol(tree.id))
-    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return -_number(tree.operand)
-    if isinstance(tree, ast.BinOp) and type(tree.op) in _ARITHMETIC:
-        return _ARITHMETIC[type(tree.op)](_number(tree.left), _number(tree.right))
-    if isinstance(tree, ast.Call) and ast.unparse(tree.func) in _FUNCTIONS and not tree.keywords:
-        return _FUNCTIONS[ast.unparse(tree.func)](*map(_number, tree.args))
-    raise ParseError(f"not an attribute: {ast.unparse(tree)}")
-
-
-def _number(tree: ast.expr) -> Any:
-    value = _attr(tree)
-    if not isinstance(value, int | float | sympy.Expr):
-        raise ParseError(f"expected a number, found {ast.unparse(tree)}")
-    return value
+# All patterns are linear in the text: words are taken whole, and no bracket is looked for twice.
+_TYPE = re.compile(r"\b\w++\[[^\[\]]*+\]")
+_PARAM = re.compile(r"%([\w.\-/]++): (\w++\[[^\[\]]*+\])")
+_SYMBOL = re.compile(r"(\w+)=(\d+)\.\.(\d+)")
+# A string, which is left as it is (one that does not end is refused later), or a reference.
+_REF = re.compile(r"""'(?:[^'\\]|\\.?)*+(?:'|$)|"(?:[^"\\]|\\.?)*+(?:"|$)|[%@][\w.\-/]+""")
+_SHOWN, _SAID = 300, 1000  # characters of a line that are quoted, and of what is said of it
+# What text out of an ingot may have at most. The largest models have some thousand nodes.
+_MOST_CHARACTERS, _MOST_IN_LINE, _MOST_NODES, _MOST_SYMBOLS = 1 << 25, 1 << 18, 1 << 16, 16
 
 
 def _reference(match: re.Match[str]) -> str:
@@ -107,18 +45,31 @@ def _argument(tree: ast.expr, values: Mapping[str, Value]) -> Value:
                 raise ParseError(f"{key} is used before it is defined")
             return values[str(key)]
         case ast.Call(ast.Name(dtype), [number], []):
-            return literal(value=_attr(number), dtype=dtype)
+            return literal(value=parse_attribute(number), dtype=dtype)
         case _:
             raise ParseError(f"not an argument: {ast.unparse(tree)}")
 
 
-def _parse_node(line: str, values: dict[str, Value]) -> None:
+def _op_name(tree: ast.expr) -> str:
+    """A name, or names with dots between: `aten.packet.overload`."""
+    names: list[str] = []
+    while isinstance(tree, ast.Attribute):
+        names.append(tree.attr)
+        tree = tree.value
+    if not isinstance(tree, ast.Name):
+        raise ParseError("expected the name of an op before its arguments")
+    return ".".join((tree.id, *reversed(names)))
+
+
+def _parse_node(line: str, values: dict[str, Value], trusted: bool) -> None:
     left, _, rest = line.partition(" = ")
     call_text, _, type_text = rest.rpartition(" : ")
     call = parse_expression(_REF.sub(_reference, call_text))
     if not isinstance(call, ast.Call):
         raise ParseError("expected an op applied to arguments")
-    name = ast.unparse(call.func)
+    name = _op_name(call.func)
+    if not trusted:
+        check_untrusted(name)
     op = aten_op(name) if name.startswith("aten.") else Op.registry.get(name)
     if op is None:
         raise ParseError(f"unknown op {name!r}")
@@ -126,10 +77,14 @@ def _parse_node(line: str, values: dict[str, Value]) -> None:
     named: dict[str, Any] = {}
     for keyword in call.keywords:
         is_operand = keyword.arg in op.optional or isinstance(keyword.value, ast.Subscript)
-        found = _argument(keyword.value, values) if is_operand else _attr(keyword.value)
-        named[keyword.arg or ""] = found
+        found = _argument(keyword.value, values) if is_operand else parse_attribute(keyword.value)
+        if keyword.arg is None or keyword.arg in named:
+            raise ParseError(f"{name}: expected every attribute by its name, once")
+        named[keyword.arg] = found
+    written = tuple(map(parse_type, _TYPE.findall(type_text)))
+    if not trusted:
+        check_untrusted(name, tuple(a.type for a in args), named)
     node = op.node(args, named)
-    written = tuple(map(parse_type, re.findall(r"\w+\[[^\]]*\]", type_text)))
     if written != node.types:
         given = ", ".join(map(str, node.types))
         raise VerifyError(f"{name}: written as {type_text}, but the op gives {given}")
@@ -142,16 +97,24 @@ def _parse_node(line: str, values: dict[str, Value]) -> None:
 
 
 def _parse_head(line: str) -> tuple[str, tuple[Value, ...], dict[str, range]]:
-    head = _HEAD.match(line)
-    if not head:
-        raise ParseError("expected `graph @name(%parameter: type, ...) SYMBOL=low..high {`")
-    name, params_text, symbols_text = head.groups()
+    begin, _, rest = line.partition("(")
+    params_text, _, symbols_text = rest.rpartition(")")
+    name = begin.removeprefix("graph @")
+    found = [_SYMBOL.fullmatch(item) for item in symbols_text.removesuffix("{").split()]
+    if name == begin or not name or " " in name or not symbols_text.endswith(" {"):
+        raise ParseError(_EXPECTED_HEAD)
+    if len(found) > _MOST_SYMBOLS:
+        raise ParseError(f"expected at most {_MOST_SYMBOLS} symbols, found {len(found)}")
     symbols: dict[str, range] = {}
-    for item in symbols_text.split():
-        symbol_name, low, high = re.split(r"=|\.\.", item)
-        symbols[symbol_name] = range(int(low), int(high) + 1)
-    pairs = re.findall(r"%([\w.\-/]+): (\w+\[[^\]]*\])", params_text)
+    for item in found:
+        if item is None:
+            raise ParseError(_EXPECTED_HEAD)
+        symbols[item[1]] = range(int(item[2]), int(item[3]) + 1)
+    pairs = _PARAM.findall(params_text)
     return name, tuple(param(name=n, type=parse_type(t)) for n, t in pairs), symbols
+
+
+_EXPECTED_HEAD = "expected `graph @name(%parameter: type, ...) SYMBOL=low..high {`"
 
 
 @contextmanager
@@ -159,16 +122,26 @@ def _quoting(number: int, line: str) -> Generator[None]:
     try:
         yield
     except VerifyError as error:
-        raise VerifyError(f"line {number}: {error}\n  {line}") from error
+        raise VerifyError(f"line {number}: {str(error)[:_SAID]}\n  {line[:_SHOWN]}") from error
     except (ParseError, SyntaxError, ValueError, TypeError, ArithmeticError) as error:
-        raise ParseError(f"line {number}: {error}\n  {line}") from error
+        raise ParseError(f"line {number}: {str(error)[:_SAID]}\n  {line[:_SHOWN]}") from error
+    except (RecursionError, MemoryError) as error:  # of Python's parser, which has a limit for each
+        raise ParseError(f"line {number}: nested too deeply\n  {line[:_SHOWN]}") from error
 
 
-def parse(text: str) -> Graph:
-    """The graph that `text` describes; ParseError or VerifyError quotes the offending line."""
+def parse(text: str, *, trusted: bool = True) -> Graph:
+    """The graph that `text` describes; ParseError or VerifyError quotes the offending line.
+
+    Text that is not `trusted` may be anything: it is bounded in size, and may hold only ops that
+    are safe to run on any values (`untrusted.check_untrusted`).
+    """
+    if not trusted and len(text) > _MOST_CHARACTERS:
+        raise ParseError(f"expected at most {_MOST_CHARACTERS} characters, found {len(text)}")
     rows = [(i, row.strip()) for i, row in enumerate(text.splitlines(), 1)]
     rows = [(i, row) for i, row in rows if row and not row.startswith("#")]
     head, *rest = rows or [(0, "")]
+    if not trusted:
+        _check_lines(rows)
     with _quoting(*head):
         name, params, symbols = _parse_head(head[1])
     values = {f"%{p.attrs['name']}": p for p in params}
@@ -189,8 +162,18 @@ def parse(text: str) -> Graph:
                 key, _, value = line[len("update %") :].partition(" = ")
                 updates[key] = _root(value, values)
             else:
-                _parse_node(line, values)
+                _parse_node(line, values, trusted)
     return Graph(name, params, outputs, symbols, updates)
+
+
+def _check_lines(rows: list[tuple[int, str]]) -> None:
+    nodes = sum(not line.startswith("@") for _, line in rows)
+    if nodes > _MOST_NODES:
+        raise ParseError(f"expected at most {_MOST_NODES} nodes, found {nodes}")
+    for number, line in rows:
+        if len(line) > _MOST_IN_LINE:
+            found = f"found {len(line)}"
+            raise ParseError(f"line {number}: expected at most {_MOST_IN_LINE} characters, {found}")
 
 
 def _root(text: str, values: Mapping[str, Value]) -> Value:
@@ -224,3 +207,6 @@ def same_structure(a: Graph, b: Graph) -> bool:
     Literals and constants are compared by content, all other nodes one to one.
     """
     return _canonical(a) == _canonical(b)
+
+
+__all__ = ["ParseError", "parse", "parse_type", "same_structure"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NoReturn
 
 import sympy
@@ -27,12 +28,13 @@ def verify(graph: Graph) -> None:
             shown = f"{bounds.start}..{bounds.stop - 1}"
             _fail(graph, None, f"symbol {name}: expected a range of positive sizes, found {shown}")
     declared: dict[str, Node] = {}
+    times = Counter(graph.params)
     for p in graph.params:
         if p.op is not param:
             _fail(graph, p.node, "a parameter of the graph: expected a param node")
         _check_node(graph, p.node)
         name = p.attrs["name"]
-        if declared.setdefault(name, p.node) is not p.node or graph.params.count(p) > 1:
+        if declared.setdefault(name, p.node) is not p.node or times[p] > 1:
             _fail(graph, p.node, f"expected one parameter %{name}, found more: names repeat")
     constants: dict[str, TensorType] = {}
     for node in graph.nodes():

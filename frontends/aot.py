@@ -17,7 +17,8 @@ from msgspec import convert
 
 from ..codegen.lower import Lowered
 from ..compiler.ir import Graph
-from ..compiler.types import TensorType
+from ..compiler.types import TensorType, VerifyError
+from ..compiler.untrusted import check_exportable
 from ..runtime.artifact.manifest import EntryFact, Manifest, is_file_name
 from ..runtime.artifact.plan_json import entry_json, program_json
 from ..runtime.artifact.reader import (
@@ -78,6 +79,10 @@ def export(
     on_cpu = program.target == CPU
     if any(node.op.collective for node in what.graph.nodes()):
         raise ValueError("an ingot holds a whole model: export one with tensor_parallel=1")
+    try:
+        check_exportable(what.graph)
+    except VerifyError as error:
+        raise ValueError(f"this model can be served, not exported: {error}") from error
     if not on_cpu:
         check_program(program)
     texts = {FINAL_GRAPH: str(what.graph)}

@@ -204,8 +204,18 @@ def _append_inplace(*args: torch.Tensor) -> None:
     size = args[0].shape[1]
     where = positions[real].long()
     pages = page_table[slots[real].long(), where // size].long()
+    _check_positive("kv_append", where, pages)
     for cache, rows in zip(args[:count], args[count : 2 * count], strict=True):
         cache[pages, where % size] = rows[real]
+
+
+def _check_positive(name: str, positions: torch.Tensor, pages: torch.Tensor) -> None:
+    """IndexError for negative ones, which torch counts from the end."""
+    if min(int(positions.min()), int(pages.min())) < 0:
+        raise IndexError(
+            f"{name}: expected positions and pages from 0, found {int(positions.min())} and "
+            f"{int(pages.min())} at least"
+        )
 
 
 def _append_reference(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -323,7 +333,14 @@ def _cached_reference(
         for mine in (slots == slot).nonzero().squeeze(1).split(_QUERY_BLOCK):
             at = positions[mine].long()[:, None, None]
             first = max(0, int(at.min()) - window + 1) // size if window else 0
-            pages = page_table[slot, first : int(at.max()) // size + 1].long()
+            last = int(at.max()) // size
+            if last >= page_table.shape[1]:
+                raise IndexError(
+                    f"cached_attention: expected positions below {page_table.shape[1] * size}, "
+                    f"found {int(at.max())}"
+                )
+            pages = page_table[slot, first : last + 1].long()
+            _check_positive("cached_attention", at, pages)
             seen = torch.arange(first * size, (first + len(pages)) * size, device=q.device)
             seen = seen.view(1, -1, size)
             hidden = (seen > at) | (seen <= at - window) if window else seen > at

@@ -198,6 +198,8 @@ def _experts_reference(
     parts = x.new_empty(tokens * k, x.shape[1])
     chosen = indices.flatten()
     for expert in chosen.unique().tolist():
+        if expert < 0:  # torch counts it from the end
+            raise IndexError(f"experts: expected experts from 0, found {expert}")
         mine = (chosen == expert).nonzero().squeeze(1)
         first, last = (None if b is None else b[expert] for b in (gate_up_bias, down_bias))
         parts[mine] = product(

@@ -92,7 +92,7 @@ IR: dict[str, tuple[Callable[[str], str], str]] = {
     "wrong type": (lambda text: text.replace(" : f32[L, 64]", " : f32[L, 65]"), "written as"),
     "reads a file": (
         lambda text: text.replace("  return", "  %x = aten.from_file.default() : u8[1]\n  return"),
-        "expected operators on tensors, found aten.from_file",
+        "aten.from_file.default: expected an operator that an ingot may hold",
     ),
     "other symbols": (lambda text: text.replace("T=1..", "T=2.."), "expected symbols"),
     "another weight": (
