@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch.export import export as export_program
 from torch.utils._pytree import tree_unflatten
 
@@ -25,6 +26,7 @@ from ..runtime.program import STEP
 from .compilation import graphs_by_stage, kernel_backend, run_passes
 from .importers.torch_export import import_program
 from .model import Compiled
+from .module_inputs import module_input
 from .options import CompileOptions
 from .progress import Progress
 
@@ -57,18 +59,24 @@ class CompiledModule(Compiled):
     structure: Any
     programs: dict[tuple[int, ...], Executable] = field(default_factory=dict, init=False)
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        """What the module gives for `inputs`. ValueError when they do not fit."""
+    def __call__(self, *inputs: torch.Tensor | NDArray[Any]) -> Any:
+        """What the module gives for `inputs`, tensors or numpy arrays (see `module_input`).
+
+        ValueError when they do not fit.
+        """
         graph = self.graph()
         if len(inputs) != len(graph.params):
             raise ValueError(f"expected {len(graph.params)} inputs, found {len(inputs)}")
-        named = {p.attrs["name"]: x for p, x in zip(graph.params, inputs, strict=True)}
+        named = {
+            p.attrs["name"]: module_input(p.attrs["name"], p.type, x)
+            for p, x in zip(graph.params, inputs, strict=True)
+        }
         binding = bind_symbols(graph, {n: tuple(x.shape) for n, x in named.items()})
         symbols = binding if self.target.is_gpu else {}
         key = tuple(symbols.values())
         if key not in self.programs:
             self.programs[key] = self._build(graph, symbols)
-        arrays: dict[str, Any] = {n: x.detach() for n, x in named.items()}
+        arrays: dict[str, Any] = {**named}
         results = self.programs[key].run(STEP, binding, arrays)
         outputs = [
             torch.from_numpy(results[name]).to(torch_dtype(value.type.dtype))

@@ -116,7 +116,8 @@ def quantize_directory(
 
 def _decisions(source: Path, options: MXFP4) -> dict[str, str]:
     """By the model's names: "" for a weight to quantize, else the reason not to."""
-    imported = import_hugging_face(source, dtype=None, max_tokens=2)
+    # What the model does not read is copied as it is.
+    imported = import_hugging_face(source, dtype=None, max_tokens=2, allow_unused=True)
     graph = run_pipeline(imported.graph, RAISING)[-1].graph
     found: dict[str, str] = {}
     for site in find_sites(graph, options):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import ingot
+import numpy as np
 import pytest
 import torch
 from ingot.codegen.entries import Choice
@@ -104,6 +105,44 @@ def test_modules_keep_the_structure_of_what_they_return() -> None:
     assert module.training
     found, expected = compiled(image, ids), module.eval()(image, ids)
     torch.testing.assert_close(found, expected)
+
+
+class _Picks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)[ids.long()] * scale
+
+
+def test_modules_take_arrays_and_other_dtypes() -> None:
+    module, x, ids = _Picks(), torch.randn(3, 4), torch.tensor([2, 0, 1, 1], dtype=torch.int32)
+    scale = torch.tensor(2.0, dtype=torch.bfloat16)
+    compiled = ingot.compile(module, example_inputs=(x, ids, scale))
+    expected = module(x, ids, scale)
+    wide, narrow = x.numpy().astype(np.float64), ids.numpy().astype(np.uint16)
+    frozen = wide.copy()
+    frozen.flags.writeable = False
+    for given in (
+        (x.numpy(), ids.numpy(), scale),
+        (wide, narrow, np.float32(2)),
+        (frozen, ids.long(), scale.double()),
+        (wide[::-1].copy()[::-1], narrow.astype(">i8"), np.array(2.0)),
+        (x.requires_grad_(), ids.byte(), scale),
+    ):
+        torch.testing.assert_close(compiled(*given), expected)
+    for given, error in (
+        ((x, ids.float(), scale), r"parameter %ids: expected i32\[4\], found f32\[4\]"),
+        ((x, ids.long() + 2**40, scale), "%ids: .* numbers that do not fit"),
+        ((x, np.full(4, 2**64 - 1, np.uint64), scale), "%ids: .* numbers that do not fit"),
+        ((x > 0, ids, scale), r"%x: expected f32\[3, 4\], found bool"),
+        ((x.tolist(), ids, scale), "%x: .* as a tensor or a numpy array, found list"),
+        ((np.array([["a"] * 4] * 3), ids, scale), "%x: .* found an array of <U1"),
+        ((x.detach().numpy()[:2].T, ids, scale), r"%x: expected f32\[3, 4\], found \[4, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            compiled(*given)
 
 
 class _Counts(torch.nn.Module):
