@@ -104,7 +104,7 @@ class Compiled:
 
 @dataclass(eq=False)
 class Model(TextModel, Compiled):
-    """A compiled causal language model, serving in this process; for one thread at a time."""
+    """A compiled causal language model, serving in this process."""
 
     exportable: Exportable
     graphs: Mapping[str, Graph]

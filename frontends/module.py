@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class CompiledModule(Compiled):
     binding of the dynamic dims.
 
     `backend` makes what generates kernels for `target`, None for the cpu; `structure` is the pytree
-    spec of what the module returns.
+    spec of what the module returns. Calls of several threads take turns.
     """
 
     graphs: Mapping[str, Graph]
@@ -58,6 +59,7 @@ class CompiledModule(Compiled):
     backend: Callable[[], Backend | None]
     structure: Any
     programs: dict[tuple[int, ...], Executable] = field(default_factory=dict, init=False)
+    lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def __call__(self, *inputs: torch.Tensor | NDArray[Any]) -> Any:
         """What the module gives for `inputs`, tensors or numpy arrays (see `module_input`).
@@ -74,10 +76,11 @@ class CompiledModule(Compiled):
         binding = bind_symbols(graph, {n: tuple(x.shape) for n, x in named.items()})
         symbols = binding if self.target.is_gpu else {}
         key = tuple(symbols.values())
-        if key not in self.programs:
-            self.programs[key] = self._build(graph, symbols)
         arrays: dict[str, Any] = {**named}
-        results = self.programs[key].run(STEP, binding, arrays)
+        with self.lock:
+            if key not in self.programs:
+                self.programs[key] = self._build(graph, symbols)
+            results = self.programs[key].run(STEP, binding, arrays)
         outputs = [
             torch.from_numpy(results[name]).to(torch_dtype(value.type.dtype))
             for name, value in zip(_output_names(graph), graph.outputs, strict=True)

@@ -21,9 +21,10 @@ Prompt = str | Sequence[int]
 
 @dataclass(eq=False)
 class TextModel:
-    """A causal language model, serving in this process; for one thread at a time.
+    """A causal language model, serving in this process.
 
-    `session` submits, steps and cancels sequences, and has statistics.
+    Threads may share it: what they ask at once is computed in the same steps, and each gets what it
+    would get alone. `session` submits, steps and cancels sequences, and has statistics.
     """
 
     session: Session

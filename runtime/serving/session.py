@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count, groupby
@@ -28,6 +29,7 @@ from .sequence import (
     SessionStats,
 )
 from .speculation import Drafter, Outcome, accept
+from .turns import Turns
 
 
 class SessionEndedError(Exception):
@@ -35,7 +37,7 @@ class SessionEndedError(Exception):
 
 
 class Session:
-    """Serves one loaded program to many sequences; for one thread at a time.
+    """Serves one loaded program to many sequences, of one thread or of several.
 
     `step` runs one replay: a token of every decoding sequence and chunks of prompts as far as the
     largest bucket goes, in the smallest bucket that takes them. What is batched together never
@@ -47,6 +49,11 @@ class Session:
     "cancelled", or "error" (`message` says why). An exception out of the device ends the session:
     every sequence ends with "error" and later calls raise SessionEndedError. A KeyboardInterrupt
     does not: the step that it broke off is taken again.
+
+    Any thread may call anything. Sequences of all threads go into the same steps: of those that
+    wait for events one takes the step, for all, and `submit` does not wait for it. `cancel`,
+    `logits` and `close` wait for the step at hand. An iterator of `stream` is for one thread at a
+    time, as any generator (ValueError).
     """
 
     def __init__(
@@ -80,8 +87,11 @@ class Session:
             self._cache, tokens=self._abi.tokens, rows=self._abi.rows, drafter=drafter
         )
         self._sampler = RowSampler(self.meta.vocab_size, self._abi.candidates)
+        self._turns = Turns(self._cancel_given_up)
         self._ids = count(1)
-        self._events: list[Event] = []
+        self._events: list[Event] = []  # for `step`; those of a stream go to its queue
+        self._queues: dict[Sequence, deque[Event]] = {}
+        self._given_up: deque[Sequence] = deque()  # of streams that were closed
         self._stats = SessionStats()
         self._first_tokens = 0
         self._ended = ""
@@ -97,12 +107,14 @@ class Session:
     @property
     def stats(self) -> SessionStats:
         """The figures so far."""
-        return replace(self._stats, preemptions=self._scheduler.preemptions)
+        with self._turns.held():
+            return replace(self._stats, preemptions=self._scheduler.preemptions)
 
     @property
     def idle(self) -> bool:
-        """No sequence waits or runs, and every event was handed out."""
-        return not (self._scheduler.waiting or self._scheduler.running or self._events)
+        """No sequence waits or runs, and `step` has no event to hand out."""
+        with self._turns.held():
+            return not (self._scheduler.waiting or self._scheduler.running or self._events)
 
     def submit(self, tokens: Iterable[int], **request: Unpack[RequestKeywords]) -> Sequence:
         """Queue a prompt; the keywords are the fields of `Request`.
@@ -112,18 +124,21 @@ class Session:
         queued then.
         """
         (sequence,) = self.requests([tokens], Request(**request))
-        self._enqueue(sequence)
+        with self._turns.held():
+            self._enqueue([sequence])
         return sequence
 
     def step(self) -> list[Event]:
         """Run one replay, if there is anything to do, and hand out all events since the last call.
 
-        After the end of the session: first the events that are left, then SessionEndedError.
+        Those of `submit`: a stream hands out its own. After the end of the session: first the
+        events that are left, then SessionEndedError.
         """
-        if not (self._ended and self._events):
-            self._advance()
-        events, self._events = self._events, []
-        return events
+        with self._turns.working():
+            if not (self._ended and self._events):
+                self._advance()
+            events, self._events = self._events, []
+            return events
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence with "cancelled" and free its slot and pages at once.
@@ -132,14 +147,20 @@ class Session:
         with the next step. Nothing happens when that was handed out already; ValueError when the
         sequence belongs to another session.
         """
-        unseen = [event for event in self._events if event.sequence is sequence]
+        with self._turns.working():
+            self._cancel(sequence)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        queue = self._queues.get(sequence, self._events)
+        unseen = [event for event in queue if event.sequence is sequence]
         if sequence in self._scheduler:
             self._scheduler.remove(sequence)
         elif sequence.finish_reason is None:
             raise ValueError(f"sequence {sequence.id} belongs to another session")
         elif not unseen:
             return
-        self._events = [event for event in self._events if event.sequence is not sequence]
+        for event in unseen:
+            queue.remove(event)
         if dropped := sum(event.token is not None for event in unseen):
             for reported in (sequence.history, sequence.logprobs, sequence.top_logprobs):
                 del reported[-dropped:]
@@ -153,8 +174,9 @@ class Session:
         """Submit `prompts` and step until all have ended; yields their events as they come.
 
         Arguments are checked at once (ValueError as `submit`; then none is queued), the work
-        starts with the first `next`. Closing the iterator cancels what is left. Sequences of other
-        callers go on meanwhile; their events wait for their own `stream` or for `step`.
+        starts with the first `next`. Closing the iterator cancels what is left, at once or after
+        the step that another thread takes. Sequences of other callers go on meanwhile; their events
+        wait for their own `stream` or for `step`.
         """
         return self.events(self.requests(prompts, Request(**request)))
 
@@ -169,7 +191,8 @@ class Session:
 
     def requests(self, prompts: Iterable[Iterable[int]], request: Request) -> list[Sequence]:
         """One checked sequence a prompt, for `events` to queue. ValueError as `submit`."""
-        self._check_open()
+        with self._turns.held():
+            self._check_open()
         if not 0 <= request.top_logprobs <= self.meta.vocab_size:
             raise ValueError(
                 f"top_logprobs: expected 0 to {self.meta.vocab_size}, found {request.top_logprobs}"
@@ -186,26 +209,36 @@ class Session:
     def events(self, sequences: list[Sequence]) -> Generator[Event]:
         """Queue `sequences` of `requests` and step until all have ended; see `stream`."""
         unfinished = set(sequences)
+        queue: deque[Event] = deque()
         try:
-            self._check_open()
-            for sequence in sequences:
-                self._enqueue(sequence)
+            with self._turns.held():
+                self._enqueue(sequences, queue)
             while unfinished:
-                event = next((e for e in self._events if e.sequence in unfinished), None)
-                if event is not None:
-                    self._events.remove(event)
-                    if event.finish_reason is not None:
-                        unfinished.remove(event.sequence)
-                    yield event
-                elif all(sequence.finish_reason for sequence in unfinished):
-                    return  # `step` handed out the rest
-                else:
-                    self._advance()
+                event = self._next(queue)
+                if event.finish_reason is not None:
+                    unfinished.remove(event.sequence)
+                yield event
         finally:
-            for sequence in unfinished:
-                if sequence in self._scheduler or sequence.finish_reason is not None:
-                    self.cancel(sequence)
-            self._events = [event for event in self._events if event.sequence not in unfinished]
+            # A finalizer may close this in the middle of any call: nothing is waited for.
+            self._given_up.extend(sequences)
+            self._turns.try_between()
+
+    def _next(self, queue: deque[Event]) -> Event:
+        """The first event of `queue`, after the steps that it takes, of this thread or others."""
+        with self._turns.held():
+            while not queue:
+                with self._turns.turn() as mine:
+                    if mine:
+                        self._advance()
+            return queue.popleft()
+
+    def _cancel_given_up(self) -> None:
+        """Cancel what is left of streams that were closed, and forget their events."""
+        while self._given_up:
+            sequence = self._given_up.popleft()
+            if sequence in self._queues:
+                self._cancel(sequence)
+                del self._queues[sequence]
 
     def logits(self, tokens: Iterable[int]) -> NDArray[np.float32]:
         """The logits f32[T, vocab] of one sequence at every position.
@@ -213,6 +246,10 @@ class Session:
         Runs at once, in replays that return all their rows; when no slot or too few pages are
         free, the youngest running sequences are preempted. ValueError as `submit`.
         """
+        with self._turns.working():
+            return self._logits(tokens)
+
+    def _logits(self, tokens: Iterable[int]) -> NDArray[np.float32]:
         self._check_open()
         prompt = self._abi.checked_prompt(tokens, self._cache.pages)
         scored = Sequence(0, prompt, Request(max_new_tokens=1), seed=0)
@@ -230,14 +267,15 @@ class Session:
 
     def close(self) -> None:
         """Free the device; unfinished sequences end with "cancelled". Twice is once."""
-        if self._closed:
-            return
-        self._closed = True
-        self._end("closed", "cancelled")
-        self._executable.close()
+        with self._turns.working():
+            if self._closed:
+                return
+            self._closed = True
+            self._end("closed", "cancelled")
+            self._executable.close()
 
     def _advance(self) -> None:
-        """Plan, replay and commit one batch; what came of it is appended to `_events`."""
+        """Plan, replay and commit one batch; what came of it is put into queues."""
         self._check_open()
         started = perf_counter()
         batch = self._scheduler.plan()
@@ -279,16 +317,17 @@ class Session:
                 total.time_to_first_token = mean
         stats.generated_tokens += len(choices)
         total.generated_tokens += len(choices)
+        events = self._queues.get(sequence, self._events)
         for choice in choices:
             sequence.logprobs.append(choice.logprob)
             sequence.top_logprobs.append(choice.top)
-            self._events.append(Event(sequence, choice.token, choice.logprob, choice.top))
+            events.append(Event(sequence, choice.token, choice.logprob, choice.top))
         if outcome.end is None:
             return
         self._scheduler.remove(sequence)
         if outcome.end == "length":
             sequence.finish_reason = outcome.end
-            self._events[-1] = replace(self._events[-1], finish_reason=outcome.end)
+            events[-1] = replace(events[-1], finish_reason=outcome.end)
         else:
             self._finish(sequence, outcome.end, outcome.message)
 
@@ -305,17 +344,23 @@ class Session:
         }
         # A device may fail in any way, and after none is the state of the cache known.
         try:
-            found = self._executable.run(STEP, symbols, inputs, outputs)
+            with self._turns.aside():
+                found = self._executable.run(STEP, symbols, inputs, outputs)
             self._abi.check_outputs(symbols, {name: found[name] for name in outputs})
         except Exception as error:
             self._end(f"{type(error).__name__}: {error}", "error")
             raise SessionEndedError(f"the session ended: {self._ended}") from error
         return {name: found[name][: len(batch.rows)] for name in outputs}
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.submitted = perf_counter()
-        self._stats.sequences += 1
-        self._scheduler.submit(sequence)
+    def _enqueue(self, sequences: list[Sequence], queue: deque[Event] | None = None) -> None:
+        """Submit to the scheduler; the events go to `queue`, or are for `step`."""
+        self._check_open()
+        for sequence in sequences:
+            sequence.submitted = perf_counter()
+            self._stats.sequences += 1
+            if queue is not None:
+                self._queues[sequence] = queue
+            self._scheduler.submit(sequence)
 
     def _check_open(self) -> None:
         if self._ended:
@@ -333,4 +378,5 @@ class Session:
         """Record the end of a sequence that the scheduler has let go already."""
         sequence.finish_reason = reason
         sequence.message = message
-        self._events.append(Event(sequence, finish_reason=reason, message=message))
+        events = self._queues.get(sequence, self._events)
+        events.append(Event(sequence, finish_reason=reason, message=message))

@@ -372,12 +372,13 @@ def test_closing_a_stream_cancels_its_sequences() -> None:
     assert session.idle
 
 
-def test_a_stream_ends_when_step_handed_out_its_events() -> None:
+def test_a_stream_keeps_its_events_while_another_steps() -> None:
     session, _ = open_session()
     stream = session.stream([[1]], max_new_tokens=4)
-    next(stream)
-    run_out(session)
-    assert list(stream) == []
+    first = next(stream)
+    assert run_out(session) == []
+    check_events([first, *stream], [first.sequence])
+    check_tokens(first.sequence, 4)
 
 
 @pytest.mark.parametrize("fail_at", [0, 3])

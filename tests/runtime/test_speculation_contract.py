@@ -235,7 +235,7 @@ def test_an_interrupted_step_leaves_nothing_of_its_drafts(kind: str) -> None:
         session = session_of(program, driver, drafter=drafter)
         sequences = [session.requests([a.prompt], a.request)[0] for a in asked]
         for sequence in sequences:
-            session._enqueue(sequence)
+            session._enqueue([sequence])
         for _ in range(fail_at):
             session.step()
         with pytest.raises(KeyboardInterrupt):
