@@ -78,8 +78,12 @@ def concatenated(values: Sequence[Value], axis: int = 0) -> Value:
 def _joined(parts: Sequence[Value], axis: int) -> Value:
     joined: list[Value] = []
     for part in parts:
-        last = joined[-1] if joined else part
-        if last.op is part.op is shape.slice_ and last.node.args == part.node.args:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.op is part.op is shape.slice_
+            and last.node.args == part.node.args
+        ):
             (p, q), dims = (last.attrs, part.attrs), part.type.rank
             along = p["dim"] % dims == q["dim"] % dims == axis % dims
             if along and p["stop"] == q["start"] and "step" not in p and "step" not in q:

@@ -134,6 +134,15 @@ def _slice_scatter(im: Im, x: Value, source: Value, axis: int = 0, *ends: Any) -
     return im.emit(shape.slice_scatter, x, source, dim=axis, start=start, stop=stop, **extra)
 
 
+@_rule("select_scatter")
+def _select_scatter(im: Im, x: Value, source: Value, axis: int, index: int) -> Value:
+    axis %= x.type.rank
+    size: Any = x.type.shape[axis]
+    start = index % size
+    row = im.to_shape(source, shape.replaced(x.type.shape, axis, 1))
+    return im.emit(shape.slice_scatter, x, row, dim=axis, start=start, stop=start + 1)
+
+
 @_rule("narrow")
 def _narrow(im: Im, x: Value, axis: int, start: Dim, length: Dim) -> Value:
     return _sliced(im, x, axis, start, dim(start + length))

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import _disable_current_modes
 
 MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -23,8 +24,12 @@ MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class AttentionMask:
     """Which keys a query may see: all, with `causal` none behind it, with `window` > 0 the last
-    so many up to it. `problem` says why a mask is none of these."""
+    so many up to it. `problem` says why a mask is none of these.
 
+    By its `shape` transformers knows a mask that is ready, which one model hands to another.
+    """
+
+    shape: ClassVar = (1, 1, 1, 1)
     causal: bool = True
     window: int = 0
     problem: str = ""
@@ -72,5 +77,9 @@ def described_masks(longest: int) -> Generator[None]:
     def never_packed(position_ids: torch.Tensor) -> None:
         del position_ids
 
-    with patch.object(masking_utils, "find_packed_sequence_indices", never_packed):
+    ready: Any = (BlockMask, AttentionMask)
+    with (
+        patch.object(masking_utils, "find_packed_sequence_indices", never_packed),
+        patch.object(masking_utils, "BlockMask", ready),
+    ):
         yield

@@ -7,7 +7,6 @@ operator is token-wise.
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from ...compiler.types import TensorType, symbol
 from ...compiler.weights import Weights
 from ..checkpoints.checkpoint import open_checkpoint, weights_of
 from ..checkpoints.safetensors_files import holds_weights
-from .attention_masks import AttentionMask, described_masks
+from .attention_masks import described_masks
 from .default_positions import default_position_offset
 from .in_memory import meta_copy, traceable_model
 from .meta_model import (
@@ -40,6 +39,15 @@ from .meta_model import (
     read_config,
 )
 from .online_rotations import rotate_activations
+from .refusals import (
+    ENCODER_DECODER,
+    NOT_THE_INTERFACE,
+    cross_attention_layers,
+    language_modules,
+    language_parameters,
+    reason_of,
+    refuse_unsupported_layers,
+)
 from .source_error import UnsupportedModel
 from .torch_export import Imported, ImportFailure, import_program
 from .traced_ops import register
@@ -82,7 +90,7 @@ class _Logits(torch.nn.Module):
 def trace(model: PreTrainedModel, max_tokens: int, offset: int = 0) -> ExportedProgram:
     """The functional program of a model: ids and positions [1, T] -> logits [1, T, V].
 
-    `offset` is added to the positions. ImportFailure names the line that cannot be traced.
+    `offset` is added to the positions. ImportFailure and UnsupportedModel say why it has none.
     """
     ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device=model.device)
     tokens = Dim("T", min=1, max=max(max_tokens, _SAMPLE_TOKENS))
@@ -98,17 +106,7 @@ def trace(model: PreTrainedModel, max_tokens: int, offset: int = 0) -> ExportedP
     except UnsupportedModel:
         raise
     except Exception as error:  # the model's own code runs here, and may fail in any way
-        if AttentionMask.__name__ in str(error):
-            raise ImportFailure(
-                f"{model.config.model_type}: the model computes attention from the mask itself; it "
-                "does not call attention through transformers' attention interface"
-            ) from error
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ImportFailure(
-            f"{model.config.model_type}: torch.export cannot trace it without a cache and with a "
-            f"dynamic number of tokens: {type(error).__name__} at {Path(last.filename).name}:"
-            f"{last.lineno}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ImportFailure(reason_of(error, model)) from error
 
 
 def _token_input(name: str, traced: TensorType) -> tuple[Value, Value]:
@@ -154,21 +152,10 @@ def _with_packed(graph: Graph, packed: Mapping[str, tuple[int, ...]], weights: W
     return rebuild(graph, swap)
 
 
-def _count_expert_modules(model: torch.nn.Module) -> int:
+def _count_expert_modules(model: PreTrainedModel) -> int:
     """Modules that hold their experts' weights as one 3-D stack."""
-    stacks = (getattr(m, "down_proj", None) for m in model.modules())
+    stacks = (getattr(m, "down_proj", None) for _, m in language_modules(model))
     return sum(isinstance(s, torch.nn.Parameter) and s.ndim == 3 for s in stacks)
-
-
-def _language_model(model: PreTrainedModel) -> set[str]:
-    """The parameters of `model` that text goes through: all but those of towers for images and
-    sound and of what joins these to the text."""
-    names = dict(model.named_parameters())
-    if model.config.get_text_config() is model.config:
-        return {*names}
-    parts = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
-    inner = {id(p) for part in parts if part is not None for p in part.parameters()}
-    return {name for name, parameter in names.items() if id(parameter) in inner}
 
 
 def _check(meta: MetaModel, imported: Imported) -> dict[str, str]:
@@ -179,10 +166,13 @@ def _check(meta: MetaModel, imported: Imported) -> dict[str, str]:
     model, kind = meta.model, meta.model.config.model_type
     found = [n.op for n in imported.graph.nodes()]
     layers = model.config.get_text_config().num_hidden_layers
+    layers -= len(cross_attention_layers(model))
     if (seen := found.count(attention)) != layers:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModel(ENCODER_DECODER.format(kind))
         raise ImportFailure(
-            f"{kind}: expected one attention node for each of {layers} layers, found {seen}; the "
-            "model does not call attention through transformers' attention interface"
+            f"{kind}: expected one attention node for each of {layers} layers, found {seen}; "
+            f"{NOT_THE_INTERFACE}"
         )
     stacks = _count_expert_modules(model)
     if (seen := found.count(experts)) != stacks:
@@ -193,7 +183,7 @@ def _check(meta: MetaModel, imported: Imported) -> dict[str, str]:
     parameters = [n for n, _ in model.named_parameters()]
     used = {meta.tied.get(n, n) for n in imported.referenced}
     unused = [n for n in parameters if meta.tied.get(n, n) not in used]
-    language = _language_model(model)
+    language = language_parameters(model)
     if absent := [n for n in unused if n in language]:
         raise ImportFailure(
             f"{kind}: {len(absent)} parameters take no part in the traced program: "
@@ -237,6 +227,7 @@ def import_hugging_face(
         checkpoint = opened(source, meta, allow_unused=allow_unused)
         rotate_activations(meta.model, checkpoint.rotated)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
+    refuse_unsupported_layers(meta.model)
     try:
         if in_memory:
             offset = default_position_offset(meta_copy(meta.model), dict(source.named_buffers()))

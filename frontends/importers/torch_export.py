@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ...compiler.ir import Graph, Op, Value
 from ...compiler.ops import pointwise, shape
@@ -195,6 +196,11 @@ class Importer:
             return None
         expression = size.node.expr
         for s in sorted(expression.free_symbols, key=str):
+            if free_unbacked_symbols(s):
+                raise ImportFailure(
+                    f"the code at {self.source()} makes tensors whose sizes depend on the values "
+                    "of others: not supported"
+                )
             if s.name not in self.dims:
                 unused = [n for n in self.bounds if symbol(n) not in self.dims.values()]
                 if not unused:

@@ -55,8 +55,9 @@ class ChatTemplate:
 
         `variables` are seen by the template under their names (`tools`, `documents`,
         `enable_thinking`, ...). ChatError when the template raises or violates the
-        sandbox.
+        sandbox, and for messages with parts that are images, video or sound.
         """
+        _refuse_other_than_text(messages)
         if name not in self.sources:
             raise ChatError(f"no chat template {name!r}; there are {', '.join(self.sources)}")
         given = {"tools": None, "documents": None, **self.tokens, **variables}
@@ -75,6 +76,19 @@ class ChatTemplate:
             raise ChatError(f"chat template {name!r} fails with {kind}: {error}") from error
         except (MemoryError, RecursionError) as error:
             raise ChatError(f"chat template {name!r} uses too much memory") from error
+
+
+def _refuse_other_than_text(messages: Sequence[Mapping[str, Any]]) -> None:
+    """ChatError for the first part of a message's content that is an image, video or sound."""
+    for i, message in enumerate(messages):
+        content: Any = message.get("content")
+        for part in content if isinstance(content, list | tuple) else ():
+            kind = str(part.get("type", "")) if isinstance(part, Mapping) else ""
+            if any(other in kind for other in ("image", "video", "audio")):
+                raise ChatError(
+                    f"message {i} has a part of type {kind!r}: models take text alone, expected "
+                    "parts of type 'text'"
+                )
 
 
 def chat_template_of(

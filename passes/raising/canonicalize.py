@@ -33,6 +33,7 @@ from ...compiler.rewrite import (
 from ...compiler.torch_types import torch_dtype
 from ...compiler.types import dim
 from ..moves import concatenated, sliced
+from .equal_slices import RULES as EQUAL_SLICE_RULES
 from .mxfp4_views import RULES as MXFP4_RULES
 from .unit_dims import unit_dims_dropped
 
@@ -385,6 +386,7 @@ RULES = (
     _neutral(pointwise.div, 1),
     _neutral(pointwise.add, 0),
     _neutral(pointwise.sub, 0),
+    *EQUAL_SLICE_RULES,
     *MXFP4_RULES,
 )
 
@@ -438,4 +440,6 @@ class Canonicalize:
         nodes = count_nodes(graph)
         without = context.log.apply(graph, list(unit_dims_dropped(graph)))
         dropped = simplified(without, context.log)
+        if again := list(unit_dims_dropped(dropped)):  # of slices of copies
+            dropped = simplified(context.log.apply(dropped, again), context.log)
         return dropped if count_nodes(dropped) <= nodes else simplified(graph, context.log)

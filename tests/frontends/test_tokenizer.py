@@ -226,6 +226,15 @@ def test_hostile_and_broken_templates_are_refused(source: str) -> None:
         print(ChatTemplate({"default": source}).render(MESSAGES))
 
 
+def test_parts_of_messages_are_text() -> None:
+    template = ChatTemplate({"default": "{{ messages[0].content[0].text }}"})
+    text = {"type": "text", "text": "hi"}
+    assert template.render([{"role": "user", "content": [text]}]) == "hi"
+    for kind in ("image", "image_url", "input_audio", "video"):
+        with pytest.raises(ChatError, match=f"message 0 has a part of type '{kind}': .* text"):
+            template.render([{"role": "user", "content": [text, {"type": kind, kind: "x.png"}]}])
+
+
 def test_templates_see_plain_data() -> None:
     with pytest.raises(ChatError, match="found a PosixPath"):
         ChatTemplate({"default": ""}).render([{"role": "user", "content": Path("x")}])

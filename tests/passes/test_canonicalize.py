@@ -11,6 +11,7 @@ from ingot.compiler.types import VerifyError
 from ingot.compiler.validate import check_rewrite
 from ingot.compiler.verify import verify
 from ingot.passes.raising.canonicalize import RULES, Canonicalize, common_subexpressions, simplified
+from ingot.passes.raising.equal_slices import RULES as EQUAL_SLICE_RULES
 from pass_checks import applied, assert_equal_results, body, graph_of, ops
 
 HEAD = "graph @c(%x: f32[T, 4, 6], %y: f32[T, 4, 6], %i: i32[T], %b: bf16[T, 4]) T=1..8 {\n"
@@ -323,9 +324,9 @@ def test_leaves_alone(rule: str) -> None:
 def test_every_kind_of_rule_is_tested() -> None:
     """Of the rules that move a permute there is one an op; four stand for all.
 
-    Those of mxfp4_views have tests of their own.
+    Those of mxfp4_views and equal_slices have tests of their own.
     """
-    elsewhere = ("permute-of-", "mxfp4-")
+    elsewhere = ("permute-of-", "mxfp4-", *(rule.name for rule in EQUAL_SLICE_RULES))
     assert {r.name for r in RULES if not r.name.startswith(elsewhere)} <= CASES.keys()
     assert {r for r in CASES if r.startswith("permute-of-")} <= {r.name for r in RULES}
 
