@@ -32,7 +32,7 @@ def default_position_offset(model: PreTrainedModel, buffers: Mapping[str, torch.
     """
     text = model.config.get_text_config()
     ids = torch.arange(3, 3 + _TOKENS)[None] % max(text.vocab_size - 1, 1)
-    if isinstance(padding := text.pad_token_id, int):
+    if isinstance(padding := getattr(text, "pad_token_id", None), int):
         ids = torch.where(ids == padding, (padding + 1) % text.vocab_size, ids)
     positions = torch.arange(_TOKENS)[None]
     with _real_buffers(model, buffers):

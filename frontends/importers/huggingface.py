@@ -234,7 +234,7 @@ def import_hugging_face(
         else:
             offset = default_position_offset(meta.model, meta.buffers)
     except UnsupportedModel:
-        trace(meta.model, max_tokens)  # where this fails as well, it names the line
+        _import_traced(meta, config.model_type, max_tokens, 0)  # what fails here names the line
         raise
     imported = _import_traced(meta, config.model_type, max_tokens, offset)
     unused = {**unused, **_check(meta, imported)}
