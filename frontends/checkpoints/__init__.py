@@ -2,7 +2,8 @@
 
 `checkpoint` opens one over `safetensors_files` (mapped files, sharded writing), `conversions`
 (transformers' renames, stacks and concatenations), `quantized` (codes and scales as one weight),
-`quantization_config` (the scheme that config.json declares, read through `config_section`),
+`quantization_config` (the scheme that config.json declares, read through `config_section` and
+`patterns`),
 `rotations` (of activations, which a scheme may declare), `unused` (tensors without a parameter, and
 why) and `dequantize` (FP8, NVFP4, INT4 to floats). `export_quantized` writes MXFP4.
 """

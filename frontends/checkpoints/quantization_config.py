@@ -8,7 +8,6 @@ activation_scheme, kv_cache_scheme) is left out, which is more exact than what i
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from typing import Any
 from ...compiler.microscaling import GROUPS
 from ..importers.source_error import SourceError
 from .config_section import Section
+from .patterns import matches_regex
 from .rotations import Rotation, stored_rotation, transform_rotations
 
 _MODELOPT = "hf_quant_config.json"  # of ModelOpt, beside config.json or instead of its section
@@ -63,7 +63,7 @@ class QuantizationScheme:
 
 def _matches(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        return matches_regex(pattern, module)
     path = module.split(".")
     around = [".".join(path[:i]) for i in range(1, len(path) + 1)]
     if "*" in pattern:

@@ -7,7 +7,6 @@ or in blocks (compressed-tensors' transforms of type hadamard, AMD Quark's R4 an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from ..importers.source_error import SourceError
 from .config_section import Section
+from .patterns import matches_any
 from .safetensors_files import Stored
 
 _MERGED = ("weight_input", "weight_output")
@@ -165,20 +165,14 @@ def _matching(
     parameters: Mapping[str, str | None],
 ) -> list[str]:
     """The modules that its targets match, and those that weights had before they were stacked."""
-
-    def matches(name: str, classes: set[str], patterns: tuple[str, ...]) -> bool:
-        return any(
-            re.match(p[3:], name) is not None if p.startswith("re:") else p == name or p in classes
-            for p in patterns
-        )
-
     known = {name: {c.__name__ for c in type(m).__mro__} for name, m in modules.items()}
     parts = [name.rpartition(".")[0] for name, parameter in parameters.items() if parameter is None]
     known |= {name: {"Linear"} for name in parts}
     return [
         name
         for name, classes in known.items()
-        if matches(name, classes, rotation.targets) and not matches(name, classes, rotation.ignore)
+        if matches_any(rotation.targets, name, classes)
+        and not matches_any(rotation.ignore, name, classes)
     ]
 
 

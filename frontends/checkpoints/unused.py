@@ -20,6 +20,7 @@ _ACTIVATIONS = (
     "input_zero_point",
     "output_scale",
     "output_zero_point",
+    "activation_scale",
     "q_scale",
     "prob_scale",
 )

@@ -19,8 +19,10 @@ from ...compiler.ops.leaf import constant
 from ...compiler.torch_types import torch_dtype
 from ...compiler.weights import Weights
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.quantization_config import quantization_scheme
 from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import build_meta_model, read_config
+from ..importers.source_error import SourceError
 from ..model import Model
 from .inspect_view import graph_sections
 from .model_check import Answer, relative_error
@@ -37,6 +39,11 @@ class TransformersReference:
 
     def __init__(self, directory: Path, model: Model) -> None:
         dtype = torch_dtype(model.report.dtype)
+        if rotations := quantization_scheme(read_config(directory), directory).rotations:
+            raise SourceError(
+                f"{directory}: transformers does not compute its online rotations "
+                f"({rotations[0].name}), and is no reference for it"
+            )
         graph = model.graph("raise-ops")
         self._theirs = _transformers_model(directory, dtype)
         self._weights = _weights(directory, graph, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -319,6 +320,22 @@ def test_scales_beside_a_dense_weight_on_the_list_are_left_over(tmp_path: Path) 
 )
 def test_patterns_of_modules_to_ignore(pattern: str, module: str, ignored: bool) -> None:
     assert QuantizationScheme("fp8", ignore=("other", pattern)).ignores(module) is ignored
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error"),
+    [
+        (r"re:model\.(?:(?:l|lm|m_|_)+)+(?:head)+x", "takes too long"),
+        ("re:((", r"expected a regular expression, found 're:\(\('"),
+        ("re:" + "a" * 5000, "at most 4096 characters"),
+    ],
+)
+def test_patterns_are_bounded(pattern: str, error: str) -> None:
+    scheme = QuantizationScheme("fp8", ignore=(pattern,))
+    start = time.perf_counter()
+    with pytest.raises(SourceError, match=error):
+        scheme.ignores("model." + 40 * "lm_" + "head")
+    assert time.perf_counter() - start < 10
 
 
 def test_scales_of_activations_and_of_the_cache_are_left_out(tmp_path: Path) -> None:
