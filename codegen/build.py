@@ -111,8 +111,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ingot" / "kernels"
 
 
-def compiled(source: KernelSource, target: Target) -> Any:
-    """What triton.compile makes of `source` for `target`; BuildError where it fails."""
+def compiled(source: KernelSource, target: Target, registers: int | None = None) -> Any:
+    """What triton.compile makes of `source` for `target`; BuildError where it fails.
+
+    `registers` is how many a thread may take on NVIDIA; None leaves it to ptxas.
+    """
     backend, arch = target.name.split(":")
     gpu = GPUTarget(backend, int(arch[3:]) if backend == "cuda" else arch, target.warp)
     options: dict[str, Any] = {
@@ -123,6 +126,8 @@ def compiled(source: KernelSource, target: Target) -> Any:
     }
     if source.programmatic:
         options["launch_pdl"] = True
+    if registers:
+        options["maxnreg"] = registers
     name = source.function.__name__
     try:
         return triton.compile(source.ast_source(), target=gpu, options=options)
@@ -131,9 +136,26 @@ def compiled(source: KernelSource, target: Target) -> Any:
         raise BuildError(f"kernel {name} for {target.name}: {cause}") from error
 
 
+# Registers of a multiprocessor, and the most that a thread may have, on NVIDIA.
+_REGISTERS, _MOST_REGISTERS = 65536, 255
+
+
 def build_one(source: KernelSource, target: Target) -> Built:
-    """Device code for `target`; BuildError where Triton fails or a limit is passed."""
-    made = compiled(source, target)
+    """Device code for `target`; BuildError where Triton fails or a limit is passed.
+
+    ptxas spills a little where one more block then fits on a multiprocessor. Such a kernel is built
+    again with all registers, and what spills less is taken.
+    """
+    built = _build(source, target)
+    if not target.name.startswith("cuda") or not built.facts["spills"]:
+        return built
+    most = min(_MOST_REGISTERS, _REGISTERS // (source.num_warps * target.warp))
+    again = _build(source, target, most)
+    return min(built, again, key=lambda each: each.facts["spills"])
+
+
+def _build(source: KernelSource, target: Target, registers: int | None = None) -> Built:
+    made = compiled(source, target, registers)
     backend = target.name.split(":")[0]
     text = made.asm["ptx" if backend == "cuda" else "amdgcn"]
     binary = made.asm["cubin" if backend == "cuda" else "hsaco"]

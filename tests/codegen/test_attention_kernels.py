@@ -11,9 +11,18 @@ from attention_builds import build_attention, empty, index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen.kernel_backend import NoKernelError
-from ingot.codegen.templates.attention.attend import Splits, split_start, splits_of
+from ingot.codegen.lower import lower
+from ingot.codegen.templates.attention.attend import (
+    Splits,
+    attend_kernel,
+    split_start,
+    splits_of,
+)
 from ingot.compiler.ops.attention import attention, cached_attention
-from kernel_checks import ALL_TARGETS, Strided, check_node, run_node
+from ingot.compiler.ops.mla import cached_mla_attention
+from ingot.compiler.target import target_of
+from interpreted import InterpretedBackend
+from kernel_checks import ALL_TARGETS, Strided, check_node, graph_of_node, run_node
 from paged_batches import Batch, batch, chunks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -191,6 +200,70 @@ def test_prefill_with_sinks_builds_for_every_target() -> None:
     q, cache = empty(torch.bfloat16, 2048, 64, 64), empty(torch.bfloat16, 1024, 64, 8, 64)
     named = {"sinks": empty(torch.bfloat16, 64), "scale": 0.1, "window": 128}
     build_attention(cached_attention, (q, cache, cache, *index(2048)), named)
+
+
+@pytest.mark.parametrize(("heads", "groups", "d"), [(4, 2, 512), (3, 3, 144), (4, 1, 256)])
+def test_wide_heads(heads: int, groups: int, d: int) -> None:
+    args = _args(batch(chunks((1, 60, 3), (0, 9, 1)), 64, 2), heads, groups, d, d, torch.bfloat16)
+    check_node(cached_attention, args, {"scale": 0.05})
+
+
+# Heads, key/value heads, dims of keys and of values, and window, of models as they are served.
+SERVED = (
+    (12, 12, 64, 64, 128),
+    (64, 8, 64, 64, 128),
+    (32, 32, 80, 80, 0),
+    (32, 8, 96, 96, 0),
+    (96, 8, 42, 42, 0),
+    (40, 8, 128, 128, 0),
+    (64, 8, 128, 128, 0),
+    (32, 4, 128, 128, 128),
+    (32, 2, 128, 128, 0),
+    (32, 32, 144, 144, 128),
+    (64, 4, 192, 128, 0),
+    (8, 2, 256, 256, 512),
+    (16, 16, 464, 464, 0),
+    (16, 2, 512, 512, 0),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 64, 2048])
+@pytest.mark.parametrize("served", SERVED, ids=str)
+def test_sizes_that_are_served_build_for_every_target(served: tuple[int, ...], tokens: int) -> None:
+    heads, groups, d, v, window = served
+    q = empty(torch.bfloat16, tokens, heads, d)
+    caches = (empty(torch.bfloat16, 512, 64, groups, n) for n in (d, v))
+    named = {"scale": 0.1, **({"window": window} if window else {})}
+    build_attention(cached_attention, (q, *caches, *index(tokens, pages=64)), named)
+
+
+def test_heads_of_512_dims_build_for_every_target() -> None:
+    q, cache = empty(torch.bfloat16, 1, 16, 512), empty(torch.bfloat16, 512, 64, 2, 512)
+    build_attention(cached_attention, (q, cache, cache, *index(1, pages=64)), {"scale": 0.1})
+
+
+@pytest.mark.parametrize("target", ALL_TARGETS)
+@pytest.mark.parametrize("d", [512, 1024])
+def test_tiles_are_as_long_as_shared_memory_allows(target: str, d: int) -> None:
+    """Keys and values of their own take twice what rows that are both take."""
+    tiles: list[tuple[int, int]] = []
+    for op, caches in ((cached_attention, 2), (cached_mla_attention, 1)):
+        q = empty(torch.bfloat16, 1, 16, d)
+        more = () if caches == 2 else (empty(torch.bfloat16, 1, 16, 64),)
+        wide = d if caches == 2 else d + 64
+        heads = (2,) if caches == 2 else ()
+        rows = [empty(torch.bfloat16, 512, 64, *heads, wide)] * caches
+        graph, weights, _, _ = graph_of_node(op, (q, *more, *rows, *index(1)), {"scale": 0.1})
+        backend = InterpretedBackend(target_of(target))
+        lower(graph, weights, backend.target, [{}], ["out0"], backend=backend)
+        (source,) = (s for s in backend.sources.values() if s.function is attend_kernel)
+        constants = dict(source.constants)
+        tiles.append((constants["BLOCK_M"], constants["BLOCK_N"]))
+    (m, own), (_, shared) = tiles
+    assert m == 16 and 16 <= own <= shared <= 64
+    if target.startswith("cuda"):
+        assert (own, shared) == {512: (32, 64), 1024: (16, 16)}[d]
 
 
 def test_pages_that_are_no_power_of_two_are_told() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from unittest.mock import patch
 
 import pytest
 from ingot.codegen import build as build_module
-from ingot.codegen.build import BuildError, build, build_one
+from ingot.codegen.build import BuildError, Built, build, build_one
 from ingot.codegen.kernel_source import KernelSource
 from ingot.codegen.templates.generated import from_text
 from ingot.codegen.templates.rowwise.copy import copy_kernel
@@ -55,6 +56,31 @@ def test_code_is_for_its_target(target: Target, tmp_path: Path) -> None:
     assert code_target(kernel.binary) == target.name
     assert kernel.symbol == "twice" and kernel.facts["registers"] > 0
     assert kernel.args == (Argument("*f32", 16),) * 2
+
+
+@pytest.mark.parametrize(("spilled", "warps", "asked"), [(24, 4, 255), (24, 16, 128), (80, 4, 255)])
+def test_what_spills_is_built_again_with_all_registers(
+    spilled: int, warps: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what spills less is taken; AMD's compiler takes all registers at once."""
+    tried: list[int | None] = []
+
+    def fake(source: KernelSource, target: Target, registers: int | None = None) -> Built:
+        tried.append(registers)
+        return Built(b"", {"spills": 40 if registers else spilled})
+
+    monkeypatch.setattr(build_module, "_build", fake)
+    wide = replace(source(64), num_warps=warps)
+    assert build_one(wide, SM_90).facts["spills"] == min(spilled, 40)
+    assert tried == [None, asked]
+    tried.clear()
+    assert build_one(wide, target_of("hip:gfx942")).facts["spills"] == spilled
+    assert tried == [None]
+
+
+def test_registers_are_bounded_where_a_number_is_given() -> None:
+    assert ".maxnreg 64" in build_module.compiled(source(64), SM_90, 64).asm["ptx"]
+    assert ".maxnreg" not in build_module.compiled(source(64), SM_90).asm["ptx"]
 
 
 def test_equal_sources_are_built_once_and_then_read(tmp_path: Path) -> None:
@@ -163,7 +189,7 @@ class Processes:
             self._living.append(child)
             return child
 
-        def telling(source: KernelSource, target: Target) -> build_module.Built:
+        def telling(source: KernelSource, target: Target) -> Built:
             with self._told.open("a") as file:
                 file.write(f"{source.hash(target.name)}\n")
             then()

@@ -26,6 +26,7 @@ from tiny_models import COVERAGE, tiny_model
 from tiny_tokenizers import byte_level
 from tiny_tokenizers import save as save_tokenizer
 from typer.testing import CliRunner
+from zoo_models import random_model
 
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 TOP = 5
@@ -74,16 +75,29 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """The random model of the architecture that is asked for, as files."""
     if request.param == "pico":
         return PICO
-    path = tmp_path_factory.mktemp(request.param)
-    tiny_model(request.param, dtype=torch.bfloat16).save_pretrained(path)
+    path = tmp_path_factory.mktemp("model")
+    if request.param in OWN_OPS:
+        model = random_model(request.param, max_parameters=10**7).to(torch.bfloat16)
+    else:
+        model = tiny_model(request.param, dtype=torch.bfloat16)
+    model.save_pretrained(path)
     return path
 
 
+# Types with element-wise ops, extrema and indices that the others have not, as zoo_models names
+# them.
+OWN_OPS = ("apertus", "ctrl", "gemma4_text, experts", "laguna", "ministral3", "phimoe")
 CASES = [
     pytest.param("pico", "cpu", id="pico-cpu"),
     pytest.param("mixtral", "cpu", id="mixtral-cpu"),
     pytest.param("qwen3_moe", "interpreted", id="qwen3_moe-interpreted", marks=pytest.mark.slow),
-    *(pytest.param(n, *ON_GPU.values, id=f"{n}-gpu", marks=ON_GPU.marks) for n in COVERAGE),
+    pytest.param(
+        "gemma4_text, experts", "interpreted", id="gemma4-interpreted", marks=pytest.mark.slow
+    ),
+    *(
+        pytest.param(n, *ON_GPU.values, id=f"{n}-gpu", marks=ON_GPU.marks)
+        for n in (*COVERAGE, *OWN_OPS)
+    ),
     pytest.param("pico", *ON_GPU.values, id="pico-gpu", marks=ON_GPU.marks),
 ]
 
