@@ -83,6 +83,7 @@ def export(
         check_exportable(what.graph)
     except VerifyError as error:
         raise ValueError(f"this model can be served, not exported: {error}") from error
+    _check_stop_tokens(what)
     if not on_cpu:
         check_program(program)
     texts = {FINAL_GRAPH: str(what.graph)}
@@ -101,6 +102,16 @@ def export(
             with out.file(f"weights/{i:05}.safetensors", shard.nbytes) as write:
                 shard.write(write, written)
         return out.finish(_manifest(what))
+
+
+def _check_stop_tokens(what: Exportable) -> None:
+    """ValueError for an end-of-text id that the model lacks: no ingot with one can be loaded."""
+    size = what.lowered.program.meta["vocab_size"]
+    if beyond := [i for i in what.stop_tokens if not isinstance(i, int) or not 0 <= i < size]:
+        raise ValueError(
+            f"eos_token_id: expected ids from 0 to {size - 1}, the model's vocabulary, found "
+            f"{beyond[0]!r:.40}: correct generation_config.json and config.json"
+        )
 
 
 def _write_plan(out: IngotWriter, program: Program) -> None:

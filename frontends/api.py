@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -91,6 +92,11 @@ def compile(
                 raise NotYetError("tensor_parallel: this version splits language models only")
             if example_inputs is None:
                 raise ValueError("an nn.Module needs example_inputs=(tensor, …) to be traced with")
+            if not isinstance(example_inputs, list | tuple):
+                raise TypeError(
+                    "example_inputs: expected a tuple of tensors, found a "
+                    f"{type(example_inputs).__name__}"
+                )
             return compile_module(
                 source, example_inputs, dynamic_shapes, chosen, target, driver, progress
             )
@@ -113,6 +119,10 @@ def compile_to(
     and errors are those of `compile`, and those of `export` in `aot`.
     """
     chosen = _for_one_device(options)
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path: expected where to write, found a {type(path).__name__}")
+    if not isinstance(overwrite, bool):
+        raise TypeError(f"overwrite: expected True or False, found {overwrite!r:.80}")
     check_free(Path(path), overwrite)  # before compiling, which takes minutes
     if _language_model(source) is None:
         raise NotYetError("an ingot holds a language model; a module is compiled where it runs")

@@ -195,6 +195,7 @@ def lower_language_model(
             choices=tuple(lowered.choices),
             kernels_built=len(lowered.program.kernels) - backend.from_cache if backend else 0,
             kernels_cached=backend.from_cache if backend else 0,
+            notes=model.notes,
         )
 
     return LoweredModel(every, exportable, graphs, tokenizer, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,12 @@ class LoadedModel(TextModel):
     manifest: Manifest
     graph_text: str
 
+    @property
+    def asked_tokens(self) -> int | None:
+        """See TextModel."""
+        asked = self.manifest.options.get("max_tokens_per_sequence")
+        return asked if isinstance(asked, int) else None
+
     def graph(self) -> Graph:
         """The final IR (imports torch); ParseError or VerifyError for text that is none."""
         from ..compiler.text import parse
@@ -53,6 +60,8 @@ def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
 
     Device code from an untrusted ingot is untrusted code: hashes detect corruption, not origin.
     """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path: expected the path of an ingot, found a {type(path).__name__}")
     artifact = open_ingot(path)
     manifest = artifact.manifest
     driver = driver or driver_for(manifest.target)

@@ -29,7 +29,8 @@ class Report:
     Sizes are bytes. `unused` has tensors of the checkpoint that the program does not read, and why.
     `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `choices` says,
     for a GPU, by which kernels each node of each entry is computed, and why; `kernels_built` of
-    those were built now, and `kernels_cached` came from the cache.
+    those were built now, and `kernels_cached` came from the cache. `notes` say in which way the
+    model is not what was asked for (a lowered limit).
     """
 
     model_type: str
@@ -46,6 +47,7 @@ class Report:
     choices: tuple[Choice, ...] = ()
     kernels_built: int = 0
     kernels_cached: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def kernels(self) -> list[dict[str, Any]]:
@@ -66,6 +68,7 @@ class Report:
         lines = [
             f"{self.model_type} for {self.target} in {self.dtype}, compiled in {total:.1f} s",
             ", ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items()),
+            *self.notes,
         ]
         if self.choices:
             built, cached = self.kernels_built, self.kernels_cached
@@ -109,6 +112,11 @@ class Model(TextModel, Compiled):
     exportable: Exportable
     graphs: Mapping[str, Graph]
     report: Report
+
+    @property
+    def asked_tokens(self) -> int:
+        """See TextModel."""
+        return self.exportable.options["max_tokens_per_sequence"]
 
     def export(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model as an ingot, which `ingot.load` reads: see `export` in `aot`."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 AUTO = "auto"
-Stop = str | int | Sequence[str | int]
+Stop = str | int | Sequence[str | int] | None
 # Both names of the dtypes in which a model can compute.
 _FLOATS = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _SHORT = {**{n: n for n in _FLOATS}, **{long: short for short, long in _FLOATS.items()}}
@@ -74,8 +74,9 @@ class CompileOptions:
     inputs. `unused` "allow" leaves out tensors of a checkpoint that the model does not read, which
     are refused where no reason for them is known. `progress` shows a bar on stderr.
 
-    ValueError names the option, what was expected and what came; NotYetError what this version
-    lacks. Equal options are normalized to the same values: "mxfp4" to MXFP4(), dtypes to "bf16" …
+    ValueError, or TypeError for another kind of value, names the option, what was expected and what
+    came; NotYetError what this version lacks. Equal options are normalized to the same values:
+    "mxfp4" to MXFP4(), dtypes to "bf16" …
     """
 
     target: str = field(default=AUTO, metadata=_flag("Target, or auto; see `ingot doctor`."))
@@ -107,6 +108,8 @@ class CompileOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target, str):
+            raise TypeError(f"target: expected a name, found {self.target!r:.80}")
         if self.target != AUTO:
             target_of(self.target)
         if self.speculate is not None:
@@ -129,7 +132,7 @@ class CompileOptions:
         if self.quantize is not None:
             object.__setattr__(self, "quantize", _mxfp4(self.quantize))
         if self.passes is not None:
-            object.__setattr__(self, "passes", tuple(self.passes))
+            object.__setattr__(self, "passes", _passes(self.passes))
             if self.quantize is not None:
                 raise ValueError("quantize: with passes=, put a QuantizeMxfp4 among them")
         if self.packing and self.packing.calibrated and self.tensor_parallel > 1:
@@ -185,9 +188,10 @@ class GenerateOptions:
 
     `temperature` 0 takes the most likely token. `stop` holds strings and token ids that end a
     completion, beside the model's own end-of-text tokens; neither is part of the text (the tokens
-    that spelled a stop string stay in `tokens`). `logprobs` most likely tokens are reported beside
-    each token. Of the others `Sampling` says the ranges. ValueError names the option, what was
-    expected and what came.
+    that spelled a stop string stay in `tokens`). A string that is a special token stops as its id
+    does; strings may contain special tokens. `logprobs` most likely tokens are reported beside
+    each token. Of the others `Sampling` says the ranges. ValueError, or TypeError for another kind
+    of value, names the option, what was expected and what came.
     """
 
     max_new_tokens: int = field(default=128, metadata=_flag("Tokens to generate at most."))
@@ -213,10 +217,7 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         _at_least("max_new_tokens", self.max_new_tokens, 1)
         _at_least("logprobs", self.logprobs, 0)
-        stops = (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
-        if "" in stops:
-            raise ValueError("stop: expected strings that are not empty and token ids, found ''")
-        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop", _stops(self.stop))
         _ = self.sampling  # checks its part
 
     @property
@@ -240,9 +241,38 @@ class GenerateOptions:
         return [int(s) for s in self._stops if not isinstance(s, str)]
 
 
+def _stops(given: Any) -> tuple[str | int, ...]:
+    """`stop` as strings and ids; TypeError and ValueError name it."""
+    one = isinstance(given, str | Integral)
+    if not one and not isinstance(given, list | tuple | None):
+        raise TypeError(
+            f"stop: expected strings and token ids, one or a list, found a {type(given).__name__}"
+        )
+    stops: list[str | int] = []
+    for stop in (given,) if one else given or ():
+        if isinstance(stop, bool) or not isinstance(stop, str | Integral):
+            raise TypeError(f"stop: expected strings and token ids, found {stop!r:.80}")
+        if stop == "" or (not isinstance(stop, str) and stop < 0):
+            raise ValueError(
+                "stop: expected strings that are not empty and token ids from 0, "
+                f"found {stop!r:.80}"
+            )
+        stops.append(stop if isinstance(stop, str) else int(stop))
+    return tuple(stops)
+
+
 def _at_least(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: expected at least {least}, found {value!r}")
+
+
+def _passes(given: Any) -> tuple[Pass, ...]:
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"passes: expected a list of passes, found a {type(given).__name__}")
+    for step in given:
+        if not callable(step) or not isinstance(getattr(step, "name", None), str):
+            raise TypeError(f"passes: expected passes, found {step!r:.80}")
+    return tuple(given)
 
 
 def _mxfp4(given: str | MXFP4) -> MXFP4:

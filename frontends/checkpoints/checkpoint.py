@@ -7,9 +7,11 @@ one source tensor in memory beside it. A weight in MXFP4 is two entries, codes a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -28,6 +30,9 @@ from .quantized import Packed, Source, sources_of
 from .rotations import Rotated, rotated_modules
 from .safetensors_files import File, Stored, listed, safetensors_files
 from .unused import reasons
+
+# Those in which a model can compute; others are formats of quantized weights.
+_PLAIN_FLOATS = ("bf16", "f16", "f32", "f64")
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,15 @@ def stored_tensors(directory: Path) -> tuple[dict[str, Stored], list[File]]:
             if name not in stored or here:
                 stored[name], chosen[name] = tensor, here
     return stored, files
+
+
+def stored_dtype(directory: str | Path) -> torch.dtype | None:
+    """The plain float dtype of most values of a checkpoint, by its headers; None without any."""
+    counts: Counter[str] = Counter()
+    for tensor in stored_tensors(Path(directory))[0].values():
+        if tensor.dtype in _PLAIN_FLOATS:
+            counts[tensor.dtype] += prod(tensor.shape)
+    return torch_dtype(counts.most_common(1)[0][0]) if counts else None
 
 
 def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:

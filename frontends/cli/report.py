@@ -52,6 +52,7 @@ def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
         "arena_bytes": report.arena_bytes,
         "one_token": moved[-1],
         "unused": dict(report.unused),
+        "notes": list(report.notes),
         "seconds": dict(report.seconds),
     }
 
@@ -115,6 +116,7 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
     if data["kernels"]:
         count = data["kernel_count"]
         lines.append(f"{count['built']} kernels built, {count['from_cache']} from the cache")
+    lines += data["notes"]
     by_reason: dict[str, list[str]] = {}
     for name, reason in data["unused"].items():
         by_reason.setdefault(reason, []).append(name)

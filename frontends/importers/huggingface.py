@@ -25,7 +25,7 @@ from ...compiler.ops.shape import permute, view
 from ...compiler.rewrite import rebuild
 from ...compiler.types import TensorType, symbol
 from ...compiler.weights import Weights
-from ..checkpoints.checkpoint import open_checkpoint, weights_of
+from ..checkpoints.checkpoint import open_checkpoint, stored_dtype, weights_of
 from ..checkpoints.safetensors_files import holds_weights
 from .attention_masks import described_masks
 from .default_positions import default_position_offset
@@ -35,7 +35,7 @@ from .meta_model import (
     PreTrainedConfig,
     PreTrainedModel,
     build_meta_model,
-    long_rope_limit,
+    length_limits,
     read_config,
 )
 from .online_rotations import rotate_activations
@@ -63,7 +63,7 @@ class HuggingFaceModel:
     """A causal language model: logits [T, vocab] from `tokens` and `positions`, both i32[T].
 
     T is at most `max_tokens`. `unused` has tensors of the checkpoint that the graph does not read
-    (an MTP layer, say), and why.
+    (an MTP layer, say), and why. `notes` say in which way the model is not what was asked for.
     """
 
     graph: Graph
@@ -72,6 +72,7 @@ class HuggingFaceModel:
     dtype: torch.dtype
     max_tokens: int
     unused: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 class _Logits(torch.nn.Module):
@@ -204,25 +205,32 @@ def import_hugging_face(
 
     `source` is a directory with config.json and safetensors, or a model in memory (it is not
     changed, and its tensors are not copied where `dtype` is their own). `dtype` None keeps the
-    checkpoint's. `max_tokens`, or less where the model was made for less, bounds T. With
-    `weightless` a directory may hold no weights: then they only have types. `allow_unused` leaves
-    out stored tensors that the model does not read, whatever they are. SourceError (see
-    meta_model) or ImportFailure for an unsupported model.
+    checkpoint's: that of config.json, or else of most stored values. `max_tokens`, or less where
+    the model was made for less, bounds T. With `weightless` a directory may hold no weights: then
+    they only have types. `allow_unused` leaves out stored tensors that the model does not read,
+    whatever they are. SourceError (see meta_model) or ImportFailure for an unsupported model.
     """
     register()
     in_memory = isinstance(source, PreTrainedModel)
     config = source.config if in_memory else read_config(source)
-    text = config.get_text_config()
-    limits = (getattr(text, "max_position_embeddings", None), long_rope_limit(config))
-    max_tokens = min([max_tokens, *(limit for limit in limits if limit)])
+    limit, reason = min(
+        ((n, r) for r, n in length_limits(config).items()), default=(max_tokens, "")
+    )
+    notes: tuple[str, ...] = ()
+    if limit < max_tokens:
+        notes = (f"max_tokens_per_sequence: {max_tokens} is lowered to {limit}, the {reason}",)
+        max_tokens = limit
     if in_memory:
         meta = traceable_model(source, dtype)
         held = weights_of(source, meta)
         weights = Weights({**held, **Weights.of(meta.buffers, "computed from the config")})
         packed, unused = {}, {}
     else:
-        meta = build_meta_model(config, dtype)
         absent = weightless and not holds_weights(Path(source))
+        named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        if dtype is None and named is None and not absent:
+            dtype = stored_dtype(source)
+        meta = build_meta_model(config, dtype or named)
         opened = without_weights if absent else open_checkpoint
         checkpoint = opened(source, meta, allow_unused=allow_unused)
         rotate_activations(meta.model, checkpoint.rotated)
@@ -240,4 +248,4 @@ def import_hugging_face(
     unused = {**unused, **_check(meta, imported)}
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)
-    return HuggingFaceModel(graph, weights, config, meta.model.dtype, max_tokens, unused)
+    return HuggingFaceModel(graph, weights, config, meta.model.dtype, max_tokens, unused, notes)

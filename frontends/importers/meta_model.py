@@ -113,7 +113,7 @@ def build_meta_model(
     a model without experts ignores `experts_implementation`.
 
     Rotary embeddings of type "longrope" keep their frequencies for short sequences, up to
-    `long_rope_limit`.
+    `length_limits`.
 
     SourceError for rotary embeddings whose frequencies depend on the length of the sequence
     ("dynamic"), and where a buffer's value cannot be rebuilt.
@@ -207,20 +207,29 @@ def refuse_dynamic_rope(model: torch.nn.Module) -> None:
                 )
 
 
-def long_rope_limit(config: PreTrainedConfig) -> int | None:
-    """The longest sequences for which "longrope" keeps its frequencies for short ones, if any.
+def length_limits(config: PreTrainedConfig) -> dict[str, int]:
+    """The longest sequences that a model was made for, by the reason.
 
-    Behind that length transformers computes all tokens of a sequence anew with other frequencies,
-    which the cache of a served sequence cannot follow.
+    YaRN stretches the original length by its factor, also where max_position_embeddings still is
+    the original. "longrope" has other frequencies behind its original length, with which
+    transformers computes all tokens of a sequence anew: the cache of a served sequence cannot
+    follow, so that this is the limit.
     """
-    parameters: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    text = config.get_text_config()
+    parameters: Any = getattr(text, "rope_parameters", None) or {}
     kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
-    limits = [
-        int(kind["original_max_position_embeddings"])
-        for kind in kinds
-        if kind.get("rope_type") == "longrope"
-    ]
-    return min(limits, default=None)
+    original = "original_max_position_embeddings"
+    limits: dict[str, int | None] = {}
+    limits["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            limits[f"{original} of longrope"] = int(kind[original])
+        elif kind.get("rope_type") == "yarn" and kind.get(original) and kind.get("factor"):
+            stretched = int(kind[original] * kind["factor"])
+            if stretched > (limits["max_position_embeddings"] or stretched):
+                limits["max_position_embeddings"] = None
+                limits[f"{original} of YaRN times its factor"] = stretched
+    return {reason: limit for reason, limit in limits.items() if limit}
 
 
 def short_rope_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

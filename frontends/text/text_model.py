@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from ...runtime.serving.sequence import Request
 from ...runtime.serving.session import Session
 from ..options import GenerateKeywords, GenerateOptions, keywords_of
 from .completion import Completion, StopStringChecker, TextEvent
+from .prompts import prompts_of, token_ids_of
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -41,9 +42,15 @@ class TextModel:
         """Free the program's memory; the model is unusable afterwards."""
         self.session.close()
 
+    @property
+    def asked_tokens(self) -> int | None:
+        """The max_tokens_per_sequence that was asked for, where it is known: the model may have
+        been made for less."""
+        return None
+
     def logits(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
         """The logits float32 [T, vocab] after each of T tokens of one sequence."""
-        return self.session.logits(token_ids)
+        return self.session.logits(self._fitting(token_ids_of(token_ids, "token_ids"), "token_ids"))
 
     @overload
     # A text is one prompt, though a str is an Iterable[str] too.
@@ -80,14 +87,25 @@ class TextModel:
     ) -> Completion | list[Completion] | Iterator[TextEvent]:
         """Continue one prompt or several together.
 
-        A prompt is text or token ids. The other keywords are the fields of GenerateOptions. One
-        Completion for one prompt, a list for a list, with `stream` an iterator of TextEvent.
-        ValueError for a prompt that cannot be served (empty, unknown ids, too long): none is then.
+        A prompt is text or token ids: a list, an array or tensor, or what a tokenizer of
+        transformers returns. The other keywords are the fields of GenerateOptions. One Completion
+        for one prompt, a list for a list (or for rows of ids), with `stream` an iterator of
+        TextEvent. ValueError for a prompt that cannot be served (empty, unknown ids, too long),
+        TypeError for what is no prompt: none is served then.
+
+        A sequence that ends by an error (broken logits, a cache without room, a device that failed)
+        does not raise: its `finish_reason` is "error", and `message` says why. Calls after the
+        failure of a device raise SessionEndedError.
         """
         chosen = GenerateOptions(**options)
-        given: Any = prompts if isinstance(prompts, str) else list(prompts)
-        single = _is_prompt(given)
-        rows = [self._ids(p) for p in ([given] if single else given)]
+        if not isinstance(stream, bool):
+            raise TypeError(f"stream: expected True or False, found {stream!r:.80}")
+        if chosen.logprobs > self.session.meta.vocab_size:
+            raise ValueError(
+                f"logprobs: expected 0 to {self.session.meta.vocab_size}, found {chosen.logprobs}"
+            )
+        given, single = prompts_of(prompts)
+        rows = [self._fitting(self._ids(prompt), "prompts") for prompt in given]
         if chosen.stop_strings and self.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer, and this model has none")
         run = _Run(self, rows, chosen)
@@ -98,19 +116,22 @@ class TextModel:
         completions = [run.completion(i) for i in range(len(rows))]
         return completions[0] if single else completions
 
-    def _ids(self, prompt: Any) -> list[int]:
+    def _ids(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            return prompt
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer, and this model has none: give ids")
         return self.tokenizer.encode(prompt)
 
-
-def _is_prompt(prompts: Any) -> bool:
-    """Whether this is one prompt: text, or a list of numbers. An empty list is no prompts."""
-    if isinstance(prompts, str):
-        return True
-    return bool(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
+    def _fitting(self, ids: list[int], name: str) -> list[int]:
+        """`ids`; ValueError for more than a sequence may have."""
+        limit, asked = self.session.meta.max_tokens_per_sequence, self.asked_tokens
+        if len(ids) > limit:
+            whose = f"max_tokens_per_sequence = {limit}"
+            if asked is not None and asked > limit:
+                whose = f"{limit}, to which the model lowers max_tokens_per_sequence = {asked}"
+            raise ValueError(f"{name}: expected at most {whose} tokens, found {len(ids)}")
+        return ids
 
 
 class _Run:

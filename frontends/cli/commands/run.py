@@ -57,9 +57,12 @@ def command(
 def parse_ids(text: str) -> list[int]:
     """Token ids separated by spaces or commas."""
     try:
-        return [int(part) for part in text.replace(",", " ").split()]
+        ids = [int(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
         raise UsageError(f"--ids: expected numbers separated by spaces, found {text!r}") from error
+    if not ids:
+        raise UsageError("--ids: expected token ids, found none")
+    return ids
 
 
 def read_stdin() -> str:
