@@ -66,14 +66,19 @@ class Section:
             )
 
     def _enter(self, data: object, key: str) -> Section:
-        inner = Section(data, f"{self.path}.{key}")
+        inner = Section(data, f"{self.path}.{_shown(key)}")
         self._inner.append(inner)
         return inner
 
     def _unread(self) -> list[str]:
         own = [
-            f"{self.path}.{key} {str(value)[:60]!r}"
+            f"{self.path}.{_shown(key)} {str(value)[:60]!r}"
             for key, value in self._data.items()
             if key not in self._read and value not in (None, "", [], {})
         ]
         return own + [line for inner in self._inner for line in inner._unread()]
+
+
+def _shown(key: str) -> str:
+    """A key as errors show it, of any text."""
+    return key if key.isprintable() and len(key) <= 60 else repr(key[:60])

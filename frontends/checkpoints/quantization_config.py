@@ -99,7 +99,12 @@ def _section(config: Any) -> Mapping[str, Any] | None:
     for holder in (config, config.get_text_config()):
         section = getattr(holder, "quantization_config", None)
         if section is not None:
-            return section if isinstance(section, dict) else section.to_dict()
+            data = section.to_dict() if hasattr(section, "to_dict") else section
+            if not isinstance(data, dict):
+                raise SourceError(
+                    f"quantization_config: expected an object, found {str(data)[:60]!r}"
+                )
+            return data
     return None
 
 
@@ -118,7 +123,9 @@ def _modelopt_file(path: Path) -> Mapping[str, Any] | None:
 
 
 def _unknown(what: str, found: Any, known: str) -> SourceError:
-    return SourceError(f"quantization_config: {what} {found!r} is not supported; known: {known}")
+    return SourceError(
+        f"quantization_config: {what} {repr(found)[:200]} is not supported; known: {known}"
+    )
 
 
 # ---- one parser per quant_method
@@ -298,8 +305,8 @@ def _modelopt(found: Section) -> QuantizationScheme:
     for group in groups:
         group.known("targets", "input_activations", "output_activations")
     weights = [group.object("weights") for group in groups]
-    sizes = {found.get("group_size"), *(group.get("group_size") for group in weights)}
-    if not sizes <= {None, formats[algorithm][1]}:
+    sizes = [found.get("group_size"), *(group.get("group_size") for group in weights)]
+    if any(size not in (None, formats[algorithm][1]) for size in sizes):
         raise _unknown("modelopt's groups of", sizes, str(formats[algorithm][1]))
     for group in weights:
         if (kind := (group.get("type"), group.get("num_bits"))) != ("float", 4):

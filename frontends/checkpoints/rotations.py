@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...compiler.dtypes import FLOATS
 from ..importers.source_error import SourceError
 from .config_section import Section
 from .patterns import matches_any
@@ -178,30 +179,30 @@ def _matching(
 
 def _block(rotation: Rotation, module: str, width: int, stored: Mapping[str, Stored]) -> int:
     """The size of the blocks by which `width` is turned, held to the stored matrix if any."""
-    block = rotation.block or width
-    for leaf in rotation.leaves:
-        if (matrix := stored.get(f"{module}.{leaf}")) is None:
-            continue
-        block = matrix.shape[0] if rotation.required and matrix.shape else block
-        if matrix.shape != (block, block) or not _is_sylvester(matrix.read()):
-            raise SourceError(
-                f"{module}.{leaf}: {matrix.type} is not Sylvester's Hadamard matrix of "
-                f"{block}: rotation {rotation.name!r} is not supported"
-            )
-    if block < 1 or block & (block - 1) or width % block:
+    block = width if rotation.block is None else rotation.block
+    stored_as = [f"{module}.{leaf}" for leaf in rotation.leaves if f"{module}.{leaf}" in stored]
+    matrices = {name: stored[name] for name in stored_as}
+    if rotation.required:
+        block = next((m.shape[0] for m in matrices.values() if m.type.rank == 2), width)
+    if not isinstance(block, int) or block < 1 or block & (block - 1) or width % block:
         raise SourceError(
             f"{module}: rotation {rotation.name!r} in blocks of {block} over {width}: expected a "
             "power of two that divides it"
         )
+    for name, matrix in matrices.items():
+        usual = matrix.shape == (block, block) and matrix.dtype in (*FLOATS, "i8")
+        if not usual or not _is_sylvester(matrix.read()):
+            raise SourceError(
+                f"{name}: {matrix.type} is not Sylvester's Hadamard matrix of {block}: rotation "
+                f"{rotation.name!r} is not supported"
+            )
     return block
 
 
 def _is_sylvester(matrix: torch.Tensor) -> bool:
     """Whether a square matrix is a positive multiple of H: H_1 = 1, H_2n = [[H, H], [H, -H]]."""
-    while (size := matrix.shape[0]) > 1:
-        if size % 2:
-            return False
-        half = size // 2
+    while len(matrix) > 1:
+        half = len(matrix) // 2
         first = matrix[:half, :half]
         others = (matrix[:half, half:], matrix[half:, :half], -matrix[half:, half:])
         if not all(torch.equal(first, other) for other in others):

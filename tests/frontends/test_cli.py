@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from ingot.compiler.text import parse, same_structure
 from ingot.frontends import api
@@ -20,6 +21,7 @@ from ingot.frontends.cli.main import app
 from ingot.frontends.cli.output import THEME, IrHighlighter
 from ingot.frontends.drivers import present_target
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_level
 from tiny_tokenizers import save as save_tokenizer
@@ -49,7 +51,7 @@ class Compiler:
     def __call__(self, source: Path, **options: Any) -> Any:
         usual = {
             "progress",
-            *(k for k, v in options.items() if v in (None, False, "auto", 8, 4096)),
+            *(k for k, v in options.items() if v in (None, False, "auto", "refuse", 8, 4096)),
         }
         key = (source, *sorted((k, v) for k, v in options.items() if k not in usual))
         if key not in self.made:
@@ -287,6 +289,17 @@ def test_errors_are_one_line(case: str, directory: Path) -> None:
     assert expected in said and "Traceback" not in said
     if "Usage:" not in said:  # typer's own come in a box
         assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_tensors_that_nobody_reads(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"head.weight": torch.zeros(2)}, path)
+    refused = ingot("compile", tmp_path, "--target", "cpu")
+    assert refused.exit_code == 1
+    assert "reads no head.weight" in refused.stderr and "--unused allow" in refused.stderr
+    allowed = ingot("compile", tmp_path, "--target", "cpu", "--unused", "allow", "--json")
+    assert [*json.loads(allowed.stdout)["unused"]] == ["head.weight"]
 
 
 def test_traceback_when_asked(directory: Path) -> None:

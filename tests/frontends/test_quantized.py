@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ingot.codegen.constants import evaluate_constant
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph, Node, Value
 from ingot.compiler.microscaling import encode
 from ingot.compiler.pipeline import run_pipeline
 from ingot.frontends.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ingot.frontends.checkpoints.quantization_config import QuantizationScheme
+from ingot.frontends.checkpoints.quantization_config import QuantizationScheme, quantization_scheme
 from ingot.frontends.checkpoints.safetensors_files import Stored
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.importers.meta_model import build_meta_model, read_config
@@ -336,6 +338,36 @@ def test_patterns_are_bounded(pattern: str, error: str) -> None:
     with pytest.raises(SourceError, match=error):
         scheme.ignores("model." + 40 * "lm_" + "head")
     assert time.perf_counter() - start < 10
+
+
+@given(data=st.data())
+def test_any_json_is_a_scheme_or_refused(data: st.DataObject) -> None:
+    """Some value of a true config replaced, or a key added: SourceError, or a scheme."""
+    name = data.draw(st.sampled_from([*KEPT_PACKED, *MADE_DENSE]))
+    section = json.loads((FIXTURES / name / "config.json").read_text(encoding="utf-8"))
+    section = section["quantization_config"]
+    section["algo_config"] = [{"name": "rotation", "r4": True, "online_config": {}}]
+    apply = [{"location": "input", "targets": ["Linear"]}]
+    groups = {"R": {"type": "hadamard", "head_dim": 32, "apply": apply}}
+    section["transform_config"] = {"config_groups": groups}
+    places = [(section, key) for key in section]
+    for inner, key in places:
+        value = inner[key]
+        if isinstance(value, dict | list):
+            places += [
+                (value, k) for k in (value if isinstance(value, dict) else range(len(value)))
+            ]
+    inner, key = data.draw(st.sampled_from(places))
+    plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    value = st.recursive(plain, lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=4)
+    inner[key] = data.draw(value)
+    config = SimpleNamespace(quantization_config=section)
+    config.get_text_config = lambda: config
+    try:
+        message = quantization_scheme(config).method
+    except SourceError as error:
+        message = str(error)
+    assert message.isprintable()
 
 
 def test_scales_of_activations_and_of_the_cache_are_left_out(tmp_path: Path) -> None:

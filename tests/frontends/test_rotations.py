@@ -234,7 +234,12 @@ def test_inputs_that_quark_rotates(tmp_path: Path) -> None:
         (
             rotation(r4=True),
             {f"{LAYER}.mlp.down_proj.input_rotation": torch.eye(96)},
-            r"input_rotation: f32\[96, 96\] is not Sylvester's",
+            r"down_proj: rotation 'r4' in blocks of 96 over 96: expected a power of two",
+        ),
+        (
+            rotation(r4=True),
+            {f"{LAYER}.mlp.down_proj.input_rotation": torch.eye(32)},
+            r"input_rotation: f32\[32, 32\] is not Sylvester's",
         ),
         (
             rotation(),
