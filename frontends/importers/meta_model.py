@@ -120,22 +120,31 @@ def build_meta_model(
     """
     wanted: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
     kind: Any = _class_of(config)
-    plain = without_quantization(config)
-    try:
+
+    def made(implementation: str) -> PreTrainedModel:
+        plain = without_quantization(config)
+        text = plain.get_text_config()
+        of_text = not isinstance(plain, kind.config_class) and isinstance(text, kind.config_class)
         with torch.device("meta"):
-            model: PreTrainedModel = kind._from_config(
-                plain if isinstance(plain, kind.config_class) else plain.get_text_config(),
+            return kind._from_config(
+                text if of_text else plain,
                 dtype=wanted,
-                attn_implementation=attn_implementation,
+                attn_implementation=implementation,
                 experts_implementation=experts_implementation,
             )
-    except KeyError as error:
+
+    try:
+        model = made(attn_implementation)
+    except KeyError as error:  # it looks for a class of attention by the name
         if error.args != (attn_implementation,):
             raise
-        raise SourceError(
-            f"{config.model_type}: the model knows only attention of its own; it does not call "
-            "attention through transformers' attention interface"
-        ) from error
+        model = made("eager")
+        if not model._can_set_attn_implementation():
+            raise SourceError(
+                f"{config.model_type}: the model knows only attention of its own; it does not call "
+                "attention through transformers' attention interface"
+            ) from error
+        model.set_attn_implementation(attn_implementation)  # what has a tower of its own is not set
     model.eval().requires_grad_(False)
     refuse_dynamic_rope(model)
     keep_in_float32(model, wanted)

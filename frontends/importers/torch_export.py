@@ -125,7 +125,14 @@ class Importer:
             target = str(spec.target).removeprefix(self.strip)
             self.env[node] = constant(name=target, type=self.type_of(node))
             if spec.kind is InputKind.CONSTANT_TENSOR:
-                held[target] = _held(self.program.constants[str(spec.target)])
+                tensor: Any = self.program.constants[str(spec.target)]
+                if node.users and tensor.is_meta:
+                    raise ImportFailure(
+                        "the code makes a tensor of Python numbers on the device of its weights, "
+                        "where it is lost before they are loaded: give the model in memory, in its "
+                        "own dtype"
+                    )
+                held[target] = _held(tensor)
         return params, Weights(held)
 
     def _call(self, node: torch.fx.Node) -> Any:

@@ -39,3 +39,31 @@ def test_the_language_model_takes_part_as_a_whole(llava: PreTrainedModel) -> Non
             import_hugging_face(llava, dtype=None, max_tokens=96)
     finally:
         del layer.extra
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_text_has_one_position_in_each_direction(name: str, tmp_path: Path) -> None:
+    """M-RoPE, by sections and by turns; the model in memory stays as it is."""
+    model = random_model(name, 10_000_000)
+    expected = reference(model)
+    model.save_pretrained(tmp_path)
+    model.model.rope_deltas = None
+    for source in (model, tmp_path):
+        found = attempt(source, model, expected)
+        assert found.verdict == RIGHT, found
+    assert model.model.rope_deltas is None
+
+
+def test_a_tower_with_attention_of_its_own_is_left_out(tmp_path: Path) -> None:
+    model = random_model("deepseek_ocr2", 10_000_000)
+    model.save_pretrained(tmp_path)
+    found = import_hugging_face(tmp_path, dtype=None, max_tokens=96)
+    assert any(".sam_encoder." in name for name in found.unused)
+
+
+def test_a_tensor_that_is_lost_on_the_meta_device_is_refused(tmp_path: Path) -> None:
+    model = random_model("chameleon", 40_000_000)
+    assert import_hugging_face(model, dtype=None, max_tokens=96).unused
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ImportFailure, match="a tensor of Python numbers .* the model in memory"):
+        import_hugging_face(tmp_path, dtype=None, max_tokens=96)
