@@ -1,9 +1,9 @@
 """Kernels built for any target on any machine: Triton to cubin or hsaco, in parallel, cached.
 
-The cache is a folder of the user's: two files a kernel, named by its content hash, written whole or
-not at all. Many processes may share it: what one is building the others wait for, so that nothing
-is built twice. It only grows, by some 30 KB a kernel, and may be deleted whenever nothing is being
-built: what is missing is built again.
+The cache is a folder of the user's: two files a kernel, named by its content hash, which stands in
+them too, written whole or not at all. Many processes may share it: what one is building the others
+wait for, so that nothing is built twice. It only grows, by some 30 KB a kernel, and may be deleted
+whenever nothing is being built: what is missing is built again.
 """
 
 from __future__ import annotations
@@ -257,15 +257,25 @@ def _suffix(target: Target) -> str:
 
 
 def _read(folder: Path, key: str, target: Target) -> Built | None:
-    """What the cache holds under `key`; None where it holds nothing whole."""
+    """What the cache holds under `key`; None where it holds nothing whole, or another kernel."""
     try:
         held = json.loads((folder / f"{key}.json").read_text())
         binary = (folder / f"{key}.{_suffix(target)}").read_bytes()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    digest = hashlib.sha256(binary).hexdigest()
-    whole = isinstance(held, dict) and held.get("sha256") == digest and "facts" in held
-    return Built(binary, held["facts"]) if whole else None
+    if not isinstance(held, dict) or held.get("key") != key:
+        return None
+    facts = held.get("facts")
+    whole = held.get("sha256") == hashlib.sha256(binary).hexdigest()
+    return Built(binary, facts) if whole and _are_facts(facts) else None
+
+
+def _are_facts(found: Any) -> bool:
+    """Whether `found` is what `build_one` says of a kernel: its name, and figures by name."""
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        return False
+    figures = [value for name, value in found.items() if name != "name"]
+    return "shared" in found and all(type(value) is int and value >= 0 for value in figures)
 
 
 @contextmanager
@@ -295,7 +305,8 @@ def _build_lock(folder: Path, key: str, patience: float) -> Generator[bool]:
 
 def _write(folder: Path, key: str, target: Target, built: Built) -> None:
     """The binary first: who finds the facts finds both. A rename is whole or is not."""
-    held = {"sha256": hashlib.sha256(built.binary).hexdigest(), "facts": dict(built.facts)}
+    digest = hashlib.sha256(built.binary).hexdigest()
+    held = {"key": key, "sha256": digest, "facts": dict(built.facts)}
     facts = json.dumps(held, sort_keys=True).encode()
     for suffix, content in ((_suffix(target), built.binary), ("json", facts)):
         with _writing(folder):

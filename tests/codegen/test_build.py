@@ -97,7 +97,20 @@ def test_what_makes_other_code_has_another_name() -> None:
     assert source(32, TWICE.replace("* 2", "* 3")).hash("cuda:sm_90") not in names
 
 
-@pytest.mark.parametrize("damage", ["cut", "no facts", "no JSON", "other JSON"])
+DAMAGED: dict[str, str] = {
+    "no JSON": "{",
+    "other JSON": "[1]",
+    "deep JSON": "[" * 100_000,
+    "no key": '{"key": null}',
+    "a name that is none": '{"facts": {"name": 5, "shared": 0}}',
+    "no shared memory": '{"facts": {"name": "twice"}}',
+    "shared memory of no size": '{"facts": {"name": "twice", "shared": -1}}',
+    "registers in words": '{"facts": {"name": "twice", "shared": 0, "registers": "ten"}}',
+    "facts in a list": '{"facts": ["name", "shared"]}',
+}
+
+
+@pytest.mark.parametrize("damage", ["cut", "no facts", *DAMAGED])
 def test_a_damaged_entry_is_built_anew(damage: str, tmp_path: Path) -> None:
     before, _ = built([source(32)], tmp_path)
     facts, code = next(tmp_path.glob("*.json")), next(tmp_path.glob("*.cubin"))
@@ -106,8 +119,22 @@ def test_a_damaged_entry_is_built_anew(damage: str, tmp_path: Path) -> None:
     elif damage == "no facts":
         facts.unlink()
     else:
-        facts.write_text("{" if damage == "no JSON" else json.dumps([1]))
+        text = DAMAGED[damage]
+        changed = json.loads(text) if text.startswith('{"') else None
+        whole = json.loads(facts.read_text())
+        facts.write_text(text if changed is None else json.dumps({**whole, **changed}))
     after, asked = built([source(32)], tmp_path)
+    assert asked == 1 and after == before
+
+
+def test_an_entry_of_another_kernel_is_built_anew(tmp_path: Path) -> None:
+    first, second = source(32), source(64)
+    before, _ = built([first, second], tmp_path)
+    keys = [s.hash(SM_90.name) for s in (first, second)]
+    for suffix in ("json", "cubin"):
+        content = (tmp_path / f"{keys[0]}.{suffix}").read_bytes()
+        (tmp_path / f"{keys[1]}.{suffix}").write_bytes(content)
+    after, asked = built([first, second], tmp_path)
     assert asked == 1 and after == before
 
 
