@@ -19,7 +19,7 @@ VERSION = 2
 FOLDERS = ("graphs", "plan", "kernels", "weights", "tokenizer", "additional_chat_templates")
 _FILE = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/)?[A-Za-z0-9_][A-Za-z0-9_.\-]{{0,127}}")
 MAX_FILES = 1 << 16
-_MAX_BYTES = 64 << 20
+MAX_BYTES = 64 << 20  # of the manifest
 _MOST_TABLE = 2**26
 
 _Name = Annotated[str, Meta(pattern=r"^[\w.,=\-:/+ ]{1,256}\Z")]
@@ -81,7 +81,7 @@ def is_file_name(name: str) -> bool:
 
 def read_manifest(data: bytes | memoryview) -> Manifest:
     """Decode and check a manifest; IngotError for an invalid one."""
-    given = decode(data, dict[str, Any], MANIFEST, _MAX_BYTES)
+    given = decode(data, dict[str, Any], MANIFEST, MAX_BYTES)
     kind = (given.get("format"), given.get("version"))
     if kind != (FORMAT, VERSION):
         raise IngotError(

@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..driver import WeightLoader
 from ..program import Buffer, Program
 from ..serving.abi import ServingAbi
 from .files import Files, open_files
-from .manifest import MANIFEST, FileFact, Manifest, read_manifest
+from .manifest import FOLDERS, MANIFEST, MAX_BYTES, FileFact, Manifest, read_manifest
 from .plan_json import read_program
 from .safetensors_file import Tensor, read_tensors
 from .strict_json import IngotError, decode, shown
@@ -41,8 +42,9 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 TEMPLATES = "additional_chat_templates/"
-_MAX_PLAN = 1 << 28  # bytes of one JSON file of the plan
-_MAX_SMALL = 1 << 30  # bytes of any file but weights
+_MAX_PLAN = 1 << 27  # bytes of the JSON files of the plan together
+_MAX_GRAPH = 1 << 25  # bytes of one graph
+_MAX_SMALL = 1 << 30  # bytes of all files but weights together
 _HASH_THREADS = 16
 
 
@@ -118,25 +120,20 @@ def open_ingot(path: str | Path) -> Artifact:
     with _naming(path), open_files(path) as files:
         manifest = _manifest(files)
         _check_names(files, manifest)
-        content = {
-            name: _checked(files, name, fact)
-            for name, fact in manifest.files.items()
-            if not name.startswith("weights/")
-        }
-        rest = dict(content)
-        graphs = {name: _text(name, rest.pop(name)) for name in content if _is_graph(name)}
-        models = {
-            name.removeprefix("tokenizer/"): rest.pop(name)
-            for name in content
-            if _is_model_file(name)
-        }
-        program = None if manifest.target == CPU else _program(manifest, content, rest)
-        expected = {FINAL_GRAPH, FOLDED_GRAPH} if program is None else {FINAL_GRAPH}
-        if graphs.keys() != expected:
+        _check_sizes(manifest)
+        small = {name for name in manifest.files if not name.startswith("weights/")}
+        graphs = {name for name in small if _is_graph(name)}
+        expected = {FINAL_GRAPH, FOLDED_GRAPH} if manifest.target == CPU else {FINAL_GRAPH}
+        if graphs != expected:
             raise IngotError(f"expected {sorted(expected)}, found {sorted(graphs)}")
-        if rest:
+        tokenizer = {name for name in small if _is_model_file(name)}
+        reads = _Reads(files, manifest)
+        program = None if manifest.target == CPU else _program(manifest, reads)
+        if rest := small - graphs - tokenizer - reads.names:
             raise IngotError(f"expected files of target {manifest.target}, found {min(rest)} too")
-    return Artifact(path, manifest, program, graphs, models)
+        texts = {name: _text(name, reads(name)) for name in sorted(graphs)}
+        models = {name.removeprefix("tokenizer/"): reads(name) for name in sorted(tokenizer)}
+    return Artifact(path, manifest, program, texts, models)
 
 
 def read_ingot_manifest(path: str | Path) -> Manifest:
@@ -157,8 +154,8 @@ def _naming(path: Path) -> Generator[None]:
 def _manifest(files: Files) -> Manifest:
     if MANIFEST not in files.sizes:
         raise IngotError(f"expected {MANIFEST}, found none: no ingot, or an unfinished one")
-    if files.sizes[MANIFEST] > _MAX_PLAN:
-        raise IngotError(f"{MANIFEST}: expected a small file, found {files.sizes[MANIFEST]} bytes")
+    if (size := files.sizes[MANIFEST]) > MAX_BYTES:
+        raise IngotError(f"{MANIFEST}: expected at most {MAX_BYTES} bytes of JSON, found {size}")
     return read_manifest(files.read(MANIFEST))
 
 
@@ -176,12 +173,35 @@ def _check_names(files: Files, manifest: Manifest) -> None:
             raise IngotError(f"{name}: expected safetensors files in weights/ alone")
 
 
-def _checked(files: Files, name: str, fact: FileFact) -> bytes:
-    if fact.size > _MAX_SMALL:
-        raise IngotError(f"{name}: expected at most {_MAX_SMALL} bytes, found {fact.size}")
-    data = files.read(name)
-    _check_hash(name, data, fact)
-    return data
+def _check_sizes(manifest: Manifest) -> None:
+    """Check that what will be read fits, before any of it is."""
+
+    def check(what: str, most: int, *beginnings: str) -> None:
+        found = sum(f.size for n, f in manifest.files.items() if n.startswith(beginnings))
+        if found > most:
+            raise IngotError(f"{what}: expected at most {most} bytes, found {found}")
+
+    for name in (FINAL_GRAPH, FOLDED_GRAPH):
+        check(name, _MAX_GRAPH, name)
+    check("plan", _MAX_PLAN, "plan/")
+    check("all files but weights", _MAX_SMALL, *(f"{n}/" for n in FOLDERS if n != "weights"))
+
+
+class _Reads:
+    """Reads files, with their hashes checked, when they are asked for; `names` are those."""
+
+    def __init__(self, files: Files, manifest: Manifest) -> None:
+        self._files, self._facts = files, manifest.files
+        self.names: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._facts
+
+    def __call__(self, name: str) -> bytes:
+        data = self._files.read(name)
+        _check_hash(name, data, self._facts[name])
+        self.names.add(name)
+        return data
 
 
 def _check_hash(name: str, data: bytes | memoryview, fact: FileFact) -> None:
@@ -209,24 +229,23 @@ def _text(name: str, data: bytes) -> str:
         raise IngotError(f"{name}: expected UTF-8 text, found other bytes") from error
 
 
-def _program(manifest: Manifest, content: Mapping[str, bytes], rest: dict[str, bytes]) -> Program:
-    """The program of the plan and the kernels; removes the files that it uses from `rest`."""
+def _program(manifest: Manifest, reads: _Reads) -> Program:
+    """The program of the plan and the kernels, which are all that is read."""
     target = manifest.target
     if target.partition(":")[0] not in CODE:
         raise IngotError(f"{MANIFEST}: target: expected cpu, cuda:… or hip:…, found {target}")
 
     def plan(name: str) -> Any:
-        if name not in content:
+        if name not in reads:
             raise IngotError(f"{name}: expected this file of a {target} ingot, found none")
-        rest.pop(name, None)
-        return decode(content[name], dict[str, Any], name, _MAX_PLAN)
+        return decode(reads(name), dict[str, Any], name, _MAX_PLAN)
 
+    @cache  # kernels may share their code
     def binary(sha256: str) -> bytes:
         name = code_name(target, sha256)
-        if name not in content or manifest.files[name].sha256 != sha256:
+        if name not in reads or manifest.files[name].sha256 != sha256:
             raise IngotError(f"{name}: expected the code of that sha256, found none")
-        rest.pop(name, None)
-        return content[name]
+        return reads(name)
 
     names = [(entry.function, plan_name(i)) for i, entry in enumerate(manifest.entries)]
     entries = [(function, name, plan(name)) for function, name in names]

@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import struct
+import time
 import zipfile
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingot.compiler.dtypes import DTYPES
+from ingot.runtime.artifact import files
 from ingot.runtime.artifact import manifest as manifests
 from ingot.runtime.artifact.manifest import MANIFEST
 from ingot.runtime.artifact.reader import IngotError, open_ingot
@@ -703,3 +706,55 @@ def test_file_names() -> None:
         assert manifests.is_file_name(name)
     for name in ("", "/", "graphs/", "graphs/a/b", "a\n", "graphs/a\n", "x" * 129, "weights/é"):
         assert not manifests.is_file_name(name)
+
+
+# ---- what is read, and how much of it
+
+
+def test_files_that_nothing_asks_for_are_not_read(place: Path) -> None:
+    for name in ("kernels/0.cubin", "plan/other.json", "extra.json"):
+        rewrite(place, name, b"x" * 100)
+    read: list[str] = []
+    with patch.object(files._Directory, "read", _spied(read)), pytest.raises(IngotError):
+        open_ingot(place)
+    assert SHARED in read and not {"kernels/0.cubin", "plan/other.json", "extra.json"} & {*read}
+
+
+def test_nothing_is_read_where_the_target_has_other_files(place: Path) -> None:
+    edit(place, MANIFEST, lambda m: m.update(target="cpu"))
+    read: list[str] = []
+    with (
+        patch.object(files._Directory, "read", _spied(read)),
+        pytest.raises(IngotError, match="folded"),
+    ):
+        open_ingot(place)
+    assert read == [MANIFEST]
+
+
+def _spied(read: list[str]) -> Any:
+    original = files._Directory.read
+
+    def spy(self: Any, name: str) -> bytes:
+        read.append(name)
+        return original(self, name)
+
+    return spy
+
+
+@pytest.mark.parametrize(
+    ("names", "size", "what"),
+    [
+        (("graphs/final.ir",), 1 << 26, "graphs/final.ir: expected at most"),
+        ([f"plan/entry-{i}.json" for i in range(9, 19)], 1 << 24, "plan: expected at most"),
+        ([f"kernels/{i}.cubin" for i in range(40)], 1 << 25, "all files but weights: expected"),
+    ],
+)
+def test_sums_of_sizes_are_bounded(place: Path, names: list[str], size: int, what: str) -> None:
+    for name in names:
+        rewrite(place, name, b"")
+        os.truncate(place / name, size)  # sparse: a large file costs its author nothing
+        edit(place, MANIFEST, lambda m, n=name: m["files"][n].update(size=size))
+    start = time.process_time()
+    with pytest.raises(IngotError, match=what) as caught:
+        open_ingot(place)
+    assert "\n" not in str(caught.value) and time.process_time() - start < 1
