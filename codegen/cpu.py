@@ -22,6 +22,7 @@ from ..compiler.text import parse
 from ..compiler.torch_types import dtype_name, torch_dtype, type_of
 from ..compiler.types import TensorType
 from ..runtime.driver import Array, WeightLoader
+from ..runtime.host_memory import check_host_memory
 from ..runtime.program import STEP, Buffer, Function, Program
 from .entries import buffer_of, signature
 
@@ -52,6 +53,24 @@ def cpu_program(
     step = signature(graph, symbols, outputs, text=str(graph))
     peak = Interpreter(graph).peak_bytes(largest)
     return Program(CPU, {}, {**state, **weights}, {STEP: step}, peak, dict(meta))
+
+
+def check_memory(programs: Sequence[Program], what: str, *, mapped: bool) -> None:
+    """NotEnoughMemory where the state, scratch and weights of all ranks do not fit into this host.
+
+    Weights that are `mapped` files do not count. `what` begins the error.
+    """
+    kinds = ("state",) if mapped else ("state", "weight")
+    buffers = (b for program in programs for b in program.buffers.values() if b.kind in kinds)
+    needed = sum(b.nbytes for b in buffers) + sum(p.arena_bytes for p in programs)
+    check_host_memory(
+        needed,
+        f"{what}: state and scratch" if mapped else f"{what}: weights, state and scratch",
+        "allow fewer or shorter sequences" if mapped else _MEND,
+    )
+
+
+_MEND = "allow fewer or shorter sequences, or compile into an ingot, whose weights are mapped"
 
 
 def _buffer_name(node: Node) -> str:
@@ -204,4 +223,4 @@ def _to_host(value: Any) -> Array:
     return value.float().numpy() if narrow else value.clone().numpy()
 
 
-__all__ = ["CpuDriver", "CpuExecutable", "cpu_program"]
+__all__ = ["CpuDriver", "CpuExecutable", "check_memory", "cpu_program"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 
-from ..codegen.cpu import CpuDriver
+from ..codegen.cpu import CPU, CpuDriver, check_memory
 from ..codegen.lower import Lowered
 from ..compiler.target import target_of
 from ..passes.transforms.mxfp4_policy import MXFP4
@@ -73,8 +73,8 @@ def compile(
     Raises SourceError for a checkpoint that cannot be read, ImportFailure for a model that cannot
     be expressed, PassError for a pass that broke the graph, NoKernelError and BuildError where a
     GPU cannot compute it, DriverMissingError, DeviceError or NoDriverError where the device is not
-    here, UnsupportedTarget and NotYetError for options that this version does not have, ValueError
-    for wrong arguments.
+    here, NotEnoughMemory (a MemoryError) where this host cannot hold the program, UnsupportedTarget
+    and NotYetError for options that this version does not have, ValueError for wrong arguments.
     """
     chosen = CompileOptions(**options)
     ranks = chosen.tensor_parallel
@@ -200,6 +200,8 @@ def _open(model: LoweredModel, driver: Driver, progress: Progress) -> Model:
         return tensor
 
     programs = [rank.program for rank in model.ranks]
+    if programs[0].target == CPU:
+        check_memory(programs, model.exportable.model_type, mapped=False)
     loaders = [partial(load_weight, rank) for rank in model.ranks]
     with progress.timed("load weights"):
         progress.count(0, model.weight_count)

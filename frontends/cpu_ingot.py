@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from msgspec import structs
 
-from ..codegen.cpu import cpu_program
+from ..codegen.cpu import check_memory, cpu_program
 from ..compiler.ops.leaf import constant, literal
 from ..compiler.text import ParseError, parse
 from ..compiler.torch_types import torch_dtype
@@ -18,6 +17,7 @@ from ..compiler.verify import verify
 from ..runtime.artifact.reader import FOLDED_GRAPH, Artifact
 from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import WeightLoader
+from ..runtime.host_memory import NotEnoughMemory
 from ..runtime.program import Buffer, Program
 from ..runtime.serving.abi import ServingAbi
 
@@ -60,14 +60,10 @@ def read_cpu_program(artifact: Artifact) -> Program:
     except _BROKEN as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise IngotError(f"{where}: {first[:_SHOWN]}") from error
-    state = sum(b.nbytes for b in program.buffers.values() if b.kind == "state")
-    needed = program.arena_bytes + state
-    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > held:
-        raise IngotError(
-            f"{where}: expected to need at most the {held} bytes of this machine's memory beside "
-            f"the weights, found {needed}"
-        )
+    try:
+        check_memory([program], where, mapped=True)
+    except NotEnoughMemory as error:
+        raise IngotError(str(error)) from error
     return program
 
 

@@ -4,6 +4,6 @@ Of ours it imports the tables `compiler.dtypes` and `compiler.target` alone, and
 triton: the cpu target is run by `codegen.cpu`.
 
 Read `program` first (the contract with codegen, and the schema of the plan), then `driver` (what a
-device must do). Folders: `devices` (CUDA, HIP), `serving` (continuous batching over a paged
-cache) and `artifact` (the ingot on disk).
+device must do) and `host_memory` (how much of it there is). Folders: `devices` (CUDA, HIP),
+`serving` (continuous batching over a paged cache) and `artifact` (the ingot on disk).
 """

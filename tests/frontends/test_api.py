@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ingot.codegen.entries import Choice
 from ingot.frontends.importers.torch_export import ImportFailure
 from ingot.frontends.options import NotYetError
 from ingot.runtime.devices.device_api import DriverMissingError
+from ingot.runtime.host_memory import NotEnoughMemory
 from tiny_models import tiny_model
 
 
@@ -32,6 +34,16 @@ def test_small_capacities(source: Any, capacity: int) -> None:
     assert small.generate([5], max_new_tokens=9).finish_reason == "length"
     with pytest.raises(ValueError, match="tokens"):
         small.generate([5] * (capacity + 1))
+
+
+@pytest.mark.parametrize("sequences", [10**8, 10**30])
+def test_more_memory_than_there_is_is_refused_before_it_is_taken(
+    source: Any, sequences: int
+) -> None:
+    start = time.process_time()
+    with pytest.raises(NotEnoughMemory, match="expected to need at most the") as caught:
+        ingot.compile(source, max_sequences=sequences, max_tokens_per_sequence=100, target="cpu")
+    assert "\n" not in str(caught.value) and time.process_time() - start < 60
 
 
 def test_batched_tokens_are_those_of_each_alone(model: Any) -> None:
