@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import triton
 from filelock import FileLock, Timeout
@@ -270,7 +270,7 @@ def _read(folder: Path, key: str, target: Target) -> Built | None:
     return Built(binary, facts) if whole and _are_facts(facts) else None
 
 
-def _are_facts(found: Any) -> bool:
+def _are_facts(found: Any) -> TypeGuard[dict[str, Any]]:
     """Whether `found` is what `build_one` says of a kernel: its name, and figures by name."""
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return False
