@@ -26,6 +26,7 @@ from ..runtime.driver import Driver, Executable
 from ..runtime.program import STEP
 from .compilation import graphs_by_stage, kernel_backend, run_passes
 from .importers.torch_export import import_program
+from .importers.tracing import one_at_a_time
 from .model import Compiled
 from .module_inputs import module_input
 from .options import CompileOptions
@@ -113,7 +114,7 @@ def compile_module(
     """Trace `source` with torch.export, to which `dynamic_shapes` goes, and run the passes."""
     training = source.training
     try:
-        with progress.timed("trace"), torch.no_grad():
+        with progress.timed("trace"), one_at_a_time(), torch.no_grad():
             program = export_program(
                 source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
+from threading import RLock
 from typing import Any
 
 import sympy
@@ -158,12 +159,20 @@ def _axes_of(name: str, overload: Any) -> AxisRule | None:
     return elementwise if torch.Tag.pointwise in overload.tags else AXES.get(name)
 
 
-@cache
 def aten_op(name: str) -> Op:
     """The op for `aten.<packet>.<overload>`, registered on first use.
 
     VerifyError when torch has no such operator or it writes into its arguments.
     """
+    with _REGISTERING:  # an op is one object, for all threads
+        return _registered(name)
+
+
+_REGISTERING = RLock()
+
+
+@cache
+def _registered(name: str) -> Op:
     overload = overload_of(name)
     if overload._schema.is_mutable:
         raise VerifyError(f"{name} writes into its arguments; functionalise the program first")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -65,7 +66,8 @@ def described_masks(longest: int) -> Generator[None]:
     """Let mask functions be described, not built, for sequences of up to `longest` tokens.
 
     Positions that are traced say nothing of packed sequences, for which transformers would look in
-    them; a token-major graph keeps sequences apart by itself.
+    them; a token-major graph keeps sequences apart by itself. Those of models that other threads
+    run meanwhile are looked for.
     """
     from transformers import masking_utils
 
@@ -74,8 +76,10 @@ def described_masks(longest: int) -> Generator[None]:
 
     masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register("ingot", described)
 
-    def never_packed(position_ids: torch.Tensor) -> None:
-        del position_ids
+    packed, tracing = masking_utils.find_packed_sequence_indices, get_ident()
+
+    def never_packed(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return None if get_ident() == tracing else packed(position_ids)
 
     ready: Any = (BlockMask, AttentionMask)
     with (

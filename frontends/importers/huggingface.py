@@ -51,6 +51,7 @@ from .refusals import (
 from .source_error import UnsupportedModel
 from .torch_export import Imported, ImportFailure, import_program
 from .traced_ops import register
+from .tracing import one_at_a_time
 from .weightless import without_weights
 
 # Tokens in the traced sample; any number but 0 and 1, which torch.export treats as special.
@@ -193,6 +194,7 @@ def _check(meta: MetaModel, imported: Imported) -> dict[str, str]:
     return dict.fromkeys(unused, "a part for images or sound, of a model that is given text alone")
 
 
+@one_at_a_time()
 def import_hugging_face(
     source: str | Path | PreTrainedModel,
     *,

@@ -18,6 +18,7 @@ import torch
 from ...compiler.torch_types import type_of
 from ...compiler.types import TensorType
 from .source_error import SourceError
+from .tracing import one_at_a_time
 
 try:
     import transformers
@@ -96,6 +97,7 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
         ) from error
 
 
+@one_at_a_time()
 def build_meta_model(
     config: PreTrainedConfig,
     dtype: torch.dtype | None = None,
