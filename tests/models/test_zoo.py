@@ -13,10 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from ingot.codegen.lower import lower
+from ingot.compiler.pipeline import run_pipeline
+from ingot.compiler.target import target_of
+from ingot.frontends.importers.huggingface import import_hugging_face
+from ingot.passes.pipelines import causal_lm
+from ingot.passes.serving.sample_on_device import output_names
+from interpreted import InterpretedBackend
+from pass_checks import for_target
 from tiny_configs import MAX_LAYERS, WINDOW
 from transformers import AutoConfig, PreTrainedModel
 from zoo import (
     MAX_PARAMETERS,
+    MAX_TOKENS,
     NEW_TOKENS,
     NOT_BUILT,
     REFUSED,
@@ -48,6 +57,25 @@ def test_right_or_refused(name: str) -> None:
     assert found.verdict == expected, f"renew the row in docs/coverage.md: {found}"
     if found.verdict in (UNCLEAR, WRONG):
         pytest.xfail(f"{found.verdict}: {found.reason}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, (verdict, _) in ROWS.items() if verdict == RIGHT])
+def test_what_is_right_has_kernels_on_gpus(name: str) -> None:
+    model = random_model(name, MAX_PARAMETERS).to(torch.bfloat16)
+    made = import_hugging_face(model, dtype=None, max_tokens=MAX_TOKENS)
+    passes = causal_lm(max_sequences=2, max_tokens_per_sequence=made.max_tokens, sample=True)
+    graph = run_pipeline(made.graph, passes)[-1].graph
+    backend = InterpretedBackend(target_of("cuda:sm_90"))
+    lowered = lower(
+        for_target(graph, backend.target),
+        made.weights,
+        backend.target,
+        [{"T": 1, "L": 1}, {"T": 64, "L": 2}],
+        output_names(graph),
+        backend=backend,
+    )
+    assert all(entry.launches for entry in lowered.program.entries)
 
 
 def test_the_table_has_every_type() -> None:

@@ -50,11 +50,6 @@ class Attention:
         return self.node.args[0].shape[1]
 
     @property
-    def keys_width(self) -> int:
-        """Dims of a key as its products take them."""
-        return self.query.BLOCK + (self.rest.BLOCK if self.rest else 0)
-
-    @property
     def v(self) -> int:
         """Dims of a value."""
         return (self.values or self.keys).D
@@ -204,15 +199,15 @@ def _tile(job: Attention) -> Tile:
 def _shared_bytes(job: Attention, tile: Tile) -> int:
     """Bytes of shared memory that a program takes, on NVIDIA or a few more. There every two stages
     hold a tile of keys and, where they are of their own, one of values; with them lie the queries,
-    and the sums where they are written. On AMD one stage holds a tile of either, two one of each.
+    and the sums where they are written. On AMD one stage holds one tile at a time, two one of each.
     """
     size = DTYPES[job.node.args[0].type.dtype].bits // 8
-    keys = job.keys_width
-    values = padded(job.v) if job.values else 0
+    keys = [job.query.BLOCK, job.rest.BLOCK if job.rest else 0]
+    parts = [*keys, padded(job.v) if job.values else 0]
     if not job.node.target.name.startswith("cuda"):
-        return tile.n * size * (keys + values if tile.stages > 1 else max(keys, values))
-    staged = (tile.stages - 1) // 2 * tile.n * (keys + values) * size
-    return staged + tile.m * (keys * size + padded(job.v) * 4)
+        return tile.n * size * (sum(parts) if tile.stages > 1 else max(parts))
+    staged = (tile.stages - 1) // 2 * tile.n * sum(parts) * size
+    return staged + tile.m * (sum(keys) * size + padded(job.v) * 4)
 
 
 def _widest(job: Attention) -> Tile:
@@ -234,10 +229,14 @@ def _widest(job: Attention) -> Tile:
         if width > 256:
             return Tile(_FEW_ROWS, 16 if job.variant.WINDOW else 32, 4, 1)
         return Tile(_FEW_ROWS, 32 if job.variant.WINDOW else 64, 4, 2)
-    if not nvidia and width <= 64:
-        return Tile(64 if job.group > 1 else 32, 32 if job.variant.WINDOW else 64, 8, 1)
     if not nvidia:
-        return Tile(32, 32, 4, 1) if width > 128 else Tile(64, 32, 8, 1)
+        # Rows of one head each are of more slots, whose masks take scalars.
+        alone = job.group == 1
+        if width > 128:
+            return Tile(16 if alone else 32, 32, 4, 1)
+        if width > 64:
+            return Tile(64, 32, 8, 1)
+        return Tile(32 if alone else 64, 32 if job.variant.WINDOW else 64, 8, 1)
     if width > 256:
         return Tile(32, 32, 8, 5)
     m = 128 if rows >= 1024 and width <= 128 else 64
