@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ingot
 import pytest
 import torch
 from ingot.compiler.interpret import interpret
 from ingot.compiler.pipeline import run_pipeline
+from ingot.frontends.checkpoints.export_quantized import quantize_directory
+from ingot.frontends.cli.references import TransformersReference
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.importers.source_error import SourceError
 from ingot.passes.pipelines import RAISING
+from ingot.passes.transforms.mxfp4_policy import MXFP4
 from pass_checks import ops
 from safetensors.torch import load_file, save_file
 
@@ -175,6 +180,34 @@ def test_a_stored_matrix_that_is_another(tmp_path: Path) -> None:
     )
     with pytest.raises(SourceError, match=r"R_input\.weight: f32\[32, 32\] is not Sylvester's"):
         imported(directory)
+
+
+def test_what_cannot_be_done_with_rotated_models(tmp_path: Path) -> None:
+    """No written config would say it, and transformers does not compute it."""
+    directory = altered(tmp_path / "r", "ct_int4", transform(("input", ["Linear"])), {})
+    with pytest.raises(SourceError, match="rotated online .*which the written config would not"):
+        quantize_directory(directory, tmp_path / "written", MXFP4())
+    compiled: Any = SimpleNamespace(report=SimpleNamespace(dtype="f32"))
+    with pytest.raises(SourceError, match="transformers does not compute its online rotations"):
+        TransformersReference(directory, compiled)
+
+
+def test_rotated_models_through_all_passes(tmp_path: Path) -> None:
+    """Tokens are those of weights that undo the rotation; every rewrite is checked."""
+    section = transform(("input", ["Linear"]), ("output", ["re:.*[kv]_proj$"]))
+    rotated = altered(tmp_path / "r", "ct_mxfp4", section, {})
+
+    def turn(name: str, weight: torch.Tensor) -> torch.Tensor:
+        weight = turned(weight, 32)
+        return turned(weight.T, 32).T if name.endswith(("k_proj", "v_proj")) else weight
+
+    plain = by_hand(tmp_path / "plain", "ct_mxfp4", turn)
+    options: Any = dict(target="cpu", dtype="f32", max_tokens_per_sequence=64, progress=False)
+    found, expected = (ingot.compile(d, verify=d is rotated, **options) for d in (rotated, plain))
+    prompt = TOKENS.tolist()
+    assert_equal(torch.from_numpy(found.logits(prompt)), torch.from_numpy(expected.logits(prompt)))
+    tokens = [m.generate(prompt, max_new_tokens=20).tokens for m in (found, expected)]
+    assert tokens[0] == tokens[1]
 
 
 # ---- AMD Quark
