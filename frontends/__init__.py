@@ -1,8 +1,9 @@
 """Model importers and the public API. May import every other room.
 
 Entry points: `api` (`compile`; read it first) with `options`, `compilation` (a language model
-through the passes to a program), what they give (`model`, `weight_report`; `module` for what is no
-language model, over `module_inputs`), `aot` (a lowered model to an ingot), `loading` (an ingot to
+through the passes to a program) with `import_check` (the imported graph against the model itself),
+what they give (`model`, `weight_report`; `module` for what is no language model, over
+`module_inputs`), `aot` (a lowered model to an ingot), `loading` (an ingot to
 tokens; for GPUs without torch) with `cpu_ingot` (the program of one for the cpu),
 `drivers` (which target is run by what) and `progress`. Folders: `cli` (the command line over
 `api`), `importers` (a model to a graph), `checkpoints` (weights, read and written) and `text`

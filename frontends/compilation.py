@@ -100,7 +100,8 @@ def lower_language_model(
 ) -> LoweredModel:
     """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels,
     and whose weights need not be there."""
-    from .importers.huggingface import import_hugging_face  # needs transformers, which is an extra
+    from .import_check import check_import  # needs transformers, which is an extra
+    from .importers.huggingface import import_hugging_face
 
     count = options.tensor_parallel
     if count > 1 and target.is_gpu:
@@ -116,6 +117,10 @@ def lower_language_model(
             weightless=plan_only,
             allow_unused=options.unused == "allow",
         )
+    notes = model.notes
+    if options.check_import and not plan_only:
+        with progress.timed("check import"):
+            notes = (*notes, str(check_import(model, source)))
     passes = options.passes
     if passes is None:
         passes = causal_lm(
@@ -195,7 +200,7 @@ def lower_language_model(
             choices=tuple(lowered.choices),
             kernels_built=len(lowered.program.kernels) - backend.from_cache if backend else 0,
             kernels_cached=backend.from_cache if backend else 0,
-            notes=model.notes,
+            notes=notes,
         )
 
     return LoweredModel(every, exportable, graphs, tokenizer, report)

@@ -30,7 +30,7 @@ class Report:
     `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `choices` says,
     for a GPU, by which kernels each node of each entry is computed, and why; `kernels_built` of
     those were built now, and `kernels_cached` came from the cache. `notes` say in which way the
-    model is not what was asked for (a lowered limit).
+    model is not what was asked for (a lowered limit), and what of its import was checked.
     """
 
     model_type: str

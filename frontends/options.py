@@ -57,6 +57,7 @@ class CompileKeywords(TypedDict, total=False):
     passes: Sequence[Pass] | None
     verify: bool
     unused: str
+    check_import: bool
     progress: bool
 
 
@@ -72,7 +73,9 @@ class CompileOptions:
     splits a language model over N ranks, threads of one process on the cpu target. `passes`
     replaces the pipeline. `verify` runs every rewritten region, before and after, on sampled
     inputs. `unused` "allow" leaves out tensors of a checkpoint that the model does not read, which
-    are refused where no reason for them is known. `progress` shows a bar on stderr.
+    are refused where no reason for them is known. `check_import` compares the imported graph with
+    the model itself where that is cheap: the first layer of each structure, embedding and head.
+    `progress` shows a bar on stderr.
 
     ValueError, or TypeError for another kind of value, names the option, what was expected and what
     came; NotYetError what this version lacks. Equal options are normalized to the same values:
@@ -105,6 +108,13 @@ class CompileOptions:
         default="refuse",
         metadata=_flag("allow: leave out stored tensors that the model does not read."),
     )
+    check_import: bool = field(
+        default=True,
+        metadata=_flag(
+            "Compare the imported graph with the model itself.",
+            name="check-import/--no-check-import",
+        ),
+    )
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -118,7 +128,7 @@ class CompileOptions:
             )
         for name in ("tensor_parallel", "max_sequences", "max_tokens_per_sequence"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("verify", "progress"):
+        for name in ("verify", "check_import", "progress"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, found {value!r}")
         if self.unused not in ("refuse", "allow"):

@@ -6,7 +6,8 @@ as a model on the meta device) and `in_memory` (a model that is traced as it is)
 `default_positions` (the positions that a model makes itself),
 `online_rotations` (of activations, for weights that count on them),
 `torch_export` (an exported program to a graph) with `aten_rules` (the translation of each
-operator) and `indexing` (of indices that are tensors). `refusals`: why a model is not compiled;
-`weightless`: a checkpoint from config.json alone; `tracing`: one thread at a time; `source_error`:
-the errors for models that cannot be read or expressed.
+operator) and `indexing` (of indices that are tensors). `tracing`: one thread at a time;
+`streamed_model`: the model itself, a layer in memory at a time; `refusals`: why a model is not
+compiled; `weightless`: a checkpoint from config.json alone; `source_error`: the errors for models
+that cannot be read or expressed.
 """

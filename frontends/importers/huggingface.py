@@ -8,7 +8,7 @@ operator is token-wise.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ...compiler.rewrite import rebuild
 from ...compiler.types import TensorType, symbol
 from ...compiler.weights import Weights
 from ..checkpoints.checkpoint import open_checkpoint, stored_dtype, weights_of
+from ..checkpoints.rotations import Rotated
 from ..checkpoints.safetensors_files import holds_weights
 from .attention_masks import described_masks
 from .default_positions import default_position_offset
@@ -64,7 +65,8 @@ class HuggingFaceModel:
     """A causal language model: logits [T, vocab] from `tokens` and `positions`, both i32[T].
 
     T is at most `max_tokens`. `unused` has tensors of the checkpoint that the graph does not read
-    (an MTP layer, say), and why. `notes` say in which way the model is not what was asked for.
+    (an MTP layer, say), and why; `packed` names the weights in MXFP4 and `rotated` the activations
+    that are turned (see Checkpoint). `notes` say in which way the model is not what was asked for.
     """
 
     graph: Graph
@@ -73,6 +75,8 @@ class HuggingFaceModel:
     dtype: torch.dtype
     max_tokens: int
     unused: Mapping[str, str]
+    packed: Mapping[str, tuple[int, ...]]
+    rotated: Sequence[Rotated]
     notes: tuple[str, ...] = ()
 
 
@@ -226,7 +230,7 @@ def import_hugging_face(
         meta = traceable_model(source, dtype)
         held = weights_of(source, meta)
         weights = Weights({**held, **Weights.of(meta.buffers, "computed from the config")})
-        packed, unused = {}, {}
+        packed, unused, rotated = {}, {}, ()
     else:
         absent = weightless and not holds_weights(Path(source))
         named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
@@ -235,8 +239,9 @@ def import_hugging_face(
         meta = build_meta_model(config, dtype or named)
         opened = without_weights if absent else open_checkpoint
         checkpoint = opened(source, meta, allow_unused=allow_unused)
-        rotate_activations(meta.model, checkpoint.rotated)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
+        rotated = checkpoint.rotated
+        rotate_activations(meta.model, rotated)
     refuse_unsupported_layers(meta.model)
     try:
         if in_memory:
@@ -250,4 +255,6 @@ def import_hugging_face(
     unused = {**unused, **_check(meta, imported)}
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)
-    return HuggingFaceModel(graph, weights, config, meta.model.dtype, max_tokens, unused, notes)
+    return HuggingFaceModel(
+        graph, weights, config, meta.model.dtype, max_tokens, unused, packed, rotated, notes
+    )

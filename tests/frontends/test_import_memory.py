@@ -68,6 +68,26 @@ def measure_import(directory: Path) -> dict[str, float]:
     }
 
 
+def measure_verify(directory: Path) -> dict[str, float]:
+    """Compare the model in `directory` with transformers in f32, layer by layer; peaks as above."""
+    from ingot.frontends.import_check import compare_streamed
+    from ingot.frontends.importers.huggingface import import_hugging_face
+
+    ids = torch.randint(VOCABULARY, (24,)).tolist()
+    with _AnonymousPeak() as anonymous:
+        begin = time.perf_counter()
+        model = import_hugging_face(directory, dtype=torch.float32, max_tokens=4096)
+        errors = compare_streamed(model, directory, [ids])
+        seconds = time.perf_counter() - begin
+    return {
+        "anonymous": anonymous.peak,
+        "stored": sum(f.stat().st_size for f in directory.glob("*.safetensors")),
+        "layers": len(errors) - 1,
+        "error": max(errors.values()),
+        "seconds": seconds,
+    }
+
+
 class _AnonymousPeak:
     """The peak of RssAnon while the block runs, sampled every 5 ms and on demand."""
 
@@ -159,8 +179,8 @@ def _write_checkpoint(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_peak_memory_is_the_largest_tensor_and_one_gib(tmp_path: Path) -> None:
+def _measured(measure: str, tmp_path: Path) -> dict[str, float]:
+    """What a function of this file measures on a synthetic model, in a process of its own."""
     if (free := shutil.disk_usage(tmp_path).free) < NEEDED_DISK:
         pytest.fail(
             f"{tmp_path} has {free / GIB:.1f} GiB free; this test writes 7 GB and wants "
@@ -171,7 +191,7 @@ def test_peak_memory_is_the_largest_tensor_and_one_gib(tmp_path: Path) -> None:
     directory.mkdir()
     try:
         _write_checkpoint(directory)
-        command = [sys.executable, __file__, str(directory)]
+        command = [sys.executable, __file__, measure, str(directory)]
         helpers = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # are imported from there
         run = subprocess.run(command, capture_output=True, text=True, check=False, env=helpers)
     finally:
@@ -179,7 +199,12 @@ def test_peak_memory_is_the_largest_tensor_and_one_gib(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     measured = json.loads(run.stdout.splitlines()[-1])
     print(json.dumps(measured, indent=2))
+    return measured
 
+
+@pytest.mark.slow
+def test_peak_memory_is_the_largest_tensor_and_one_gib(tmp_path: Path) -> None:
+    measured = _measured("measure_import", tmp_path)
     assert measured["stored"] >= 6e9
     assert measured["read"] == pytest.approx(measured["stored"], rel=1e-4)  # + rotary buffers
     bound = measured["largest"] + GIB
@@ -189,5 +214,13 @@ def test_peak_memory_is_the_largest_tensor_and_one_gib(tmp_path: Path) -> None:
     assert measured["rss imported"] < GIB
 
 
+@pytest.mark.slow
+def test_verify_streams_a_layer_at_a_time(tmp_path: Path) -> None:
+    """In f32 the model has twice its stored bytes; a layer of both sides is a quarter of that."""
+    measured = _measured("measure_verify", tmp_path)
+    assert measured["layers"] == LAYERS and measured["error"] < 1e-4
+    assert measured["anonymous"] < 2 * measured["stored"] / LAYERS * 2 + 1.5 * GIB
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure_import(Path(sys.argv[1]))))
+    print(json.dumps(globals()[sys.argv[1]](Path(sys.argv[2]))))

@@ -21,6 +21,8 @@ from ingot.frontends.cli.model_check import (
     relative_error,
 )
 from ingot.frontends.cli.references import TransformersReference
+from ingot.frontends.importers import attention_masks
+from ingot.frontends.importers.attention_masks import AttentionMask
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_level
@@ -135,3 +137,18 @@ def test_verify_command(directory: Path, tmp_path: Path, monkeypatch: Any) -> No
     assert (
         result.exit_code == 1 and "DISAGREES" in result.stdout and "logits differ" in result.stdout
     )
+
+
+def test_verify_streamed(directory: Path, monkeypatch: Any) -> None:
+    def verify(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["verify", str(directory), "--streamed", *arguments])
+
+    result = verify("--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["ok"] and len(data["layers"]) == 4 and max(data["layers"].values()) < 1e-5
+
+    monkeypatch.setattr(attention_masks, "mask_of", lambda *_: AttentionMask())
+    result = verify()
+    assert result.exit_code == 1 and "DISAGREES" in result.stdout
+    assert "model.layers.0 differs by" in result.stdout

@@ -34,9 +34,15 @@ def command(
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative Δlogits; without it, 1e-4 in f32.")
     ] = None,
+    streamed: Annotated[
+        bool,
+        typer.Option("--streamed", help="Layer by layer, with one in memory; no generation."),
+    ] = False,
     options: CompileOptions = _F32,
 ) -> Shown:
     """Compare with transformers: greedy tokens, logits, and layer outputs.
+
+    With --streamed hidden states and logits alone, of a model that need not fit into memory.
 
     Where the greedy tokens first differ, each must be among the other's top n. With --quantize a
     GPU is compared with the cpu target instead, which computes with the same weights dequantized.
@@ -48,6 +54,8 @@ def command(
     texts = [text for text in texts if text]
     if prompts and not texts:
         raise UsageError(f"--prompts: {prompts} holds no prompt; expected one a line")
+    if streamed:
+        return _streamed(directory, texts, tolerance, options)
     against_cpu = options.quantize is not None
     if against_cpu and (present_target() if options.target == AUTO else options.target) == CPU:
         raise UsageError(
@@ -71,6 +79,46 @@ def command(
     with Console(stderr=True).status("comparing"):
         check = check_model(model, reference, ids, steps=tokens, top=top, tolerance=tolerance)
     return Shown(lambda: check_data(check), [*check_tables(check), verdict(check)], check.ok)
+
+
+def _streamed(
+    directory: Path, texts: list[str], tolerance: float | None, options: CompileOptions
+) -> Shown:
+    """Hidden states of every layer and logits, over the prompts; nothing is compiled."""
+    from ....compiler.torch_types import torch_dtype
+    from ...import_check import TOLERANCES, compare_streamed
+    from ...importers.huggingface import import_hugging_face
+    from ...text.tokenizer import Tokenizer
+    from ..model_check import F32_TOLERANCE, prompt_ids
+
+    if options.quantize is not None:
+        raise UsageError("--streamed compares the imported graph, which --quantize comes after")
+    dtype = torch_dtype(str(options.dtype)) if options.dtype else None
+    with Console(stderr=True).status("importing"):
+        imported = import_hugging_face(
+            directory,
+            dtype=dtype,
+            max_tokens=options.max_tokens_per_sequence,
+            allow_unused=options.unused == "allow",
+        )
+    if tolerance is None:
+        tolerance = F32_TOLERANCE if options.dtype == "f32" else TOLERANCES[imported.dtype]
+    vocabulary = imported.config.get_text_config().vocab_size
+    ids = prompt_ids(Tokenizer.open(directory), vocabulary, imported.max_tokens, texts)
+    chosen = ids if texts else [max(ids, key=len)]  # each reads the whole checkpoint
+    with Console(stderr=True).status("comparing"):
+        errors = compare_streamed(imported, directory, chosen)
+    failures = [
+        f"{path} differs by {error:.1e}, over {tolerance:.0e}"
+        for path, error in errors.items()
+        if not error <= tolerance  # NaN is not within any tolerance
+    ]
+    data = {"layers": errors, "tolerance": tolerance, "failures": failures, "ok": not failures}
+    rows = [[path, f"{error:.1e}"] for path, error in errors.items()]
+    title = f"Hidden states of {imported.config.model_type}, compared with transformers"
+    lines = [*failures, "DISAGREES" if failures else "agrees"]
+    shown = table(title, ["layer", "max error"], rows, right=(1,))
+    return Shown(lambda: data, [shown, lines], not failures)
 
 
 def check_data(check: Check) -> dict[str, Any]:
