@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..compiler.ambient import default_torch
 from ..compiler.interpret import Interpreter
 from ..compiler.ir import Graph, Node
 from ..compiler.ops.collective import Communicator
@@ -97,10 +98,12 @@ class CpuExecutable:
     """The ranks of a program; inputs go to all of them, and outputs, which are equal, are those of
     the first. See driver.Executable."""
 
+    @default_torch()
     def __init__(self, ranks: Sequence[tuple[Program, WeightLoader]]) -> None:
         self._ranks = [_Rank(program, weights) for program, weights in ranks]
         self._threads = RankThreads(len(ranks)) if len(ranks) > 1 else None
 
+    @default_torch()
     def run(
         self,
         function: str,

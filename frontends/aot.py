@@ -16,6 +16,7 @@ import torch
 from msgspec import convert
 
 from ..codegen.lower import Lowered
+from ..compiler.ambient import default_torch
 from ..compiler.ir import Graph
 from ..compiler.types import TensorType, VerifyError
 from ..compiler.untrusted import check_exportable
@@ -61,6 +62,7 @@ class Exportable:
     model_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
+@default_torch()
 def export(
     what: Exportable,
     path: str | Path,

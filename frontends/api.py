@@ -12,6 +12,7 @@ import torch
 
 from ..codegen.cpu import CPU, CpuDriver, check_memory
 from ..codegen.lower import Lowered
+from ..compiler.ambient import default_torch
 from ..compiler.target import target_of
 from ..passes.transforms.mxfp4_policy import MXFP4
 from ..runtime.artifact.atomic_write import check_free
@@ -49,6 +50,7 @@ def compile(
     **options: Unpack[CompileKeywords],
 ) -> CompiledModule: ...
 @keywords_of(CompileOptions)
+@default_torch()
 def compile(
     source: str | Path | torch.nn.Module,
     *,
@@ -106,6 +108,7 @@ def compile(
 
 
 @keywords_of(CompileOptions)
+@default_torch()
 def compile_to(
     source: str | Path | PreTrainedModel,
     path: str | Path,
@@ -137,6 +140,7 @@ def compile_to(
 
 
 @keywords_of(CompileOptions)
+@default_torch()
 def plan(
     source: str | Path | PreTrainedModel,
     *,

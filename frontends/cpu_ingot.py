@@ -9,6 +9,7 @@ import torch
 from msgspec import structs
 
 from ..codegen.cpu import check_memory, cpu_program
+from ..compiler.ambient import default_torch
 from ..compiler.ops.leaf import constant, literal
 from ..compiler.text import ParseError, parse
 from ..compiler.torch_types import torch_dtype
@@ -38,6 +39,7 @@ _BROKEN = (
 )
 
 
+@default_torch()
 def read_cpu_program(artifact: Artifact) -> Program:
     """The program that the folded IR is. IngotError for IR that is none, and where this machine has
     not the memory for its state and scratch: nothing is tried then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from ..codegen.entries import Backend
 from ..codegen.lower import lower
+from ..compiler.ambient import default_torch
 from ..compiler.interpret import bind_symbols
 from ..compiler.ir import Graph
 from ..compiler.pipeline import PassContext, PassResult
@@ -62,6 +64,7 @@ class CompiledModule(Compiled):
     programs: dict[tuple[int, ...], Executable] = field(default_factory=dict, init=False)
     lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
+    @default_torch()
     def __call__(self, *inputs: torch.Tensor | NDArray[Any]) -> Any:
         """What the module gives for `inputs`, tensors or numpy arrays (see `module_input`).
 
@@ -114,7 +117,9 @@ def compile_module(
     """Trace `source` with torch.export, to which `dynamic_shapes` goes, and run the passes."""
     training = source.training
     try:
-        with progress.timed("trace"), one_at_a_time(), torch.no_grad():
+        quiet = warnings.catch_warnings()
+        with progress.timed("trace"), one_at_a_time(), torch.no_grad(), quiet:
+            warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # torch's own
             program = export_program(
                 source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes
             )

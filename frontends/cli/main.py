@@ -6,9 +6,11 @@ failed or disagrees, 2 for wrong usage, 130 when interrupted.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from inspect import Parameter, signature
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +21,7 @@ from ..importers.source_error import SourceError
 from ..options import NotYetError
 from .commands import COMMANDS
 from .flags import Json, Traceback, UsageError, with_flags
-from .output import Shown
+from .output import Shown, visible
 
 app = typer.Typer(
     name="ingot",
@@ -58,7 +60,7 @@ def _console_command(command: Callable[..., Shown | None]) -> Callable[..., None
                 raise
             lines = str(error).splitlines() or [type(error).__name__]
             more = " (more with --traceback)" if len(lines) > 1 else ""
-            typer.secho(f"error: {lines[0]}{more}", fg="red", err=True)
+            typer.secho(f"error: {visible(lines[0])}{more}", fg="red", err=True)
             raise typer.Exit(2 if _is_usage(error) else 1) from error
 
     flags = [*signature(flat).parameters.values()]
@@ -95,5 +97,8 @@ for _name, _command in COMMANDS.items():
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. What the terminal's encoding lacks is shown as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,18 @@ THEME = Theme(
 )
 
 
+# What a terminal acts on instead of showing it: control characters, but for tabs and ends of lines,
+# marks that change the direction of text, and halves of surrogate pairs, which no encoding has.
+_ACTED_ON = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """`text` with what a terminal would act on as escapes: text out of files may hold anything."""
+    return _ACTED_ON.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 @dataclass(frozen=True)
 class Shown:
     """The output of a command: `data` makes the JSON, `parts` are tables and lines for people.
@@ -66,21 +79,22 @@ class Shown:
                 out.print(part)
             else:
                 for line in part:
-                    out.print(highlight(Text(line)), soft_wrap=True)
+                    out.print(highlight(Text(visible(line))), soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
     """One JSON value on stdout."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    typer.echo(_ACTED_ON.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def table(
     title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
 ) -> Table:
     """A table whose columns numbered `right` are right-justified."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=escape(visible(title)), title_justify="left", title_style="bold")
     for i, head in enumerate(heads):
         made.add_column(head, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(escape, row))
+        made.add_row(*(escape(visible(cell)) for cell in row))
     return made

@@ -1,30 +1,32 @@
 """Chat templates: render messages as the text that the model was trained on.
 
-Templates are untrusted code: they run in jinja2's immutable sandbox on plain data, with the same
-environment as in transformers (`utils/chat_template_utils.py`) and nothing more.
+Templates are untrusted code. `render_template` runs them in a sandbox, in a process of its own with
+limits of time and memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import PurePosixPath
-from typing import Any, NoReturn
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.utils
-from jinja2.exceptions import SecurityError
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ...runtime.artifact.reader import TEMPLATES
 from ..importers.source_error import SourceError
+from . import render_template
 
 _DEFAULT = "default"
+_TOOL_USE = "tool_use"
+# Runs a file with the search path of this process, whatever the environment says.
+_START = (
+    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "runpy.run_path(sys.argv[1], run_name='__main__')"
+)
 _FILE = "chat_template.jinja"
 _MORE = f"{TEMPLATES}*.jinja"
 
@@ -47,35 +49,35 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        name: str = _DEFAULT,
+        name: str | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
         """The text of `messages` (each with `role` and `content`), special tokens included.
 
         `variables` are seen by the template under their names (`tools`, `documents`,
-        `enable_thinking`, ...). ChatError when the template raises or violates the
-        sandbox, and for messages with parts that are images, video or sound.
+        `enable_thinking`, ...). Without a `name` the template is "tool_use" where there is one and
+        `tools` are given, else "default". What a message has as None it does not have, as in
+        transformers. ChatError when the template raises, violates the sandbox, or takes too much
+        time or memory, and for messages with parts that are images, video or sound.
         """
         _refuse_other_than_text(messages)
+        if name is None:
+            with_tools = variables.get("tools") is not None and _TOOL_USE in self.sources
+            name = _TOOL_USE if with_tools else _DEFAULT
         if name not in self.sources:
             raise ChatError(f"no chat template {name!r}; there are {', '.join(self.sources)}")
         given = {"tools": None, "documents": None, **self.tokens, **variables}
-        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        said = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
+        given |= {"messages": said, "add_generation_prompt": add_generation_prompt}
         data = {key: _plain(value) for key, value in given.items()}
-        try:
-            return _environment().from_string(self.sources[name]).render(data)
-        except SecurityError as error:
-            raise ChatError(f"chat template {name!r} is refused as unsafe: {error}") from error
-        except jinja2.TemplateSyntaxError as error:
-            raise ChatError(f"chat template {name!r}, line {error.lineno}: {error}") from error
-        except jinja2.TemplateError as error:
-            raise ChatError(f"chat template {name!r}: {error}") from error
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            kind = type(error).__name__
-            raise ChatError(f"chat template {name!r} fails with {kind}: {error}") from error
-        except (MemoryError, RecursionError) as error:
-            raise ChatError(f"chat template {name!r} uses too much memory") from error
+        found = _run(self.sources[name], data)
+        if "error" in found:
+            raise ChatError(f"chat template {name!r}{found['error']}")
+        return found["text"]
 
 
 def _refuse_other_than_text(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -128,91 +130,22 @@ def _configured(entry: Any) -> dict[str, str]:
         ) from error
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant said; here it is plain."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Dict:
-    """`dict(...)` without the type, whose attributes lead out of the sandbox."""
-
-    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
-        return dict(*args, **items)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """A namespace that keeps no names with an underscore in front."""
-
-    def __init__(*args: Any, **items: Any) -> None:  # as jinja2: `namespace(self=...)` is allowed
-        self, *given = args
-        values = dict(*given, **items)
-        for name in values:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: str) -> None:
-    if name.startswith("_"):
-        raise SecurityError(f"a namespace does not keep {name!r}")
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter escapes HTML, which no model was trained on."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+def _run(source: str, data: Mapping[str, Any]) -> dict[str, str]:
+    """What `render_template.rendered` gives, in a process of its own."""
+    path = json.dumps([entry for entry in sys.path if Path(entry).is_absolute()])
+    command = [sys.executable, "-I", "-S", "-c", _START, str(Path(render_template.__file__)), path]
+    done = subprocess.run(
+        command, input=pickle.dumps((source, data)), capture_output=True, check=False
     )
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses unsafe attributes on access, not only on use."""
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    provided: dict[str, Callable[..., Any]] = {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    environment.globals.update(provided)
-    environment.filters["tojson"] = _to_json
-    return environment
+    if done.returncode == -signal.SIGXCPU or done.returncode == -signal.SIGKILL:
+        return {"error": f" takes more than {render_template.SECONDS} seconds"}
+    if done.returncode < 0:
+        return {"error": f" ends by signal {-done.returncode}"}
+    if done.returncode > 0:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        kind = lines[-1][:200]
+        return {"error": " uses too much memory" if "MemoryError" in kind else f" fails: {kind}"}
+    return json.loads(done.stdout)
 
 
 def _plain(value: Any) -> Any:
@@ -224,6 +157,8 @@ def _plain(value: Any) -> Any:
             return kind(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
     raise ChatError(f"expected messages of JSON's types, found a {type(value).__name__}")

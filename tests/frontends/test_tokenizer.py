@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ingot.frontends.importers.source_error import SourceError
+from ingot.frontends.text import render_template
 from ingot.frontends.text.chat import ChatError, ChatTemplate, chat_template_of
 from ingot.frontends.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from tiny_tokenizers import FAMILIES, TEXTS, byte_fallback, byte_level, save
@@ -191,6 +193,9 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     template = chat_tokenizer(tmp_path, named).chat_template
     assert template is not None
     assert [template.render([]), template.render([], name="tool_use")] == ["one", "two"]
+    assert [template.render([], tools=[]), template.render([], tools=None)] == ["two", "one"]
+    with pytest.raises(ChatError, match="no chat template 'default'; there are tool_use"):
+        ChatTemplate({"tool_use": "two"}).render([])
     with pytest.raises(ChatError, match="no chat template 'rag'; there are default, tool_use"):
         template.render([], name="rag")
     (tmp_path / "chat_template.jinja").write_text("file", encoding="utf-8")
@@ -217,6 +222,12 @@ HOSTILE: dict[str, str] = {
     "a\n{% if %}": "line 2",
     "{% include '/etc/passwd' %}": "no loader",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "too much memory",
+    "{{ 'x' * 10 ** 11 }}": "too much memory",
+    "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}": (
+        "too much memory"
+    ),
+    "{{ '(' * 100000 }}{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "memory|line|signal|fails",
+    "{{ raise_exception('a\nb\x1b[0m') }}": "a\nb",
 }
 
 
@@ -233,6 +244,36 @@ def test_parts_of_messages_are_text() -> None:
     for kind in ("image", "image_url", "input_audio", "video"):
         with pytest.raises(ChatError, match=f"message 0 has a part of type '{kind}': .* text"):
             template.render([{"role": "user", "content": [text, {"type": kind, kind: "x.png"}]}])
+
+
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}" * 4 + "x" + "{% endfor %}" * 4,
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n-1) ~ m(n-1) }}{% endif %}{% endmacro %}{{ m(99) }}",
+    "powers": "{{ 9 ** (9 ** 9) }}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_templates_without_end_are_ended(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(render_template.__file__).read_text(encoding="utf-8")
+    quick = tmp_path / "render_template.py"
+    quick.write_text(source.replace("SECONDS = 10", "SECONDS = 1"), encoding="utf-8")
+    monkeypatch.setattr(render_template, "__file__", str(quick))
+    start = time.monotonic()
+    with pytest.raises(ChatError, match="chat template 'default' (takes more than|uses too much)"):
+        ChatTemplate({"default": ENDLESS[kind]}).render(MESSAGES)
+    assert time.monotonic() - start < 60
+
+
+def test_messages_lack_what_they_have_as_none(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = chat_tokenizer(tmp_path, "{{ messages | tojson }}{{ (1, 2) }}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    said = [{"role": "assistant", "content": None, "tool_calls": [None]}]
+    assert ours.chat_template is not None
+    assert ours.chat_template.render(said) == theirs.apply_chat_template(said, tokenize=False)
 
 
 def test_templates_see_plain_data() -> None:

@@ -12,7 +12,7 @@ import typer
 from ...options import CompileOptions, GenerateOptions
 from ..flags import ONE, USUAL, Json, ModelPath, UsageError
 from ..models import open_model
-from ..output import print_json
+from ..output import print_json, visible
 
 if TYPE_CHECKING:
     from ...text.completion import TextEvent
@@ -104,7 +104,7 @@ def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: st
         text = f"{event.token} " if as_ids and event.token is not None else event.text
         pieces.append(text)
         if not as_json:
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
         reason, message = event.finish_reason or reason, event.message or message
     decode = times[-1] - times[0] if len(times) > 1 else 0.0
