@@ -232,6 +232,8 @@ def _widest(job: Attention) -> Tile:
     if not nvidia:
         # Rows of one head each are of more slots, whose masks take scalars.
         alone = job.group == 1
+        if width > 256:  # longer tiles take all 512 registers of a lane, and with Triton 3.6 more
+            return Tile(32, 16, 4, 1)
         if width > 128:
             return Tile(16 if alone else 32, 32, 4, 1)
         if width > 64:
