@@ -10,4 +10,5 @@ operator) and `indexing` (of indices that are tensors). `tracing`: one thread at
 `streamed_model`: the model itself, a layer in memory at a time; `refusals`: why a model is not
 compiled; `weightless`: a checkpoint from config.json alone; `source_error`: the errors for models
 that cannot be read or expressed.
+`config_bounds` says what a config.json may ask for at most.
 """

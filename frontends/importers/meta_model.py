@@ -17,6 +17,7 @@ import torch
 
 from ...compiler.torch_types import type_of
 from ...compiler.types import TensorType
+from .config_bounds import check_config_file
 from .source_error import SourceError
 from .tracing import one_at_a_time
 
@@ -86,6 +87,7 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
                 ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "none"
             )
         raise SourceError(f"{directory}: expected a directory with config.json, {found}")
+    check_config_file(directory / "config.json")
     try:
         return AutoConfig.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
