@@ -167,6 +167,7 @@ def compare(source: Any, model: PreTrainedModel, expected: Reference) -> Attempt
     ) as compiled:
         logits = compiled.logits(expected.prompt)
         vocabulary = logits.shape[-1]
+        limit = compiled.session.meta.max_tokens_per_sequence
         completion = compiled.generate(
             expected.prompt, max_new_tokens=NEW_TOKENS, logprobs=vocabulary
         )
@@ -176,24 +177,25 @@ def compare(source: Any, model: PreTrainedModel, expected: Reference) -> Attempt
     if error > TOLERANCE:
         raise Differs(f"logits of the prompt differ by {error:.1e} of the largest", error)
     tokens = list(completion.tokens)
-    if completion.message or len(tokens) != NEW_TOKENS:
-        raise Differs(f"{len(tokens)} tokens of {NEW_TOKENS}: {completion.message}", 1.0)
+    count = min(NEW_TOKENS, limit + 1 - PROMPT_TOKENS)  # where compiling says a lower limit
+    if completion.message or len(tokens) != count:
+        raise Differs(f"{len(tokens)} tokens of {count}: {completion.message}", 1.0)
     # Each prefix by itself: rotary frequencies may depend on how long the sequence is.
-    prefixes = [expected.prompt + tokens[:i] for i in range(NEW_TOKENS)]
+    prefixes = [expected.prompt + tokens[:i] for i in range(count)]
     said = np.stack([forward(model, prefix)[-1] for prefix in prefixes])
     said = torch.from_numpy(said).double().log_softmax(-1).numpy()
-    chosen = np.full((NEW_TOKENS, vocabulary), np.nan)
+    chosen = np.full((count, vocabulary), np.nan)
     for row, top in zip(chosen, completion.top_logprobs, strict=True):
         row[[token for token, _ in top]] = [logprob for _, logprob in top]
     step = relative_error(chosen, said, scale)
     if step > TOLERANCE:
         raise Differs(f"decoding differs by {step:.1e} of the largest logit", step)
-    best = said.max(-1) - said[range(NEW_TOKENS), tokens]
+    best = said.max(-1) - said[range(count), tokens]
     if (margin := float(best.max() / scale)) > TOLERANCE:
         raise Differs(f"a token that is not the likeliest (by {margin:.1e})", margin)
-    note = ""
-    if tokens != expected.tokens:
-        at = next(i for i in range(NEW_TOKENS) if tokens[i] != expected.tokens[i])
+    note = "" if limit == MAX_TOKENS else f"sequences end at {limit} tokens"
+    if tokens != expected.tokens[:count]:
+        at = next(i for i in range(count) if tokens[i] != expected.tokens[i])
         if (said[at, tokens[at]] - said[at, expected.tokens[at]]) / scale > TOLERANCE:
             note = f"generate of transformers, with its cache, takes another token at step {at}"
     return Attempt(RIGHT, note, max(error, step))

@@ -7,6 +7,7 @@ numbers is refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -63,7 +64,8 @@ def _differ(
 
 
 def _integers(model: PreTrainedModel, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The integers that each module is called with, by its path and the argument's place."""
+    """The integers that each module is called with, by its path and the argument's place, and those
+    that rows of weights are looked up by, by the operator and its turn."""
     found: dict[str, torch.Tensor] = {}
 
     def hook_for(path: str) -> Any:
@@ -80,7 +82,7 @@ def _integers(model: PreTrainedModel, **inputs: torch.Tensor) -> dict[str, torch
         if path
     ]
     try:
-        with torch.no_grad(), described_masks(_TOKENS), _IntegersOnly():
+        with torch.no_grad(), described_masks(_TOKENS), _IntegersOnly(found):
             model(**inputs, use_cache=False)
     except UnsupportedModel:
         raise
@@ -117,17 +119,31 @@ def _put(model: PreTrainedModel, buffers: Mapping[str, torch.Tensor]) -> None:
 
 
 class _IntegersOnly(TorchDispatchMode):
-    """Computes what depends on no tensor of the meta device; the rest stays there."""
+    """Computes what depends on no tensor of the meta device; the rest stays there. What rows of
+    floats are looked up by goes into `lookups`."""
+
+    def __init__(self, lookups: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.lookups = lookups
+        self.turns: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == torch.device("meta"):
             kwargs["device"] = torch.device("cpu")
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if func.overloadpacket in _LOOKUPS and any(x.is_floating_point() for x in tensors):
+            self.turns[func] += 1
+            for index in filter(_is_known, tensors):
+                self.lookups[f"{func} {self.turns[func]}"] = index
         if tree_any(lambda x: isinstance(x, torch.Tensor) and x.is_meta, (args, kwargs)):
             args, kwargs = tree_map(_on_meta, (args, kwargs))
             if "device" in kwargs:
                 kwargs["device"] = torch.device("meta")
         return func(*args, **kwargs)
+
+
+_LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.gather)
 
 
 def _on_meta(x: Any) -> Any:

@@ -80,8 +80,8 @@ def refuse_unsupported_layers(model: PreTrainedModel) -> None:
         convolves = any(isinstance(child, torch.nn.Conv1d) for child in module.children())
         if convolves or own & _STATE or "LSTM" in name:
             raise UnsupportedModel(
-                f"{kind}: {path} ({name}) keeps a recurrent state (a state space model, linear "
-                "attention or a convolution over tokens): only attention is supported"
+                f"{kind}: {path or 'the model'} ({name}) keeps a recurrent state (a state space "
+                "model, linear attention or a convolution over tokens): only attention is supported"
             )
 
 
