@@ -76,7 +76,7 @@ def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
         weights = artifact.weights(program.buffers)
     session = Session(program, driver.load(program, weights))
     text = artifact.graphs[FINAL_GRAPH]
-    return LoadedModel(session, tokenizer, manifest.stop_tokens, manifest, text)
+    return LoadedModel(session, tokenizer, frozenset(manifest.stop_tokens), manifest, text)
 
 
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:
