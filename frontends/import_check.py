@@ -171,10 +171,16 @@ def _run(
 
 
 def token_errors(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """The largest difference at each token, relative to the largest value of all: [T]."""
+    """The largest difference at each token, relative to the largest finite value of all: [T].
+
+    NaN and infinities that both have are no difference.
+    """
     wanted = theirs.detach().cpu().double().reshape(-1, theirs.shape[-1])
-    difference = (ours.double().reshape(wanted.shape) - wanted).abs().amax(-1)
-    return difference / wanted.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    found = ours.double().reshape(wanted.shape)
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    difference = (found - wanted).abs().masked_fill(same, 0.0).amax(-1)
+    largest = wanted.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return difference / largest.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _chosen_layers(imported: HuggingFaceModel) -> tuple[Graph, list[str], list[str]] | str:

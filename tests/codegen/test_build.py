@@ -182,9 +182,11 @@ def test_threads_take_turns_with_the_parser(tmp_path: Path) -> None:
     texts = [TWICE.replace("tl.load(x + at) * 2", f"{deep} + {i}") for i in range(16)]
     with ThreadPoolExecutor(4) as pool:  # as several callers: hashing a source parses, too
         wanted = list(pool.map(partial(source, 32), texts))
-        types = list(pool.map(parse_type, (f"f32[{'+'.join(['T'] * n)}]" for n in range(1, 200))))
+        types = list(
+            pool.map(parse_type, (f"f32[{'+'.join(['T'] * n)}]" for n in [*range(1, 64)] * 3))
+        )
     assert len(build(wanted, SM_90, cache=tmp_path, workers=4)) == len(texts)
-    assert len(types) == 199
+    assert len(types) == 3 * 63
 
 
 def files(folder: Path) -> list[Path]:

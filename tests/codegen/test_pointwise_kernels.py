@@ -11,7 +11,7 @@ from ingot.compiler.ops import pointwise as ops
 from ingot.compiler.ops.glu import ACTIVATIONS, CLAMPED, glu
 from ingot.compiler.ops.shape import arange, full
 from ingot.compiler.torch_types import torch_dtype
-from kernel_checks import Strided, build_everywhere, check_node, run_node
+from kernel_checks import ON_DEVICE, Strided, build_everywhere, check_node, run_node
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNARY = sorted(ops.UNARY, key=lambda op: op.name)
@@ -55,7 +55,9 @@ def test_right_to_the_last_bits_near_zero_and_far_out(
 ) -> None:
     x = torch.cat([draw(200).clamp(-4, 4) * 10.0**e for e in range(-8, 2)])
     (found,), _, _ = run_node(op, (x,), {})
-    torch.testing.assert_close(found.double(), exact(x.double()), rtol=1e-6, atol=1e-37)
+    # A GPU's exponential is a power of two, whose argument is rounded: more so far out.
+    rtol = 4e-6 if ON_DEVICE else 1e-6
+    torch.testing.assert_close(found.double(), exact(x.double()), rtol=rtol, atol=1e-37)
 
 
 @pytest.mark.parametrize("op", [ops.floor, ops.expm1, ops.softplus], ids=lambda op: op.name)

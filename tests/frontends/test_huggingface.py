@@ -115,7 +115,7 @@ def with_mlp(layer: nn.Module) -> PreTrainedModel:
 
 def test_code_that_cannot_be_traced_is_named() -> None:
     with pytest.raises(
-        ImportFailure, match=r"llama: torch.export cannot trace it .* at \w+\.py:\d+"
+        ImportFailure, match=r"llama: the code at test_huggingface\.py:\d+ branches on the values"
     ):
         import_hugging_face(with_mlp(Broken()), dtype=None, max_tokens=64)
 

@@ -107,7 +107,7 @@ def test_limits_of_rotary_embeddings() -> None:
     model = tiny_model("qwen2", max_position_embeddings=256, rope_parameters=yarn)
     made = ingot.compile(model, max_sequences=1, max_tokens_per_sequence=4096)
     assert made.session.meta.max_tokens_per_sequence == 1024
-    assert made.report.notes == (f"max_tokens_per_sequence: 4096 is lowered to 1024, the {named}",)
+    assert f"max_tokens_per_sequence: 4096 is lowered to 1024, the {named}" in made.report.notes
     ids = torch.arange(300) % 128
     with torch.no_grad():
         theirs = model(ids[None]).logits[0, -1].numpy()

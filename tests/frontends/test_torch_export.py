@@ -241,7 +241,7 @@ INDEXED: dict[str, Callable[..., Any]] = {
     "elements of a vector": lambda x, i: TABLE[:, 0, 0][i],
     "a middle dim": lambda x, i: x[:, i],
     "the last dim": lambda x, i: x[..., i],
-    "by 8 bits": lambda x, i: TABLE[i.to(torch.int8)],
+    "by 32 bits": lambda x, i: TABLE[i.to(torch.int32)],
     "of ints": lambda x, i: (TABLE * 9).long()[i],
     "two dims": lambda x, i: TABLE[i, i[:, :1] * 0 - 2],
     "two dims behind": lambda x, i: TABLE[:, i, i],
