@@ -14,7 +14,7 @@ MODEL := examples/pico
 PROMPT := def read_lines(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow gpu bench lint types format clean
+.PHONY: help demo test slow sweep gpu bench lint types format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -27,8 +27,11 @@ demo: $(INSTALLED) ## compile and run a real model, show what the passes did, co
 test: $(INSTALLED) $(ORACLES) ## the tests that need no GPU and no patience
 	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
 
-slow: $(INSTALLED) ## the long sweeps: every architecture, peak memory, the demo from the shell
-	$(BIN)/pytest -n 2 -m 'slow and not gpu'
+slow: $(INSTALLED) ## what takes long: a sample of the sweeps, peak memory, the demo from the shell
+	$(BIN)/pytest -n 2 -m 'slow and not gpu and not sweep'
+
+sweep: $(INSTALLED) ## every model type of transformers, right or refused as the table says (an hour)
+	$(BIN)/pytest -n 2 -m 'sweep and not gpu'
 
 gpu: $(INSTALLED) ## the tests that need a GPU, and the kernel tests on it
 	$(BIN)/pytest -m gpu tests/runtime/test_gpu_runtime.py

@@ -228,7 +228,7 @@ SERVED = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [1, 64, 2048])
+@pytest.mark.parametrize("tokens", [1, pytest.param(64, marks=pytest.mark.sweep), 2048])
 @pytest.mark.parametrize("served", SERVED, ids=str)
 def test_sizes_that_are_served_build_for_every_target(served: tuple[int, ...], tokens: int) -> None:
     heads, groups, d, v, window = served

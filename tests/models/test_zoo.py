@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +50,15 @@ TABLE = COVERAGE.read_text(encoding="utf-8")
 ROWS = rows_of(TABLE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TYPES)
+def _sampled(names: Iterable[str], every: int) -> list[Any]:
+    """All names as slow cases, of which those that are not one of `every` are for the sweep."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow, *([pytest.mark.sweep] if i % every else [])])
+        for i, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize("name", _sampled(TYPES, every=16))
 def test_right_or_refused(name: str) -> None:
     """Each type has the verdict of the table."""
     found = isolated(name)
@@ -62,8 +71,10 @@ def test_no_type_is_wrong_or_unclear() -> None:
     assert not {UNCLEAR, WRONG} & {verdict for verdict, _ in ROWS.values()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n, (verdict, _) in ROWS.items() if verdict == RIGHT])
+_RIGHT = [name for name, (verdict, _) in ROWS.items() if verdict == RIGHT]
+
+
+@pytest.mark.parametrize("name", _sampled(_RIGHT, every=16))
 def test_what_is_right_has_kernels_on_gpus(name: str) -> None:
     model = random_model(name, MAX_PARAMETERS).to(torch.bfloat16)
     made = import_hugging_face(model, dtype=None, max_tokens=MAX_TOKENS)
