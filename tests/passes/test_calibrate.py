@@ -334,7 +334,7 @@ def test_pico_reads_better_than_by_rounding() -> None:
     """Perplexity on sources that neither training nor calibration saw, and the divergence from what
     the unpacked model says: the surer measure.
     """
-    held_out = standard_library(True, 6, 512)
+    held_out = standard_library(True, 24, 512)
     calibration_ids = standard_library(False, 24, 384)
     assert len(held_out) >= 4 and len(calibration_ids) == 24
     options = {
