@@ -21,6 +21,7 @@ from ..runtime.serving.session import Session
 from .aot import export
 from .compilation import LoweredModel, lower_language_model
 from .drivers import driver_here, present_target
+from .importers.source_error import SourceError
 from .loading import IngotError, LoadedModel, load
 from .model import Model, Plan, WrittenIngot
 from .module import CompiledModule, compile_module
@@ -83,7 +84,7 @@ def compile(
     target = target_of("cpu" if chosen.target == AUTO and ranks > 1 else _target(chosen))
     driver = driver_here(target.name)
     with Progress(enabled=chosen.progress) as progress:
-        model = _language_model(source)
+        model = _language_model(source, given=example_inputs is not None)
         if model is None:
             assert isinstance(source, torch.nn.Module)
             if chosen.dtype is not None:
@@ -127,10 +128,10 @@ def compile_to(
     if not isinstance(overwrite, bool):
         raise TypeError(f"overwrite: expected True or False, found {overwrite!r:.80}")
     check_free(Path(path), overwrite)  # before compiling, which takes minutes
-    if _language_model(source) is None:
+    if (model := _language_model(source)) is None:
         raise NotYetError("an ingot holds a language model; a module is compiled where it runs")
     with Progress(enabled=chosen.progress) as progress:
-        lowered = lower_language_model(source, chosen, target_of(_target(chosen)), progress)
+        lowered = lower_language_model(model, chosen, target_of(_target(chosen)), progress)
         with progress.timed("write"):
             progress.count(0, lowered.weight_count)
             manifest = export(
@@ -154,11 +155,11 @@ def plan(
     options and errors are those of `compile`.
     """
     chosen = _for_one_device(options)
-    if _language_model(source) is None:
+    if (model := _language_model(source)) is None:
         raise NotYetError("only language models are planned; a module is compiled where it runs")
     with Progress(enabled=chosen.progress) as progress:
         lowered = lower_language_model(
-            source, chosen, target_of(_target(chosen)), progress, plan_only=True, entry=entry
+            model, chosen, target_of(_target(chosen)), progress, plan_only=True, entry=entry
         )
     return Plan(lowered.exportable.lowered.program, lowered.graphs, lowered.report())
 
@@ -176,10 +177,11 @@ def _for_one_device(options: CompileKeywords) -> CompileOptions:
     return chosen
 
 
-def _language_model(source: Any) -> str | Path | PreTrainedModel | None:
+def _language_model(source: Any, *, given: bool = False) -> str | Path | PreTrainedModel | None:
     """`source`, unwrapped; None for a module that is no transformers model.
 
-    Those have a config with a model_type. TypeError for what is no model at all.
+    A module whose config has a model_type is one, or, with example inputs `given`, may be a wrapper
+    that is traced as a module. TypeError for what is no model at all.
     """
     if isinstance(source, str | Path):
         return source
@@ -192,7 +194,12 @@ def _language_model(source: Any) -> str | Path | PreTrainedModel | None:
         return None
     from .importers.in_memory import unwrapped  # needs transformers, which is an extra
 
-    return unwrapped(source)
+    try:
+        return unwrapped(source)
+    except SourceError:
+        if given:
+            return None
+        raise
 
 
 def _open(model: LoweredModel, driver: Driver, progress: Progress) -> Model:

@@ -23,7 +23,7 @@ from ..compiler.pipeline import run_pipeline
 from ..compiler.rewrite import rebuild
 from ..compiler.torch_types import torch_dtype
 from ..passes.pipelines import RAISING
-from .cli.inspect_view import Layer, graph_sections
+from .cli.inspect_view import graph_sections
 from .importers.in_memory import shared_copy
 from .importers.meta_model import build_meta_model
 from .importers.online_rotations import rotate_activations
@@ -32,7 +32,7 @@ from .importers.torch_export import ImportFailure
 
 if TYPE_CHECKING:
     from .importers.huggingface import HuggingFaceModel
-    from .importers.meta_model import PreTrainedModel
+    from .importers.meta_model import PreTrainedConfig, PreTrainedModel
 
 # Error of a token's values relative to the largest value of all tokens, by dtype; narrow floats
 # round differently with every order of arithmetic, over few layers by no more than this.
@@ -53,7 +53,7 @@ class ImportMismatch(ImportFailure):
 class ImportCheck:
     """What was compared: `layers` by module path, over `tokens` tokens, and the largest error.
 
-    Without `layers` nothing was, and `reason` says why.
+    Without `layers` nothing was, and `reason` says why; with them it says what was not.
     """
 
     tokens: int = 0
@@ -68,6 +68,7 @@ class ImportCheck:
         return (
             f"import checked against the model: {', '.join(self.layers)} and logits over "
             f"{self.tokens} tokens, largest difference {self.error:.1e} ({self.seconds:.1f} s)"
+            f"{self.reason}"
         )
 
 
@@ -90,24 +91,25 @@ def check_import(imported: HuggingFaceModel, source: str | Path | PreTrainedMode
     with torch.no_grad():
         found = interpret(part, inputs, imported.weights).outputs
     ours = dict(zip((*kept, _LOGITS), found, strict=True))
-    try:
-        theirs = _run(_their_model(imported, source, kept, skipped, imported.dtype), ids, kept)
-        wrong = _first_wrong(ours, theirs, imported.dtype, {})
-        if wrong and imported.dtype.itemsize < 4:
-            exact = _run(_their_model(imported, source, kept, skipped, torch.float32), ids, kept)
-            limit = TOLERANCES[imported.dtype]
-            moved = {p: int((token_errors(theirs[p], exact[p]) > limit).sum()) for p in exact}
-            wrong = _first_wrong(ours, exact, imported.dtype, moved)
-    except Exception as error:  # noqa: BLE001 the model's own code, on kernels of torch for the CPU
-        told = " ".join(str(error).split())[:200]
-        return ImportCheck(reason=f"the model itself cannot run: {type(error).__name__}: {told}")
+    theirs = _run(_their_model(imported, source, kept, skipped, imported.dtype), ids, kept)
+    if isinstance(theirs, str):
+        return ImportCheck(reason=theirs)
+    wrong = _first_wrong(ours, theirs, imported.dtype, {})
+    if wrong and imported.dtype.itemsize < 4:
+        exact = _run(_their_model(imported, source, kept, skipped, torch.float32), ids, kept)
+        if isinstance(exact, str):
+            return ImportCheck(reason=f"{wrong}; in f32 {exact}")
+        limit = TOLERANCES[imported.dtype]
+        moved = {p: int((token_errors(theirs[p], exact[p]) > limit).sum()) for p in exact}
+        wrong = _first_wrong(ours, exact, imported.dtype, moved)
     if wrong:
         raise ImportMismatch(
             f"{imported.config.model_type}: the imported graph computes other numbers than the "
             f"model: {wrong}; please report it; check_import=False compiles it all the same"
         )
     error = max(float(token_errors(ours[path], theirs[path]).max()) for path in theirs)
-    return ImportCheck(len(ids), tuple(kept), error, perf_counter() - began)
+    same = "; its online rotations are our own on both sides" if imported.rotated else ""
+    return ImportCheck(len(ids), tuple(kept), error, perf_counter() - began, same)
 
 
 def _first_wrong(
@@ -136,12 +138,15 @@ def compare_streamed(
 
     Gives the largest error of each layer's hidden state over the prompts, and that of the logits
     under "the logits", relative to the largest value of the model's. ImportFailure where a layer
-    gives no hidden state.
+    gives no hidden state, the model itself does not run, and for online rotations.
     """
+    if imported.rotated:
+        raise ImportFailure(
+            f"{directory}: transformers does not compute its online rotations "
+            f"({imported.rotated[0].module}), and is no reference for it"
+        )
     graph = run_pipeline(imported.graph, RAISING)[-1].graph
-    width = imported.config.get_text_config().hidden_size
-    layers = graph_sections(graph).layers
-    ends = {layer.path: end for layer in layers if (end := _end(layer, width)) is not None}
+    layers, ends = graph_sections(graph).layers, layer_ends(graph, imported.config)
     if len(ends) != len(layers):
         raise ImportFailure(f"{imported.config.model_type}: some layers give no hidden state")
     part = Graph(graph.name, graph.params, (*ends.values(), *graph.outputs), graph.symbols)
@@ -149,6 +154,8 @@ def compare_streamed(
     for prompt in prompts:
         ids = torch.tensor(prompt)
         theirs = _run(_their_model(imported, directory, list(ends), [], imported.dtype), ids, ends)
+        if isinstance(theirs, str):
+            raise ImportFailure(f"{imported.config.model_type}: {theirs}")
         inputs = {"tokens": ids.int(), "positions": torch.arange(len(ids), dtype=torch.int32)}
         with torch.no_grad():
             ours = interpret(part, inputs, imported.weights).outputs
@@ -160,14 +167,31 @@ def compare_streamed(
 
 def _run(
     model: PreTrainedModel, ids: torch.Tensor, layers: Iterable[str]
-) -> dict[str, torch.Tensor]:
-    """What each layer gives, and the logits, without a cache and with the model's positions."""
-    found: dict[str, torch.Tensor] = {}
-    for path in layers:
-        model.get_submodule(path).register_forward_hook(partial(_keep, found, path))
-    with torch.no_grad():
-        logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+) -> dict[str, torch.Tensor] | str:
+    """What each layer gives, and the logits, without a cache and with the model's positions.
+
+    A text says why the model does not run.
+    """
+    found = record_layers(model, layers)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+    except Exception as error:  # noqa: BLE001 the model's own code, on kernels of torch for the CPU
+        told = " ".join(str(error).split())[:200]
+        return f"the model itself does not run: {type(error).__name__}: {told}"
     return {**found, _LOGITS: logits}
+
+
+def record_layers(model: torch.nn.Module, paths: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A dict that each run of `model` fills with the hidden state that each layer gives."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(path: str, _module: Any, _args: Any, output: Any) -> None:
+        found[path] = output[0] if isinstance(output, tuple) else output
+
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(partial(keep, path))
+    return found
 
 
 def token_errors(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -188,8 +212,7 @@ def _chosen_layers(imported: HuggingFaceModel) -> tuple[Graph, list[str], list[s
     these layers, and of those left out. A text says why nothing can be chosen."""
     graph = imported.graph
     layers = graph_sections(graph).layers
-    width = imported.config.get_text_config().hidden_size
-    ends = {layer.path: end for layer in layers if (end := _end(layer, width)) is not None}
+    ends = layer_ends(graph, imported.config)
     if not layers or len(ends) != len(layers):
         return "its layers give no hidden state"
     kept = [layer for layer in layers if layer.same_as == layer.number]
@@ -211,10 +234,15 @@ def _chosen_layers(imported: HuggingFaceModel) -> tuple[Graph, list[str], list[s
     return part, paths, [layer.path for layer in layers if layer not in kept]
 
 
-def _end(layer: Layer, width: int) -> Value | None:
-    """The hidden state that a layer gives."""
-    fitting = [v for v in layer.outputs if v.type.shape[-1:] == (width,)]
-    return fitting[-1] if fitting else None
+def layer_ends(graph: Graph, config: PreTrainedConfig) -> dict[str, Value]:
+    """The hidden state that each layer gives, by module path: its last result of hidden size."""
+    width = config.get_text_config().hidden_size
+    ends: dict[str, Value] = {}
+    for layer in graph_sections(graph).layers:
+        fitting = [v for v in layer.outputs if v.type.shape[-1:] == (width,)]
+        if fitting:
+            ends[layer.path] = fitting[-1]
+    return ends
 
 
 def _weight_bytes(graph: Graph) -> int:
@@ -227,11 +255,12 @@ def _prompt(imported: HuggingFaceModel) -> torch.Tensor:
     windows = [n.attrs.get("window", 0) for n in imported.graph.nodes() if n.op is attention]
     beyond = [w + _BEHIND_WINDOW for w in windows if 0 < w <= _MOST_TOKENS - _BEHIND_WINDOW]
     count = min(imported.max_tokens, max(beyond, default=_TOKENS))
-    special: set[Any] = set()
+    special: set[int] = set()
     for holder in (imported.config, config):
         for name, value in vars(holder).items():
             if name.endswith(("_token_id", "_token_index", "_ids")):
-                special |= set(value if isinstance(value, list) else [value])
+                values = value if isinstance(value, list) else [value]
+                special |= {v for v in values if isinstance(v, int)}
     plain = [i for i in range(config.vocab_size) if i not in special]
     drawn = torch.randint(len(plain), (count,), generator=torch.Generator().manual_seed(0))
     return torch.tensor(plain)[drawn]
@@ -248,8 +277,10 @@ def _their_model(
     if isinstance(source, torch.nn.Module):
         model = shared_copy(source)
         skip_layers(model, skipped)
-        if model.dtype != dtype:
-            torch.nn.Module.to(model, dtype)
+        own = model.dtype
+        for parameter in model.parameters():  # buffers keep theirs: rotary frequencies are f32
+            if parameter.dtype == own != dtype:
+                parameter.data = parameter.to(dtype)
         return model
     meta = build_meta_model(
         imported.config, dtype, attn_implementation="eager", experts_implementation="eager"
@@ -263,7 +294,3 @@ def _their_model(
         return dense.to(torch_dtype(types[name].dtype))
 
     return stream_layers(meta, kept, load)
-
-
-def _keep(found: dict[str, torch.Tensor], path: str, _module: Any, _args: Any, output: Any) -> None:
-    found[path] = output[0] if isinstance(output, tuple) else output

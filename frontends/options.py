@@ -169,7 +169,7 @@ class CompileOptions:
         Passes stand as their text, calibration texts as their SHA-256.
         """
         found: dict[str, Any] = {**self.keywords()}
-        del found["progress"], found["unused"]
+        del found["progress"], found["unused"], found["check_import"]
         if self.packing:
             texts = hashlib.sha256(json.dumps(self.packing.calibrate).encode()).hexdigest()
             found["quantize"] = {**asdict(self.packing), "calibrate": texts}

@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ...compiler.interpret import interpret
-from ...compiler.ir import Graph, Value
+from ...compiler.ir import Graph
 from ...compiler.ops.leaf import constant
 from ...compiler.torch_types import torch_dtype
 from ...compiler.weights import Weights
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.quantization_config import quantization_scheme
+from ..import_check import layer_ends, record_layers
 from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import build_meta_model, read_config
 from ..importers.source_error import SourceError
 from ..model import Model
-from .inspect_view import graph_sections
 from .model_check import Answer, relative_error
 
 
@@ -47,14 +45,10 @@ class TransformersReference:
         graph = model.graph("raise-ops")
         self._theirs = _transformers_model(directory, dtype)
         self._weights = _weights(directory, graph, dtype)
-        ends = _layer_outputs(graph, self._theirs)
+        ends = layer_ends(graph, self._theirs.config)
+        self._ends = list(ends)
         self._part = Graph(graph.name, graph.params, tuple(ends.values()), graph.symbols)
-        self._hidden: dict[str, torch.Tensor] = dict.fromkeys(ends, torch.empty(0))
-        for path in ends:
-            self._theirs.get_submodule(path).register_forward_hook(partial(self._keep, path))
-
-    def _keep(self, path: str, _module: Any, _args: Any, output: Any) -> None:
-        self._hidden[path] = output[0] if isinstance(output, tuple) else output
+        self._hidden = record_layers(self._theirs, ends)
 
     def answer(self, ids: Sequence[int]) -> Answer:
         inputs = {
@@ -64,8 +58,8 @@ class TransformersReference:
         with torch.inference_mode():
             found = self._theirs(input_ids=torch.tensor([ids]), use_cache=False)
             ours = interpret(self._part, inputs, self._weights).outputs
-        pairs = zip(ours, self._hidden.items(), strict=True)
-        layers = {path: relative_error(value, theirs) for value, (path, theirs) in pairs}
+        pairs = zip(self._ends, ours, strict=True)
+        layers = {path: relative_error(value, self._hidden[path]) for path, value in pairs}
         return Answer(found.logits[0].float(), layers)
 
 
@@ -114,15 +108,3 @@ def _quiet() -> Generator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _layer_outputs(graph: Graph, theirs: PreTrainedModel) -> dict[str, Value]:
-    """The output of each layer by module path: its last result of hidden size."""
-    width = theirs.config.get_text_config().hidden_size
-    tokens = graph.param("tokens").type.shape
-    ends: dict[str, Value] = {}
-    for layer in graph_sections(graph).layers:
-        fitting = [v for v in layer.outputs if v.type.shape == (*tokens, width)]
-        if fitting:
-            ends[layer.path] = fitting[-1]
-    return ends

@@ -78,10 +78,11 @@ def traceable_model(model: PreTrainedModel, dtype: torch.dtype | None) -> MetaMo
     the meta device, and one whose attention cannot be chosen.
     """
     refuse_quantized(model)
-    if foreign := [n for n, t in named_tensors(model) if type(t) not in _PLAIN]:
+    if foreign := [(n, type(t)) for n, t in named_tensors(model) if type(t) not in _PLAIN]:
+        name, kind = foreign[0]
         raise SourceError(
-            f"{type(model).__name__}: {foreign[0]} is a tensor of type "
-            f"{type(model.get_parameter(foreign[0])).__name__}; expected plain tensors"
+            f"{type(model).__name__}: {name} is a tensor of type {kind.__name__}; expected plain "
+            "tensors"
         )
     if unloaded := [n for n, t in named_tensors(model) if t.is_meta]:
         raise SourceError(

@@ -6,6 +6,7 @@ import re
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -131,13 +132,12 @@ def _int(*shape: int, fill: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["kv_append", "cached_attention"])
 def test_wild_pages_raise(name: str, operand: str, wild: int) -> None:
     index = {"slots": _int(5), "positions": _int(5), "page_table": _int(2, 3)}
-    if operand == "slots" and wild < 0:
-        pytest.skip("padding")
     index[operand].fill_(wild)
     caches, attrs = (torch.zeros(6, 4, 2, 8),) * 2, {"scale": 0.3}
     rows = torch.randn(5, 2, 8)
     args = (*caches, rows, rows) if name == "kv_append" else (torch.randn(5, 4, 8), *caches)
-    with pytest.raises(IndexError):
+    padding = operand == "slots" and wild < 0  # which is left out
+    with nullcontext() if padding else pytest.raises(IndexError):
         Op.registry[name].reference(
             *args, *index.values(), **(attrs if name == "cached_attention" else {})
         )

@@ -70,6 +70,15 @@ def test_a_wrong_weight_is_found_where_it_first_counts(place: str) -> None:
         check_import(imported, model)
 
 
+def test_ids_of_other_kinds_in_a_config() -> None:
+    """Lists of lists, ids beyond the vocabulary and nothing are no ids to avoid."""
+    model = tiny_model("llama")
+    model.config.bad_words_ids = [[1, 2], [3]]
+    model.config.image_token_id = 10**9
+    model.config.other_token_id = None
+    assert check_import(import_hugging_face(model, dtype=None, max_tokens=96), model).layers
+
+
 def test_what_is_too_large_or_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     imported = import_hugging_face(model, dtype=None, max_tokens=96)
@@ -77,7 +86,7 @@ def test_what_is_too_large_or_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch
     assert str(check_import(imported, model)).startswith("import not checked: its distinct layers")
     monkeypatch.undo()
     model.model.forward = lambda *args, **kwargs: 1 / 0  # pyright: ignore
-    assert "the model itself cannot run: ZeroDivisionError" in str(check_import(imported, model))
+    assert "the model itself does not run: ZeroDivisionError" in str(check_import(imported, model))
 
 
 # ---- each kind of misunderstanding, with its mend taken out

@@ -9,6 +9,7 @@ import ingot
 import pytest
 import torch
 from imported import assert_close, eager, logits_of
+from ingot.frontends import api
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.frontends.importers.in_memory import unwrapped
 from ingot.frontends.importers.source_error import SourceError
@@ -128,15 +129,23 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_wrappers_are_taken_or_refused_in_one_line() -> None:
     model = tiny_model("llama")
-    assert unwrapped(torch.compile(model)) is model
+    wrapped = torch.compile(model)
+    assert unwrapped(wrapped) is model
+    assert api.plan(wrapped, target="cpu", max_tokens_per_sequence=64).report.dtype == "f32"  # pyright: ignore
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.config = model, model.config
 
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.inner.model.embed_tokens(ids) * 2
+
     with pytest.raises(SourceError, match="Wrapper has a config but is no transformers model"):
         ingot.compile(Wrapper())  # pyright: ignore
+    ids = torch.tensor([3, 4, 5])
+    traced = ingot.compile(Wrapper(), example_inputs=(ids,))
+    assert_close(torch.as_tensor(traced(ids)), model.model.embed_tokens(ids) * 2)
     with pytest.raises(TypeError, match="expected the path .* found NoneType"):
         ingot.compile(None)  # pyright: ignore
 

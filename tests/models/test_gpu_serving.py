@@ -53,8 +53,8 @@ def pieces(model: Any, count: int) -> list[list[int]]:
     """Prompts of 1 to 120 tokens out of a text, the first of them longer than a chunk.
 
     The text, of the kind that Pico has learnt, never changes: entries sum in different orders,
-    which moves a draw over the edge of its token where the two are within some 1e-6. Of the 1,024
-    draws from this text none is within 4e-6 of an edge.
+    which moves a draw over the edge of its token where the two are within some 1e-6: a chance of
+    about one in a hundred for a new text.
     """
     ids = model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
     drawn = np.random.default_rng(0)
