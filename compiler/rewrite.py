@@ -123,9 +123,10 @@ class Applied:
 
     Where the two sides mean the same only for certain inputs (one sequence in a cache of many),
     `given` says which: "zeros", or "index" for the numbers from 0 on in row-major order. `allowed`
-    is the largest difference, relative to the largest result, where the two sides differ by more
-    than rounding. With `ranks`, each of them is to have the values of `before` too: what it
-    computes for them together with the others, and which values it has for those of the leaves.
+    is the largest root mean square of the difference, relative to that of the result, where the two
+    sides differ by more than rounding. With `ranks`, each of them is to have the values of `before`
+    too: what it computes for them together with the others, and which values it has for those of
+    the leaves.
     """
 
     rule: str

@@ -105,8 +105,11 @@ def _compared(graph: Graph, applied: Applied, frontier: set[Value]) -> str | Non
         after = _after(applied, inputs, binding)
         sides = zip(applied.before, applied.after, before, strict=True)
         for (old, new, a), b in ((s, b) for s, bs in zip(sides, after, strict=True) for b in bs):
-            allowed = applied.allowed or _allowed(old, new, frontier)
-            if (found := _difference(a, b)) > allowed:
+            if applied.allowed is None:
+                allowed, found = _allowed(old, new, frontier), _difference(a, b)
+            else:
+                allowed, found = applied.allowed, _mean_difference(a, b)
+            if found > allowed:
                 return (
                     f"changes a result by {found:.3g} (allowed {allowed:.3g}) "
                     f"at {binding}:\nbefore:\n{_show(old, frontier)}"
@@ -345,6 +348,12 @@ def _difference(a: Any, b: Any) -> float:
         return float("inf")
     scale = max(float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0, 1e-30)
     return float((a - b)[a.isfinite()].abs().max()) / scale if a.isfinite().any() else 0.0
+
+
+def _mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The root mean square of a - b, relative to that of a."""
+    a, b = wide(a), wide(b)
+    return float((a - b).norm() / a.norm().clamp_min(1e-30))
 
 
 def _inner(roots: Iterable[Value], known: Container[Value]) -> list[Value]:

@@ -32,8 +32,8 @@ from .mxfp4_policy import (
     weights_of,
 )
 
-# What rounding its weights may change a product by, relative to its largest result: more would be
-# another weight.
+# What rounding its weights may change a product by (root mean squares): of random values 0.11 for a
+# linear and 0.2 for gated experts, and about 1.4 with another weight in its place.
 _PRODUCT_ERROR = 0.6
 
 

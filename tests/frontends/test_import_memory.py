@@ -157,7 +157,8 @@ def _write_checkpoint(directory: Path) -> None:
         vocab_size=VOCABULARY,
         dtype="bfloat16",
     ).save_pretrained(directory)
-    block = torch.randn(VOCABULARY * HIDDEN + 4096).bfloat16().view(torch.uint8).numpy()
+    # As small as trained weights are: scores of hundreds would make every rounding a choice.
+    block = (0.05 * torch.randn(VOCABULARY * HIDDEN + 4096)).bfloat16().view(torch.uint8).numpy()
     files: dict[str, str] = {}
     for number, shapes in enumerate(_shards()):
         header, offset = {}, 0
@@ -218,7 +219,7 @@ def test_peak_memory_is_the_largest_tensor_and_one_gib(tmp_path: Path) -> None:
 def test_verify_streams_a_layer_at_a_time(tmp_path: Path) -> None:
     """In f32 the model has twice its stored bytes; a layer of both sides is a quarter of that."""
     measured = _measured("measure_verify", tmp_path)
-    assert measured["layers"] == LAYERS and measured["error"] < 1e-4
+    assert measured["layers"] == LAYERS and measured["error"] < 1e-5
     assert measured["anonymous"] < 2 * measured["stored"] / LAYERS * 2 + 1.5 * GIB
 
 
