@@ -22,7 +22,7 @@ from ..compiler.ranks import RankThreads
 from ..compiler.text import parse
 from ..compiler.torch_types import dtype_name, torch_dtype, type_of
 from ..compiler.types import TensorType
-from ..runtime.driver import Array, WeightLoader
+from ..runtime.driver import Array, DeviceFailedError, WeightLoader
 from ..runtime.host_memory import check_host_memory
 from ..runtime.program import STEP, Buffer, Function, Program
 from .entries import buffer_of, signature
@@ -113,7 +113,7 @@ class CpuExecutable:
     ) -> dict[str, Array]:
         """See Executable.run. ValueError for unknown names and for inputs that do not fit."""
         if not self._ranks:
-            raise RuntimeError("this executable was closed")
+            raise DeviceFailedError("this executable was closed")
         threads = torch.get_num_threads()
         try:
             if self._threads is None:

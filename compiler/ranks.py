@@ -56,8 +56,8 @@ class _Seat:
 
 
 class RankThreads:
-    """A thread for each of some ranks, which run jobs together. An error of one ends them all:
-    nothing runs after it."""
+    """A thread for each of some ranks, which run jobs together. An error of one ends the jobs of
+    all."""
 
     def __init__(self, ranks: int) -> None:
         self._pool = ThreadPoolExecutor(ranks, "rank")
@@ -72,15 +72,14 @@ class RankThreads:
         An exception of any rank is raised, that which came first if others only waited for it.
         """
         wait(self._running)  # of a run that a KeyboardInterrupt broke off
+        self._barrier.reset()  # nobody waits; a run that failed left it broken
+        futures = self._running = list[Future[Any]]()
         try:
-            futures = [
-                self._pool.submit(self._job, job, seat)
-                for job, seat in zip(jobs, self._seats, strict=True)
-            ]
+            for job, seat in zip(jobs, self._seats, strict=True):
+                futures.append(self._pool.submit(self._job, job, seat))
         except BaseException:
             self._barrier.abort()  # some may wait for what was never started
             raise
-        self._running = list(futures)
         wait(futures)
         errors = [e for f in futures if (e := f.exception()) is not None]
         # Those that were waiting for the one that failed have nothing to tell.

@@ -13,6 +13,10 @@ Array = NDArray[Any]
 WeightLoader = Callable[[str], Any]
 
 
+class DeviceFailedError(RuntimeError):
+    """The device of an executable failed, or the executable was closed: nothing runs any more."""
+
+
 class Executable(Protocol):
     """A program in device memory, its state zeroed."""
 
@@ -32,6 +36,9 @@ class Executable(Protocol):
         An array that is read-only (numpy's `flags.writeable`) never changes again: where the very
         same object was this input the last time too, what a driver has staged of it still
         holds. What lies in the arena does not: a replay may have written over it.
+
+        DeviceFailedError once the device failed. Any other exception is of this call alone: state
+        then has, of what the call would have written, any part.
         """
         ...
 

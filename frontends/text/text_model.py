@@ -93,9 +93,9 @@ class TextModel:
         TextEvent. ValueError for a prompt that cannot be served (empty, unknown ids, too long),
         TypeError for what is no prompt: none is served then.
 
-        A sequence that ends by an error (broken logits, a cache without room, a device that failed)
-        does not raise: its `finish_reason` is "error", and `message` says why. Calls after the
-        failure of a device raise SessionEndedError.
+        A sequence that ends by an error (broken logits, a cache without room, a step or a device
+        that failed) does not raise: its `finish_reason` is "error", and `message` says why. Calls
+        after the failure of a device raise SessionEndedError.
         """
         chosen = GenerateOptions(**options)
         if not isinstance(stream, bool):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+from ..driver import DeviceFailedError
+
 HANDLE = POINTER(c_void_p)
 NON_BLOCKING = 1  # a stream that does not wait for the default stream, in CUDA and in HIP
 
@@ -22,7 +24,7 @@ class DriverMissingError(Exception):
     """The driver's library, or a required function of it, is not on this machine."""
 
 
-class DeviceError(Exception):
+class DeviceError(DeviceFailedError):
     """A call to the driver failed.
 
     `call` is the C function, `code` its result, `text` the driver's message. After a `sticky` error

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...compiler.dtypes import DTYPES
-from ..driver import Array, WeightLoader
+from ..driver import Array, DeviceFailedError, WeightLoader
 from ..program import Buffer, Entry, Program, Slice
 from .check_program import ProgramError, check_address, check_program, launch_place
 from .device_api import (
@@ -62,7 +62,7 @@ class GpuExecutable:
     """Implements driver.Executable with one graph per entry. Not thread-safe.
 
     After loading nothing is allocated on the device. After a device error or `close` every call but
-    `close` raises RuntimeError.
+    `close` raises DeviceFailedError.
     """
 
     def __init__(self, program: Program, api: DeviceApi, weights: WeightLoader) -> None:
@@ -274,11 +274,11 @@ class GpuExecutable:
 
     def _plan(self, function: str, symbols: Mapping[str, int]) -> _Plan:
         if self._failure is not None:
-            raise RuntimeError(
+            raise DeviceFailedError(
                 f"this executable is unusable: the device failed before: {self._failure}"
             )
         if not self._open:
-            raise RuntimeError("this executable was closed")
+            raise DeviceFailedError("this executable was closed")
         functions = self._program.functions
         if function not in functions:
             raise ValueError(f"no function {function!r}; there are {', '.join(functions)}")

@@ -32,7 +32,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from ...compiler.dtypes import DTYPES
-from ..driver import Array
+from ..driver import Array, DeviceFailedError
 from ..program import STEP, Function, Program, Spec, entry_name
 
 # Tokens in a word of `seen`.
@@ -124,13 +124,13 @@ class ServingAbi:
         return ids
 
     def check_outputs(self, symbols: Mapping[str, int], found: Mapping[str, Array]) -> None:
-        """ValueError for an output of a replay that is not as the program says."""
+        """DeviceFailedError for an output of a replay that is not as the program says."""
         expected = serving_outputs(self.meta, self.candidates)
         for name, array in found.items():
             dtype = DTYPES[expected[name].dtype].numpy
             shape = expected[name].bound(symbols)
             if array.shape != shape or array.dtype != dtype:
-                raise ValueError(
+                raise DeviceFailedError(
                     f"entry {entry_name(symbols)}: expected {name} {dtype}{list(shape)}, "
                     f"found {array.dtype}{list(array.shape)}"
                 )

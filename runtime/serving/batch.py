@@ -66,6 +66,13 @@ class Batch:
     def tokens(self) -> int:
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
+    def parts(self) -> list[Batch]:
+        """One batch a chunk."""
+        return [
+            Batch((chunk,), tuple(row for row in self.rows if row.chunk is chunk))
+            for chunk in self.chunks
+        ]
+
     def inputs(
         self, tokens: int, rows: int, page_table: NDArray[np.int32]
     ) -> dict[str, NDArray[np.int32]]:

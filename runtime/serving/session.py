@@ -13,7 +13,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..driver import Array, Executable
+from ..driver import Array, DeviceFailedError, Executable
 from ..program import STEP, Program
 from .abi import ServingAbi
 from .batch import Batch, Chunk, Row
@@ -36,6 +36,10 @@ class SessionEndedError(Exception):
     """The session was closed or its device failed; it serves nothing any more."""
 
 
+class StepFailedError(Exception):
+    """A step failed on a device that is sound: what asked for it gets nothing, others go on."""
+
+
 class Session:
     """Serves one loaded program to many sequences, of one thread or of several.
 
@@ -46,9 +50,10 @@ class Session:
 
     A sequence ends with "stop" (a stop token came; it is not part of the tokens), "length"
     (`max_new_tokens` reached, or its next token has no position below `max_tokens_per_sequence`),
-    "cancelled", or "error" (`message` says why). An exception out of the device ends the session:
+    "cancelled", or "error" (`message` says why). Where a step fails, its sequences take it one by
+    one, and those end with "error" whose own step fails. A failure of the device ends the session:
     every sequence ends with "error" and later calls raise SessionEndedError. A KeyboardInterrupt
-    does not: the step that it broke off is taken again.
+    does neither: the step that it broke off is taken again.
 
     Any thread may call anything. Sequences of all threads go into the same steps: of those that
     wait for events one takes the step, for all, and `submit` does not wait for it. `cancel`,
@@ -244,7 +249,7 @@ class Session:
         """The logits f32[T, vocab] of one sequence at every position.
 
         Runs at once, in replays that return all their rows; when no slot or too few pages are
-        free, the youngest running sequences are preempted. ValueError as `submit`.
+        free, the youngest running sequences are preempted. ValueError as `submit`; StepFailedError.
         """
         with self._turns.working():
             return self._logits(tokens)
@@ -275,15 +280,21 @@ class Session:
             self._executable.close()
 
     def _advance(self) -> None:
-        """Plan, replay and commit one batch; what came of it is put into queues."""
+        """Plan and take one step, if there is anything to do."""
         self._check_open()
-        started = perf_counter()
         batch = self._scheduler.plan()
-        if not batch.chunks:
-            return
+        if batch.chunks:
+            self._take(batch)
+
+    def _take(self, batch: Batch) -> None:
+        """Replay and commit one batch; what came of it is put into queues."""
+        started = perf_counter()
         try:
             found = self._replay(batch, self._sampler.outputs(batch.rows))
         except SessionEndedError:
+            return
+        except StepFailedError as error:
+            self._take_apart(batch, str(error))
             return
         sequences = [chunk.sequence for chunk in batch.chunks]
         decoding = [s.pending == 1 and s.generated > 0 for s in sequences]
@@ -298,6 +309,17 @@ class Session:
         for sequence, decode in zip(sequences, decoding, strict=True):
             sequence.stats.count_step(decode, seconds)
         self._stats.count_step(all(decoding), seconds)
+
+    def _take_apart(self, batch: Batch, why: str) -> None:
+        """Take a step that failed sequence by sequence: none ends for what another asked."""
+        if len(batch.chunks) == 1:
+            (chunk,) = batch.chunks
+            self._scheduler.remove(chunk.sequence)
+            self._finish(chunk.sequence, "error", why)
+            return
+        for part in batch.parts():
+            if not self._ended:
+                self._take(part)
 
     def _accept(self, rows: list[tuple[int, Row]], found: Mapping[str, Array]) -> Outcome:
         choices = (self._sampler.choose(row, found, at) for at, row in rows)
@@ -334,7 +356,9 @@ class Session:
     def _replay(self, batch: Batch, outputs: list[str]) -> dict[str, Array]:
         """Run `batch` in the smallest entry that takes it; `outputs` by name, its rows of each.
 
-        Any failure of the device ends the session and is raised as SessionEndedError.
+        A failure of the device ends the session and is raised as SessionEndedError, any other as
+        StepFailedError. That leaves the state sound: it was written, if at all, where the next try
+        writes before it reads.
         """
         symbols = self._abi.smallest(batch.tokens, len(batch.rows))
         size, rows = symbols["T"], symbols["L"]
@@ -342,14 +366,15 @@ class Session:
             **batch.inputs(size, rows, self._cache.page_table),
             **self._sampler.inputs(rows, batch.rows),
         }
-        # A device may fail in any way, and after none is the state of the cache known.
         try:
             with self._turns.aside():
                 found = self._executable.run(STEP, symbols, inputs, outputs)
             self._abi.check_outputs(symbols, {name: found[name] for name in outputs})
-        except Exception as error:
-            self._end(f"{type(error).__name__}: {error}", "error")
+        except DeviceFailedError as error:
+            self._end(_told(error), "error")
             raise SessionEndedError(f"the session ended: {self._ended}") from error
+        except Exception as error:
+            raise StepFailedError(f"the step failed: {_told(error)}") from error
         return {name: found[name][: len(batch.rows)] for name in outputs}
 
     def _enqueue(self, sequences: list[Sequence], queue: deque[Event] | None = None) -> None:
@@ -380,3 +405,9 @@ class Session:
         sequence.message = message
         events = self._queues.get(sequence, self._events)
         events.append(Event(sequence, finish_reason=reason, message=message))
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first:.500}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ingot.runtime.driver import Array, WeightLoader
+from ingot.runtime.driver import Array, DeviceFailedError, WeightLoader
 from ingot.runtime.program import STEP, Buffer, Entry, Function, Program, Spec
 from ingot.runtime.serving.abi import sampling_inputs
 from ingot.runtime.serving.sampling import Sampling, most_likely, sample, uniform
@@ -115,11 +115,15 @@ def serving_program(
 
 @dataclass
 class FakeDriver:
-    """Loads `FakeExecutable`s and keeps the last; `fail_at` is the replay that raises `failure`."""
+    """Loads `FakeExecutable`s and keeps the last.
+
+    `fail_at` is the replay that raises `failure`; one that computes the token `poison` raises.
+    """
 
     target: str = "fake"
     fail_at: int | None = None
-    failure: BaseException = field(default_factory=lambda: RuntimeError("the device is gone"))
+    failure: BaseException = field(default_factory=lambda: DeviceFailedError("it is gone"))
+    poison: int | None = None
     executable: FakeExecutable | None = None
 
     def load(self, program: Program, weights: WeightLoader) -> FakeExecutable:
@@ -162,6 +166,9 @@ class FakeExecutable:
 
         size = self.meta["page_size"]
         pages = table[slots[real], positions[real] // size]
+        if self.driver.poison is not None and self.driver.poison in inputs["tokens"][real]:
+            self.cells[pages, positions[real] % size] = POISON
+            raise IndexError(f"token {self.driver.poison}\nand more lines")
         self.cells[pages, positions[real] % size] = keys(inputs["tokens"][real], positions[real])
         self.at[pages, positions[real] % size] = positions[real]
         logits = np.empty((len(inputs["logit_rows"]), self.meta["vocab_size"]), np.float32)

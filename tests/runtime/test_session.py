@@ -21,9 +21,16 @@ from fake_device import (
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from ingot.runtime.driver import DeviceFailedError
 from ingot.runtime.program import Program
 from ingot.runtime.serving.sampling import Sampling, most_likely
-from ingot.runtime.serving.session import Event, Sequence, Session, SessionEndedError
+from ingot.runtime.serving.session import (
+    Event,
+    Sequence,
+    Session,
+    SessionEndedError,
+    StepFailedError,
+)
 from msgspec import structs
 from programs import with_entries, with_step
 
@@ -74,6 +81,11 @@ def check_events(events: list[Event], sequences: list[Sequence]) -> None:
         assert [e.finish_reason for e in mine[:-1]] == [None] * (len(mine) - 1)
         assert mine[-1].finish_reason == sequence.finish_reason is not None
         assert mine[-1].message == sequence.message
+
+
+def check_all_is_given_back(session: Session) -> None:
+    cache = session._scheduler.cache  # pyright: ignore[reportPrivateUsage]
+    assert (cache.free_slots, cache.free_pages) == (cache.slots, cache.pages)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), HOT], ids=["greedy", "seeded"])
@@ -388,7 +400,7 @@ def test_a_device_error_ends_the_session(fail_at: int) -> None:
     events: list[Event] = []
     for _ in range(fail_at + 1):
         events += session.step()
-    why = "the session ended: RuntimeError: the device is gone"
+    why = "the session ended: DeviceFailedError: it is gone"
     for sequence in sequences:
         assert sequence.finish_reason == "error"
         assert sequence.message == why
@@ -413,9 +425,9 @@ def test_a_device_error_in_logits_reaches_the_caller_and_the_sequences() -> None
     session, _ = open_session(driver=FakeDriver(fail_at=2))
     sequence = session.submit([1], max_new_tokens=10)
     events = session.step()
-    with pytest.raises(SessionEndedError, match="the device is gone") as caught:
+    with pytest.raises(SessionEndedError, match="it is gone") as caught:
         session.logits(range(20))
-    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert isinstance(caught.value.__cause__, DeviceFailedError)
     check_events(events + session.step(), [sequence])
     with pytest.raises(SessionEndedError):
         session.step()
@@ -434,12 +446,51 @@ def test_an_interrupted_step_is_taken_again(fail_at: int) -> None:
         check_tokens(sequence, 6)
 
 
+@pytest.mark.parametrize("pages", [20, 128])
+def test_a_step_that_fails_ends_those_alone_whose_own_step_fails(pages: int) -> None:
+    driver = FakeDriver(poison=7)
+    session, _ = open_session(driver=driver, pages=pages)
+    sequences = [session.submit(p, max_new_tokens=24) for p in prompts_of(64, longest=40)]
+    check_events(run_out(session), sequences)
+    for sequence in sequences:
+        check_tokens(sequence)
+        failed = 7 in (*sequence.prompt, *sequence.tokens[:23])
+        assert sequence.finish_reason == ("error" if failed else "length")
+        assert sequence.message == ("the step failed: IndexError: token 7" if failed else "")
+    assert 10 < sum(sequence.finish_reason == "error" for sequence in sequences) < 54
+    check_all_is_given_back(session)
+    [again] = session.generate([[3] * 40], max_new_tokens=8)
+    assert again.finish_reason == "length"
+
+
+def test_logits_that_fail_raise_and_the_session_goes_on() -> None:
+    session, _ = open_session(driver=FakeDriver(poison=7))
+    sequence = session.submit([1, 2], max_new_tokens=9)
+    for tokens in ([7], [1] * 40 + [7]):
+        with pytest.raises(StepFailedError, match=r"^the step failed: IndexError: token 7$"):
+            session.logits(tokens)
+    np.testing.assert_array_equal(session.logits([1, 2]), expected_logits([1, 2], VOCAB))
+    check_events(run_out(session), [sequence])
+    check_tokens(sequence, 9)
+    check_all_is_given_back(session)
+
+
+def test_a_device_that_fails_while_a_step_is_taken_apart_ends_the_session() -> None:
+    driver = FakeDriver(poison=7, fail_at=2)
+    session, _ = open_session(driver=driver)
+    sequences = [session.submit(p, max_new_tokens=9) for p in ([7], [1], [2], [3])]
+    check_events(session.step(), sequences)
+    messages = [sequence.message for sequence in sequences]
+    gone = "the session ended: DeviceFailedError: it is gone"
+    assert messages == ["the step failed: IndexError: token 7", *[gone] * 3]
+
+
 def test_outputs_of_the_wrong_shape_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     session, device = open_session()
     monkeypatch.setattr(device, "run", lambda *_: {"logits": np.zeros((1, 49), np.float32)})
     [sequence] = session.generate([[1]], max_new_tokens=1)
     assert sequence.message == (
-        "the session ended: ValueError: entry T=1,L=1: expected logits float32[1, 50], "
+        "the session ended: DeviceFailedError: entry T=1,L=1: expected logits float32[1, 50], "
         "found float32[1, 49]"
     )
 

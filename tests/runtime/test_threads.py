@@ -248,7 +248,7 @@ def test_a_device_that_fails_ends_the_sequences_of_all() -> None:
     for sequences in in_threads(lambda i: session.generate([[i]], max_new_tokens=60)):
         for sequence in sequences:
             assert sequence.finish_reason == "error"
-            assert sequence.message == "the session ended: RuntimeError: the device is gone"
+            assert sequence.message == "the session ended: DeviceFailedError: it is gone"
             check(sequence)
 
 
