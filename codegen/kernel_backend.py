@@ -119,7 +119,7 @@ class KernelBackend:
     def emit(self, bound: Bound, builder: EntryBuilder, results: tuple[Slice | None, ...]) -> None:
         """See Backend.emit. NoKernelError where no template computes the node."""
         node, args, given, append = bound.node, bound.args, bound.node.given, None
-        label, copying = f"{_label(node)} {node.source}".strip(), f"copy {node.source}".strip()
+        label, copying = launch_label(node), f"copy {node.source}".strip()
         if node.op is view:
             (source,), (target,) = args, results
             assert isinstance(source, Slice) and target
@@ -251,11 +251,12 @@ class KernelBackend:
         )
 
 
-def _label(node: Node) -> str:
-    """The ops that a node stands for."""
+def launch_label(node: Node) -> str:
+    """What its launches are called: the ops that it stands for, and where it is from."""
+    name = node.op.name
     if node.op is region:
-        return "+".join(name for name, *_ in node.attrs["steps"])
-    return f"{node.op.name}+kv_append" if node.appends else node.op.name
+        name = "+".join(step for step, *_ in node.attrs["steps"])
+    return f"{name}{'+kv_append' if node.appends else ''} {node.source}".strip()
 
 
 def operand(place: Place) -> Operand:

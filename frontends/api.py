@@ -19,7 +19,7 @@ from ..runtime.artifact.atomic_write import check_free
 from ..runtime.driver import Driver
 from ..runtime.serving.session import Session
 from .aot import export
-from .compilation import LoweredModel, lower_language_model
+from .compilation import ALL, LoweredModel, lower_language_model
 from .drivers import driver_here, present_target
 from .importers.source_error import SourceError
 from .loading import IngotError, LoadedModel, load
@@ -151,8 +151,8 @@ def plan(
     """Compile a language model to look at it: its device need not be there, nor its weights.
 
     A directory may hold config.json alone. Of the kernels those of `entry` are built: the name of
-    one, or how many tokens it is for; by default the first, which is a step of decoding. Other
-    options and errors are those of `compile`.
+    one, how many tokens it is for, or "all"; by default the first, which is a step of decoding.
+    Other options and errors are those of `compile`.
     """
     chosen = _for_one_device(options)
     if (model := _language_model(source)) is None:
@@ -226,6 +226,7 @@ def _open(model: LoweredModel, driver: Driver, progress: Progress) -> Model:
 
 
 __all__ = [
+    "ALL",
     "MXFP4",
     "CompileOptions",
     "CompiledModule",

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from ..codegen.kernel_backend import KernelBackend
     from .importers.meta_model import PreTrainedModel
 
+# In place of the name of an entry: all of them.
+ALL = "all"
+
 
 def run_passes(
     graph: Graph,
@@ -98,8 +101,8 @@ def lower_language_model(
     plan_only: bool = False,
     entry: str | None = None,
 ) -> LoweredModel:
-    """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels,
-    and whose weights need not be there."""
+    """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels (or
+    every one, for ALL), and whose weights need not be there."""
     from .import_check import check_import  # needs transformers, which is an extra
     from .importers.huggingface import import_hugging_face
 
@@ -147,7 +150,9 @@ def lower_language_model(
         assert context.weights is not None
         with progress.timed("lower"):
             bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
-            only = chosen_entry(list(map(entry_name, bindings)), entry) if plan_only else None
+            only = None
+            if plan_only and entry != ALL:
+                only = chosen_entry(list(map(entry_name, bindings)), entry)
             backend = kernel_backend(target, progress, only)
             lowered = lower(
                 final,

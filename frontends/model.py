@@ -137,7 +137,7 @@ class WrittenIngot(Compiled):
 class Plan(Compiled):
     """A model compiled for inspection: it cannot run, and no weight was read.
 
-    `program` has the kernels of one entry alone; none for the cpu target.
+    `program` has the kernels of the entry that was asked for; none for the cpu target.
     """
 
     program: Program

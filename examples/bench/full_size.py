@@ -2,7 +2,7 @@
 
     python examples/bench/full_size.py [MODEL ...] [--target cuda:sm_90] [--layers N]
 
-MODEL is a name from random_checkpoint.py or a directory with a config.json. A checkpoint is written
+MODEL is a name that `ingot bench` knows or a directory with a config.json. A checkpoint is written
 and compiled into an ingot; both are thrown away unless --keep DIR says where they stay. Where the
 machine has the target's device, the ingot is loaded and decoded in a process of its own, and in the
 same run the device's read bandwidth and decoding in transformers are measured. Every figure is
@@ -23,10 +23,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ingot.frontends.drivers import present_target
+from ingot.compiler.target import target_of
+from ingot.frontends.bench.device_rates import READ_BYTES, bytes_per_second
+from ingot.frontends.bench.models import MODELS, config_of
+from ingot.frontends.bench.peers import measure_peer
+from ingot.frontends.drivers import driver_here, present_target
 from ingot.runtime.artifact.reader import open_ingot
 from ingot.runtime.program import Program, Slice
-from random_checkpoint import MODELS, config_of, write_checkpoint
+from random_checkpoint import write_checkpoint
 from transformers import PreTrainedConfig
 
 HERE = Path(__file__).parent
@@ -52,7 +56,7 @@ def main() -> None:
         parser.error("this machine has no GPU: name the --target to compile for")
     bandwidth = 0.0
     if target == here:
-        bandwidth = _json([HERE / "read_bandwidth.py"])["bytes_per_second"]
+        bandwidth = bytes_per_second(driver_here(target), target_of(target), "cuda", READ_BYTES)
         print(f"{target}: reads {bandwidth / 1e12:.2f} TB/s", flush=True)
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
@@ -106,9 +110,8 @@ def _measure(
     if not options.no_peer:
         source.mkdir(exist_ok=True)
         config.save_pretrained(source)
-        peer = _json([HERE / "decode_transformers.py", source, options.prompt, 32])
-        found["transformers_tokens_per_second"] = peer["tokens_per_second"]
-        _tell(f"  transformers, bf16, not compiled: {peer['tokens_per_second']:.1f} tokens/s")
+        found["transformers"] = peer = measure_peer(source, "hf-eager", options.prompt, 32)
+        _tell(f"  transformers, bf16, not compiled: {peer}")
     return found
 
 

@@ -5,72 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from ingot.runtime.artifact.safetensors_file import Item, ShardWriter, shards_of
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-# What the configs of the published models say beside transformers' defaults.
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen3-8b": dict(
-        model_type="qwen3",
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_key_value_heads=8,
-        max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-    "deepseek-v2-lite": dict(
-        model_type="deepseek_v2",
-        hidden_size=2048,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_experts_per_tok=6,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-        q_lora_rank=None,
-        max_position_embeddings=163840,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 40.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 0.707,
-            "mscale_all_dim": 0.707,
-            "original_max_position_embeddings": 4096,
-        },
-    ),
-    "qwen3-30b-a3b": dict(
-        model_type="qwen3_moe",
-        num_hidden_layers=48,
-        norm_topk_prob=True,
-        max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-}
 _SHARD_BYTES = 4 << 30
 # Elements of the pool that all weights are cut from: drawing billions of numbers takes minutes.
 _POOL = 1 << 26
-
-
-def config_of(model: str, layers: int | None) -> PreTrainedConfig:
-    """The config of one of MODELS, or of the directory `model`; `layers` cuts it short."""
-    if model in MODELS:
-        config = AutoConfig.for_model(**MODELS[model], dtype="bfloat16")
-    else:
-        config = AutoConfig.from_pretrained(model, local_files_only=True)
-    if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-    return config
 
 
 def write_checkpoint(config: PreTrainedConfig, directory: Path) -> int:

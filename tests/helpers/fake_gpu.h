@@ -25,7 +25,7 @@ enum { CHANGE_BYTES = 1, LOSE_COPIES = 2 };
 #define MAX_NODES 256
 #define MAX_BLOCK 1024
 #define ASKED_SHARED (48 << 10)
-#define TEXT (4 << 20)
+#define TEXT (64 << 20)
 
 typedef enum { STREAM = 1, EVENT, MODULE, FUNCTION, GRAPH, NODE, EXECUTABLE, DEVICE, PINNED } Kind;
 static const char *KIND_NAMES[] = {"",     "stream", "event",      "module",        "function",

@@ -36,6 +36,7 @@ _REQUIRED = (
 )
 _OPTIONAL = {
     "transformers": "Hugging Face directories: pip install 'ingot[hf]'",
+    "matplotlib": "the plots of ingot bench: pip install 'ingot[bench]'",
 }
 
 

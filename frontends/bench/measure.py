@@ -1,0 +1,260 @@
+"""A program on the device that is here: each step of a workload, its launches, and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+from ...compiler.ir import Graph
+from ...runtime.devices.graph_executable import GpuDriver, GpuExecutable
+from ...runtime.driver import Array, WeightLoader
+from ...runtime.program import STEP, Entry, Program
+from ...runtime.serving.abi import ServingAbi
+from ...runtime.serving.session import Session
+from ..cli.launches import PlannedEntry, sections
+from .parts import Part, parts_of, prefix_name, with_parts
+from .traffic import NOTHING, Traffic, traffic_by_label
+from .workload import Workload, step_inputs
+
+_SERVED_TOKENS, _SERVED_RUNS = 128, 3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device reached at best in this run: bytes read and GEMM flops, a second."""
+
+    bytes_per_second: float
+    flops_per_second: float | None
+
+
+@dataclass(frozen=True)
+class LaunchFigures:
+    """Launches of one kind in a step, timed as a chain of their own.
+
+    `microseconds` is for one of them, `bytes` what all of them must read, `of_limit` the share of
+    the time that reading these would take at best, and `share` that of their time in the sum over
+    all kinds. The launches of one op share its bytes, which stand with the first.
+    """
+
+    op: str
+    place: str
+    kernel: str
+    grid: tuple[int, int, int]
+    count: int
+    microseconds: float
+    bytes: int
+    of_limit: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """A launch on the timeline of a step, in microseconds from its start: overlap counts once."""
+
+    label: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One workload. `milliseconds` is a replay on the device; the limit is the larger of its bytes
+    at the read bandwidth and its flops at the GEMM rate (where that is known)."""
+
+    workload: str
+    batch: int
+    new: int
+    context: int
+    entry: str
+    milliseconds: float
+    tokens_per_second: float
+    traffic: Traffic
+    limit_milliseconds: float
+    of_limit: float
+    of_gemm_rate: float | None
+    launches: int
+    launches_by_layer: Mapping[str, int]
+    parts: tuple[LaunchFigures, ...]
+    timeline: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A session: a prompt to its first token, and the rate of `batch` sequences behind it, host
+    included."""
+
+    batch: int
+    prompt: int
+    first_token_milliseconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All figures of one program."""
+
+    load_seconds: float
+    steps: tuple[StepFigures, ...]
+    serving: tuple[Serving, ...]
+
+
+def measure(
+    program: Program,
+    graph: Graph,
+    driver: GpuDriver,
+    weights: WeightLoader,
+    works: Sequence[Workload],
+    rates: Rates,
+    *,
+    replays: int,
+    timeline: bool,
+) -> Measured:
+    """Load `program`, whose step is `graph`, and time every workload, the first on a timeline.
+
+    A step is the median of `replays`, its parts that of a fifth of them. Each batch is served as
+    well, at its smallest context. ValueError for a workload that the program cannot take.
+    """
+    abi = ServingAbi(program)
+    step = program.functions[STEP]
+    inputs = [
+        step_inputs(step, abi.meta, abi.smallest(work.tokens, work.batch), work) for work in works
+    ]
+    entries = [step.entry(abi.smallest(work.tokens, work.batch)) for work in works]
+    watched = entries[0] if timeline else None
+    begin = perf_counter()
+    executable = driver.load(
+        with_parts(program, {e.name: e for e in entries}.values(), watched), weights
+    )
+    loaded = perf_counter() - begin
+    timer = _Timer(executable, max(1, replays // 5))
+    figures: list[StepFigures] = []
+    with Session(program, executable) as session:
+        for work, entry, given in zip(works, entries, inputs, strict=True):
+            planned = PlannedEntry(program, entry)
+            traffic = traffic_by_label(graph, work)
+            spans = timer.timeline(entry, given) if watched and not figures else ()
+            parts = _parts(timer, planned, given, traffic, rates)
+            milliseconds = timer.milliseconds(STEP, entry, given, replays)
+            figures.append(_step(work, planned, milliseconds, traffic, rates, parts, spans))
+        decoded = {w.batch: w for w in sorted(works, key=lambda w: -w.context) if w.decodes}
+        served = tuple(_served(session, work) for _, work in sorted(decoded.items()))
+    return Measured(loaded, tuple(figures), served)
+
+
+@dataclass(frozen=True)
+class _Timer:
+    """Medians of replays on the device, by default of `replays`."""
+
+    executable: GpuExecutable
+    replays: int
+
+    def milliseconds(
+        self, function: str, entry: Entry, inputs: Mapping[str, Array], replays: int = 0
+    ) -> float:
+        self.executable.run(function, entry.symbols, inputs, ())
+        return median(self.executable.measure(function, entry.symbols, replays or self.replays))
+
+    def timeline(self, entry: Entry, inputs: Mapping[str, Array]) -> tuple[Span, ...]:
+        """When each launch of a step has ended, at the earliest when the one before has."""
+        found: list[Span] = []
+        end = 0.0
+        for count, launch in enumerate(entry.launches, 1):
+            name = prefix_name(entry, count)
+            until = 1e3 * self.milliseconds(name, entry, inputs)
+            found.append(Span(launch.label, end, end := max(end, until)))
+        return tuple(found)
+
+
+def _parts(
+    timer: _Timer,
+    planned: PlannedEntry,
+    inputs: Mapping[str, Array],
+    traffic: Mapping[str, Traffic],
+    rates: Rates,
+) -> tuple[LaunchFigures, ...]:
+    entry = planned.entry
+    timed: list[tuple[Part, float]] = []
+    for part in parts_of(planned.program, entry):
+        chain = timer.milliseconds(part.function, entry, inputs)
+        timed.append((part, 1e3 * chain / part.chained))
+    total = sum(each * len(part.launches) for part, each in timed)
+    seen: set[str] = set()
+    found: list[LaunchFigures] = []
+    for part, each in timed:
+        labels = {entry.launches[i].label for i in part.launches}
+        moved = sum(traffic.get(label, NOTHING).bytes for label in labels - seen)
+        seen |= labels
+        time = each * len(part.launches)
+        found.append(
+            LaunchFigures(
+                op=part.op,
+                place=part.place,
+                kernel=part.kernel,
+                grid=part.grid,
+                count=len(part.launches),
+                microseconds=each,
+                bytes=moved,
+                of_limit=1e6 * moved / rates.bytes_per_second / time,
+                share=time / total,
+            )
+        )
+    return tuple(found)
+
+
+def _step(
+    work: Workload,
+    planned: PlannedEntry,
+    milliseconds: float,
+    by_label: Mapping[str, Traffic],
+    rates: Rates,
+    parts: tuple[LaunchFigures, ...],
+    timeline: tuple[Span, ...],
+) -> StepFigures:
+    traffic = sum(by_label.values(), NOTHING)
+    limit = traffic.bytes / rates.bytes_per_second
+    of_gemm_rate = None
+    if rates.flops_per_second is not None:
+        limit = max(limit, traffic.flops / rates.flops_per_second)
+        of_gemm_rate = traffic.flops / (1e-3 * milliseconds) / rates.flops_per_second
+    return StepFigures(
+        str(work),
+        work.batch,
+        work.new,
+        work.context,
+        planned.entry.name,
+        milliseconds,
+        1e3 * work.tokens / milliseconds,
+        traffic,
+        1e3 * limit,
+        1e3 * limit / milliseconds,
+        of_gemm_rate,
+        len(planned.entry.launches),
+        {s.title: len(s.launches) for s in sections(planned)},
+        parts,
+        timeline,
+    )
+
+
+def _served(session: Session, work: Workload) -> Serving:
+    """`work.batch` prompts of `work.context` tokens, and what follows, greedily."""
+    draw = np.random.default_rng(0)
+    room = session.meta.max_tokens_per_sequence - work.context
+    new = min(_SERVED_TOKENS, room)
+    firsts: list[float] = []
+    rates: list[float] = []
+    for _ in range(1 + _SERVED_RUNS):  # the first use of anything is not what is measured
+        prompts = draw.integers(0, session.meta.vocab_size, (work.batch, work.context)).tolist()
+        begin = perf_counter()
+        times = [
+            perf_counter() - begin
+            for event in session.stream(prompts, max_new_tokens=new)
+            if event.token is not None
+        ]
+        # Behind the first tokens of all, when every step decodes all of them.
+        firsts.append(times[0])
+        rates.append((len(times) - work.batch) / (times[-1] - times[work.batch - 1]))
+    return Serving(work.batch, work.context, 1e3 * median(firsts[1:]), median(rates[1:]))

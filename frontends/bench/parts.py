@@ -1,0 +1,90 @@
+"""The launches of a step as functions of their own, so that a device can time them.
+
+A part is a chain of all launches of one kind, one after the other as in the step: the same kernel
+on the same grid for the same op, over the weights of every layer in turn, which are cold where
+they exceed the device's cache. A prefix is a step up to some launch; what a launch adds to a step
+is the difference of two, overlap included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from ...runtime.program import STEP, Entry, Launch, Program
+
+# A chain of fewer launches is repeated: the start of a graph would be most of what is measured.
+_SHORTEST = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Launches of one kind: their places in the step's entry, and what they are."""
+
+    function: str
+    launches: tuple[int, ...]
+    op: str
+    place: str
+    kernel: str
+    grid: tuple[int, int, int]
+    chained: int
+
+
+def parts_of(program: Program, entry: Entry) -> tuple[Part, ...]:
+    """Every kind of launch of an entry of the step, in the order of the first."""
+    kinds: dict[tuple[str, str, tuple[int, int, int]], list[int]] = {}
+    for i, launch in enumerate(entry.launches):
+        kinds.setdefault((_op(launch), launch.kernel, launch.grid), []).append(i)
+    return tuple(
+        Part(
+            f"part {n} of {entry.name}",
+            tuple(launches),
+            op,
+            ", ".join(dict.fromkeys(_place(entry.launches[i]) for i in launches)),
+            program.kernels[kernel].symbol,
+            grid,
+            len(launches) * -(-_SHORTEST // len(launches)),
+        )
+        for n, ((op, kernel, grid), launches) in enumerate(kinds.items())
+    )
+
+
+def prefix_name(entry: Entry, end: int) -> str:
+    """The function that is the first `end` launches of the step."""
+    return f"first {end} of {entry.name}"
+
+
+def with_parts(program: Program, entries: Iterable[Entry], timeline: Entry | None) -> Program:
+    """`program` and, as functions, the parts of `entries` and every prefix of `timeline`."""
+    step = program.functions[STEP]
+    made = {part.function: chain for e in entries for part, chain in _chains(program, e)}
+    if timeline is not None:
+        for end in range(1, len(timeline.launches) + 1):
+            made[prefix_name(timeline, end)] = _prefix(timeline, end)
+    functions = {name: replace(step, entries=(entry,)) for name, entry in made.items()}
+    return replace(program, functions={**program.functions, **functions})
+
+
+def _chains(program: Program, entry: Entry) -> Iterator[tuple[Part, Entry]]:
+    for part in parts_of(program, entry):
+        launches = [entry.launches[i] for i in part.launches]
+        launches *= part.chained // len(launches)
+        order = tuple((i, i + 1) for i in range(len(launches) - 1))
+        yield part, replace(entry, launches=tuple(launches), dependencies=order)
+
+
+def _prefix(entry: Entry, end: int) -> Entry:
+    kept = tuple(pair for pair in entry.dependencies if max(pair) < end)
+    return replace(entry, launches=entry.launches[:end], dependencies=kept)
+
+
+def _op(launch: Launch) -> str:
+    return launch.label.partition(" ")[0]
+
+
+def _place(launch: Launch) -> str:
+    """The module of a launch, the same in every layer: `model.layers.*.mlp`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", launch.label.partition(" ")[2].split(" @")[0])

@@ -1,0 +1,90 @@
+"""What a step must move and compute, from the costs of its ops: the bytes that bound its speed.
+
+Weights and caches count, each read once; activations do not, since they stay in the cache of the
+device. Of experts those are read that tokens choose.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...codegen.kernel_backend import launch_label
+from ...compiler.dtypes import FLOATS
+from ...compiler.ir import Graph, Node
+from ...compiler.ops.leaf import param
+from ...compiler.types import TensorType, bind_attr
+from .workload import Workload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of weights and caches that must be read, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.bytes + other.bytes, self.flops + other.flops)
+
+
+NOTHING = Traffic(0, 0)
+
+
+def traffic_by_label(graph: Graph, work: Workload) -> dict[str, Traffic]:
+    """The traffic of the nodes behind the launches of each label, without padding."""
+    binding = {"T": work.tokens, "L": work.batch}
+    found: dict[str, Traffic] = defaultdict(lambda: NOTHING)
+    for node in graph.nodes():
+        if node.op is not param and not node.is_constant:
+            found[launch_label(node)] += _traffic(node, graph, binding, work)
+    return dict(found)
+
+
+def _traffic(node: Node, graph: Graph, binding: Mapping[str, int], work: Workload) -> Traffic:
+    operands = {name: value.stored.bind(binding) for name, value in node.operands.items()}
+    attrs = {name: bind_attr(value, binding) for name, value in node.attrs.items()}
+    results = tuple(t.bind(binding) for t in node.types)
+    state = {*graph.updates.values()} | {
+        p for p in graph.params if p.attrs["name"] in graph.updates
+    }
+    passing = [
+        value.type.bind(binding)
+        for value in (*node.operands.values(), *node.results)
+        if not value.node.is_constant and value not in state and value.type.dtype in FLOATS
+    ]
+    seen = operands if node.appends else _seen(operands, attrs, work)
+    flops = node.op.cost(seen, results, **attrs).flops
+    moved = node.op.cost(_chosen(seen, work), results, **attrs).bytes
+    return Traffic(max(int(moved) - sum(int(t.nbytes) for t in passing), 0), int(flops))
+
+
+def _seen(
+    operands: dict[str, TensorType], attrs: Mapping[str, Any], work: Workload
+) -> dict[str, TensorType]:
+    """The operands with caches of only those positions that the step sees, a page each."""
+    table = operands.get("page_table")
+    if table is None:
+        return operands
+    seen = min(work.seen, attrs.get("window") or work.seen)
+    caches = {
+        name: type_.with_shape((seen, 1, *type_.shape[2:]))
+        for name, type_ in operands.items()
+        if name.endswith("cache")
+    }
+    return {**operands, **caches, "page_table": table.with_shape((work.batch, seen))}
+
+
+def _chosen(operands: dict[str, TensorType], work: Workload) -> dict[str, TensorType]:
+    """The operands with as many choices as different experts are expected to be chosen.
+
+    Tokens that choose k of E at random, each on its own, leave an expert out with (1 - k/E)^T.
+    """
+    indices, held = operands.get("indices"), operands.get("gate_up")
+    if indices is None or held is None:
+        return operands
+    count, each = int(held.shape[0]), int(indices.shape[-1])
+    left_out = (1 - min(each / count, 1.0)) ** work.tokens
+    return {**operands, "indices": indices.with_shape((round(count * (1 - left_out)), 1))}

@@ -1,0 +1,217 @@
+"""`ingot bench`: what it counts, against counts by hand; its whole way, on a driver without a GPU.
+
+The fake driver computes nothing, so that no time is right there; which launches are timed, how
+often, and what is printed and written of them is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import CUDA, FakeGpu, build_fake
+from ingot.compiler.ir import Graph
+from ingot.frontends import api
+from ingot.frontends.bench.models import MODELS, config_of
+from ingot.frontends.bench.parts import parts_of, prefix_name, with_parts
+from ingot.frontends.bench.plots import write_plots
+from ingot.frontends.bench.random_weights import RandomWeights
+from ingot.frontends.bench.report import result_lines, result_tables
+from ingot.frontends.bench.run import Benchmark, run
+from ingot.frontends.bench.traffic import NOTHING, traffic_by_label
+from ingot.frontends.bench.workload import Workload, step_inputs
+from ingot.frontends.cli.commands.bench import command
+from ingot.frontends.cli.flags import UsageError
+from ingot.frontends.model import Plan
+from ingot.runtime.devices.check_program import check_program
+from ingot.runtime.program import STEP
+from ingot.runtime.serving.abi import ServingAbi
+from tiny_models import tiny_config
+
+PAGE = 64
+PREFILL, DECODE = Workload(1, 64, 0), Workload(2, 1, 200)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "deepseek_v3"])
+def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_config(request.param, dtype="bfloat16").save_pretrained(folder)
+    return planned(folder)
+
+
+def planned(folder: Path) -> Plan:
+    return api.plan(
+        folder,
+        entry=api.ALL,
+        target="cuda:sm_90",
+        max_sequences=2,
+        max_tokens_per_sequence=256,
+        progress=False,
+    )
+
+
+# ---- what a step must read
+
+
+def traffic(graph: Graph, work: Workload) -> tuple[int, int]:
+    found = sum(traffic_by_label(graph, work).values(), NOTHING)
+    return found.bytes, found.flops
+
+
+def bf16(*shapes: tuple[int, ...]) -> int:
+    return sum(2 * int(np.prod(shape)) for shape in shapes)
+
+
+def of_llama(batch: int, seen: int) -> int:
+    """Of the tiny llama: hidden 64, 4 heads and 2 of keys of 16, MLP 96, vocabulary 128."""
+    rope = 4 * 16 // 2
+    layer = bf16((64,), (64 + 2 * 32, 64), (64, 64), (64,), (2 * 96, 64), (64, 96))
+    cache = batch * seen * bf16((2, 16), (2, 16))
+    return batch * bf16((64,)) + rope + 2 * (layer + cache) + bf16((64,), (128, 64))
+
+
+@pytest.mark.parametrize("plan", ["llama"], indirect=True)
+def test_dense_model_reads_its_weights_once_and_what_is_seen_of_the_cache(plan: Plan) -> None:
+    for batch, context in ((1, 0), (1, 63), (1, 200), (2, 200)):
+        found, _ = traffic(plan.graph(), Workload(batch, 1, context))
+        assert found == pytest.approx(of_llama(batch, context + 1), abs=512)  # indices
+
+
+def test_twice_the_tokens_are_twice_the_flops(plan: Plan) -> None:
+    one, two = (traffic(plan.graph(), Workload(batch, 1, 100))[1] for batch in (1, 2))
+    assert two == pytest.approx(2 * one, rel=1e-3)
+
+
+@pytest.mark.parametrize("plan", ["qwen3_moe"], indirect=True)
+def test_experts_are_read_that_are_expected_to_be_chosen(plan: Plan) -> None:
+    each = bf16((64, 64), (64, 32))
+    for tokens in (1, 2, 64):
+        found = traffic_by_label(plan.graph(), Workload(tokens, 1, 10))
+        (first, second) = (t.bytes for label, t in found.items() if label.startswith("experts"))
+        # Each token chooses 2 of 8, on its own.
+        chosen = torch.rand(2000, tokens, 8).topk(2).indices.flatten(1)
+        distinct = np.mean([len(row.unique()) for row in chosen])
+        assert first == second
+        assert first / each == pytest.approx(distinct, abs=0.55)  # whole experts
+
+
+# ---- launches as functions of their own
+
+
+def test_parts_are_every_launch_once_and_the_program_stays_valid(plan: Plan) -> None:
+    entry = plan.program.functions[STEP].entries[0]
+    parts = parts_of(plan.program, entry)
+    assert sorted(i for part in parts for i in part.launches) == list(range(len(entry.launches)))
+    made = with_parts(plan.program, [entry], entry)
+    check_program(made)
+    assert made.functions[STEP] == plan.program.functions[STEP]
+    for part in parts:
+        (chain,) = made.functions[part.function].entries
+        assert {*chain.launches} == {entry.launches[i] for i in part.launches}
+        assert len(chain.launches) == part.chained >= 16
+        assert chain.dependencies == tuple((i, i + 1) for i in range(part.chained - 1))
+    whole = made.functions[prefix_name(entry, len(entry.launches))].entries[0]
+    assert (whole.launches, whole.dependencies) == (entry.launches, entry.dependencies)
+
+
+def test_inputs_are_those_of_the_workload(plan: Plan) -> None:
+    step, abi = plan.program.functions[STEP], ServingAbi(plan.program)
+    found = step_inputs(step, abi.meta, {"T": 4, "L": 2}, DECODE)
+    assert found["slots"].tolist() == [0, 1, -1, -1]
+    assert found["positions"].tolist()[:2] == [200, 200]
+    assert found["logit_rows"].tolist() == [0, 1]
+    assert len({*found["page_table"].flatten().tolist()}) == found["page_table"].size
+    found = step_inputs(step, abi.meta, {"T": 64, "L": 2}, PREFILL)
+    assert found["positions"].tolist() == [*range(64)]
+    assert found["logit_rows"].tolist()[:1] == [63]
+    with pytest.raises(ValueError, match="expected at most 2 sequences of 256 tokens"):
+        step_inputs(step, abi.meta, {"T": 1, "L": 1}, Workload(1, 1, 256))
+
+
+def test_random_weights_fit_every_buffer(plan: Plan) -> None:
+    load = RandomWeights(plan.program, "cpu")
+    for buffer in plan.program.buffers.values():
+        if buffer.kind == "weight":
+            made = load(buffer.name)
+            assert tuple(made.shape) == buffer.shape and made.nbytes == buffer.nbytes
+            assert not made.is_floating_point() or 0 < made.float().std() < 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_are_models_of_transformers(name: str) -> None:
+    config = config_of(name, layers=2)
+    assert config.num_hidden_layers == 2 and config.dtype == torch.bfloat16
+
+
+def test_a_name_that_is_none_lists_those_there_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected a directory with a config\.json, or one of qwen3"
+    ):
+        config_of("qwen3-9b")
+
+
+# ---- the whole way
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> FakeGpu:
+    return build_fake(CUDA, tmp_path_factory.mktemp("fake"))
+
+
+@pytest.fixture
+def device(gpu: FakeGpu) -> Iterator[FakeGpu]:
+    gpu.reset()
+    yield gpu
+    assert gpu.complaints == "" and gpu.outstanding == []
+
+
+def test_bench_times_steps_launches_and_serving(
+    device: FakeGpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config("qwen3_moe", dtype="bfloat16").save_pretrained(tmp_path)
+    works = (DECODE, Workload(1, 1, 20), PREFILL)
+    found = run(Benchmark(str(tmp_path), works, replays=5), device.driver(), read_bytes=8 << 20)
+    assert [step.workload for step in found.measured.steps] == [
+        "decode, batch 2, context 200",
+        "decode, batch 1, context 20",
+        "prefill, 64 tokens",
+    ]
+    for step in found.measured.steps:
+        assert sum(part.count for part in step.parts) == step.launches
+        assert sum(part.bytes for part in step.parts) == step.traffic.bytes
+        assert sum(part.share for part in step.parts) == pytest.approx(1)
+    first, *others = found.measured.steps
+    assert len(first.timeline) == first.launches and not any(o.timeline for o in others)
+    assert [s.batch for s in found.measured.serving] == [1, 2]
+    json.dumps(dataclasses.asdict(found))
+    write_plots(found, tmp_path / "plots")
+    assert (tmp_path / "plots" / "roofline.png").stat().st_size > 10_000
+    assert (tmp_path / "plots" / "timeline.png").stat().st_size > 10_000
+    events = json.loads((tmp_path / "plots" / "trace.json").read_text(encoding="utf-8"))
+    assert [e["name"] for e in events["traceEvents"]] == [
+        span.label.partition(" ")[0] for span in first.timeline
+    ]
+    assert len([*result_tables(found)]) == 2 + len(works)
+    assert any("reads" in line for line in result_lines(found))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"batch": "0"}, "--batch 0: expected numbers from 1, found '0'"),
+        ({"context": "1e3"}, "--context 1e3: expected numbers from 1, found '1e3'"),
+        ({"quantize": "int4"}, "--quantize int4: expected mxfp4 or none"),
+        ({"peer": "vllm"}, "--peer vllm: expected one of hf-eager, hf-compile"),
+        ({"target": "cpu"}, "expected a GPU, found cpu, which launches no kernels"),
+    ],
+)
+def test_wrong_flags_are_told(flags: dict[str, Any], said: str) -> None:
+    given = {"batch": "1", "context": "8", "prefill": "8", "quantize": "mxfp4", "peer": ""}
+    with pytest.raises(UsageError, match=said):
+        command("qwen3-8b", **{**given, "layers": None, "plots": None, "target": "cpu", **flags})
