@@ -71,11 +71,14 @@ class ConstantMaker:
         self._observe = observe
         self._kept: dict[Value, torch.Tensor] = {}
         self._askers: dict[Value, set[str]] = {}
+        needs: dict[Value, frozenset[Value]] = {}  # of several results, with the value itself
+        for node in walk(tuple(names), lambda node: loaded_part(node) is not None):
+            args = () if loaded_part(node) else node.args
+            inner = frozenset[Value]().union(*{needs[arg] for arg in args})
+            needs |= {v: inner | {v} if len(node.types) > 1 else inner for v in node.results}
         for value, name in names.items():
-            for node in walk((value,), lambda node: loaded_part(node) is not None):
-                for arg in (*node.args, value):
-                    if len(arg.node.types) > 1:
-                        self._askers.setdefault(arg, set()).add(name)
+            for asked in needs[value]:
+                self._askers.setdefault(asked, set()).add(name)
 
     def __call__(self, name: str) -> torch.Tensor:
         """The tensor of buffer `name`; ValueError, by the weight's name, where an op refuses it."""

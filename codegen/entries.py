@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from msgspec.structs import replace
@@ -139,6 +140,12 @@ class EntryBuilder:
     writes: list[list[str]] = field(default_factory=list[list[str]])
     scratch_count: int = 0
 
+    @cached_property
+    def _output_names(self) -> Mapping[Value, str]:
+        """The name of each value that is an output, its first where it has several."""
+        named = zip(self.graph.outputs, self.outputs, strict=True)
+        return dict(reversed([*named]))
+
     def build(self) -> tuple[Entry, int]:
         """The entry and the bytes of arena that it needs."""
         uses = self.graph.use_counts()
@@ -209,9 +216,8 @@ class EntryBuilder:
 
     def _memory_of(self, value: Value) -> Slice:
         """New memory for a result: an output's buffer, if it is one, or scratch."""
-        if value not in self.graph.outputs:
-            return self.scratch(value.type)
-        return self._output(self.outputs[self.graph.outputs.index(value)], value)
+        name = self._output_names.get(value)
+        return self.scratch(value.type) if name is None else self._output(name, value)
 
     def _output(self, name: str, value: Value) -> Slice:
         buffer = self.local[name] = buffer_of(name, value.type, self.binding, "output")
@@ -259,7 +265,8 @@ class EntryBuilder:
             for b in self.local.values()
         ]
         offsets, size = plan_blocks(self._blocks(lives))
-        names = [*(n for n in self.local if n not in self.outputs), *self.outputs]
+        outputs = set(self.outputs)
+        names = [*(n for n in self.local if n not in outputs), *self.outputs]
         placed = {n: replace(self.local[n], offset=offsets[n]) for n in names}
 
         def access(name: str) -> Access:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 # Offsets are multiples of this many bytes: what vector loads and TMA descriptors ask for.
 ALIGNMENT = 256
@@ -61,18 +64,22 @@ def plan_arena(buffers: Sequence[Lifetime]) -> tuple[dict[str, int], int]:
     Greedy by size (Pisarchyk & Lee 2020, arXiv:2001.03288): the largest buffer first, each at the
     lowest offset where it meets no buffer that lives at the same time.
     """
-    placed: list[tuple[int, int, Lifetime]] = []
+    order = sorted(buffers, key=lambda b: (-b.nbytes, b.start, b.name))
+    # What is placed already, by offset: first byte, byte behind the last, first and last launch.
+    placed = np.empty((4, 0), np.int64)
     offsets: dict[str, int] = {}
-    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.start, b.name)):
-        size, at = aligned(max(buffer.nbytes, 1)), 0
-        for low, high, other in placed:
-            lives_beside = other.start <= buffer.end and buffer.start <= other.end
-            if lives_beside and low < at + size and at < high:
-                at = high
+    for buffer in order:
+        size = aligned(max(buffer.nbytes, 1))
+        low, _, start, end = placed
+        lows, highs, *_ = placed[:, (start <= buffer.end) & (buffer.start <= end)]
+        # Before each of those, and behind the last, memory is free from the highest end so far.
+        free = np.maximum.accumulate(np.concatenate(([0], highs)))
+        fits = lows - free[:-1] >= size
+        at = int(free[fits.argmax() if fits.any() else -1])
         offsets[buffer.name] = at
-        placed.append((at, at + size, buffer))
-        placed.sort(key=lambda p: p[0])
-    return offsets, max((high for _, high, _ in placed), default=0)
+        row = (at, at + size, buffer.start, buffer.end)
+        placed = np.insert(placed, int(np.searchsorted(low, at, "right")), row, axis=1)
+    return offsets, int(placed[1].max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -94,15 +101,16 @@ def dependencies(
     """
     before: list[int] = []  # of each launch, the set of all that come before it, as bits
     pairs: list[tuple[int, int]] = []
-    written: dict[str, list[tuple[int, int, int]]] = {}
-    readers: dict[str, list[tuple[int, int, int]]] = {}
+    memories: dict[str, _Memory] = {}
     for i, (ins, outs) in enumerate(zip(reads, writes, strict=True)):
         needs: set[int] = set()
         for access in (*ins, *outs):
-            needs |= _touching(written, access)
+            memory = memories.setdefault(access.memory, _Memory())
+            needs.update(part.writer for part in memory.between(access))
         for access in outs:
-            needs |= _touching(readers, access)
-        needs.discard(i)
+            for part in memories[access.memory].between(access):
+                needs.update(part.readers)
+        needs.discard(_NOBODY)
         everything = 0
         for earlier in sorted(needs, reverse=True):
             if not everything >> earlier & 1:
@@ -110,28 +118,63 @@ def dependencies(
                 everything |= before[earlier] | 1 << earlier
         before.append(everything)
         for access in outs:
-            _forget(written, access)
-            _forget(readers, access)
-            written.setdefault(access.memory, []).append((access.low, access.high, i))
+            memories[access.memory].write(access, i)
         for access in ins:
-            readers.setdefault(access.memory, []).append((access.low, access.high, i))
+            memories[access.memory].read(access, i)
     return tuple(pairs)
 
 
-def _touching(seen: dict[str, list[tuple[int, int, int]]], access: Access) -> set[int]:
-    rows = seen.get(access.memory, ())
-    return {i for low, high, i in rows if low < access.high and access.low < high}
+_NOBODY = -1
 
 
-def _forget(seen: dict[str, list[tuple[int, int, int]]], access: Access) -> None:
-    """Drop what `access` overwrites; rows that it covers in part keep their remains."""
-    kept: list[tuple[int, int, int]] = []
-    for low, high, i in seen.get(access.memory, ()):
-        if high <= access.low or access.high <= low:
-            kept.append((low, high, i))
-            continue
-        if low < access.low:
-            kept.append((low, access.low, i))
-        if access.high < high:
-            kept.append((access.high, high, i))
-    seen[access.memory] = kept
+@dataclass
+class _Part:
+    """Bytes up to `high`: the launch that wrote them last, and those that have read them since."""
+
+    high: int
+    writer: int
+    readers: list[int]
+
+
+class _Memory:
+    """The accesses to one memory so far, as parts in order that do not overlap."""
+
+    def __init__(self) -> None:
+        self._lows: list[int] = []
+        self._parts: list[_Part] = []
+
+    def between(self, access: Access) -> list[_Part]:
+        """The parts within `access`; one that lies within in part is two from now on."""
+        return self._parts[self._cut(access)]
+
+    def write(self, access: Access, launch: int) -> None:
+        inside = self._cut(access)
+        self._lows[inside] = [access.low]
+        self._parts[inside] = [_Part(access.high, launch, [])]
+
+    def read(self, access: Access, launch: int) -> None:
+        inside = self._cut(access)
+        lows, parts, at = list[int](), list[_Part](), access.low
+        for low, part in zip(self._lows[inside], self._parts[inside], strict=True):
+            if at < low:
+                lows.append(at)
+                parts.append(_Part(low, _NOBODY, [launch]))
+            part.readers.append(launch)
+            lows.append(low)
+            parts.append(part)
+            at = part.high
+        if at < access.high:
+            lows.append(at)
+            parts.append(_Part(access.high, _NOBODY, [launch]))
+        self._lows[inside], self._parts[inside] = lows, parts
+
+    def _cut(self, access: Access) -> slice:
+        """Where the parts within `access` are, after cutting those that reach beyond it."""
+        for at in (access.low, access.high):
+            i = bisect_left(self._lows, at)
+            if i and self._parts[i - 1].high > at:
+                part = self._parts[i - 1]
+                self._lows.insert(i, at)
+                self._parts.insert(i, _Part(part.high, part.writer, [*part.readers]))
+                part.high = at
+        return slice(bisect_left(self._lows, access.low), bisect_left(self._lows, access.high))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from ...compiler.dtypes import DTYPES, READABLE, dense_bytes
@@ -155,8 +156,8 @@ def _check_function(name: str, function: Function, program: Program, limits: Lim
         _within(f"{where}: last {symbol}", last, first, _LARGEST)
     if not function.entries:
         raise ProgramError(f"{where}: expected at least one entry, found none")
-    bindings = [sorted(entry.symbols.items()) for entry in function.entries]
-    if twice := next((b for i, b in enumerate(bindings) if b in bindings[:i]), None):
+    bindings = Counter(tuple(sorted(entry.symbols.items())) for entry in function.entries)
+    if twice := next((binding for binding, times in bindings.items() if times > 1), None):
         raise ProgramError(f"{where}: expected each entry once, found {dict(twice)} twice")
     hidden = state - set(function.state)
     shared = {name: b for name, b in program.buffers.items() if name not in hidden}

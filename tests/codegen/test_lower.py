@@ -6,11 +6,13 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from time import process_time
 
 import networkx as nx
 import numpy as np
 import pytest
 import torch
+from ingot.codegen.constants import ConstantMaker, folded
 from ingot.codegen.lower import Lowered, serving_bindings
 from ingot.codegen.memory import ALIGNMENT
 from ingot.compiler.interpret import interpret, random_tensor
@@ -252,6 +254,21 @@ def test_weights_are_loaded_once_each_and_folded() -> None:
     assert loads == dict.fromkeys(("embed", "inv_freq", "norm", "w.0", "w.1", "w.2"), 1)
     weights = loads.weights(graph)
     assert torch.equal(lowered.load_weight(folded[0]), weights.load("w.1").T)
+
+
+def test_a_long_chain_of_ops_on_weights_takes_linear_time() -> None:
+    count = 4000
+    chain = [f"  %{i} = relu({f'%{i - 1}' if i else '@w'}) : f32[8]" for i in range(count)]
+    sums = [f"  %{count + i} = add(%{count + i - 1 if i else 'x'}, %{i})" for i in range(count)]
+    body = [*chain, *(f"{line} : f32[T, 8]" for line in sums)]
+    head = "graph @g(%x: f32[T, 8]) T=1..64 {"
+    graph = parse("\n".join([head, "@w: f32[8]", *body, f"  return %{2 * count - 1}", "}"]))
+    weights = Weights.of({"w": torch.ones(8)}, "the test")
+    start = process_time()
+    names = folded(graph)
+    made = ConstantMaker(names, weights)
+    assert process_time() - start < 2
+    assert len(names) == count and made("@folded.3").tolist() == [1.0] * 8
 
 
 def test_stacked_weights_are_folded_into_one_buffer() -> None:

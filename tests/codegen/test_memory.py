@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import process_time
+
 import networkx as nx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +87,31 @@ def test_buffers_of_their_own_are_placed_as_ever() -> None:
 def test_memory_is_used_again() -> None:
     chain = [Lifetime(f"b{i}", 1024, i, i + 1) for i in range(10)]
     assert plan_arena(chain)[1] == 2048
+
+
+@given(lifetimes())
+def test_the_largest_come_first_each_as_low_as_it_fits(buffers: list[Lifetime]) -> None:
+    offsets, _ = plan_arena(buffers)
+    taken: list[tuple[int, int, Lifetime]] = []
+    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.start, b.name)):
+        size, at = aligned(max(buffer.nbytes, 1)), 0
+        for low, high, other in sorted(taken, key=lambda t: t[0]):
+            beside = other.start <= buffer.end and buffer.start <= other.end
+            if beside and low < at + size and at < high:
+                at = high
+        assert offsets[buffer.name] == at
+        taken.append((at, at + size, buffer))
+
+
+def test_many_launches_take_little_time() -> None:
+    count = 8000
+    start = process_time()
+    chain = [Lifetime(f"b{i}", 1024 + i, i, i + 1) for i in range(count)]
+    kept = [Lifetime(f"c{i}", 1024 + i, i, 2 * count) for i in range(count // 2)]
+    plan_arena(chain + kept)
+    outs = [[Access("arena", i * 256, i * 256 + 256)] for i in range(count)]
+    assert len(dependencies([[], *outs[:-1]], outs)) == count - 1
+    assert process_time() - start < 4
 
 
 @st.composite
