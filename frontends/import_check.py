@@ -6,9 +6,10 @@ real weights, in the dtype in which the model will compute. The others are left 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -183,14 +184,20 @@ def _run(
 
 
 def record_layers(model: torch.nn.Module, paths: Iterable[str]) -> dict[str, torch.Tensor]:
-    """A dict that each run of `model` fills with the hidden state that each layer gives."""
+    """A dict that each run of `model` fills with the hidden state that each layer gives.
+
+    A module at several of the `paths` gives one after the other, in their order.
+    """
     found: dict[str, torch.Tensor] = {}
 
-    def keep(path: str, _module: Any, _args: Any, output: Any) -> None:
-        found[path] = output[0] if isinstance(output, tuple) else output
+    def keep(turns: Iterator[str], _module: Any, _args: Any, output: Any) -> None:
+        found[next(turns)] = output[0] if isinstance(output, tuple) else output
 
+    places: dict[torch.nn.Module, list[str]] = {}
     for path in paths:
-        model.get_submodule(path).register_forward_hook(partial(keep, path))
+        places.setdefault(model.get_submodule(path), []).append(path)
+    for module, own in places.items():
+        module.register_forward_hook(partial(keep, cycle(own)))
     return found
 
 

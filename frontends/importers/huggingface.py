@@ -22,9 +22,12 @@ from ...compiler.ops.moe import experts
 from ...compiler.ops.mxfp4 import mxfp4
 from ...compiler.ops.pointwise import cast
 from ...compiler.ops.shape import permute, view
+from ...compiler.pipeline import run_pipeline
 from ...compiler.rewrite import rebuild
 from ...compiler.types import TensorType, symbol
 from ...compiler.weights import Weights
+from ...passes.pipelines import RAISING
+from ...passes.serving.insert_kv_cache import CannotCache, InsertKvCache
 from ..checkpoints.checkpoint import open_checkpoint, stored_dtype, weights_of
 from ..checkpoints.rotations import Rotated
 from ..checkpoints.safetensors_files import holds_weights
@@ -64,9 +67,10 @@ _T = symbol("T")
 class HuggingFaceModel:
     """A causal language model: logits [T, vocab] from `tokens` and `positions`, both i32[T].
 
-    T is at most `max_tokens`. `unused` has tensors of the checkpoint that the graph does not read
-    (an MTP layer, say), and why; `packed` names the weights in MXFP4 and `rotated` the activations
-    that are turned (see Checkpoint). `notes` say in which way the model is not what was asked for.
+    Logits are in the model's dtype, f32 for f64. T is at most `max_tokens`. `unused` has tensors of
+    the checkpoint that the graph does not read (an MTP layer, say), and why; `packed` names the
+    weights in MXFP4 and `rotated` the activations that are turned (see Checkpoint). `notes` say in
+    which way the model is not what was asked for.
     """
 
     graph: Graph
@@ -135,6 +139,8 @@ def _import_traced(meta: MetaModel, name: str, max_tokens: int, offset: int) -> 
     graph = imported.graph
     (logits,) = graph.outputs
     rows = view(logits, shape=logits.type.shape[1:])
+    if rows.type.dtype == "f64":
+        rows = cast(rows, dtype="f32")  # the widest in which logits are served
     graph = Graph(graph.name, graph.params, (rows,), graph.symbols)
     return Imported(graph, imported.constants, imported.referenced)
 
@@ -164,16 +170,27 @@ def _count_expert_modules(model: PreTrainedModel) -> int:
     return sum(isinstance(s, torch.nn.Parameter) and s.ndim == 3 for s in stacks)
 
 
-def _check(meta: MetaModel, imported: Imported) -> dict[str, str]:
+def _is_cacheable(graph: Graph) -> bool:
+    """Whether no node but attention mixes tokens."""
+    try:
+        run_pipeline(graph, (*RAISING, InsertKvCache()))
+    except CannotCache:
+        return False
+    return True
+
+
+def _check(meta: MetaModel, imported: Imported, in_memory: bool) -> dict[str, str]:
     """The parameters of other parts than the language model, and why text does not need them.
 
-    ImportFailure where the trace has not all attention, experts and parameters of that.
+    ImportFailure where the trace has not all attention, experts and parameters of that. Of a model
+    in memory some layers may be gone or without attention, if nothing else mixes tokens.
     """
     model, kind = meta.model, meta.model.config.model_type
     found = [n.op for n in imported.graph.nodes()]
     layers = model.config.get_text_config().num_hidden_layers
     layers -= len(cross_attention_layers(model))
-    if (seen := found.count(attention)) != layers:
+    seen = found.count(attention)
+    if seen != layers and not (in_memory and 0 < seen < layers and _is_cacheable(imported.graph)):
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedModel(ENCODER_DECODER.format(kind))
         raise ImportFailure(
@@ -227,6 +244,8 @@ def import_hugging_face(
         notes = (f"max_tokens_per_sequence: {max_tokens} is lowered to {limit}, the {reason}",)
         max_tokens = limit
     if in_memory:
+        if source.training:
+            notes += ("the model is in training mode: compiled as in eval mode, without dropout",)
         meta = traceable_model(source, dtype)
         held = weights_of(source, meta)
         weights = Weights({**held, **Weights.of(meta.buffers, "computed from the config")})
@@ -252,7 +271,7 @@ def import_hugging_face(
         _import_traced(meta, config.model_type, max_tokens, 0)  # what fails here names the line
         raise
     imported = _import_traced(meta, config.model_type, max_tokens, offset)
-    unused = {**unused, **_check(meta, imported)}
+    unused = {**unused, **_check(meta, imported, in_memory)}
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)
     return HuggingFaceModel(

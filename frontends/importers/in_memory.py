@@ -6,10 +6,16 @@ in the copy, because no part of it is rebuilt from the config. The user's own ob
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .meta_model import (
     MetaModel,
@@ -75,7 +81,8 @@ def traceable_model(model: PreTrainedModel, dtype: torch.dtype | None) -> MetaMo
     but those that the model keeps in float32; the traced copy then lies on the meta device, where
     a tensor that is held by a hook, and by no module, cannot follow it. `buffers` has only
     rotary frequencies that are fixed here. SourceError for a quantized model, one with weights on
-    the meta device, and one whose attention cannot be chosen.
+    the meta device, and one whose attention cannot be chosen, or is computed by a function that is
+    not transformers' own.
     """
     refuse_quantized(model)
     if foreign := [(n, type(t)) for n, t in named_tensors(model) if type(t) not in _PLAIN]:
@@ -89,6 +96,7 @@ def traceable_model(model: PreTrainedModel, dtype: torch.dtype | None) -> MetaMo
             f"{type(model).__name__}: on the meta device: {unloaded[0]} and "
             f"{len(unloaded) - 1} more; load the weights before"
         )
+    _refuse_own_functions(model)
     copy = shared_copy(model)
     _use_traced_ops(copy)
     refuse_dynamic_rope(copy)
@@ -108,6 +116,50 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
 _PLAIN = (torch.nn.Parameter, torch.Tensor, torch.nn.Buffer)
 
 
+def _refuse_own_functions(model: PreTrainedModel) -> None:
+    """SourceError where `model` chose a function of the user's for attention, masks or experts.
+
+    The trace puts Ingot's own in the place of what the model chose, so it must be known what that
+    computes.
+    """
+    for module in model.modules():
+        for kind, name, function in _chosen_functions(module):
+            made_in = _made_in(function)
+            if made_in.partition(".")[0] in ("torch", "transformers"):
+                continue
+            if name == "eager" and made_in == type(module).__module__:
+                continue  # by the author of the model
+            called = f"{made_in}.{getattr(function, '__name__', type(function).__name__)}"
+            raise SourceError(
+                f"{type(model).__name__}: {kind} {name!r} is the function {called}: expected one "
+                "that comes with transformers, in whose place Ingot puts its own"
+            )
+
+
+def _chosen_functions(module: torch.nn.Module) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """What `module` would call by a name in its config: the kind, the name and the function."""
+    config: Any = getattr(module, "config", None)
+    attention: Any = getattr(config, "_attn_implementation", None)
+    by_name = (
+        ("attention", attention, ALL_ATTENTION_FUNCTIONS),
+        ("attention's mask", attention, ALL_MASK_ATTENTION_FUNCTIONS),
+        ("experts", getattr(config, "_experts_implementation", None), ALL_EXPERTS_FUNCTIONS),
+    )
+    for kind, name, functions in by_name:
+        if isinstance(name, str) and name in functions:
+            yield kind, name, functions[name]
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    if attention == "eager" and callable(eager):
+        yield "attention", attention, eager
+
+
+def _made_in(function: Callable[..., Any]) -> str:
+    """The module whose code `function` is, whatever functools.wraps says."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+
+
 def _use_traced_ops(copy: PreTrainedModel) -> None:
     """Let `copy` call attention and experts by the ops that the importer knows."""
     for set_implementation in (copy.set_attn_implementation, copy.set_experts_implementation):
@@ -123,7 +175,8 @@ def _use_traced_ops(copy: PreTrainedModel) -> None:
 def _cast_on_meta(copy: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Give the floats of `copy` that dtype, if any, without values: on the meta device."""
     made: dict[int, torch.nn.Parameter] = {}
-    for name, tensor in named_tensors(copy):
+    held = list(named_tensors(copy))  # an id is one tensor's only while that lives
+    for name, tensor in held:
         module, leaf = owner_of(copy, name)
         wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         if leaf in module._buffers:

@@ -272,7 +272,8 @@ def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
         return
     kept = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
     widened: dict[int, torch.nn.Parameter] = {}  # by identity, so that tied names stay tied
-    for name, tensor in named_tensors(model):
+    held = list(named_tensors(model))  # an id is one tensor's only while that lives
+    for name, tensor in held:
         module, leaf = owner_of(model, name)
         if leaf in module._non_persistent_buffers_set or not kept.search(name):
             continue

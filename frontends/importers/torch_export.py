@@ -190,7 +190,8 @@ class Importer:
         """The module path and source line of the current operator."""
         stack = self.node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
-        path = re.sub(r"^L\['self'\]\.?", "", path).removeprefix(self.strip)
+        # A module under several names goes by the expression that got it: layers.slice(None, 2).0
+        path = re.sub(r"^L\['self'\]\.?|\.slice\([^()]*\)", "", path).removeprefix(self.strip)
         lines = re.findall(r'File "([^"]+)", line (\d+)', self.node.meta.get("stack_trace") or "")
         place = f" @{lines[-1][0].rsplit('/', 1)[-1]}:{lines[-1][1]}" if lines else ""
         return f"{path}{place}"

@@ -36,6 +36,13 @@ def test_small_capacities(source: Any, capacity: int) -> None:
         small.generate([5] * (capacity + 1))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "f64"])
+def test_every_dtype_is_served(source: Any, dtype: str) -> None:
+    served = ingot.compile(source, dtype=dtype, max_sequences=1, max_tokens_per_sequence=16)
+    assert served.logits([5, 6, 7]).dtype == np.float32
+    assert len(served.generate([5, 6, 7], max_new_tokens=3).tokens) == 3
+
+
 @pytest.mark.parametrize("sequences", [10**8, 10**30])
 def test_more_memory_than_there_is_is_refused_before_it_is_taken(
     source: Any, sequences: int

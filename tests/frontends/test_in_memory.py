@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import wraps
 from types import MethodType, SimpleNamespace
+from typing import Any
 
 import ingot
 import pytest
 import torch
 from imported import assert_close, eager, logits_of
 from ingot.frontends import api
+from ingot.frontends.import_check import check_import
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.frontends.importers.in_memory import unwrapped
 from ingot.frontends.importers.source_error import SourceError
@@ -17,6 +21,10 @@ from ingot.frontends.importers.torch_export import ImportFailure
 from tiny_models import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 _TOKENS = torch.randint(3, 128, (40,), generator=torch.Generator().manual_seed(1))
 
@@ -80,9 +88,49 @@ def _untied(model: PreTrainedModel) -> None:
     assert model.lm_head.weight is not model.model.embed_tokens.weight
 
 
+def _fewer_layers(model: PreTrainedModel) -> None:
+    model.model.layers = model.model.layers[:1]
+    assert model.config.num_hidden_layers == 2
+
+
+def _layer_twice(model: PreTrainedModel) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def _shared_parts(model: PreTrainedModel) -> None:
+    first, second = model.model.layers
+    second.mlp = first.mlp
+    first.self_attn.k_proj = first.self_attn.v_proj
+    second.input_layernorm = first.input_layernorm
+
+
+class NoAttention(nn.Module):
+    """In the place of attention."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        return hidden_states * 0.3, None
+
+
+def _no_attention(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn = NoAttention()
+
+
 @pytest.mark.parametrize(
     "change",
-    [_hook, _hook_with_a_tensor, _adapter, _activation, _epsilon, _scale, _forward, _untied],
+    [
+        _hook,
+        _hook_with_a_tensor,
+        _adapter,
+        _activation,
+        _epsilon,
+        _scale,
+        _forward,
+        _untied,
+        _fewer_layers,
+        _layer_twice,
+        _shared_parts,
+        _no_attention,
+    ],
 )
 def test_what_was_changed_counts(change: Callable[[PreTrainedModel], None]) -> None:
     model = llama()
@@ -90,9 +138,67 @@ def test_what_was_changed_counts(change: Callable[[PreTrainedModel], None]) -> N
     change(model)
     expected = eager(model, _TOKENS)
     assert change is _untied or (expected - before).abs().max() > 0.02 * before.abs().max()
-    assert_close(
-        logits_of(import_hugging_face(model, dtype=None, max_tokens=64), _TOKENS), expected
-    )
+    imported = import_hugging_face(model, dtype=None, max_tokens=64)
+    assert_close(logits_of(imported, _TOKENS), expected)
+    assert check_import(imported, model).layers
+
+
+def _only_cumulates(self: Any, hidden_states: torch.Tensor, **_: Any) -> tuple[Any, None]:
+    parts = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+    return self.o_proj(torch.cat([p.cumsum(1)[..., :32] for p in parts], -1)[..., :64]), None
+
+
+def test_a_layer_that_mixes_tokens_without_attention_is_refused() -> None:
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.forward = MethodType(_only_cumulates, attention)
+    with pytest.raises(ImportFailure, match="one attention node for each of 2 layers, found 1"):
+        import_hugging_face(model, dtype=None, max_tokens=64)
+
+
+def _far_keys_are_cut(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
+    """As scaled_dot_product_attention over the last 50 tokens: no short prompt shows it."""
+    keys = torch.arange(k.shape[2])
+    seen = (keys <= keys[:, None]) & (keys > keys[:, None] - 50)
+    return sdpa_attention_forward(module, q, k, v, seen[None, None], **options)
+
+
+@pytest.mark.parametrize("place", ["a name", "sdpa", "eager", "experts"])
+def test_functions_of_the_user_s_are_refused(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace puts Ingot's in their place."""
+    model = tiny_model("mixtral") if place == "experts" else llama()
+    if place == "a name":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", _far_keys_are_cut)
+        model.set_attn_implementation("mine")
+    elif place == "sdpa":
+        wrapped = wraps(sdpa_attention_forward)(_far_keys_are_cut)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", wrapped)
+        model.set_attn_implementation("sdpa")
+    elif place == "eager":
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", _far_keys_are_cut)
+        model.set_attn_implementation("eager")
+    else:
+        mapping = ALL_EXPERTS_FUNCTIONS._global_mapping
+        monkeypatch.setitem(mapping, "grouped_mm", lambda *_: None)
+        model.set_experts_implementation("grouped_mm")
+    with pytest.raises(SourceError, match=rf"is the function {__name__}\.\S+: expected one"):
+        import_hugging_face(model, dtype=None, max_tokens=64)
+
+
+def test_training_mode_is_told() -> None:
+    model = llama()
+    assert not import_hugging_face(model, dtype=None, max_tokens=64).notes
+    (note,) = import_hugging_face(model.train(), dtype=None, max_tokens=64).notes
+    assert "in training mode" in note and model.training
+
+
+def test_shared_modules_stay_shared_in_another_dtype() -> None:
+    model = llama()
+    _shared_parts(model)
+    imported = import_hugging_face(model, dtype=torch.float64, max_tokens=64)
+    assert imported.graph.outputs[0].type.dtype == "f32"
+    exact = eager(copy.deepcopy(model).double(), _TOKENS).float()
+    assert_close(logits_of(imported, _TOKENS), exact)
 
 
 def test_code_that_holds_a_module_of_its_own_is_refused() -> None:
