@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import sympy
 
+from .attribute_kinds import KINDS, Kind
 from .axes import Axes, AxisRule, Operands
 from .dtypes import DTYPES
 from .types import Dim, TensorType, Types, VerifyError, attr_symbols, evaluate, free_symbols
@@ -103,6 +104,29 @@ def _schema(name: str, infer: Callable[..., Types]) -> tuple[str, ...]:
     return tuple(operands)
 
 
+class _Attributes(NamedTuple):
+    """The attributes that `infer` takes, by name, and which of them must be there; `open` says that
+    it takes others, too, and checks them itself."""
+
+    kinds: Mapping[str, Kind]
+    needed: tuple[str, ...]
+    open: bool
+
+
+def _attributes(name: str, infer: Callable[..., Types]) -> _Attributes:
+    """What `infer` says of attributes; ValueError for an annotation that is no kind."""
+    taken = inspect.signature(infer).parameters.values()
+    named = [p for p in taken if p.kind is p.KEYWORD_ONLY and p.annotation != "TensorType | None"]
+    for p in named:
+        if p.annotation not in KINDS:
+            raise ValueError(f"op {name}: expected {p.name} of {', '.join(KINDS)}; found {p}")
+    return _Attributes(
+        {p.name: KINDS[p.annotation] for p in named},
+        tuple(p.name for p in named if p.default is p.empty),
+        any(p.kind is p.VAR_KEYWORD for p in taken),
+    )
+
+
 def _call(args: Types, named: Mapping[str, Any]) -> str:
     return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in named.items())])})"
 
@@ -147,6 +171,7 @@ class Op:
     def __post_init__(self) -> None:
         if self.name in self.registry:
             raise ValueError(f"op {self.name!r} is already registered")
+        _ = self.attributes  # ValueError where `infer` has one of no kind
         taken = inspect.signature(self.meaning).parameters if self.optional else {}
         any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         if unknown := [name for name in self.optional if name not in taken and not any_name]:
@@ -168,6 +193,11 @@ class Op:
         `TensorType | None` optional, as in torch.library.infer_schema.
         """
         return _schema(self.name, self.infer)
+
+    @cached_property
+    def attributes(self) -> _Attributes:
+        """The kinds of the attributes by name, from the annotations of `infer`."""
+        return _attributes(self.name, self.infer)
 
     @cached_property
     def required(self) -> tuple[str, ...]:
@@ -204,6 +234,7 @@ class Op:
         if missing < 0 or (missing and not self.is_variadic):
             expected = ", ".join(self.operands) or "no operands"
             raise VerifyError(f"{self.name}: expected {expected}; found {_call(args, named)}")
+        self._check_attributes(named)
         try:
             types = self.infer(*args, **named)
         except (
@@ -225,6 +256,24 @@ class Op:
                     f"{_call(args, named)}"
                 )
         return types
+
+    def _check_attributes(self, named: Mapping[str, Any]) -> None:
+        kinds, needed, is_open = self.attributes
+        for name, value in named.items():
+            if name in self.optional:
+                continue
+            if name in kinds:
+                if not kinds[name].takes(value):
+                    raise VerifyError(
+                        f"{self.name}: expected {kinds[name].words} for {name}, found {value!r:.80}"
+                    )
+            elif not is_open:
+                known = ", ".join((*kinds, *self.optional)) or "none"
+                raise VerifyError(
+                    f"{self.name}: expected attributes among {known}; found {name}={value!r:.80}"
+                )
+        if missing := [name for name in needed if name not in named]:
+            raise VerifyError(f"{self.name}: expected {missing[0]}, an attribute; found none")
 
     def node(self, args: Sequence[Value], named: Mapping[str, Any], source: str = "") -> Node:
         """A checked node; VerifyError names the op, what it expected and what came.

@@ -20,8 +20,9 @@ from typing import Any
 import sympy
 import torch
 
+from ..attribute_kinds import KINDS
 from ..axes import AxisRule, elementwise, rule
-from ..dtypes import FLOATS
+from ..dtypes import DTYPES, FLOATS
 from ..ir import Op
 from ..torch_types import torch_dtype, type_of
 from ..types import (
@@ -122,10 +123,7 @@ def _is_pointwise(overload: Any) -> bool:
 
 
 def check_operands(name: str, types: Types, attrs: Mapping[str, Any]) -> None:
-    """Raise VerifyError unless an ingot may hold the operator with these operands.
-
-    What the operator's schema says of kinds is left to torch, which runs it on meta tensors.
-    """
+    """Raise VerifyError unless an ingot may hold the operator with these operands."""
     shown = ", ".join(map(str, types))
     if name in _FLOATS_ONLY and not all(t.dtype in FLOATS for t in types):
         raise VerifyError(f"{name}: expected floats in an ingot, found {shown}")
@@ -192,6 +190,26 @@ def _registered(name: str) -> Op:
     return Op(name, infer, reference, axes=_axes_of(name, overload))
 
 
+def _check_kinds(name: str, overload: Any, attrs: Mapping[str, Any]) -> None:
+    """Check the attributes that stand for tensors and dtypes.
+
+    Of all others torch checks the kinds when it runs the operator on meta tensors.
+    """
+    for argument in overload._schema.arguments:
+        label, kind = argument.name, KINDS.get(_STAND_FOR.get(str(argument.type), ""))
+        if argument.name == "dtype":
+            kind = KINDS["str | None"]
+        if kind is None or (label not in attrs and argument.has_default_value()):
+            continue
+        if label not in attrs or not kind.takes(attrs[label]):
+            found = f"{attrs[label]!r:.80}" if label in attrs else "none"
+            raise VerifyError(f"{name}: expected {kind.words} for {label}, found {found}")
+
+
+# What an attribute is in place of tensors, by the kind of the operator's argument.
+_STAND_FOR = {"List[Tensor]": "int", "List[Optional[Tensor]]": "tuple[bool, ...]"}
+
+
 def _call(overload: Any, tensors: Iterator[Any], attrs: Mapping[str, Any], device: Any) -> Any:
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
@@ -210,6 +228,8 @@ def _call(overload: Any, tensors: Iterator[Any], attrs: Mapping[str, Any], devic
         elif name in NOT_ATTRIBUTES or name not in attrs:
             value = argument.default_value
         elif name == "dtype" and attrs[name] is not None:
+            if attrs[name] not in DTYPES:
+                raise ValueError(f"expected a dtype, found {attrs[name]!r:.80}")
             value = torch_dtype(attrs[name])
         else:
             value = attrs[name]
@@ -233,7 +253,8 @@ def _run_on_meta(
         found = _call(overload, tensors, bound, "meta")
     except (RuntimeError, NotImplementedError, ValueError, IndexError, StopIteration) as error:
         shown = ", ".join(map(str, operands))
-        raise VerifyError(f"{name}: torch refuses ({shown}) with {bound}: {error}") from error
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise VerifyError(f"{name}: torch refuses ({shown}) with {bound}: {told}") from error
     results = found if isinstance(found, tuple | list) else (found,)
     if not all(isinstance(r, torch.Tensor) for r in results):
         raise VerifyError(f"{name}: expected tensors as results, found {results}")
@@ -241,6 +262,7 @@ def _run_on_meta(
 
 
 def _infer(name: str, overload: Any, types: Types, attrs: Mapping[str, Any]) -> Types:
+    _check_kinds(name, overload, attrs)
     names = sorted(
         set().union(*(free_symbols(t.shape) for t in types), *map(attr_symbols, attrs.values()))
     )

@@ -50,7 +50,8 @@ def _gating_infer(
         raise VerifyError(f"{name}: expected a float bias [{weight.shape[0]}], found {bias}")
     scores = TensorType(logits, (x.shape[0], weight.shape[0]))
     try:
-        chosen = router.infer(scores, correction=correction, eps=sum_eps, **routing)
+        given = {"correction": correction, "eps": sum_eps, **routing}
+        chosen = router.types((scores,), given)
     except VerifyError as error:
         raise VerifyError(f"{name}: {error}") from error
     return (*chosen, *(() if norm is None else (x,)), *sums)

@@ -24,7 +24,7 @@ from .shape import arange, full
 
 # What a step may be: element-wise ops, and tensors out of nothing.
 STEP_OPS: Mapping[str, Op] = {op.name: op for op in (*POINTWISE, glu, full, arange)}
-Steps = Sequence[tuple[Any, ...]]
+Steps = tuple[tuple[Any, ...], ...]
 
 
 def step_types(operands: Sequence[TensorType], steps: Steps) -> Types:

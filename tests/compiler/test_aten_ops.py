@@ -240,7 +240,7 @@ def call(name: str, *types: TensorType, **attrs: Any) -> tuple[Value, ...]:
         ("aten.mm.default", [f(T, 4)], {}, "aten.mm.default"),
         ("aten.relu.default", [f(T), f(T)], {}, "expected tensors for .*found 1 more"),
         ("aten.relu.default", [f(T)], {"alpha": 2}, r"expected arguments of .*found \['alpha'\]"),
-        ("aten.cat.default", [f(T), f(T)], {"dim": 0}, "cannot take .*: 'tensors'"),
+        ("aten.cat.default", [f(T), f(T)], {"dim": 0}, "an integer for tensors, found none"),
         ("aten.cat.default", [f(T)], {"tensors": 2}, "aten.cat.default"),
         ("aten.sum.dim_IntList", [f(T)], {"dim": (3,)}, "torch refuses"),
         ("aten.item.default", [f()], {}, "aten.item.default"),

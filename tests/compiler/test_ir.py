@@ -83,9 +83,9 @@ def test_an_op_is_registered_once() -> None:
 def test_a_node_is_checked_when_it_is_made() -> None:
     with pytest.raises(VerifyError, match=r"add: expected equal dtypes .*f32\[T, 8\] and f16\[8\]"):
         pointwise.add(x(), constant(name="w", type=TensorType("f16", (8,))))
-    with pytest.raises(VerifyError, match=r"softmax: cannot take \(f32\[T, 8\]\): .*'dim'"):
+    with pytest.raises(VerifyError, match="softmax: expected dim, an attribute; found none"):
         reduce.softmax(x())
-    with pytest.raises(VerifyError, match=r"softmax.*axis=1.*unexpected keyword"):
+    with pytest.raises(VerifyError, match="softmax: expected attributes among dim; found axis=1"):
         reduce.softmax(x(), dim=-1, axis=1)
     with pytest.raises(VerifyError, match=r"dtype is one of .*found 'f31'"):
         pointwise.add(constant(name="w", type=TensorType("f31", ())), x())

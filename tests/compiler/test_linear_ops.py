@@ -222,7 +222,7 @@ def test_types() -> None:
     ("args", "named", "message"),
     [
         ((X, W, V), {}, r"expected x, weight, norm\?, .* found .*bf16\[8\]"),
-        ((X, W), {"scale": B}, "unexpected keyword argument 'scale'"),
+        ((X, W), {"scale": B}, r"attributes among .*; found scale=TensorType\(dtype='bf16'"),
         ((X, W), {"norm": V}, "found eps None for an op with norm"),
         ((X, W), {"eps": 1e-6}, "found eps 1e-06 for an op without norm"),
         ((X, W), {"delta": X, "post_norm": V}, "eps None for an op with post_norm"),

@@ -47,6 +47,10 @@ def _both(*xs: TensorType, by: TensorType | None = None) -> Types:
     return xs
 
 
+def _vague(x: TensorType, *, k: list[int]) -> tuple[TensorType, ...]:
+    return (x,)
+
+
 def _without(x: Any, *, k: int = 0) -> tuple[Any, ...]:
     return (x,)
 
@@ -57,6 +61,7 @@ def _without(x: Any, *, k: int = 0) -> tuple[Any, ...]:
         (_default, _same, "op test.bad: expected optional operands as keywords of infer, found by"),
         (_both, _both, "any number of operands or optional ones, found both"),
         (_same, _without, "op test.bad: its reference does not take by"),
+        (_vague, _same, "op test.bad: expected k of bool, int, .*; found k"),
     ],
 )
 def test_an_op_without_a_clear_schema_is_not_registered(

@@ -293,7 +293,7 @@ HEAD = "graph @g(%x: f32[T, 8]) T=1..64 {"
         ("%0 = relu(%x) : g32[T, 8]", "expected a type such as"),
         ("%0 = relu(f32()) : f32[]", "not an argument"),
         ("%0 = relu(1.0) : f32[]", "not an argument"),
-        ("%0 = add(%x, f32('a')) : f32[T, 8]", "expected a number of dtype f32, found 'a'"),
+        ("%0 = add(%x, f32('a')) : f32[T, 8]", "a number, True or False for value, found 'a'"),
         ("%0 = softmax(%x, dim=min(1, 2)) : f32[T, 8]", r"not an attribute: min\(1, 2\)"),
         ("%0 = softmax(%x, dim=-'a') : f32[T, 8]", "expected a number, found 'a'"),
         ("%0 = softmax(%x, dim='a' * 10**9) : f32[T, 8]", "expected a number, found 'a'"),

@@ -68,12 +68,12 @@ BROKEN: dict[str, tuple[Graph, str, str]] = {
     ),
     "the attributes that the op takes": (
         graph(forged(reduce.softmax, x, axis=1)),
-        r"softmax: cannot take .*axis=1\): .*unexpected keyword",
+        "softmax: expected attributes among dim; found axis=1",
         "%0 = softmax(%x, axis=1)",
     ),
     "attributes that the op needs": (
         graph(forged(reduce.softmax, x)),
-        r"softmax: cannot take \(f32\[T, 4\]\): .*'dim'",
+        "softmax: expected dim, an attribute; found none",
         "%0 = softmax(%x)",
     ),
     "arguments are results": (
@@ -169,7 +169,7 @@ BROKEN: dict[str, tuple[Graph, str, str]] = {
                 x, forged(literal, types=(TensorType("f32", ()),), value="1", dtype="f32")
             )
         ),
-        "literal: expected a number of dtype f32, found '1'",
+        "literal: expected a number, True or False for value, found '1'",
         "%0 = add(%x, f32(1))",
     ),
     "updates are of parameters": (
