@@ -27,6 +27,8 @@ from .model import Report, entry_sizes
 from .options import CompileOptions
 from .progress import Progress
 from .text.calibration import TextCalibration
+from .text.generation_config import not_taken
+from .text.special_tokens import read_json
 from .text.tokenizer import Tokenizer, read_files, stop_tokens
 from .weight_report import PackingErrors, weight_reports
 
@@ -120,10 +122,10 @@ def lower_language_model(
             weightless=plan_only,
             allow_unused=options.unused == "allow",
         )
-    notes = model.notes
+    checked = ""
     if options.check_import and not plan_only:
         with progress.timed("check import"):
-            notes = (*notes, str(check_import(model, source)))
+            checked = str(check_import(model, source))
     passes = options.passes
     if passes is None:
         passes = causal_lm(
@@ -177,6 +179,7 @@ def lower_language_model(
     elif "generation_config.json" not in files:  # the defaults of the config's class count then
         vocab = range(lowered.program.meta["vocab_size"])
         stops |= {id_ for id_ in _eos(None, model.config) if id_ in vocab}
+    departures = (*model.notes, *not_taken(_generation_config(source, files)))
     exportable = Exportable(
         lowered,
         final,
@@ -205,10 +208,19 @@ def lower_language_model(
             choices=tuple(lowered.choices),
             kernels_built=len(lowered.program.kernels) - backend.from_cache if backend else 0,
             kernels_cached=backend.from_cache if backend else 0,
-            notes=notes,
+            departures=departures,
+            import_check=checked,
         )
 
     return LoweredModel(every, exportable, graphs, tokenizer, report)
+
+
+def _generation_config(source: Any, files: Mapping[str, bytes]) -> Mapping[str, Any]:
+    """The generation config of a model in memory, or in the `files` of a directory."""
+    if not isinstance(source, torch.nn.Module):
+        return read_json(files, "generation_config.json", str(source))
+    held: Any = getattr(source, "generation_config", None)
+    return {} if held is None else held.to_dict()
 
 
 def _eos(source: Any, config: Any) -> set[int]:

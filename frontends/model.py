@@ -29,8 +29,9 @@ class Report:
     Sizes are bytes. `unused` has tensors of the checkpoint that the program does not read, and why.
     `seconds` is wall time by stage. `weights` is empty where nothing is quantized. `choices` says,
     for a GPU, by which kernels each node of each entry is computed, and why; `kernels_built` of
-    those were built now, and `kernels_cached` came from the cache. `notes` say in which way the
-    model is not what was asked for (a lowered limit), and what of its import was checked.
+    those were built now, and `kernels_cached` came from the cache. `departures` say in which way
+    the model is not what it or its caller asked for (a lowered limit, tokens that its generation
+    config forbids), `import_check` what of its import was checked, and `notes` are both.
     """
 
     model_type: str
@@ -47,7 +48,13 @@ class Report:
     choices: tuple[Choice, ...] = ()
     kernels_built: int = 0
     kernels_cached: int = 0
-    notes: tuple[str, ...] = ()
+    departures: tuple[str, ...] = ()
+    import_check: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know beside figures, a line each."""
+        return (*self.departures, *filter(None, [self.import_check]))
 
     @property
     def kernels(self) -> list[dict[str, Any]]:

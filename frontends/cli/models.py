@@ -6,9 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from ...runtime.artifact.manifest import MANIFEST
 from ..options import CompileOptions
 from .flags import UsageError, flag_name
+from .output import visible
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -40,9 +43,12 @@ def compile_model(directory: Path, options: CompileOptions) -> Model:
 
 
 def open_model(source: Path, options: CompileOptions, usual: CompileOptions) -> TextModel:
-    """Compile a model directory, or load an ingot."""
+    """Compile a model directory, and say what is not as it asks for, or load an ingot."""
     if not is_ingot(source):
-        return compile_model(source, options)
+        model = compile_model(source, options)
+        for line in model.report.departures:
+            typer.secho(visible(line), dim=True, err=True)
+        return model
     check_options(source, options, usual)
     from ..loading import load
 

@@ -35,6 +35,8 @@ from .attention_masks import described_masks
 from .default_positions import default_position_offset
 from .in_memory import meta_copy, traceable_model
 from .meta_model import (
+    ADAPTER,
+    MERGE,
     MetaModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -52,7 +54,7 @@ from .refusals import (
     reason_of,
     refuse_unsupported_layers,
 )
-from .source_error import UnsupportedModel
+from .source_error import SourceError, UnsupportedModel
 from .torch_export import Imported, ImportFailure, import_program
 from .traced_ops import register
 from .tracing import one_at_a_time
@@ -215,6 +217,18 @@ def _check(meta: MetaModel, imported: Imported, in_memory: bool) -> dict[str, st
     return dict.fromkeys(unused, "a part for images or sound, of a model that is given text alone")
 
 
+def _adapter_note(directory: Path, allowed: bool) -> tuple[str, ...]:
+    """What there is to say of an adapter beside the model; SourceError unless it is `allowed`."""
+    if not (directory / ADAPTER).is_file():
+        return ()
+    if not allowed:
+        raise SourceError(
+            f"{directory}: {ADAPTER} is of an adapter, {MERGE}, or leave it out by unused='allow' "
+            "(--unused allow)"
+        )
+    return (f"{ADAPTER}: the adapter beside the model is left out; allowed",)
+
+
 @one_at_a_time()
 def import_hugging_face(
     source: str | Path | PreTrainedModel,
@@ -231,7 +245,8 @@ def import_hugging_face(
     checkpoint's: that of config.json, or else of most stored values. `max_tokens`, or less where
     the model was made for less, bounds T. With `weightless` a directory may hold no weights: then
     they only have types. `allow_unused` leaves out stored tensors that the model does not read,
-    whatever they are. SourceError (see meta_model) or ImportFailure for an unsupported model.
+    whatever they are, and an adapter beside the model. SourceError (see meta_model) or
+    ImportFailure for an unsupported model.
     """
     register()
     in_memory = isinstance(source, PreTrainedModel)
@@ -251,6 +266,7 @@ def import_hugging_face(
         weights = Weights({**held, **Weights.of(meta.buffers, "computed from the config")})
         packed, unused, rotated = {}, {}, ()
     else:
+        notes += _adapter_note(Path(source), allow_unused)
         absent = weightless and not holds_weights(Path(source))
         named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
         if dtype is None and named is None and not absent:

@@ -23,7 +23,6 @@ from .tracing import one_at_a_time
 
 try:
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -48,6 +47,11 @@ _LANGUAGE_MODELS = {
     for names in mapping.values()
     for name in ([names] if isinstance(names, str) else names)
 }
+
+
+# Of PEFT, beside the weights of an adapter, which may lie in the directory of a whole model.
+ADAPTER = "adapter_config.json"
+MERGE = "which Ingot does not apply: merge it into its model before (PEFT's merge_and_unload)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +90,18 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
             found = "found " + (
                 ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "none"
             )
+        if (directory / ADAPTER).is_file():
+            found += f"; of an adapter, {MERGE}"
         raise SourceError(f"{directory}: expected a directory with config.json, {found}")
     check_config_file(directory / "config.json")
     try:
         return AutoConfig.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+    except Exception as error:  # the own code of transformers, which checks little beforehand
         raise SourceError(
             f"{directory / 'config.json'} is no config that the installed transformers knows "
-            f"(model code from the directory is never run): {error}"
+            f"(model code from the directory is never run): {_in_a_line(error)}"
         ) from error
 
 
@@ -120,7 +126,8 @@ def build_meta_model(
     `length_limits`.
 
     SourceError for rotary embeddings whose frequencies depend on the length of the sequence
-    ("dynamic"), and where a buffer's value cannot be rebuilt.
+    ("dynamic"), where a buffer's value cannot be rebuilt, and for a config of which transformers
+    can make no model.
     """
     wanted: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
     kind: Any = _class_of(config)
@@ -129,19 +136,25 @@ def build_meta_model(
         plain = without_quantization(config)
         text = plain.get_text_config()
         of_text = not isinstance(plain, kind.config_class) and isinstance(text, kind.config_class)
-        with torch.device("meta"):
-            return kind._from_config(
-                text if of_text else plain,
-                dtype=wanted,
-                attn_implementation=implementation,
-                experts_implementation=experts_implementation,
-            )
+        try:
+            with torch.device("meta"):
+                return kind._from_config(
+                    text if of_text else plain,
+                    dtype=wanted,
+                    attn_implementation=implementation,
+                    experts_implementation=experts_implementation,
+                )
+        except Exception as error:  # the model's own code, which trusts its config
+            if isinstance(error, KeyError) and error.args == (implementation,):
+                raise  # it looks for a class of attention by the name
+            raise SourceError(
+                f"{config.model_type}: transformers can make no model of this config: "
+                f"{_in_a_line(error)}"
+            ) from error
 
     try:
         model = made(attn_implementation)
-    except KeyError as error:  # it looks for a class of attention by the name
-        if error.args != (attn_implementation,):
-            raise
+    except KeyError as error:
         model = made("eager")
         if not model._can_set_attn_implementation():
             raise SourceError(
@@ -154,6 +167,11 @@ def build_meta_model(
     keep_in_float32(model, wanted)
     buffers = _non_persistent_buffers(model)
     return MetaModel(model, {**buffers, **short_rope_of(model)}, tied_names(model))
+
+
+def _in_a_line(error: Exception) -> str:
+    """What `error` is and says, which may be of several lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

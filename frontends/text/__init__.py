@@ -1,5 +1,5 @@
 """Text in and out of a model: `special_tokens` (out of a directory's files), `tokenizer`, `chat`
 (chat templates) over `render_template` (a process with a sandbox), `text_model` (generation from
-text) with `prompts` (what callers give) and `completion` (results, stop strings), and
-`calibration` (texts for GPTQ).
+text) with `prompts` (what callers give) and `completion` (results, stop strings),
+`generation_config` (what of a model's is not done), and `calibration` (texts for GPTQ).
 """

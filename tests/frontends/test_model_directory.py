@@ -10,12 +10,14 @@ import ingot
 import pytest
 import torch
 from ingot.frontends import api
+from ingot.frontends.cli.main import app
 from ingot.frontends.importers.meta_model import length_limits
 from ingot.frontends.importers.source_error import SourceError
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
 from tiny_tokenizers import byte_level, save
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 SMALL = {"max_sequences": 1, "max_tokens_per_sequence": 32}
 
@@ -60,6 +62,59 @@ def test_side_files_of_the_tokenizer_are_in_the_ingot(directory: Path, tmp_path:
     assert model.tokenizer.chat_template.render([]) == "<|sep|>"
     assert set(model.stop_tokens) == {2, model.tokenizer.backend.token_to_id("<|sep|>")}
     assert len(model.tokenizer.encode("<tool>", special_tokens=False)) == 1
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_a_generation_config_asks_in_vain_is_told(directory: Path, in_memory: bool) -> None:
+    file = directory / "generation_config.json"
+    edit(file, suppress_tokens=[80, 62], no_repeat_ngram_size=0, num_beams=1, top_k=7, top_p=1.0)
+
+    def departures() -> tuple[str, ...]:
+        held: Any = AutoModelForCausalLM.from_pretrained(directory) if in_memory else directory
+        return ingot.compile(held, **SMALL).report.departures
+
+    unsupported = "generation_config: not supported, and not done: suppress_tokens=[80, 62]"
+    assert departures() == (unsupported,)
+    edit(file, suppress_tokens=..., do_sample=True, repetition_penalty=1.3)
+    (told,) = departures()
+    assert told.endswith("if given to generate: do_sample=True, top_k=7, repetition_penalty=1.3")
+
+
+def test_run_says_what_a_generation_config_asks_in_vain(directory: Path) -> None:
+    edit(directory / "generation_config.json", bad_words_ids=[[5]])
+    flags = ["--ids", "5", "--max-new-tokens", "2", "--target", "cpu"]
+    result = CliRunner().invoke(app, ["run", str(directory), *flags])
+    assert result.exit_code == 0 and "not done: bad_words_ids=[[5]]" in result.stderr
+
+
+def test_an_adapter_beside_the_model_is_refused(directory: Path) -> None:
+    edit(directory / "adapter_config.json", peft_type="LORA")
+    with pytest.raises(SourceError, match=r"^\S+: adapter_config.json is of .* merge it into"):
+        ingot.compile(directory, **SMALL)
+    (told,) = ingot.compile(directory, unused="allow", **SMALL).report.departures
+    assert "left out" in told
+    (directory / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"with config.json, found adapter_config.json.*merge it"):
+        ingot.compile(directory, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "no model .*KeyError: 'su'"),
+        ({"hidden_act": "nonsense"}, "no model of this config: KeyError: 'nonsense'"),
+        ({"head_dim": 0}, "no model of this config: ZeroDivisionError"),
+        ({"use_return_dict": False}, "config.json is no config .*use_return_dict"),
+        ({"quantization_config": []}, "config.json is no config .*'list'"),
+        ({"num_attention_heads": 5}, "config.json is no config .*not a multiple"),
+    ],
+)
+def test_configs_without_a_model_are_refused_in_one_line(
+    changes: dict[str, Any], told: str, directory: Path
+) -> None:
+    edit(directory / "config.json", **changes)
+    with pytest.raises(SourceError, match=f"^[^\n]*{told}[^\n]*$"):
+        ingot.compile(directory, **SMALL)
 
 
 @pytest.mark.parametrize("eos", [-1, 320, 10**30])
