@@ -5,7 +5,6 @@ Weights are built and written one buffer at a time, so that one of them is in me
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -38,6 +37,7 @@ from ..runtime.devices.check_program import check_program
 from ..runtime.program import STEP, Buffer, Program
 from ..runtime.serving.abi import ServingMeta
 from .checkpoints.safetensors_files import torch_item
+from .importers.side_files import json_object
 
 # A loader checks shards in parallel: a large model has several.
 SHARD_BYTES = 1 << 29
@@ -157,7 +157,8 @@ def _manifest(what: Exportable) -> Manifest:
 
 def _generation(model_files: Mapping[str, bytes]) -> dict[str, float]:
     """The numeric sampling defaults of generation_config.json."""
-    given: Any = json.loads(model_files.get("generation_config.json", b"{}"))
+    name = "generation_config.json"
+    given = json_object(model_files.get(name, b"{}"), name)
     found = {name: given.get(name) for name in _SAMPLING}
     return {
         name: value

@@ -29,6 +29,7 @@ from ...runtime.artifact.atomic_write import AtomicWrite
 from ...runtime.artifact.safetensors_file import Item
 from ..importers.huggingface import import_hugging_face
 from ..importers.meta_model import MetaModel, build_meta_model, read_config
+from ..importers.side_files import read_json_object
 from ..importers.source_error import SourceError
 from .checkpoint import stored_tensors
 from .conversions import Destination, destinations
@@ -273,7 +274,7 @@ def _encoded(name: str, dense: torch.Tensor, options: MXFP4) -> Sequence[torch.T
 
 
 def _write_config(source: Path, target: Path, quantization: Mapping[str, Any]) -> None:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(source / "config.json")
     for section in [config, *(v for v in config.values() if isinstance(v, dict))]:
         section.pop("quantization_config", None)
     config["quantization_config"] = quantization

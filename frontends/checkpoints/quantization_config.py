@@ -7,7 +7,6 @@ activation_scheme, kv_cache_scheme) is left out, which is more exact than what i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...compiler.microscaling import GROUPS
+from ..importers.side_files import read_json_object
 from ..importers.source_error import SourceError
 from .config_section import Section
 from .patterns import matches_regex
@@ -111,11 +111,11 @@ def _section(config: Any) -> Mapping[str, Any] | None:
 def _modelopt_file(path: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        section = {**whole["quantization"], "quant_method": "modelopt"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{path}: expected ModelOpt's quantization as JSON: {error}") from error
+    whole = read_json_object(path)
+    given = whole.get("quantization")
+    if not isinstance(given, dict):
+        raise SourceError(f"{path}: expected ModelOpt's quantization, found {str(given)[:60]!r}")
+    section = {**given, "quant_method": "modelopt"}
     around = Section(whole, path.name)
     around.known("quantization", "producer")
     around.refuse_unread()

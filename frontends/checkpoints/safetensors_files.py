@@ -19,6 +19,7 @@ from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, within
 from ...runtime.artifact.safetensors_file import Item, ShardWriter, read_spans, shards_of
 from ...runtime.artifact.strict_json import IngotError
+from ..importers.side_files import read_json_object
 from ..importers.source_error import SourceError
 
 INDEX = "model.safetensors.index.json"
@@ -175,11 +176,7 @@ def safetensors_files(directory: Path) -> dict[Path, frozenset[str] | None]:
 
 def _shards(directory: Path) -> dict[str, list[str]]:
     """The names of tensors in the index by the name of their file."""
-    try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{directory / INDEX}: not readable as JSON: {error}") from error
-    files = index.get("weight_map") if isinstance(index, dict) else None
+    files = read_json_object(directory / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
         raise SourceError(f"{directory / INDEX}: expected a weight_map of names to file names")
     shards: dict[str, list[str]] = {}

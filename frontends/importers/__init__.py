@@ -8,7 +8,8 @@ as a model on the meta device) and `in_memory` (a model that is traced as it is)
 `torch_export` (an exported program to a graph) with `aten_rules` (the translation of each
 operator) and `indexing` (of indices that are tensors). `tracing`: one thread at a time;
 `streamed_model`: the model itself, a layer in memory at a time; `refusals`: why a model is not
-compiled; `weightless`: a checkpoint from config.json alone; `source_error`: the errors for models
-that cannot be read or expressed.
+compiled; `weightless`: a checkpoint from config.json alone; `side_files`: files of a model
+directory, read within bounds; `source_error`: the errors for models that cannot be read or
+expressed.
 `config_bounds` says what a config.json may ask for at most.
 """

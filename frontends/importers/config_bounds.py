@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .side_files import read_json_object
 from .source_error import SourceError
 
-_MOST_BYTES = 1 << 26
-_MOST_DEPTH = 32
 # Words in keys whose number counts modules, or entries of a list that the config makes of it, and
 # the largest number: some times that of the largest models.
 _COUNTS = {"layer": 2048, "block": 2048, "depth": 2048, "expert": 1 << 16, "label": 1 << 20}
@@ -21,14 +19,9 @@ _MOST = 2**63 - 1
 
 def check_config_file(path: Path) -> None:
     """SourceError unless `path` is JSON of bounded size whose numbers a model can be built of."""
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise SourceError(f"{path}: expected at most {_MOST_BYTES} bytes of JSON, found {size}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: expected JSON, found none: {error}") from error
+    config = read_json_object(path)
     most = {"layer": 1, "expert": 1}
-    for key, value in _integers(config, str(path)):
+    for key, value in _integers(config):
         word = next((w for w in _COUNTS if w in key.lower()), None)
         counts = word is not None and not any(w in key.lower() for w in _NOT_COUNTED)
         limit = _COUNTS[word] if word is not None and counts else _MOST
@@ -48,10 +41,10 @@ def _shown(value: int) -> str:
     return str(value) if value.bit_length() < 100 else f"a number of {value.bit_length()} bits"
 
 
-def _integers(config: Any, where: str) -> Iterator[tuple[str, int]]:
-    """Every integer by its key, down to a depth."""
+def _integers(config: Any) -> Iterator[tuple[str, int]]:
+    """Every integer by its key."""
     level: list[tuple[str, Any]] = [("", config)]
-    for _ in range(_MOST_DEPTH):
+    while level:
         below: list[tuple[str, Any]] = []
         for key, value in level:
             if isinstance(value, int) and not isinstance(value, bool):
@@ -61,5 +54,3 @@ def _integers(config: Any, where: str) -> Iterator[tuple[str, int]]:
             elif isinstance(value, list):
                 below += [("", item) for item in value]
         level = below
-    if level:
-        raise SourceError(f"{where}: expected at most {_MOST_DEPTH} levels of JSON, found more")

@@ -7,7 +7,6 @@ flags are those of transformers (`tokenization_utils_base.py`, `tokenization_uti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from ..importers.side_files import json_object
 from ..importers.source_error import SourceError
 
 CONFIG = "tokenizer_config.json"
@@ -40,15 +40,7 @@ Token = str | AddedToken
 
 def read_json(files: Mapping[str, bytes], name: str, place: str) -> dict[str, Any]:
     """The object in a JSON file of a model directory, empty when there is no file."""
-    if name not in files:
-        return {}
-    try:
-        content = json.loads(files[name].decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place}/{name} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{place}/{name}: expected an object, found {type(content).__name__}")
-    return content
+    return json_object(files[name], f"{place}/{name}") if name in files else {}
 
 
 def add_special_tokens(

@@ -12,11 +12,13 @@ from typing import Any
 import tokenizers
 
 from ...runtime.artifact.reader import TEMPLATES, TOKENIZER_FILES
+from ..importers.side_files import read_file
 from ..importers.source_error import SourceError
 from .chat import ChatTemplate, chat_template_of
 from .special_tokens import CONFIG, add_special_tokens, read_json
 
 _FILE = "tokenizer.json"
+_MOST_BYTES = 1 << 27
 # Stands for bytes that are no character, and for the start of one whose rest has not come yet.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -163,15 +165,12 @@ class IncrementalDetokenizer:
 def read_files(directory: Path) -> dict[str, bytes]:
     """Tokenizer, chat templates and configs that are there, by their path in `directory`.
 
-    SourceError for one that cannot be read.
+    SourceError for one that cannot be read, or has more bytes than any tokenizer's files.
     """
     paths = [directory / name for name in (*TOKENIZER_FILES, "config.json")]
     paths += sorted((directory / TEMPLATES).glob("*.jinja"))
-    try:
-        found = {path: path.read_bytes() for path in paths if path.is_file()}
-    except OSError as error:
-        raise SourceError(f"{directory}: not readable: {error}") from error
-    return {path.relative_to(directory).as_posix(): data for path, data in found.items()}
+    there = [path for path in paths if path.is_file()]
+    return {path.relative_to(directory).as_posix(): read_file(path, _MOST_BYTES) for path in there}
 
 
 def stop_tokens(files: Mapping[str, bytes], place: str) -> set[int]:

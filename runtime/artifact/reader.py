@@ -44,6 +44,7 @@ TOKENIZER_FILES = (
 TEMPLATES = "additional_chat_templates/"
 _MAX_PLAN = 1 << 27  # bytes of the JSON files of the plan together
 _MAX_GRAPH = 1 << 25  # bytes of one graph
+_MAX_MODEL_FILES = 1 << 28  # bytes of the tokenizer's files together
 _MAX_SMALL = 1 << 30  # bytes of all files but weights together
 _HASH_THREADS = 16
 
@@ -184,6 +185,7 @@ def _check_sizes(manifest: Manifest) -> None:
     for name in (FINAL_GRAPH, FOLDED_GRAPH):
         check(name, _MAX_GRAPH, name)
     check("plan", _MAX_PLAN, "plan/")
+    check("tokenizer", _MAX_MODEL_FILES, "tokenizer/", TEMPLATES)
     check("all files but weights", _MAX_SMALL, *(f"{n}/" for n in FOLDERS if n != "weights"))
 
 

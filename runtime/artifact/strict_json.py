@@ -1,4 +1,4 @@
-"""Untrusted JSON: read within bounds and decoded by msgspec into structs with constraints."""
+"""Untrusted JSON: read within bounds, and decoded by msgspec into structs with constraints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 _MAX_DEPTH = 32
+_MAX_VALUES = 1 << 23  # each takes up to a hundred bytes of memory
 _MAX_SHOWN = 60
 _MAX_WORDS = 200
 
@@ -38,17 +39,15 @@ def _cut(text: str, most: int) -> str:
 def decode(data: bytes | memoryview, kind: type[T], where: str, most: int) -> T:
     """Decode `data`, at most `most` bytes of JSON, as a `kind`; IngotError says where not.
 
-    As `read_json` and `typed`; text must also be printable and nested at most 32 levels deep.
+    As `read_json` and `typed`; text must also be printable.
     """
     value = read_json(data, where, most)
     level = [value]
-    for _ in range(_MAX_DEPTH):
+    while level:
         for item in level:
             if isinstance(item, str) and not item.isprintable():
                 raise IngotError(f"{where}: expected printable text, found {shown(item)}")
         level = [inner for item in level for inner in _inside(item)]
-    if level:
-        raise IngotError(f"{where}: expected at most {_MAX_DEPTH} levels of JSON, found more")
     return typed(value, kind, where)
 
 
@@ -58,13 +57,36 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
-    """The value in `data`, of at most `most` bytes; IngotError unless it is plain JSON.
+def bounded_json(data: bytes | memoryview, where: str, most: int, **hooks: Any) -> Any:
+    """The value in `data`, of at most `most` bytes, 8,388,608 values and 32 levels.
 
-    Refuses repeated keys and infinite numbers, which msgspec's decoder accepts.
+    `hooks` go to json.loads. IngotError where it is more, or no JSON.
     """
     if len(data) > most:
         raise IngotError(f"{where}: expected at most {most} bytes of JSON, found {len(data)}")
+    data = bytes(data)
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise IngotError(f"{where}: expected at most {_MAX_VALUES} values of JSON, found more")
+    try:
+        value = json.loads(data.decode("utf-8"), **hooks)
+    except IngotError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise IngotError(f"{where}: expected JSON, found none: {error}") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inside = (inner for item in level for inner in _inside(item))
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
+    if level:
+        raise IngotError(f"{where}: expected at most {_MAX_DEPTH} levels of JSON, found more")
+    return value
+
+
+def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
+    """As `bounded_json`, of JSON that Ingot wrote, or the header of a safetensors file.
+
+    Refuses repeated keys and infinite numbers, which msgspec's decoder accepts.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -79,15 +101,8 @@ def read_json(data: bytes | memoryview, where: str, most: int) -> Any:
         value = float(text)
         return value if math.isfinite(value) else constant(shown(text))
 
-    try:
-        text = bytes(data).decode("utf-8")
-        return json.loads(
-            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
-        )
-    except IngotError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise IngotError(f"{where}: expected JSON, found none: {error}") from error
+    hooks = {"object_pairs_hook": pairs, "parse_constant": constant, "parse_float": number}
+    return bounded_json(data, where, most, **hooks)
 
 
 def typed(value: Any, kind: type[T], where: str) -> T:

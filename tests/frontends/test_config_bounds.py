@@ -60,7 +60,7 @@ def test_text_that_is_no_config_is_refused(tmp_path: Path, text: str, expected: 
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(SourceError, match="bytes of JSON"):
+    with pytest.raises(SourceError, match="expected at most 67108864 bytes"):
         read_config(tmp_path)
 
 

@@ -407,7 +407,7 @@ def test_modelopt_by_its_own_file_alone(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=rf"{key} .*: not known"):
             opened(directory)
         del where[key]
-    (directory / source.name).write_text("{", encoding="utf-8")
+    (directory / source.name).write_text('{"quantization": 4}', encoding="utf-8")
     with pytest.raises(SourceError, match=r"hf_quant_config\.json: expected ModelOpt's"):
         opened(directory)
 

@@ -139,7 +139,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="expected an object, found list"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(SourceError, match=r"tokenizer_config\.json is no JSON"):
+    with pytest.raises(SourceError, match=r"tokenizer_config\.json: expected JSON, found none"):
         Tokenizer.open(tmp_path)
 
 
