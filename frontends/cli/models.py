@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,13 +44,21 @@ def compile_model(directory: Path, options: CompileOptions) -> Model:
 
 
 def open_model(source: Path, options: CompileOptions, usual: CompileOptions) -> TextModel:
-    """Compile a model directory, and say what is not as it asks for, or load an ingot."""
+    """Compile a model directory, or load an ingot; say what is not as it was asked for."""
     if not is_ingot(source):
         model = compile_model(source, options)
-        for line in model.report.departures:
-            typer.secho(visible(line), dim=True, err=True)
+        _note(model.report.departures)
         return model
     check_options(source, options, usual)
     from ..loading import load
 
-    return load(source)
+    loaded = load(source)
+    asked, limit = loaded.asked_tokens, loaded.session.meta.max_tokens_per_sequence
+    if asked is not None and asked > limit:
+        _note([f"max_tokens_per_sequence: {asked} was lowered to {limit}, the limit of the model"])
+    return loaded
+
+
+def _note(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.secho(visible(line), dim=True, err=True)

@@ -26,6 +26,7 @@ from ingot.codegen.lower import Lowered, lower
 from ingot.compiler.target import CPU
 from ingot.compiler.text import parse, same_structure
 from ingot.compiler.weights import Weights
+from ingot.frontends import api
 from ingot.frontends.aot import export
 from ingot.frontends.cli.main import app
 from ingot.frontends.drivers import NoDriverError, driver_for, present_target
@@ -194,6 +195,25 @@ def test_command_line(directory: Path, tmp_path: Path) -> None:
     os.truncate(path, 5000)
     broken = run("run", path, "--prompt", "a")
     assert broken.exit_code == 1 and broken.stderr.startswith(f"error: {path}: zip: expected")
+
+
+def test_what_there_is_to_note_is_told_once(directory: Path, tmp_path: Path) -> None:
+    most = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    limit = most["max_position_embeddings"]
+    wide = ("--max-tokens", str(limit + 1), "--max-sequences", "1")
+    lowered = f"lowered to {limit}, the "
+    compiled = run("compile", directory, "-o", tmp_path / "x.ingot", *wide)
+    assert lowered in compiled.stdout
+    notes = api.plan(directory, max_tokens_per_sequence=limit + 1, progress=False).report
+    for said in (
+        run("run", directory, "--prompt", "a", "--max-new-tokens", "1", *wide),
+        run("chat", directory, "--max-new-tokens", "1", *wide, stdin="a\nb\n"),
+    ):
+        assert said.exit_code == 0, said.output
+        assert notes.departures and all(said.stderr.count(n) == 1 for n in notes.departures)
+        assert lowered not in said.stdout
+    loaded = run("run", tmp_path / "x.ingot", "--prompt", "a", "--max-new-tokens", "1")
+    assert loaded.stderr.count(lowered) == 1 and lowered not in loaded.stdout
 
 
 def test_chat_remembers(small: Path) -> None:
