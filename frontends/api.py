@@ -61,9 +61,10 @@ def compile(
 ) -> Model | CompiledModule:
     """Compile `source`: a Hugging Face directory, a `PreTrainedModel`, or an `nn.Module`.
 
-    A language model becomes a Model that serves. An `nn.Module` needs `example_inputs`, becomes a
-    CompiledModule, and is traced with torch.export, to which `dynamic_shapes` goes. The other
-    keywords are the fields of CompileOptions, which says what they mean.
+    A language model becomes a Model that serves, with the weights that `source` has now. An
+    `nn.Module` needs `example_inputs`, becomes a CompiledModule, and is traced with torch.export,
+    to which `dynamic_shapes` goes. The other keywords are the fields of CompileOptions, which says
+    what they mean.
 
     The cpu target computes with dequantized weights; the report lists the quantized ones.
     `compile_to` compiles for devices that are not present.
@@ -105,7 +106,9 @@ def compile(
             )
         if example_inputs is not None or dynamic_shapes is not None:
             raise ValueError("example_inputs and dynamic_shapes belong to an nn.Module")
-        return _open(lower_language_model(model, chosen, target, progress), driver, progress)
+        lowered = lower_language_model(model, chosen, target, progress)
+        held = () if isinstance(model, str | Path) else (*model.parameters(), *model.buffers())
+        return _open(lowered, driver, progress, held)
 
 
 @keywords_of(CompileOptions)
@@ -202,13 +205,20 @@ def _language_model(source: Any, *, given: bool = False) -> str | Path | PreTrai
         raise
 
 
-def _open(model: LoweredModel, driver: Driver, progress: Progress) -> Model:
-    """Load the weights of `model` and make it ready to serve."""
+def _open(
+    model: LoweredModel, driver: Driver, progress: Progress, held: Sequence[torch.Tensor]
+) -> Model:
+    """Load the weights of `model` and make it ready to serve.
+
+    What is `held` by a model in memory is copied: who changes that later would change some of the
+    weights, and not those that are folded.
+    """
+    storages = {tensor.untyped_storage().data_ptr() for tensor in held}
 
     def load_weight(rank: Lowered, name: str) -> torch.Tensor:
         tensor = rank.load_weight(name)
         progress.done()
-        return tensor
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
 
     programs = [rank.program for rank in model.ranks]
     if programs[0].target == CPU:

@@ -27,7 +27,7 @@ from ..passes.pipelines import module
 from ..runtime.driver import Driver, Executable
 from ..runtime.program import STEP
 from .compilation import graphs_by_stage, kernel_backend, run_passes
-from .importers.torch_export import import_program
+from .importers.torch_export import ImportFailure, import_program
 from .importers.tracing import one_at_a_time
 from .model import Compiled
 from .module_inputs import module_input
@@ -114,8 +114,12 @@ def compile_module(
     driver: Driver,
     progress: Progress,
 ) -> CompiledModule:
-    """Trace `source` with torch.export, to which `dynamic_shapes` goes, and run the passes."""
-    training = source.training
+    """Trace `source` with torch.export, to which `dynamic_shapes` goes, and run the passes.
+
+    It is traced in eval mode, and its modules come out in the modes in which they were.
+    ImportFailure where torch.export cannot.
+    """
+    training = [part for part in source.modules() if part.training]
     try:
         quiet = warnings.catch_warnings()
         with progress.timed("trace"), one_at_a_time(), torch.no_grad(), quiet:
@@ -124,12 +128,22 @@ def compile_module(
                 source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes
             )
             program = program.run_decompositions({})
+    except Exception as error:  # the module's own code runs here, and may fail in any way
+        raise ImportFailure(
+            f"{type(source).__name__}: torch.export cannot trace it: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     finally:
-        source.train(training)
+        for part in training:
+            part.training = True
     with progress.timed("import"):
         imported = import_program(program, type(source).__name__, symbols=_bounds(program))
         held = {n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
-        weights = Weights.of({**held, **program.state_dict}, "the module")
+        held |= program.state_dict
+        if not target.is_gpu:  # who changes the module later would change what is not folded
+            copies = {id(tensor): tensor.clone() for tensor in held.values()}
+            held = {name: copies[id(tensor)] for name, tensor in held.items()}
+        weights = Weights.of(held, "the module")
     passes = module() if options.passes is None else options.passes
     context = PassContext(target, weights)
     results = run_passes(imported.graph, passes, context, options, progress)

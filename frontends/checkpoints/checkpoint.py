@@ -134,7 +134,7 @@ def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
 
     Tensors on the CPU in the dtype of `meta` are not copied; others are converted when loaded.
     Buffers are the model's own. SourceError for a quantized model, meta tensors, missing names and
-    wrong shapes.
+    wrong shapes; loading raises it where a tensor was changed in place meanwhile.
     """
     refuse_quantized(model)
     tensors = dict(named_tensors(model))
@@ -147,14 +147,35 @@ def weights_of(model: PreTrainedModel, meta: MetaModel) -> Weights:
     for name, type_ in types.items():
         tensor = tensors[name].detach()
         _check(name, type_, type_of(tensor), f"{type(model).__name__} holds")
-        dtype = torch_dtype(type_.dtype)
-        load, part = partial(tensor.to, "cpu", dtype), partial(_cast_part, tensor, dtype)
-        entries[name] = Entry(type_, load, f"{type(model).__name__} in memory", part)
+        held = _Held(f"{type(model).__name__}: {name}", tensor, torch_dtype(type_.dtype))
+        origin = f"{type(model).__name__} in memory"
+        entries[name] = Entry(type_, held.load, origin, held.load_part)
     return Weights(entries)
 
 
-def _cast_part(tensor: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> torch.Tensor:
-    return within(tensor, bounds).to("cpu", dtype)
+class _Held:
+    """A tensor in memory, as it was when the model was imported."""
+
+    def __init__(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        self._name, self._tensor, self._dtype = name, tensor, dtype
+        self._version = self._version_now()
+
+    def load(self) -> torch.Tensor:
+        return self._unchanged().to("cpu", self._dtype)
+
+    def load_part(self, bounds: Bounds) -> torch.Tensor:
+        return within(self._unchanged(), bounds).to("cpu", self._dtype)
+
+    def _version_now(self) -> int:
+        """How often it was written to; what torch.inference_mode made does not count."""
+        return 0 if self._tensor.is_inference() else self._tensor._version
+
+    def _unchanged(self) -> torch.Tensor:
+        if self._version_now() != self._version:
+            raise SourceError(
+                f"{self._name} was changed in place since the model was compiled; compile it again"
+            )
+        return self._tensor
 
 
 def _entries(

@@ -145,6 +145,11 @@ class Importer:
             and isinstance(node.meta["val"], torch.SymInt | torch.SymBool | torch.SymFloat)
         ):
             return self.dim_of(node.meta["val"])
+        if _draws(node):
+            raise ImportFailure(
+                f"{name} at {self.source()} draws random numbers: expected code that computes the "
+                "same from the same inputs"
+            )
         args = [self.arg(a) for a in node.args]
         kwargs = {k: self.arg(v) for k, v in node.kwargs.items()}
         try:
@@ -266,6 +271,17 @@ class Importer:
         results = op.node(tuple(operands), attrs, self.source()).results
         traced = self.node.meta.get("val")
         return results if isinstance(traced, tuple | list) else results[0]
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operator is random; dropout that is off, also that of attention, is not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    target: Any = node.target
+    named = {a.name: a.default_value for a in target._schema.arguments}
+    given = {**named, **dict(zip(named, node.args, strict=False)), **node.kwargs}
+    off = any(given.get(name) is False for name in ("train", "training"))
+    return not off and all(given.get(name, 1) != 0 for name in ("p", "dropout_p"))
 
 
 # What torch makes of a Python number where a tensor belongs.

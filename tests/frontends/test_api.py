@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ingot
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from ingot.codegen.entries import Choice
+from ingot.frontends.importers.source_error import SourceError
 from ingot.frontends.importers.torch_export import ImportFailure
 from ingot.frontends.options import NotYetError
 from ingot.runtime.devices.device_api import DriverMissingError
 from ingot.runtime.host_memory import NotEnoughMemory
 from tiny_models import tiny_model
+from torch.nn.functional import dropout
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,20 @@ def test_every_dtype_is_served(source: Any, dtype: str) -> None:
     served = ingot.compile(source, dtype=dtype, max_sequences=1, max_tokens_per_sequence=16)
     assert served.logits([5, 6, 7]).dtype == np.float32
     assert len(served.generate([5, 6, 7], max_new_tokens=3).tokens) == 3
+
+
+def test_a_model_that_is_trained_on_changes_nothing(tmp_path: Path) -> None:
+    """Some of its weights would be read in place, and others are folded."""
+    source = tiny_model("llama")
+    served = ingot.compile(source, max_sequences=1, max_tokens_per_sequence=16)
+    before = served.logits([5, 6, 7])
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.5)
+    assert np.array_equal(served.logits([5, 6, 7]), before)
+    with pytest.raises(SourceError, match=r"\.weight was changed in place since the model was"):
+        served.export(tmp_path / "m.ingot")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("sequences", [10**8, 10**30])
@@ -177,6 +194,66 @@ class _Counts(torch.nn.Module):
 def test_modules_that_write_are_refused() -> None:
     with pytest.raises(ImportFailure, match="writes into"):
         ingot.compile(_Counts(), example_inputs=(torch.ones(2),))
+
+
+class _Noisy(torch.nn.Module):
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.draw(x) - self.draw(x)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [torch.randn_like, torch.bernoulli, lambda x: dropout(x, 0.5), lambda x: torch.rand(3)],
+    ids=["randn_like", "bernoulli", "dropout", "rand"],
+)
+def test_random_numbers_are_refused(draw: Any) -> None:
+    """Equal nodes are one, and what depends on no input is computed once."""
+    with pytest.raises(ImportFailure, match=r"at  @test_api.py:\d+ draws random numbers"):
+        ingot.compile(_Noisy(draw), example_inputs=(torch.rand(2, 3),), target="cpu")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: dropout(x, 0.5, training=False),
+        lambda x: dropout(x, 0.0),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+    ],
+    ids=["off", "never", "attention"],
+)
+def test_dropout_that_is_off_is_not_random(draw: Any) -> None:
+    x = torch.rand(2, 4, 8)
+    source = _Noisy(draw)
+    compiled = ingot.compile(source, example_inputs=(x,), target="cpu")
+    torch.testing.assert_close(compiled(x), source(x))
+
+
+def test_modules_that_are_trained_on_change_nothing() -> None:
+    source, x = torch.nn.Linear(8, 8), torch.rand(3, 8)
+    compiled = ingot.compile(source, example_inputs=(x,), target="cpu")
+    before = source(x).detach()
+    with torch.no_grad():
+        source.weight.mul_(2)
+    torch.testing.assert_close(compiled(x), before)
+
+
+def test_modules_come_out_in_their_modes() -> None:
+    part = torch.nn.BatchNorm1d(8).eval()
+    source = torch.nn.Sequential(torch.nn.Linear(8, 8), part, torch.nn.Dropout(0.5))
+    source.train()
+    part.eval()
+    ingot.compile(source, example_inputs=(torch.randn(3, 8),), target="cpu")
+    assert [m.training for m in source.modules()] == [True, True, False, True]
+
+
+def test_what_torch_cannot_export_is_said_in_one_line() -> None:
+    source = torch.nn.Linear(8, 8)
+    with pytest.raises(ImportFailure, match=r"^Linear: torch.export cannot trace it: [^\n]*$"):
+        ingot.compile(source, example_inputs=(torch.ones(2, 8),), dynamic_shapes=({}, {}))
 
 
 def test_report_says_which_kernels_and_why(model: Any) -> None:
