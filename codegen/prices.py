@@ -17,6 +17,7 @@ LAUNCH_SECONDS = 1e-6
 # 0.28-0.40 in MXFP4, where unpacking bounds them. Estimated: square tiles, and all of AMD's.
 GEMM_BANDWIDTH = {
     ("fragments", True): 0.65,
+    ("gemv", False): 0.85,
     ("mfma", False): 0.65,
     ("mfma", True): 0.65,
     ("narrow", False): 0.6,

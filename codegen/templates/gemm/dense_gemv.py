@@ -1,0 +1,134 @@
+"""GEMV: a dense weight times the rows of a few tokens, by multiply-adds; the weight is the traffic.
+
+A program computes a few columns of y over all of K. Each lane loads 16 bytes of the weight at once
+and adds up the products of those in f32; lanes and warps meet once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+
+from ...kernel_query import Call, Declined
+from ..pdl import pdl_wait
+from .epilogue import finish
+from .product import GemmLaunch, Product
+
+# The most tokens: each takes a multiply-add for every element of the weight.
+MOST = 4
+_DTYPES = ("bf16", "f16", "f32")
+_WARPS, _WIDTH = 4, 8
+# Sums of BLOCK_K columns that a program holds: _WIDTH registers a lane each.
+_MOST_SUMS = 8
+
+
+@triton.jit
+def gemv_kernel(
+    x,
+    weight,
+    norm,
+    epilogue,
+    N: tl.constexpr,
+    Y_HEAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """ROWS columns of y [TOKENS, N] = epilogue(x [TOKENS, K] · wᵀ), of one head (program_id(1)).
+
+    `x` are Rows. BLOCK_K columns of the weight are taken at once; each has a sum of its own until
+    the end. With a `norm` rows of x are normed by it first: squares are added up as x is read, for
+    a scale of the sums.
+    """
+    pdl_wait(PROGRAMMATIC)
+    K: tl.constexpr = weight.K
+    DTYPE: tl.constexpr = x.data.dtype.element_ty
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < N
+    x_head = x.data + head * x.HEAD
+    w_row = weight.data + head * weight.HEAD + row.to(tl.int64)[:, None] * weight.ROW
+    sums = ()
+    ups = ()
+    squares = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (tl.zeros((ROWS, BLOCK_K), tl.float32),)
+        if weight.HALVED:
+            ups = ups + (tl.zeros((ROWS, BLOCK_K), tl.float32),)
+        if norm is not None:
+            squares = squares + (tl.zeros((BLOCK_K,), tl.float32),)
+    for k in range(0, K, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        in_k = at < K
+        inside = in_rows[:, None] & in_k[None, :]
+        ws = tl.load(w_row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        if weight.HALVED:
+            us = tl.load(w_row + N * weight.ROW + at[None, :], mask=inside, other=0.0)
+            us = us.to(tl.float32)
+        if norm is not None:
+            gain = tl.load(norm.weight + at, mask=in_k, other=0.0).to(tl.float32)
+        new_sums = ()
+        new_ups = ()
+        new_squares = ()
+        for t in tl.static_range(TOKENS):
+            xs = tl.load(x_head + t * x.STEP + at, mask=in_k, other=0.0).to(tl.float32)
+            if norm is not None:
+                new_squares = new_squares + (squares[t] + xs * xs,)
+                xs = (xs * gain).to(DTYPE).to(tl.float32)
+            new_sums = new_sums + (sums[t] + ws * xs[None, :],)
+            if weight.HALVED:
+                new_ups = new_ups + (ups[t] + us * xs[None, :],)
+        sums = new_sums
+        ups = new_ups
+        squares = new_squares
+    y = epilogue.y + head * Y_HEAD
+    for t in tl.static_range(TOKENS):
+        total = tl.sum(sums[t], 1)
+        up = total
+        if weight.HALVED:
+            up = tl.sum(ups[t], 1)
+        if norm is not None:
+            scale = tl.rsqrt(tl.sum(squares[t], 0) / K + norm.EPS)
+            total *= scale
+            up *= scale
+        finish(epilogue, y, total, up, row * 0 + t, row, row, in_rows, in_rows, N)
+
+
+def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
+    """One launch for very few tokens and a dense weight whose rows lie in one piece."""
+    held, weight = product.held, product.weight
+    if product.packed or held.type.dtype not in _DTYPES:
+        yield Declined(f"GEMV: expected a dense weight of {', '.join(_DTYPES)}, found {held.type}")
+    elif product.tokens > MOST:
+        yield Declined(f"GEMV: {product.tokens} tokens, expected at most {MOST}")
+    elif weight.COLUMN != 1:
+        yield Declined("GEMV: the rows of the weight do not lie in one piece")
+    else:
+        rows = _rows(product)
+        # A lane's eight of every step; no more than there are, but for whole warps.
+        block = _WARPS * product.query.target.warp * _WIDTH
+        block = min(block, max(triton.next_power_of_2(weight.K), 128))
+        args = {
+            "x": product.x,
+            "weight": weight,
+            "norm": product.norm,
+            "epilogue": product.epilogue,
+            "N": product.n,
+            "Y_HEAD": product.y_head,
+            "TOKENS": product.tokens,
+            "ROWS": rows,
+            "BLOCK_K": block,
+        }
+        grid = (triton.cdiv(product.n, rows), product.heads, 1)
+        call = Call(gemv_kernel, args, grid, (product.epilogue.y,), num_warps=_WARPS)
+        yield GemmLaunch(call, "gemv", "GEMV for very few tokens")
+
+
+def _rows(product: Product) -> int:
+    """Columns of y a program: so few that the sums of all tokens stay in registers, and that a
+    small product fills the device."""
+    sums = triton.next_power_of_2(product.tokens) * (2 if product.weight.HALVED else 1)
+    return max(min(_MOST_SUMS // sums, 4 if product.n * product.heads >= 4096 else 2), 1)
