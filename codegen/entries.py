@@ -20,6 +20,7 @@ from ..compiler.ops.mxfp4_fragments import mxfp4_tiled
 from ..compiler.types import TensorType, bind_attr
 from ..runtime.program import Buffer, Entry, Function, Kernel, Launch, Slice, Spec
 from .memory import Access, Block, Lifetime, dependencies, plan_blocks
+from .price_table import Launched
 
 
 def buffer_of(name: str, type_: TensorType, binding: Mapping[str, int], kind: Any) -> Buffer:
@@ -84,8 +85,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a node of one entry is computed: the names of its kernels, why, and an estimate; and what
-    would have been second, with its price."""
+    """How a node of one entry is computed: the names of its kernels, why, and an estimate.
+
+    `runner_up` is what would have been second, with its price. `priced` says of each launch under
+    what it stands in a table of measured prices, `offered` which kernels of those were candidates.
+    """
 
     op: str
     entry: str
@@ -93,6 +97,8 @@ class Choice:
     reason: str
     seconds: float
     runner_up: str = ""
+    priced: tuple[Launched | None, ...] = ()
+    offered: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

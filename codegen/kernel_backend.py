@@ -6,7 +6,7 @@ and only what a template cannot read so is copied first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,15 +61,18 @@ class KernelBackend:
         target: Target,
         progress: Callable[[int, int], None] | None = None,
         only: str | None = None,
+        prefer: str = "",
     ) -> None:
         """`progress` hears how many of how many kernels are there. `only` names an entry: just its
-        kernels are built, for a program that is looked at and not run."""
+        kernels are built, for a program that is looked at and not run. `prefer` is as `select` has
+        it."""
         self.target = target
         self.sources: dict[str, KernelSource] = {}
         self.choices: list[Choice] = []
         self.from_cache = 0  # of `kernels`
         self._progress = progress
         self._only = only
+        self._prefer = prefer
         self._wanted: dict[str, None] = {}
 
     def kernels(self) -> Mapping[str, Kernel]:
@@ -148,10 +151,11 @@ class KernelBackend:
             held = tuple(result for result in results if result)
             args = (*held, *args[len(held) :])
         types: list[Any] = list(bound.types)
+        constants = {*builder.folded.values()}
         query = KernelQuery(
             node.op,
             dict(bound.attrs),
-            tuple(map(operand, args)),
+            tuple(operand(arg, constants) for arg in args),
             tuple(
                 operand(result) if result else Operand(type_, dense_strides(type_.shape))
                 for result, type_ in zip(results, types, strict=True)
@@ -160,10 +164,11 @@ class KernelBackend:
             append,
             given,
         )
-        chosen = select(query)
+        chosen = select(query, self._prefer)
         if isinstance(chosen, Declined) and not all(a.dense for a in query.args):
             args = tuple(self._dense(a, builder, copying) for a in args)
-            chosen = select(replace(query, args=tuple(map(operand, args))))
+            query = replace(query, args=tuple(operand(arg, constants) for arg in args))
+            chosen = select(query, self._prefer)
         if isinstance(chosen, Declined):
             raise NoKernelError(f"{label}: {chosen.reason}")
         self._launch(chosen, args, results, label, builder)
@@ -229,7 +234,11 @@ class KernelBackend:
         op = label.split(" ")[0]
         second = chosen.runner_up
         over = f"{second.reason} ({second.seconds * 1e6:.1f} µs)" if second else ""
-        self.choices.append(Choice(op, entry, tuple(ids), chosen.reason, chosen.seconds, over))
+        priced = tuple(call.priced for call in chosen.calls)
+        offered = {p.kernel: None for each in (chosen, *chosen.others) for p in each.priced}
+        self.choices.append(
+            Choice(op, entry, tuple(ids), chosen.reason, chosen.seconds, over, priced, (*offered,))
+        )
 
     def _source(
         self, call: Call, place: Callable[[Ref], Slice], values: list[Slice | int | float]
@@ -259,17 +268,18 @@ def launch_label(node: Node) -> str:
     return f"{name}{'+kv_append' if node.appends else ''} {node.source}".strip()
 
 
-def operand(place: Place) -> Operand:
-    """How a template sees an argument or result."""
+def operand(place: Place, constants: Container[str] = ()) -> Operand:
+    """How a template sees an argument or result; `constants` are buffers that no launch writes."""
     match place:
         case Slice():
             strides = place.strides or dense_strides(place.shape)
-            return Operand(TensorType(place.dtype, place.shape), strides)
+            type_ = TensorType(place.dtype, place.shape)
+            return Operand(type_, strides, constant=place.buffer in constants)
         case PackedSlice():
             codes, scales = (TensorType(s.dtype, s.shape) for s in (place.codes, place.scales))
             packed = Packed(codes, scales, place.group, place.fragments)
             shape: Any = place.type.shape
-            return Operand(place.type, dense_strides(shape), None, packed)
+            return Operand(place.type, dense_strides(shape), None, packed, constant=True)
         case bool():
             return Operand(TensorType("bool", ()), (), place)
         case int():

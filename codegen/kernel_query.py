@@ -17,6 +17,7 @@ from typing import Any
 from ..compiler.ir import Op
 from ..compiler.target import Target
 from ..compiler.types import TensorType
+from .price_table import Launched
 from .prices import LAUNCH_SECONDS
 
 
@@ -38,13 +39,15 @@ class Operand:
     """An argument or result of a node: its type with all dims bound, and how it lies in memory.
 
     `strides` are in elements. `value` is set for a literal: a number, no memory. `packed` is set
-    for a weight that is held in MXFP4: then only its codes and scales are in memory.
+    for a weight that is held in MXFP4: then only its codes and scales are in memory. What no launch
+    writes is `constant`.
     """
 
     type: TensorType
     strides: tuple[int, ...]
     value: bool | int | float | None = None
     packed: Packed | None = None
+    constant: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,7 +125,8 @@ class Call:
     i32, float is f32) unless the parameter is a tl.constexpr. An argument may be a NamedTuple of
     these (a Weight, an Epilogue): its numbers are constants. `writes` are the references that it
     writes; it reads the others. `overlaps` says whether the launches around it may overlap it where
-    the target has that: tiles for many tokens keep the device to themselves.
+    the target has that: tiles for many tokens keep the device to themselves. `priced` is under what
+    the launch stands in a table of measured prices.
     """
 
     function: Any
@@ -132,6 +136,7 @@ class Call:
     num_warps: int = 4
     num_stages: int = 2
     overlaps: bool = True
+    priced: Launched | None = None
 
     def arguments(self) -> dict[str, Any]:
         """`args` in the order of the function's parameters, with run-time numbers marked."""
@@ -146,13 +151,25 @@ class Call:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to compute a node: launches in order, its price in seconds, what it is, and scratch."""
+    """A way to compute a node: launches in order, its price in seconds, what it is, and scratch.
+
+    Of the one that was chosen `others` are the rest, the cheapest first.
+    """
 
     calls: tuple[Call, ...]
     seconds: float
     reason: str
     temps: Mapping[str, TensorType] = field(default_factory=dict[str, TensorType])
-    runner_up: Candidate | None = None
+    others: tuple[Candidate, ...] = ()
+
+    @property
+    def runner_up(self) -> Candidate | None:
+        return self.others[0] if self.others else None
+
+    @property
+    def priced(self) -> tuple[Launched, ...]:
+        """Its launches that stand in tables of measured prices."""
+        return tuple(call.priced for call in self.calls if call.priced)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,30 @@ them it goes on with their slope. A target without points is modelled (`prices`)
 from __future__ import annotations
 
 import os
+import tempfile
 from bisect import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
+from msgspec import structs
 
 _HERE = Path(__file__).with_name("measured")
+_LEAST_MICROSECONDS = 0.5
+
+
+class Launched(NamedTuple):
+    """What the price of a GEMM launch depends on: its kernel, tokens, and bytes of its weight."""
+
+    kernel: str
+    tokens: int
+    bytes: int
 
 
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
-    """One launch of `kernel` for `tokens`, which reads a weight of `bytes`, in a chain of them."""
+    """A launch of `kernel` for `tokens`, reading a weight of `bytes`, in a chain of its kind."""
 
     kernel: str
     tokens: int
@@ -32,24 +44,68 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     target: str
     device: str
-    points: tuple[Point, ...]
+    points: tuple[Point, ...] = ()
 
-    def seconds(self, kernel: str, tokens: int, nbytes: int) -> float | None:
+    def seconds(self, of: Launched) -> float | None:
         """What a launch takes, by the points for the least tokens that are enough; None where there
         are not two of different sizes."""
-        mine = [p for p in self.points if p.kernel == kernel and p.tokens >= tokens]
+        mine = [p for p in self.points if p.kernel == of.kernel and p.tokens >= of.tokens]
         least = min((p.tokens for p in mine), default=0)
-        by_size = {p.bytes: p.microseconds for p in sorted(mine) if p.tokens == least}
+        by_size = {p.bytes: p.microseconds for p in mine if p.tokens == least}
         if len(by_size) < 2:
             return None
         sizes = sorted(by_size)
-        high = min(max(bisect(sizes, nbytes), 1), len(sizes) - 1)
+        high = min(max(bisect(sizes, of.bytes), 1), len(sizes) - 1)
         a, b = sizes[high - 1], sizes[high]
         slope = max((by_size[b] - by_size[a]) / (b - a), 0.0)
-        found = by_size[a] + slope * (nbytes - a)
-        return 1e-6 * max(found, min(by_size.values()) * nbytes / sizes[-1])
+        # Noise may make the smallest sizes seem free, or worse.
+        return 1e-6 * max(by_size[a] + slope * (of.bytes - a), _LEAST_MICROSECONDS)
 
     def with_points(self, points: Iterable[Point]) -> Table:
         """The table with `points` beside its own, in place of those of the same launches."""
         held = {(p.kernel, p.tokens, p.bytes): p for p in (*self.points, *points)}
-        return msgspec.structs.replace(self, points=tuple(sorted(held.values())))
+        return structs.replace(self, points=tuple(sorted(held.values())))
+
+
+@cache
+def table_of(target: str) -> Table:
+    """All points for a target: those of this version, then those of the user's cache.
+
+    ValueError names a file of the cache that holds no table.
+    """
+    found = Table(target, "")
+    for path in (_HERE / _file_of(target), user_table(target)):
+        if path.is_file():
+            held = _read(path)
+            found = structs.replace(found.with_points(held.points), device=held.device)
+    return found
+
+
+def user_table(target: str) -> Path:
+    """Where the user's own points are kept: below XDG_CACHE_HOME, by default ~/.cache."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "ingot" / "prices" / _file_of(target)
+
+
+def add_points(target: str, device: str, points: Iterable[Point]) -> Path:
+    """Add to the user's table, which is replaced as a whole; gives its path."""
+    path = user_table(target)
+    held = _read(path) if path.is_file() else Table(target, device)
+    table = structs.replace(held.with_points(points), device=device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(table), indent=1))
+    Path(file.name).replace(path)
+    table_of.cache_clear()
+    return path
+
+
+def _file_of(target: str) -> str:
+    return f"{target.replace(':', '-')}.json"
+
+
+def _read(path: Path) -> Table:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Table)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: expected a table of prices: {error}; delete it") from error

@@ -1,6 +1,7 @@
 """Prices of candidates in seconds: the constants by which `select` compares ways to compute an op.
 
-A price is the larger of the traffic at a fraction of the target's bandwidth and of the arithmetic
+A GEMM costs what was measured of its kernel on the target (`price_table`), where it was. Otherwise
+a price is the larger of the traffic at a fraction of the target's bandwidth and of the arithmetic
 at a rate, and a fixed cost a launch. Fractions and rates were measured on an H200 (cold weights,
 graph replays) or are estimates, and said to be.
 """
@@ -8,6 +9,7 @@ graph replays) or are estimates, and said to be.
 from __future__ import annotations
 
 from ..compiler.target import Target
+from .price_table import Launched, table_of
 
 # The gap between two nodes of a replayed graph: 1.0-1.14 µs measured, 0.6-0.7 where PDL hides it.
 LAUNCH_SECONDS = 1e-6
@@ -45,11 +47,15 @@ PICK_SECONDS = 1e-7
 
 
 def gemm_seconds(
-    target: Target, kernel: str, weight_bytes: int, other_bytes: int, packed: bool
+    target: Target, kernel: str, of: Launched, other_bytes: int, packed: bool
 ) -> float:
-    """A GEMM without its launch: its weight at the kernel's fraction of the bandwidth."""
+    """A GEMM with its launch: as measured, or else its weight at the kernel's fraction of the
+    bandwidth."""
+    measured = table_of(target.name).seconds(of)
+    if measured is not None:
+        return measured
     fraction = GEMM_BANDWIDTH[kernel, packed]
-    return (weight_bytes / fraction + other_bytes) / target.bytes_per_second
+    return (of.bytes / fraction + other_bytes) / target.bytes_per_second + LAUNCH_SECONDS
 
 
 def norm_within_launches(weight_bytes: int) -> float:

@@ -44,8 +44,11 @@ def templates_of(op: str) -> Sequence[Template]:
     return [t for table in _TABLES for t in table.get(op, ())]
 
 
-def select(query: KernelQuery) -> Candidate | Declined:
-    """The cheapest candidate, and in its `runner_up` the next; or every reason for declining."""
+def select(query: KernelQuery, prefer: str = "") -> Candidate | Declined:
+    """The cheapest candidate, which has the others; or every reason for declining.
+
+    Those that launch the kernel `prefer` (of price_table.Launched) come before all others.
+    """
     found: list[Candidate] = []
     reasons: list[str] = []
     for template in templates_of(query.op.name):
@@ -56,10 +59,14 @@ def select(query: KernelQuery) -> Candidate | Declined:
             else:
                 reasons.append(f"{template.__name__}: {each.reason}")
     if found:
-        best, *others = sorted(found, key=lambda candidate: candidate.seconds)
-        return replace(best, runner_up=others[0]) if others else best
+        best, *others = sorted(found, key=lambda each: (not _launches(each, prefer), each.seconds))
+        return replace(best, others=tuple(others))
     types = ", ".join(str(o.type) for o in query.args)
     return Declined(
         f"no kernel for {query.op.name}({types}) on {query.target.name}: "
         + ("; ".join(reasons) or "no template knows the op")
     )
+
+
+def _launches(candidate: Candidate, kernel: str) -> bool:
+    return any(priced.kernel == kernel for priced in candidate.priced)

@@ -59,14 +59,17 @@ def run_passes(
 
 
 def kernel_backend(
-    target: Target, progress: Progress, only: str | None = None
+    target: Target, progress: Progress, only: str | None = None, prefer: str = ""
 ) -> KernelBackend | None:
-    """What generates kernels for a GPU, of the entry `only` if one is named; None for the cpu."""
+    """What generates kernels for a GPU, of the entry `only` if one is named; None for the cpu.
+
+    The kernel `prefer` is taken wherever it can be, whatever it costs.
+    """
     if not target.is_gpu:
         return None
     from ..codegen.kernel_backend import KernelBackend  # needs triton
 
-    return KernelBackend(target, progress.count, only)
+    return KernelBackend(target, progress.count, only, prefer)
 
 
 def graphs_by_stage(traced: Graph, results: Sequence[PassResult]) -> dict[str, Graph]:
@@ -102,9 +105,11 @@ def lower_language_model(
     *,
     plan_only: bool = False,
     entry: str | None = None,
+    prefer: str = "",
 ) -> LoweredModel:
     """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels (or
-    every one, for ALL), and whose weights need not be there."""
+    every one, for ALL), and whose weights need not be there. `prefer` is as kernel_backend has it.
+    """
     from .import_check import check_import  # needs transformers, which is an extra
     from .importers.huggingface import import_hugging_face
 
@@ -155,7 +160,7 @@ def lower_language_model(
             only = None
             if plan_only and entry != ALL:
                 only = chosen_entry(list(map(entry_name, bindings)), entry)
-            backend = kernel_backend(target, progress, only)
+            backend = kernel_backend(target, progress, only, prefer)
             lowered = lower(
                 final,
                 context.weights,

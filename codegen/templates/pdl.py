@@ -15,7 +15,8 @@ What is computed is what launches one after the other compute:
   it reads. If all programs of a kernel returned without waiting, it would be complete too soon and
   let the next one in: `pdl_wait` is therefore the first statement, under no condition.
 - Only constants, which no launch writes, may be read before: fragment_linear reads its first
-  weights, and then waits by assembly of its own.
+  weights, and then waits by assembly of its own; dense_gemv does between `pdl_launch` and
+  `pdl_join`.
 - A kernel that does not wait has full edges alone, on both sides.
 - launch_dependents orders nothing, so it may come first. Later programs start when all of this
   kernel's have started, so those that wait never hold the room of one that they wait for.
@@ -39,4 +40,18 @@ def pdl_wait(PROGRAMMATIC: tl.constexpr):
     """
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def pdl_launch(PROGRAMMATIC: tl.constexpr):
+    """The first half of `pdl_wait`: let the launches that follow begin."""
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def pdl_join(PROGRAMMATIC: tl.constexpr):
+    """The second half: wait for those before. Until then only constants may be read."""
+    if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()

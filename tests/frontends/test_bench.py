@@ -25,10 +25,13 @@ from ingot.frontends.bench.random_weights import RandomWeights
 from ingot.frontends.bench.report import result_lines, result_tables
 from ingot.frontends.bench.run import Benchmark, run
 from ingot.frontends.bench.traffic import NOTHING, traffic_by_label
+from ingot.frontends.bench.tune import tune
 from ingot.frontends.bench.workload import Workload, step_inputs
 from ingot.frontends.cli.commands.bench import command
 from ingot.frontends.cli.flags import UsageError
 from ingot.frontends.model import Plan
+from ingot.frontends.options import CompileOptions
+from ingot.frontends.progress import Progress
 from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import STEP
 from ingot.runtime.serving.abi import ServingAbi
@@ -215,3 +218,21 @@ def test_wrong_flags_are_told(flags: dict[str, Any], said: str) -> None:
     given = {"batch": "1", "context": "8", "prefill": "8", "quantize": "mxfp4", "peer": ""}
     with pytest.raises(UsageError, match=said):
         command("qwen3-8b", **{**given, "layers": None, "plots": None, "target": "cpu", **flags})
+
+
+# ---- tuning
+
+
+def test_tune_times_every_kernel_that_could_compute_a_product(
+    device: FakeGpu, tmp_path: Path
+) -> None:
+    tiny_config("llama", dtype="bfloat16").save_pretrained(tmp_path)
+    options = CompileOptions(max_sequences=2, max_tokens_per_sequence=16, progress=False)
+    with Progress(enabled=False) as progress:
+        points = tune(tmp_path, options, device.driver(), "cpu", progress)
+    kernels = {p.kernel for p in points}
+    assert kernels == {"gemv bf16", "narrow bf16", "square bf16"}
+    for kernel, tokens in (("gemv bf16", {1, 2, 4}), ("square bf16", {1, 2, 4, 8, 16})):
+        assert {p.tokens for p in points if p.kernel == kernel} == tokens
+    q_k_v, o, gate_up = bf16((64 + 2 * 32, 64)), bf16((64, 64)), bf16((2 * 96, 64))
+    assert {p.bytes for p in points} >= {q_k_v, o, gate_up}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ...kernel_query import Call, Declined
-from ..pdl import pdl_wait
+from ..pdl import pdl_join, pdl_launch
 from .epilogue import finish
 from .product import GemmLaunch, Product
 
@@ -35,15 +35,17 @@ def gemv_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """ROWS columns of y [TOKENS, N] = epilogue(x [TOKENS, K] · wᵀ), of one head (program_id(1)).
 
     `x` are Rows. BLOCK_K columns of the weight are taken at once; each has a sum of its own until
     the end. With a `norm` rows of x are normed by it first: squares are added up as x is read, for
-    a scale of the sums.
+    a scale of the sums. AHEAD says that the weight is a constant, which may be read before the
+    launches before have ended: each step's weights are asked for one step ahead.
     """
-    pdl_wait(PROGRAMMATIC)
+    pdl_launch(PROGRAMMATIC)
     K: tl.constexpr = weight.K
     DTYPE: tl.constexpr = x.data.dtype.element_ty
     head = tl.program_id(1).to(tl.int64)
@@ -60,14 +62,21 @@ def gemv_kernel(
             ups = ups + (tl.zeros((ROWS, BLOCK_K), tl.float32),)
         if norm is not None:
             squares = squares + (tl.zeros((BLOCK_K,), tl.float32),)
+    column = tl.arange(0, BLOCK_K)
+    if AHEAD:
+        next_ws, next_us = _weights(weight, w_row, in_rows, column, N)
+    pdl_join(PROGRAMMATIC)
     for k in range(0, K, BLOCK_K):
-        at = k + tl.arange(0, BLOCK_K)
+        at = k + column
         in_k = at < K
-        inside = in_rows[:, None] & in_k[None, :]
-        ws = tl.load(w_row + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        if weight.HALVED:
-            us = tl.load(w_row + N * weight.ROW + at[None, :], mask=inside, other=0.0)
-            us = us.to(tl.float32)
+        if AHEAD:
+            ws = next_ws
+            us = next_us
+            next_ws, next_us = _weights(weight, w_row, in_rows, at + BLOCK_K, N)
+        else:
+            ws, us = _weights(weight, w_row, in_rows, at, N)
+        ws = ws.to(tl.float32)
+        us = us.to(tl.float32)
         if norm is not None:
             gain = tl.load(norm.weight + at, mask=in_k, other=0.0).to(tl.float32)
         new_sums = ()
@@ -97,6 +106,18 @@ def gemv_kernel(
         finish(epilogue, y, total, up, row * 0 + t, row, row, in_rows, in_rows, N)
 
 
+@triton.jit
+def _weights(weight, w_row, in_rows, at, N: tl.constexpr):
+    """Columns `at` of the rows at `w_row`, zero outside; of a HALVED weight those of the gate and
+    those of the up, otherwise the same twice."""
+    inside = in_rows[:, None] & (at < weight.K)[None, :]
+    ws = tl.load(w_row + at[None, :], mask=inside, other=0.0)
+    us = ws
+    if weight.HALVED:
+        us = tl.load(w_row + N * weight.ROW + at[None, :], mask=inside, other=0.0)
+    return ws, us
+
+
 def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
     """One launch for very few tokens and a dense weight whose rows lie in one piece."""
     held, weight = product.held, product.weight
@@ -121,6 +142,7 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
             "TOKENS": product.tokens,
             "ROWS": rows,
             "BLOCK_K": block,
+            "AHEAD": held.constant,
         }
         grid = (triton.cdiv(product.n, rows), product.heads, 1)
         call = Call(gemv_kernel, args, grid, (product.epilogue.y,), num_warps=_WARPS)

@@ -12,6 +12,7 @@ from importlib import import_module
 from math import prod
 
 from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand, Result, even_step
+from ...price_table import Launched
 from ...prices import LAUNCH_SECONDS, gemm_seconds, norm_within_launches
 from ..rowwise.norms import row_step
 from .epilogue import Epilogue, epilogue_of
@@ -49,12 +50,14 @@ def candidates(
             if isinstance(answer, Declined):
                 yield answer
                 continue
-            launches: float = len(given.calls) + 1
-            seconds = gemm_seconds(query.target, answer.kernel, weight_bytes, other, product.packed)
+            launches: float = len(given.calls)
+            kernel = f"{answer.kernel} {held}{' by head' if product.heads > 1 else ''}"
+            priced = Launched(kernel, product.tokens, weight_bytes)
+            seconds = gemm_seconds(query.target, answer.kernel, priced, other, product.packed)
             if product.norm:
                 launches += norm_within_launches(weight_bytes)
             described = reason.format(name=answer.name, held=held, note=given.note)
-            calls = (*given.calls, answer.call)
+            calls = (*given.calls, replace(answer.call, priced=priced))
             seconds += launches * LAUNCH_SECONDS
             yield Candidate(calls, seconds, described, given.temps)
 

@@ -1,0 +1,95 @@
+"""Measure the GEMM kernels that a model could use, over its own buffers, for tables of prices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from ...codegen.entries import Choice
+from ...codegen.price_table import Launched, Point
+from ...compiler.target import target_of
+from ...runtime.devices.graph_executable import GpuDriver
+from ...runtime.program import STEP, Entry, Program
+from ...runtime.serving.abi import ServingMeta
+from ..compilation import ALL, lower_language_model
+from ..options import CompileOptions
+from ..progress import Progress
+from .parts import parts_of, with_parts
+from .random_weights import RandomWeights
+from .workload import Workload, step_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REPLAYS = 20
+# Positions before the tokens of a step: no price is of attention.
+_CONTEXT = 0
+
+
+def tune(
+    source: str | Path | PreTrainedModel,
+    options: CompileOptions,
+    driver: GpuDriver,
+    device: str,
+    progress: Progress,
+) -> list[Point]:
+    """A point for every kernel that could compute a product of `source`, at every bucket of tokens.
+
+    The model is planned once for each kernel, which is taken wherever it can be, and its launches
+    are timed in chains over random weights. `device` is torch's name of where these are made.
+    """
+    found: dict[Launched, Point] = {}
+    kernels: dict[str, None] = {"": None}
+    done: set[str] = set()
+    while waiting := [kernel for kernel in kernels if kernel not in done]:
+        done.add(waiting[0])
+        planned = lower_language_model(
+            source,
+            options,
+            target_of(driver.target),
+            progress,
+            plan_only=True,
+            entry=ALL,
+            prefer=waiting[0],
+        )
+        (lowered,) = planned.ranks
+        kernels |= {k: None for choice in lowered.choices for k in choice.offered}
+        for point in _timed(lowered.program, lowered.choices, driver, device):
+            found.setdefault(Launched(point.kernel, point.tokens, point.bytes), point)
+    return sorted(found.values())
+
+
+def _timed(
+    program: Program, choices: Sequence[Choice], driver: GpuDriver, device: str
+) -> Iterator[Point]:
+    """The launches of a program that are priced, each kind once."""
+    step, meta = program.functions[STEP], ServingMeta.of(program.meta)
+    by_entry = {name: [*of] for name, of in groupby(choices, key=lambda choice: choice.entry)}
+    executable = driver.load(
+        with_parts(program, step.entries, None), RandomWeights(program, device)
+    )
+    try:
+        for entry in step.entries:
+            priced = _priced(entry, by_entry[entry.name])
+            tokens = entry.symbols["T"]
+            work = Workload(1, tokens, _CONTEXT)
+            inputs = step_inputs(step, meta, entry.symbols, work)
+            for part in parts_of(program, entry):
+                of = priced[part.launches[0]]
+                if of is None:
+                    continue
+                executable.run(part.function, entry.symbols, inputs, ())
+                times = executable.measure(part.function, entry.symbols, _REPLAYS)
+                yield Point(*of, 1e3 * median(times) / part.chained)
+    finally:
+        executable.close()
+
+
+def _priced(entry: Entry, choices: list[Choice]) -> list[Launched | None]:
+    """Under what each launch of `entry` is priced."""
+    found = [priced for choice in choices for priced in choice.priced]
+    assert len(found) == len(entry.launches), entry.name
+    return found
