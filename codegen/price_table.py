@@ -1,17 +1,17 @@
-"""Measured prices: microseconds of GEMM kernels on a device, by kernel, tokens and bytes.
+"""Measured prices: microseconds of GEMM kernels on a device, by kernel, tokens and shape.
 
 A table of points stands in `measured/` for each target that was measured; `ingot tune` adds those
-of a model to the user's cache, which come first. Between two sizes a price is interpolated, beyond
-them it goes on with their slope. A target without points is modelled (`prices`), and said to be.
+of a model to the user's cache, which come first. A shape that was not measured is read at the rate
+of those that are nearest to it. A target without points is modelled (`prices`), and said to be.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from bisect import bisect
 from collections.abc import Iterable
 from functools import cache
+from math import log2
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,24 +19,34 @@ import msgspec
 from msgspec import structs
 
 _HERE = Path(__file__).with_name("measured")
-_LEAST_MICROSECONDS = 0.5
+# No launch takes less: the gap between two.
+_LEAST_MICROSECONDS = 1.0
 
 
 class Launched(NamedTuple):
-    """What the price of a GEMM launch depends on: its kernel, tokens, and bytes of its weight."""
+    """What the price of a GEMM launch depends on: its kernel, tokens, and the weight's shape.
+
+    The kernel's name says in what the weight is held, and what else the kernel does.
+    """
 
     kernel: str
     tokens: int
-    bytes: int
+    rows: int
+    columns: int
 
 
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
-    """A launch of `kernel` for `tokens`, reading a weight of `bytes`, in a chain of its kind."""
+    """A launch, timed in a chain of its kind over weights that were not in the cache."""
 
     kernel: str
     tokens: int
-    bytes: int
+    rows: int
+    columns: int
     microseconds: float
+
+    @property
+    def of(self) -> Launched:
+        return Launched(self.kernel, self.tokens, self.rows, self.columns)
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,23 +57,27 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     points: tuple[Point, ...] = ()
 
     def seconds(self, of: Launched) -> float | None:
-        """What a launch takes, by the points for the least tokens that are enough; None where there
-        are not two of different sizes."""
+        """What a launch takes, by the points of its kernel for the least tokens that are enough.
+
+        None where there are none. Elements a second are the mean over all shapes, in logarithms,
+        weighted by 1 / d^2 of the distance in the plane of log rows and log columns.
+        """
         mine = [p for p in self.points if p.kernel == of.kernel and p.tokens >= of.tokens]
         least = min((p.tokens for p in mine), default=0)
-        by_size = {p.bytes: p.microseconds for p in mine if p.tokens == least}
-        if len(by_size) < 2:
+        weights = total = 0.0
+        for p in (p for p in mine if p.tokens == least):
+            distance = log2(p.rows / of.rows) ** 2 + log2(p.columns / of.columns) ** 2
+            if not distance:
+                return 1e-6 * p.microseconds
+            weights += 1 / distance
+            total += log2(p.rows * p.columns / p.microseconds) / distance
+        if not weights:
             return None
-        sizes = sorted(by_size)
-        high = min(max(bisect(sizes, of.bytes), 1), len(sizes) - 1)
-        a, b = sizes[high - 1], sizes[high]
-        slope = max((by_size[b] - by_size[a]) / (b - a), 0.0)
-        # Noise may make the smallest sizes seem free, or worse.
-        return 1e-6 * max(by_size[a] + slope * (of.bytes - a), _LEAST_MICROSECONDS)
+        return 1e-6 * max(of.rows * of.columns / 2 ** (total / weights), _LEAST_MICROSECONDS)
 
     def with_points(self, points: Iterable[Point]) -> Table:
         """The table with `points` beside its own, in place of those of the same launches."""
-        held = {(p.kernel, p.tokens, p.bytes): p for p in (*self.points, *points)}
+        held = {p.of: p for p in (*self.points, *points)}
         return structs.replace(self, points=tuple(sorted(held.values())))
 
 

@@ -27,6 +27,8 @@ GEMM_BANDWIDTH = {
     ("square", False): 0.5,
     ("square", True): 0.25,
 }
+# Ends the name of a kernel, in tables of measured prices, that norms its input itself.
+NORMED = " normed"
 # Bytes of a weight at which a norm within its GEMM costs as much as a launch before it: every
 # program norms whole rows. Of an 8B in MXFP4, on an H200, one token took 2.99 ms with all norms in
 # launches before, 3.02 with those of products up to 16 MiB within (36 launches fewer), 3.04 with
@@ -47,20 +49,22 @@ PICK_SECONDS = 1e-7
 
 
 def gemm_seconds(
-    target: Target, kernel: str, of: Launched, other_bytes: int, packed: bool
+    target: Target, kernel: str, of: Launched, weight_bytes: int, other_bytes: int, *, packed: bool
 ) -> float:
     """A GEMM with its launch: as measured, or else its weight at the kernel's fraction of the
-    bandwidth."""
-    measured = table_of(target.name).seconds(of)
-    if measured is not None:
+    bandwidth. A norm within that was not measured costs by the bytes of the weight."""
+    table = table_of(target.name)
+    if (measured := table.seconds(of)) is not None:
         return measured
+    within = 0.0
+    if of.kernel.endswith(NORMED):
+        within = weight_bytes / NORM_WITHIN_BYTES * LAUNCH_SECONDS
+        of = of._replace(kernel=of.kernel.removesuffix(NORMED))
+    if (measured := table.seconds(of)) is not None:
+        return measured + within
     fraction = GEMM_BANDWIDTH[kernel, packed]
-    return (of.bytes / fraction + other_bytes) / target.bytes_per_second + LAUNCH_SECONDS
-
-
-def norm_within_launches(weight_bytes: int) -> float:
-    """What a norm of the input costs within a GEMM, in launches."""
-    return weight_bytes / NORM_WITHIN_BYTES
+    moved = weight_bytes / fraction + other_bytes
+    return moved / target.bytes_per_second + LAUNCH_SECONDS + within
 
 
 def unpacking_seconds(target: Target, elements: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from ...compiler.ir import Graph
 from ...runtime.devices.graph_executable import GpuDriver, GpuExecutable
 from ...runtime.driver import Array, WeightLoader
-from ...runtime.program import STEP, Entry, Program
+from ...runtime.program import STEP, Entry, Program, Slice
 from ...runtime.serving.abi import ServingAbi
 from ...runtime.serving.session import Session
 from ..cli.launches import PlannedEntry, sections
@@ -37,7 +37,7 @@ class LaunchFigures:
 
     `microseconds` is for one of them, `bytes` what all of them must read, `of_limit` the share of
     the time that reading these would take at best, and `share` that of their time in the sum over
-    all kinds. The launches of one op share its bytes, which stand with the first.
+    all kinds. Of several launches of an op the one that is given its weight has its bytes.
     """
 
     op: str
@@ -182,12 +182,11 @@ def _parts(
         chain = timer.milliseconds(part.function, entry, inputs)
         timed.append((part, 1e3 * chain / part.chained))
     total = sum(each * len(part.launches) for part, each in timed)
-    seen: set[str] = set()
+    readers = _readers(planned.program, entry)
     found: list[LaunchFigures] = []
     for part, each in timed:
-        labels = {entry.launches[i].label for i in part.launches}
-        moved = sum(traffic.get(label, NOTHING).bytes for label in labels - seen)
-        seen |= labels
+        labels = {entry.launches[i].label for i in part.launches if i in readers}
+        moved = sum(traffic.get(label, NOTHING).bytes for label in labels)
         time = each * len(part.launches)
         found.append(
             LaunchFigures(
@@ -203,6 +202,16 @@ def _parts(
             )
         )
     return tuple(found)
+
+
+def _readers(program: Program, entry: Entry) -> set[int]:
+    """Of the launches of each op the one that is given most of its weights and caches."""
+    best: dict[str, tuple[int, int]] = {}
+    for i, launch in enumerate(entry.launches):
+        given = {arg.buffer for arg in launch.args if isinstance(arg, Slice)}
+        held = sum(program.buffers[name].nbytes for name in given if name in program.buffers)
+        best[launch.label] = max(best.get(launch.label, (-1, 0)), (held, -i))
+    return {-place for _, place in best.values()}
 
 
 def _step(

@@ -58,7 +58,7 @@ def tune(
         (lowered,) = planned.ranks
         kernels |= {k: None for choice in lowered.choices for k in choice.offered}
         for point in _timed(lowered.program, lowered.choices, driver, device):
-            found.setdefault(Launched(point.kernel, point.tokens, point.bytes), point)
+            found.setdefault(point.of, point)
     return sorted(found.values())
 
 

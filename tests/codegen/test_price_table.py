@@ -19,7 +19,7 @@ from ingot.compiler.types import TensorType
 TARGET = "cuda:sm_90"
 
 
-def table(*points: tuple[str, int, int, float]) -> Table:
+def table(*points: tuple[str, int, int, int, float]) -> Table:
     return Table(TARGET, "a device", tuple(Point(*p) for p in points))
 
 
@@ -31,50 +31,55 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     table_of.cache_clear()
 
 
-def test_between_two_sizes_and_beyond() -> None:
-    found = table(("gemv", 1, 10, 2.0), ("gemv", 1, 30, 4.0))
-    for nbytes, microseconds in ((10, 2.0), (20, 3.0), (30, 4.0), (50, 6.0), (5, 1.5)):
-        assert found.seconds(Launched("gemv", 1, nbytes)) == pytest.approx(1e-6 * microseconds)
+def test_a_point_is_itself_and_other_shapes_have_the_rate_of_those_nearest() -> None:
+    found = table(("gemv", 1, 64, 64, 2.0), ("gemv", 1, 4096, 64, 32.0))
+    assert found.seconds(Launched("gemv", 1, 64, 64)) == pytest.approx(2e-6)
+    assert found.seconds(Launched("gemv", 1, 4096, 64)) == pytest.approx(32e-6)
+    # 2,048 and 8,192 elements a microsecond: nearly the one beside it, between both half way.
+    near = found.seconds(Launched("gemv", 1, 4096, 128))
+    assert near == pytest.approx(64e-6, rel=0.1)
+    between = found.seconds(Launched("gemv", 1, 512, 64))
+    assert between == pytest.approx(1e-6 * 512 * 64 / 4096)
 
 
 def test_the_least_tokens_that_are_enough() -> None:
-    found = table(("k", 1, 10, 1.0), ("k", 1, 20, 2.0), ("k", 8, 10, 5.0), ("k", 8, 20, 7.0))
-    assert found.seconds(Launched("k", 1, 10)) == pytest.approx(1e-6)
-    assert found.seconds(Launched("k", 2, 10)) == pytest.approx(5e-6)
-    assert found.seconds(Launched("k", 9, 10)) is None
-    assert found.seconds(Launched("another", 1, 10)) is None
+    found = table(("k", 1, 64, 64, 1.5), ("k", 8, 64, 64, 5.0))
+    assert found.seconds(Launched("k", 1, 64, 64)) == pytest.approx(1.5e-6)
+    assert found.seconds(Launched("k", 2, 64, 64)) == pytest.approx(5e-6)
+    assert found.seconds(Launched("k", 9, 64, 64)) is None
+    assert found.seconds(Launched("another", 1, 64, 64)) is None
 
 
-def test_one_size_says_nothing_of_another() -> None:
-    assert table(("k", 1, 10, 1.0)).seconds(Launched("k", 1, 10)) is None
+_SIZES = st.integers(1, 10**6)
 
 
 @given(
     st.lists(
-        st.tuples(st.integers(1, 10**9), st.floats(0.5, 1e4)),
-        min_size=2,
-        unique_by=lambda point: point[0],
+        st.tuples(_SIZES, _SIZES, st.floats(1.0, 1e4)),
+        min_size=1,
+        unique_by=lambda point: point[:2],
     ),
-    st.integers(1, 10**9),
+    _SIZES,
+    _SIZES,
 )
-def test_a_price_is_positive_and_a_point_is_itself(
-    points: list[tuple[int, float]], nbytes: int
+def test_a_rate_is_within_those_of_the_points(
+    points: list[tuple[int, int, float]], rows: int, columns: int
 ) -> None:
-    found = table(*(("k", 1, size, time) for size, time in points))
-    price = found.seconds(Launched("k", 1, nbytes))
-    assert price is not None and price >= 0.5e-6
-    low, *_ = sorted(points)
-    assert found.seconds(Launched("k", 1, low[0])) == pytest.approx(1e-6 * low[1])
+    found = table(*(("k", 1, *point) for point in points)).seconds(Launched("k", 1, rows, columns))
+    rates = [n * k / time for n, k, time in points]
+    low, high = (1e-6 * rows * columns / rate for rate in (max(rates), min(rates)))
+    assert found is not None
+    assert max(0.99 * low, 1e-6) <= max(found, 1e-6) and found <= max(1.01 * high, 1e-6)
 
 
 def test_points_of_the_user_come_before_those_of_the_version(own_cache: Path) -> None:
     before = table_of(TARGET)
-    path = add_points(TARGET, "mine", [Point("k", 1, 10, 3.0), Point("k", 1, 20, 4.0)])
+    path = add_points(TARGET, "mine", [Point("k", 1, 16, 16, 3.0)])
     assert path.is_relative_to(own_cache)
-    assert table_of(TARGET).seconds(Launched("k", 1, 10)) == pytest.approx(3e-6)
+    assert table_of(TARGET).seconds(Launched("k", 1, 16, 16)) == pytest.approx(3e-6)
     assert {*table_of(TARGET).points} >= {*before.points}
-    add_points(TARGET, "mine", [Point("k", 1, 10, 2.0)])
-    assert table_of(TARGET).seconds(Launched("k", 1, 10)) == pytest.approx(2e-6)
+    add_points(TARGET, "mine", [Point("k", 1, 16, 16, 2.0)])
+    assert table_of(TARGET).seconds(Launched("k", 1, 16, 16)) == pytest.approx(2e-6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -92,16 +97,16 @@ def test_measured_prices_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = KernelQuery(linear, {}, (x, w), (y,), target_of(TARGET))
 
     def chosen(narrow: float, square: float) -> str:
-        points = [("narrow bf16", 8, size, narrow) for size in (1, 1 << 30)]
-        points += [("square bf16", 8, size, square) for size in (1, 1 << 30)]
-        monkeypatch.setattr(prices, "table_of", lambda target: table(*points))
+        shape = (8, 256, 512)
+        made = table(("narrow bf16", *shape, narrow), ("square bf16", *shape, square))
+        monkeypatch.setattr(prices, "table_of", lambda target: made)
         best = select(asked)
         assert isinstance(best, Candidate)
         (priced,) = best.priced
         return priced.kernel
 
-    assert chosen(1.0, 2.0) == "narrow bf16"
-    assert chosen(2.0, 1.0) == "square bf16"
+    assert chosen(2.0, 3.0) == "narrow bf16"
+    assert chosen(3.0, 2.0) == "square bf16"
     best = select(asked, prefer="narrow bf16")
     assert isinstance(best, Candidate) and best.priced[0].kernel == "narrow bf16"
 
@@ -111,3 +116,16 @@ def test_tables_of_this_version_are_of_their_targets() -> None:
     for path in folder.glob("*.json"):
         target = path.stem.replace("-", ":", 1)
         assert target_of(target).is_gpu and table_of(target).device
+
+
+def test_a_norm_within_costs_more_unless_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, of = target_of(TARGET), Launched("k bf16 normed", 1, 4096, 4096)
+
+    def price(*points: tuple[str, int, int, int, float]) -> float:
+        monkeypatch.setattr(prices, "table_of", lambda name: table(*points))
+        nbytes = 2 * of.rows * of.columns
+        return prices.gemm_seconds(target, "gemv", of, nbytes, 0, packed=False)
+
+    plain = ("k bf16", 1, 4096, 4096, 10.0)
+    assert price(plain) == pytest.approx(12e-6)  # 32 MiB of weight
+    assert price(plain, ("k bf16 normed", 1, 4096, 4096, 10.5)) == pytest.approx(10.5e-6)

@@ -40,11 +40,12 @@ def test_the_cheapest_candidate_wins(tokens: int, target: str) -> None:
 
 
 def test_prices_decide_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    best = select(query(8))
+    asked = query(8, "cuda:sm_100")  # modelled: nothing was measured there
+    best = select(asked)
     assert isinstance(best, Candidate) and best.reason.startswith("narrow tiles")
     table = {**prices.GEMM_BANDWIDTH, ("narrow", False): 1e-3}
     monkeypatch.setattr(prices, "GEMM_BANDWIDTH", table)
-    best = select(query(8))
+    best = select(asked)
     assert isinstance(best, Candidate) and best.reason.startswith("square tiles")
     assert best.runner_up and best.runner_up.reason.startswith("narrow tiles")
 

@@ -231,8 +231,9 @@ def test_tune_times_every_kernel_that_could_compute_a_product(
     with Progress(enabled=False) as progress:
         points = tune(tmp_path, options, device.driver(), "cpu", progress)
     kernels = {p.kernel for p in points}
-    assert kernels == {"gemv bf16", "narrow bf16", "square bf16"}
-    for kernel, tokens in (("gemv bf16", {1, 2, 4}), ("square bf16", {1, 2, 4, 8, 16})):
+    gemv = {f"gemv of {rows} bf16{norm}" for rows in ("rows", "a row") for norm in ("", " normed")}
+    assert kernels == {*gemv, "narrow bf16", "narrow bf16 normed", "square bf16"}
+    for kernel, tokens in (("gemv of rows bf16", {1, 2, 4}), ("square bf16", {1, 2, 4, 8, 16})):
         assert {p.tokens for p in points if p.kernel == kernel} == tokens
-    q_k_v, o, gate_up = bf16((64 + 2 * 32, 64)), bf16((64, 64)), bf16((2 * 96, 64))
-    assert {p.bytes for p in points} >= {q_k_v, o, gate_up}
+    q_k_v, o, gate_up = (64 + 2 * 32, 64), (64, 64), (2 * 96, 64)
+    assert {(p.rows, p.columns) for p in points} >= {q_k_v, o, gate_up}

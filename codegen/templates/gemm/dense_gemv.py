@@ -19,9 +19,6 @@ from .product import GemmLaunch, Product
 # The most tokens: each takes a multiply-add for every element of the weight.
 MOST = 4
 _DTYPES = ("bf16", "f16", "f32")
-_WARPS, _WIDTH = 4, 8
-# Sums of BLOCK_K columns that a program holds: _WIDTH registers a lane each.
-_MOST_SUMS = 8
 
 
 @triton.jit
@@ -128,29 +125,29 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
     elif weight.COLUMN != 1:
         yield Declined("GEMV: the rows of the weight do not lie in one piece")
     else:
-        rows = _rows(product)
-        # A lane's eight of every step; no more than there are, but for whole warps.
-        block = _WARPS * product.query.target.warp * _WIDTH
-        block = min(block, max(triton.next_power_of_2(weight.K), 128))
-        args = {
-            "x": product.x,
-            "weight": weight,
-            "norm": product.norm,
-            "epilogue": product.epilogue,
-            "N": product.n,
-            "Y_HEAD": product.y_head,
-            "TOKENS": product.tokens,
-            "ROWS": rows,
-            "BLOCK_K": block,
-            "AHEAD": held.constant,
-        }
-        grid = (triton.cdiv(product.n, rows), product.heads, 1)
-        call = Call(gemv_kernel, args, grid, (product.epilogue.y,), num_warps=_WARPS)
-        yield GemmLaunch(call, "gemv", "GEMV for very few tokens")
+        few, most = (_launch(product, warps, sums) for warps, sums in ((4, 1), (8, 8)))
+        yield GemmLaunch(most, "gemv", "GEMV for very few tokens", " of rows")
+        yield GemmLaunch(few, "gemv", "GEMV for very few tokens, one row a program", " of a row")
 
 
-def _rows(product: Product) -> int:
-    """Columns of y a program: so few that the sums of all tokens stay in registers, and that a
-    small product fills the device."""
-    sums = triton.next_power_of_2(product.tokens) * (2 if product.weight.HALVED else 1)
-    return max(min(_MOST_SUMS // sums, 4 if product.n * product.heads >= 4096 else 2), 1)
+def _launch(product: Product, warps: int, sums: int) -> Call:
+    """A launch whose programs hold `sums` sums of BLOCK_K columns at most, or one row's."""
+    weight, target = product.weight, product.query.target
+    of_row = triton.next_power_of_2(product.tokens) * (2 if weight.HALVED else 1)
+    # So few rows that a small product fills the device too.
+    rows = max(min(sums // of_row, 4 if product.n * product.heads >= 4096 else 2), 1)
+    args = {
+        "x": product.x,
+        "weight": weight,
+        "norm": product.norm,
+        "epilogue": product.epilogue,
+        "N": product.n,
+        "Y_HEAD": product.y_head,
+        "TOKENS": product.tokens,
+        "ROWS": rows,
+        # Eight columns a lane; no more than there are, but for whole warps.
+        "BLOCK_K": min(8 * warps * target.warp, max(triton.next_power_of_2(weight.K), 128)),
+        "AHEAD": product.held.constant,
+    }
+    grid = (triton.cdiv(product.n, rows), product.heads, 1)
+    return Call(gemv_kernel, args, grid, (product.epilogue.y,), num_warps=warps)

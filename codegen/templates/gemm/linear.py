@@ -13,7 +13,7 @@ from math import prod
 
 from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand, Result, even_step
 from ...price_table import Launched
-from ...prices import LAUNCH_SECONDS, gemm_seconds, norm_within_launches
+from ...prices import LAUNCH_SECONDS, NORMED, gemm_seconds
 from ..rowwise.norms import row_step
 from .epilogue import Epilogue, epilogue_of
 from .product import Norm, Product, Rows, Variant
@@ -50,15 +50,18 @@ def candidates(
             if isinstance(answer, Declined):
                 yield answer
                 continue
-            launches: float = len(given.calls)
-            kernel = f"{answer.kernel} {held}{' by head' if product.heads > 1 else ''}"
-            priced = Launched(kernel, product.tokens, weight_bytes)
-            seconds = gemm_seconds(query.target, answer.kernel, priced, other, product.packed)
-            if product.norm:
-                launches += norm_within_launches(weight_bytes)
+            does = NORMED if product.norm else " by head" if product.heads > 1 else ""
+            priced = Launched(
+                f"{answer.kernel}{answer.form} {held}{does}",
+                product.tokens,
+                product.heads * product.weight.N,
+                product.weight.K,
+            )
+            seconds = len(given.calls) * LAUNCH_SECONDS + gemm_seconds(
+                query.target, answer.kernel, priced, weight_bytes, other, packed=product.packed
+            )
             described = reason.format(name=answer.name, held=held, note=given.note)
             calls = (*given.calls, replace(answer.call, priced=priced))
-            seconds += launches * LAUNCH_SECONDS
             yield Candidate(calls, seconds, described, given.temps)
 
 

@@ -62,11 +62,12 @@ class Product:
 @dataclass(frozen=True)
 class GemmLaunch:
     """One way to compute a Product: the launch, which kernel of `prices.GEMM_BANDWIDTH` it is, and
-    what it is called in a reason."""
+    what it is called in a reason. Several forms of a kernel are told apart by `form`."""
 
     call: Call
     kernel: str
     name: str
+    form: str = ""
 
 
 Variant = Callable[[Product], Iterable[GemmLaunch | Declined]]

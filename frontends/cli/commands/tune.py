@@ -44,17 +44,10 @@ def command(
         points = tune(folder, options, driver, torch_device(), progress)
     path = add_points(driver.target, driver.info.name, points)
     rows = [
-        [
-            p.kernel,
-            str(p.tokens),
-            f"{p.bytes / 1e6:.2f}",
-            f"{p.microseconds:.2f}",
-            f"{p.bytes / p.microseconds / 1e6:.2f}",
-        ]
-        for p in points
+        [p.kernel, str(p.tokens), f"{p.rows}×{p.columns}", f"{p.microseconds:.2f}"] for p in points
     ]
-    heads = ["kernel", "tokens", "MB", "µs", "TB/s"]
-    shown = table(f"{model} on {driver.info.name}", heads, rows, right=(1, 2, 3, 4))
+    heads = ["kernel", "tokens", "weight", "µs"]
+    shown = table(f"{model} on {driver.info.name}", heads, rows, right=(1, 2, 3))
     data = [{name: getattr(p, name) for name in p.__struct_fields__} for p in points]
     return Shown(
         lambda: {"table": str(path), "points": data}, [shown, [f"{len(points)} points in {path}"]]
