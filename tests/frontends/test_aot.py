@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from click.testing import Result
 from ingot.codegen.constants import folded_graph
 from ingot.codegen.lower import Lowered, lower
 from ingot.compiler.target import CPU
-from ingot.compiler.text import parse, same_structure
+from ingot.compiler.text import ParseError, parse, same_structure
+from ingot.compiler.types import VerifyError
 from ingot.compiler.weights import Weights
 from ingot.frontends import api
 from ingot.frontends.aot import export
@@ -33,7 +35,7 @@ from ingot.frontends.drivers import NoDriverError, driver_for, present_target
 from ingot.frontends.loading import LoadedModel, load
 from ingot.frontends.options import CompileOptions, NotYetError
 from ingot.runtime.artifact import atomic_write
-from ingot.runtime.artifact.reader import FOLDED_GRAPH, IngotError, open_ingot
+from ingot.runtime.artifact.reader import FINAL_GRAPH, FOLDED_GRAPH, IngotError, open_ingot
 from ingot.runtime.devices.check_program import ProgramError
 from ingot.runtime.program import Buffer
 from ingot.runtime.serving.sampling import GREEDY
@@ -42,6 +44,7 @@ from tiny_ingot import edit, rewrite
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_level
 from tiny_tokenizers import save as save_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +128,60 @@ def test_ir_is_refused(small: Path, tmp_path: Path, case: str) -> None:
     with pytest.raises(IngotError) as caught:
         load(copy)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Seen(TorchDispatchMode):
+    """Records the names of the operators that torch runs."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+POOL = "max_pool2d_with_indices_backward.default(%x, %x, %i, kernel_size=[2, 2], stride=[2, 2], "
+POOL += "padding=[0, 0], dilation=[1, 1], ceil_mode=False)"
+# Operators that would write out of bounds, give memory that nothing wrote, or change torch's state.
+UNSAFE = {
+    "writes out of bounds": f"aten.{POOL}",
+    "reads what nothing wrote": "aten.empty_like.default(%x)",
+    "turns on gradients": "aten.set_grad_enabled.default(val=True)",
+    "seeds": "aten.manual_seed.default(seed=7)",
+    "spaces": "aten . empty_like . default(%x)",
+    "full width": "ａten.empty_like.default(%x)",
+    "full width of an attribute": "aten.ｅmpty_like.default(%x)",
+    "brackets": "(aten).empty_like.default(%x)",
+    "call": "getattr(aten, 'empty_like').default(%x)",
+    "packet": "aten.empty_like(%x)",
+    "prims": "prims.empty_like.default(%x)",
+    "torch.ops": "torch.ops.aten.empty_like.default(%x)",
+}
+
+
+@pytest.mark.parametrize("graph", [FOLDED_GRAPH, FINAL_GRAPH])
+@pytest.mark.parametrize("case", UNSAFE)
+def test_unsafe_operators_are_refused_before_anything_runs(
+    small: Path, tmp_path: Path, case: str, graph: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", small, copy], check=True)
+    text = (copy / graph).read_text(encoding="utf-8")
+    lines = "  %x = full(value=0.0, shape=[1, 4, 4], dtype='f32') : f32[1, 4, 4]\n"
+    lines += f"  %i = full(value={2**40}, shape=[1, 2, 2], dtype='i64') : i64[1, 2, 2]\n"
+    lines += f"  %y = {UNSAFE[case]} : f32[1, 4, 4]\n  return %y, "
+    rewrite(copy, graph, text.replace("  return ", lines, 1).encode())
+    grad, seed, ran = torch.is_grad_enabled(), torch.initial_seed(), list[str]()
+    with Seen(ran), pytest.raises((IngotError, ParseError, VerifyError)) as caught:
+        load(copy).graph()
+    said = str(caught.value).splitlines()
+    assert len(said) == (1 if graph == FOLDED_GRAPH else 2) and len(said[0]) < 600
+    assert "line" in said[0] and re.search("an ingot may hold|unknown op|expected", said[0])
+    assert (torch.is_grad_enabled(), torch.initial_seed()) == (grad, seed)
+    assert not {name for name in ran if re.search("empty_like|pool|seed|grad", name)}
+    assert ran == [] or graph == FINAL_GRAPH
 
 
 @pytest.fixture(scope="module")
