@@ -277,10 +277,28 @@ def short_rope_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             frozen[f"{name}.{leaf}"], _ = ROPE_INIT_FUNCTIONS["longrope"](
                 module.config, "cpu", seq_len=1, **extra
             )
+            _fix_scale(module)
         static = {key: "default" if k == "longrope" else k for key, k in by_layer_type.items()}
         frozen_kind: Any = static if isinstance(kinds, dict) else static[None]
         module.rope_type = frozen_kind
     return frozen
+
+
+def _fix_scale(module: Any) -> None:
+    """Fix a rotary embedding that scales by the length, Phi-3.5-MoE's, to the short one's scale.
+
+    It makes its frequencies in each call: from now on they are its buffer.
+    """
+    scale = module.config.rope_parameters.get("short_mscale")
+    if scale is None:
+        return
+    module.config = deepcopy(module.config)
+    module.config.rope_parameters = {**module.config.rope_parameters, "rope_type": "default"}
+
+    def fixed(config: Any) -> tuple[torch.Tensor, float]:
+        return module.inv_freq, scale
+
+    module.rope_init_fn = fixed
 
 
 def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

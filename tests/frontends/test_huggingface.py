@@ -207,6 +207,23 @@ def test_long_rope_lowers_the_limit_to_where_its_frequencies_change() -> None:
     assert found["rope"] == 4 and found["rope_tables"] == 1
 
 
+def test_a_scale_of_the_length_is_that_of_short_sequences() -> None:
+    """Phi-3.5-MoE scales cosines and sines by the length, beside their frequencies."""
+    scales = {"short_mscale": 1.3, "long_mscale": 1.7}
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=128)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    long = {**LONG, "rope_parameters": {**LONG["rope_parameters"], **scales}}
+    model = small_model("phimoe", **sizes, **heads, max_position_embeddings=256, **long)
+    ids = torch.randint(3, 128, (64,), generator=torch.Generator().manual_seed(0))
+    expected = eager(model, ids)
+    imported = import_hugging_face(model, dtype=None, max_tokens=96)
+    assert imported.max_tokens == 64 and "longrope" in imported.notes[0]
+    assert_close(logits_of(imported, ids), expected)
+    assert_close(logits_of(imported, ids[:9]), expected[:9])
+    assert model.model.rotary_emb.config.rope_parameters["rope_type"] == "longrope"
+    assert torch.equal(eager(model, ids), expected), "the model itself is as before"
+
+
 # ---- positions that a model makes itself
 
 
