@@ -16,7 +16,7 @@ from ingot.frontends import api
 from ingot.frontends.import_check import check_import
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.frontends.importers.in_memory import unwrapped
-from ingot.frontends.importers.source_error import SourceError
+from ingot.frontends.importers.source_error import SourceError, UnsupportedModel
 from ingot.frontends.importers.torch_export import ImportFailure
 from tiny_models import tiny_model
 from torch import nn
@@ -208,6 +208,28 @@ def test_code_that_holds_a_module_of_its_own_is_refused() -> None:
     mlp.forward = lambda x: type(mlp).forward(mlp, x).tanh()  # pyright: ignore
     with pytest.raises(ImportFailure, match=r"take no part .*layers\.0\.mlp\.gate_proj\.weight"):
         import_hugging_face(model, dtype=None, max_tokens=64)
+
+
+class FarLimit(nn.Module):
+    """SiLU, as far as most numbers go."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(x).clamp(max=100)
+
+
+def test_an_activation_of_experts_that_differs_far_out_is_refused() -> None:
+    model = tiny_model("mixtral")
+    model.model.layers[0].mlp.experts.act_fn = FarLimit()
+    with pytest.raises(UnsupportedModel, match="its activation is none of"):
+        import_hugging_face(model, dtype=None, max_tokens=64)
+
+
+def test_experts_that_layers_share() -> None:
+    model = tiny_model("mixtral")
+    first, second = model.model.layers
+    second.mlp.experts = first.mlp.experts
+    imported = import_hugging_face(model, dtype=None, max_tokens=64)
+    assert_close(logits_of(imported, _TOKENS), eager(model, _TOKENS))
 
 
 def test_experts_activation_is_what_the_module_computes() -> None:
