@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,7 @@ from ingot.codegen.kernel_query import Call, Ref, dense_strides
 from ingot.codegen.kernel_source import PROGRAMMATIC, KernelSource, is_aggregate, map_leaves
 from ingot.compiler.torch_types import torch_dtype
 from ingot.runtime.program import Buffer, Entry, Kernel, Program, Slice
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
@@ -103,7 +105,7 @@ def _interpreting() -> Iterator[None]:
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
         # The language is patched already: once more for every call would be slower every time.
-        return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
+        return _rewritten(self.fn)(*args, **kwargs)
 
     plain_dot = builder.create_dot
 
@@ -131,6 +133,8 @@ def _interpreting() -> Iterator[None]:
 
     scope = interpreter._patch_lang(_LANGUAGE)
     with (
+        patch.object(interpreter, "_get_np_dtype", _numpy_dtype),
+        patch.object(TritonSemantic, "binary_op_sanitize_overflow_impl", _no_check),
         patch.object(builder, "cast_impl", cast),
         patch.object(JITFunction, "__call__", call),
         patch.object(builder, "create_dot", dot),
@@ -141,6 +145,25 @@ def _interpreting() -> Iterator[None]:
             yield
         finally:
             scope.restore()
+
+
+@cache
+def _rewritten(function: Callable[..., Any]) -> Callable[..., Any]:
+    return interpreter.InterpretedFunction(function).rewrite()
+
+
+_of_scalar = cache(interpreter._get_np_dtype)
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    """As Triton's own, which fills a table at each call."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else _of_scalar(scalar)
+
+
+def _no_check(*_: Any) -> None:
+    """In the place of Triton's check that integers do not overflow: a third of a kernel's time, for
+    an assertion that the interpreter, which is not in debug mode, does not make."""
 
 
 def _wide(handle: Any) -> Any:
