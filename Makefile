@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## compile and run a real model, show what the passes did, co
 	$(BIN)/ingot verify $(MODEL)
 
 test: $(INSTALLED) $(ORACLES) ## the tests that need no GPU and no patience
-	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not gpu and not slow'
 
 slow: $(INSTALLED) ## what takes long: a sample of the sweeps, peak memory, the demo from the shell
 	$(BIN)/pytest -n 2 -m 'slow and not gpu and not sweep'

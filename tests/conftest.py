@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import hypothesis
@@ -50,6 +50,15 @@ def _gpu_is_there(request: pytest.FixtureRequest) -> None:
 
     if not torch.cuda.is_available():
         pytest.fail("marked gpu, and torch sees no GPU; deselect with -m 'not gpu'", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def shared_traces() -> Generator[None]:
+    """For modules whose subject comes after tracing; see tests/helpers/shared_traces.py."""
+    import shared_traces
+
+    with shared_traces.sharing():
+        yield
 
 
 @pytest.fixture

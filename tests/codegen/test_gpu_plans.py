@@ -29,6 +29,8 @@ from ingot.runtime.serving.session import Session
 from interpreted import InterpretedBackend, InterpretedDriver
 from tiny_models import COVERAGE, tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 SEQUENCES, TOKENS = 3, 192
 META = {
     "vocab_size": 128,

@@ -30,6 +30,8 @@ from ingot.passes.transforms.shard_tensor_parallel import ShardTensorParallel
 from safetensors.torch import save_file
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 MIB = 1 << 20
 W = torch.arange(48.0).view(4, 6, 2)
 

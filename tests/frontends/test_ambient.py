@@ -59,7 +59,8 @@ class _Module(torch.nn.Module):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny_model("gemma3_text", dtype=torch.bfloat16).save_pretrained(path)
+    layer = dict(num_hidden_layers=1, layer_types=["sliding_attention"])
+    tiny_model("gemma3_text", dtype=torch.bfloat16, **layer).save_pretrained(path)
     return path
 
 

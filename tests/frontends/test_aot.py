@@ -47,6 +47,8 @@ from tiny_tokenizers import save as save_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 ROOT = Path(__file__).parents[2]
 PICO = ROOT / "examples" / "pico"
 SHARE = """graph @share(%x: f32[4]) {

@@ -20,6 +20,8 @@ from ingot.runtime.host_memory import NotEnoughMemory
 from tiny_models import tiny_model
 from torch.nn.functional import dropout
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 
 @pytest.fixture(scope="module")
 def source() -> Any:

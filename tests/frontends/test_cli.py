@@ -27,6 +27,8 @@ from tiny_tokenizers import byte_level
 from tiny_tokenizers import save as save_tokenizer
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 TEMPLATE = "{% for m in messages %}<|sep|>{{ m.role }}:{{ m.content }}{% endfor %}<|sep|>"
 

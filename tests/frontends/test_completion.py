@@ -16,6 +16,8 @@ from tiny_models import tiny_model
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 SPECIALS = ["<|im_end|>", "<s>"]
 WORDS = ["ab", "a", "b", "<", "|im", "_end|>", "é", "\n"]
 

@@ -28,6 +28,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 
 @cache
 def model(name: str) -> PreTrainedModel:

@@ -240,7 +240,7 @@ def test_positions_count_from_where_the_model_begins(name: str, padding: int) ->
         name,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=80,
         pad_token_id=padding,

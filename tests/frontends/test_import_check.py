@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 # More layers than structures: dense and MoE, windows and none.
 _DEEP = {
-    "llama": dict(num_hidden_layers=5),
-    "deepseek_v3": dict(num_hidden_layers=5, first_k_dense_replace=2),
-    "gpt_oss": dict(num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3),
+    "llama": dict(num_hidden_layers=3),
+    "deepseek_v3": dict(num_hidden_layers=4, first_k_dense_replace=2),
+    "gpt_oss": dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2),
     "gemma3_text": dict(
         num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2
     ),
@@ -44,20 +44,33 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_check, "_SMALL", 0)
 
 
-@pytest.mark.parametrize("name", _DEEP)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# In the default run each model is compared from files in one dtype, and in memory in the other.
+_WAYS = [
+    pytest.param(
+        name,
+        dtype,
+        saved,
+        marks=() if (dtype == torch.bfloat16) == saved ^ (i % 2) else pytest.mark.slow,
+    )
+    for i, name in enumerate(_DEEP)
+    for dtype in (torch.float32, torch.bfloat16)
+    for saved in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "saved"), _WAYS)
 def test_a_layer_of_each_structure_is_compared(
-    name: str, dtype: torch.dtype, large: None, tmp_path: Path
+    name: str, dtype: torch.dtype, saved: bool, large: None, tmp_path: Path
 ) -> None:
     model = drawn(tiny_model(name, **_DEEP[name]))
-    found = check_import(import_hugging_face(model, dtype=dtype, max_tokens=96), model)
+    source = tmp_path if saved else model
     model.save_pretrained(tmp_path)
-    again = check_import(import_hugging_face(tmp_path, dtype=dtype, max_tokens=96), tmp_path)
-    for check in (found, again):  # the first layer, of its own structure by what it is given
-        assert len(check.layers) in (2, 3) and not check.reason
-        assert len(check.layers) < model.config.num_hidden_layers
-        assert check.error < 1e-5 or dtype == torch.bfloat16
-        assert check.tokens == (32 if "sliding" not in str(_DEEP[name]) else 40)
+    check = check_import(import_hugging_face(source, dtype=dtype, max_tokens=96), source)
+    # The first layer is of its own structure by what it is given.
+    assert len(check.layers) in (2, 3) and not check.reason
+    assert len(check.layers) < model.config.num_hidden_layers
+    assert check.error < 1e-5 or dtype == torch.bfloat16
+    assert check.tokens == (32 if "sliding" not in str(_DEEP[name]) else 40)
 
 
 @pytest.mark.parametrize("place", ["model.layers.3", "the logits"])

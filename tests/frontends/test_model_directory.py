@@ -19,6 +19,8 @@ from tiny_tokenizers import byte_level, save
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 SMALL = {"max_sequences": 1, "max_tokens_per_sequence": 32}
 
 

@@ -15,6 +15,8 @@ from ingot.frontends.text.prompts import prompts_of, token_ids_of
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_level, save
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 
 def shown(value: Any) -> str:
     """`value` as a test's name: without addresses, so that every worker has the same."""

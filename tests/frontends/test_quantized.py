@@ -32,6 +32,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantized"
 KEPT_PACKED = (
     "ct_mxfp4",

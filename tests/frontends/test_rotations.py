@@ -22,6 +22,8 @@ from ingot.passes.transforms.mxfp4_policy import MXFP4
 from pass_checks import ops
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantized"
 LAYER = "model.layers.0"
 TOKENS = torch.arange(3, 19)

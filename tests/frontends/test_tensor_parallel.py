@@ -16,6 +16,8 @@ from ingot.compiler.ops import collective
 from ingot.frontends.model import Model
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PROMPTS = ((5, 9, 77, 3), (64, 1, 30), (120, 119, 118, 7, 8, 9, 10, 11, 12))
 ROOT = Path(__file__).parents[2]
 

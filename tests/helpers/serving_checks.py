@@ -15,6 +15,7 @@ from ingot.passes.raising.canonicalize import Canonicalize
 from ingot.passes.raising.raise_ops import RaiseOps
 from ingot.passes.serving.gather_logits import GatherLogits
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
+from shared_traces import sharing
 from tiny_models import tiny_model
 
 SLOTS, MAX_TOKENS, VOCABULARY = 2, 48, 128
@@ -27,7 +28,8 @@ STEPS = (((0, 19), (1, 6)), ((1, 1), (0, 1)), ((0, 1), (1, 5)), ((-1, 2), (1, 1)
 def traced(name: str, dtype: str = "f32", **overrides: int) -> tuple[Graph, Weights]:
     """A tiny model with its ops raised and nothing fused, and its weights."""
     model = tiny_model(name, dtype=torch_dtype(dtype), **overrides)
-    imported = import_hugging_face(model, dtype=torch_dtype(dtype), max_tokens=MAX_TOKENS)
+    with sharing():
+        imported = import_hugging_face(model, dtype=torch_dtype(dtype), max_tokens=64)
     return run_pipeline(imported.graph, (Canonicalize(), RaiseOps()))[-1].graph, imported.weights
 
 

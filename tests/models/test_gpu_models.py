@@ -28,6 +28,8 @@ from tiny_tokenizers import save as save_tokenizer
 from typer.testing import CliRunner
 from zoo_models import random_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 TOP = 5
 # Entries for one token, a few, and many; those of test_gpu_plans, so that kernels are built once.

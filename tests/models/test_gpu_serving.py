@@ -23,6 +23,8 @@ from ingot.frontends.cli.references import TransformersReference
 from ingot.runtime.serving.sampling import GREEDY, Sampling
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 TEXT = Path(__file__).parents[1] / "fixtures" / "served_text.txt"
 SLOTS, SIZES = 8, (1, 8, 64)

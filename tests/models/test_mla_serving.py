@@ -14,6 +14,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers_oracle import MAX_TOKENS, PROMPTS, assert_same, served, serving_passes
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 REQUIRED = ("absorb-mla", "insert-kv-cache", "gather-logits")
 

@@ -21,6 +21,8 @@ from pass_checks import applied, assert_equal_results, ops
 from pass_checks import graph_of as parsed
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 graph_of = cache(parsed)
 Premultiply = bool | Literal["auto"]
 RUN_TIME = AbsorbMla(premultiply=False)

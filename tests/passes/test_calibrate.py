@@ -32,6 +32,8 @@ from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from pass_checks import applied, graph_of, random_weights
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 
 # Two layers; the second one's q and k read what the first one gives.

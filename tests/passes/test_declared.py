@@ -15,6 +15,8 @@ from ingot.passes.transforms.mxfp4_policy import MXFP4
 from ingot.passes.transforms.shard_tensor_parallel import ShardTensorParallel
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 # By pass and reason: the test that compares what the whole graph computes before and after.
 TESTS = {
     ("shard-tensor-parallel", "one rank computes its part of values"): (

@@ -14,6 +14,8 @@ from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PICO = Path(__file__).parents[2] / "examples" / "pico"
 # No groups of experts, and one dense layer before the others: Kimi K2 is DeepSeek-V3 made so.
 KIMI = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}

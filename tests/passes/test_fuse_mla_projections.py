@@ -24,6 +24,8 @@ from mla_graphs import LATENT, MODELS, OUTPUT, QUERY, mla_text
 from pass_checks import applied, assert_equal_results, graph_of, ops
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PASS = FuseMlaProjections()
 APART = """
     %low = linear(%x, @w_dc)

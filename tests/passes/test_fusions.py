@@ -28,6 +28,8 @@ from ingot.runtime.serving.session import Session
 from pass_checks import forms, ops, plain_serving
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 FUSIONS = (FuseSwiglu(), FuseCollectiveNorm(), FuseLinearResidual(), FuseNormLinear())
 SLOTS, LENGTH = 3, 64
 SERVING = plain_serving(SLOTS, LENGTH)

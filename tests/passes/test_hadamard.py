@@ -20,6 +20,8 @@ from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from pass_checks import applied, assert_equal_results, graph_of, ops
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 ATTENTION = """
 graph @layer(%tokens: i32[T], %positions: i32[T]) T=1..64 {
   %0 = embedding(%tokens, @embed)

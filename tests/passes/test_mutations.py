@@ -34,6 +34,8 @@ from ingot.passes.transforms.propagate_slice import Cut
 from ingot.passes.transforms.shard_tensor_parallel import ShardTensorParallel
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 # A changed node, from a node that a rule built and its operands.
 Change = Callable[[Node, tuple[Value, ...]], Node]
 

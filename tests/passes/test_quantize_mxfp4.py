@@ -24,6 +24,8 @@ from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from pass_checks import applied, graph_of, ops, random_inputs, random_weights
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 # A layer of experts and the head that follows it.
 MODEL = """
 graph @model(%tokens: i32[T], %x: f32[T, 64]) T=1..64 {

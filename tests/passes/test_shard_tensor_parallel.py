@@ -25,6 +25,8 @@ from ingot.passes.transforms.shard_tensor_parallel import CannotShard, ShardTens
 from pass_checks import body, graph_of, ops, random_inputs, random_weights
 from tiny_models import tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 
 def sharded(graph: Graph, ranks: int) -> tuple[list[Graph], Log]:
     """The graph of each rank, verified, and what the first of them reported."""

@@ -12,6 +12,8 @@ from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import STAGES, causal_lm
 from tiny_models import MODELS, tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 
 def traced(model: str) -> Graph:
     return import_hugging_face(tiny_model(model), dtype=None, max_tokens=64).graph

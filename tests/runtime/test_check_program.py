@@ -31,6 +31,8 @@ from programs import with_entries, with_step
 from tiny_ingot import GFX950, program
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 
 def with_buffer(name: str, **changes: Any) -> Callable[[Program], Program]:
     def change(made: Program) -> Program:

@@ -11,6 +11,8 @@ from ingot.runtime.serving.sequence import Sequence
 from ingot.runtime.serving.session import Session
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PROMPTS = ([5, 6, 7], [1], [9] * 12, [3, 100, 64, 31, 2, 77], [8, 4])
 SETTINGS = {
     "greedy": Sampling(),

@@ -36,6 +36,8 @@ from ingot.runtime.serving.speculation import Drafter
 from planned import PlannedDriver, ReferenceBackend
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 VOCAB = 50
 # Settings that f32 holds exactly, so that a device that samples chooses from the same numbers.
 SAMPLINGS = (
