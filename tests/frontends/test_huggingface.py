@@ -227,14 +227,20 @@ def test_a_scale_of_the_length_is_that_of_short_sequences() -> None:
 # ---- positions that a model makes itself
 
 
+_COUNTING = (
+    *("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm"),
+    "data2vec-text",
+)
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "padding"),
     [
-        *("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm"),
-        "data2vec-text",
+        pytest.param(name, padding, marks=() if i % 3 == j or not i else pytest.mark.slow)
+        for i, name in enumerate(_COUNTING)
+        for j, padding in enumerate((0, 1, 7))
     ],
 )
-@pytest.mark.parametrize("padding", [0, 1, 7])
 def test_positions_count_from_where_the_model_begins(name: str, padding: int) -> None:
     model = small_model(
         name,

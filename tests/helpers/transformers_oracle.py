@@ -105,5 +105,7 @@ def assert_same(session: Session, model: PreTrainedModel, *, generate: bool = Tr
             np.abs(alone - expected[: len(prompt)]).max() / scale,
         )
         assert worst <= TOLERANCE
-        assert not generate or generated == eager_tokens(model, prompt)
+        assert not generate or generated == expected[len(prompt) - 1 : -1].argmax(-1).tolist()
+    # The tokens are those of transformers' own loop, which takes long: of one prompt.
+    assert not generate or generated == eager_tokens(model, prompt)
     return worst
