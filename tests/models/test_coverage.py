@@ -91,6 +91,7 @@ def test_serves_what_transformers_computes(name: str, tmp_path: Path) -> None:
         print(f"{name}: max relative error {assert_same(session, model):.1e}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS[len(COVERAGE) :])
 def test_serves_others(name: str) -> None:
     model = tiny_model(name)
