@@ -31,8 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _cpu_flags() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="ascii", errors="replace").split() if path.is_file() else []
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores out among the xdist workers: torch would take all of them in each."""
+    """Before torch is imported: the same bits in every batch, which many tests hold, and the cores
+    shared out among the xdist workers; torch would take all of them in each."""
+    if "avx512f" in _cpu_flags():
+        # MKL has other GEMM kernels there for other batch sizes, whose sums are rounded otherwise.
+        os.environ.setdefault("MKL_CBWR", "AVX512,STRICT")
     if config.getoption("--device"):
         os.environ["INGOT_TEST_KERNELS"] = "device"  # for kernel_checks, in workers too
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
