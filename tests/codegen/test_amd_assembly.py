@@ -71,7 +71,15 @@ CASES = {
     "few, deep": Case(linear, (bf16(16, 14336), HeldPacked(bf16(4096, 14336))), (), FEW),
     "few, gated": Case(linear, (bf16(16, 2048), HeldPacked(bf16(1536, 2048))), SILU, FEW),
     "few, gated, large": Case(linear, (bf16(1, 4096), HeldPacked(bf16(28672, 4096))), SILU, FEW),
-    "few, dense": Case(linear, (bf16(1, 4096), Held(bf16(128256, 4096))), (), FEW, packed=False),
+    "few, dense": Case(linear, (bf16(8, 4096), Held(bf16(128256, 4096))), (), FEW, packed=False),
+    "GEMV": Case(
+        linear,
+        (bf16(1, 4096), Held(bf16(128256, 4096))),
+        (),
+        ("gemv_kernel",),
+        mfma=False,
+        packed=False,
+    ),
     "few, heads": Case(
         head_linear, (bf16(1, 128, 512), HeldPacked(bf16(128, 128, 512))), (), ("product_kernel",)
     ),

@@ -39,7 +39,7 @@ def test_linear(target: str, tokens: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 33, 8), (5, 17, 1000), (16, 16, 2048)])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(5, 33, 8), (5, 17, 1000), (16, 16, 2048)])
 def test_dense(target: str, tokens: int, n: int, k: int, dtype: torch.dtype) -> None:
     x, w = torch.randn(tokens, k).to(dtype), Weight(drawn(n, k).to(dtype))
     assert kernels(check_node(linear, (x, w), target=target)) == ["mfma_kernel"]
