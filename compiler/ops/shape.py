@@ -193,13 +193,15 @@ cat = Op(
 # ---- tensors out of nothing
 
 
-def _full_infer(*, value: float, shape: Shape, dtype: str) -> Types:
+def _full_infer(*, value: bool | int | float, shape: Shape, dtype: str) -> Types:
     if dtype not in DTYPES:
         raise VerifyError(f"full: unknown dtype {dtype!r}")
     return (TensorType(dtype, tuple(dim(d) for d in shape)),)
 
 
-def _full_reference(*, value: float, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+def _full_reference(
+    *, value: bool | int | float, shape: tuple[int, ...], dtype: str
+) -> torch.Tensor:
     return torch.full(shape, value, dtype=torch_dtype(dtype))
 
 
@@ -207,7 +209,10 @@ full = Op(
     "full",
     _full_infer,
     _full_reference,
-    samples=(Sample((), {"value": 2.5, "shape": (2, 3), "dtype": "f32"}),),
+    samples=(
+        Sample((), {"value": 2.5, "shape": (2, 3), "dtype": "f32"}),
+        Sample((), {"value": True, "shape": (4,), "dtype": "bool"}),
+    ),
     axes=elementwise,
 )
 

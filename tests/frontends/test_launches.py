@@ -49,7 +49,7 @@ def launches(name: str, layers: int, target: str) -> Counter[str]:
     (entry,) = lowered.program.entries
     names = (backend.sources[launch.kernel].function.__name__ for launch in entry.launches)
     kinds = (name.removesuffix("_kernel") for name in names)
-    return Counter("products" if k in ("fragment", "mfma", "product") else k for k in kinds)
+    return Counter("products" if k in ("fragment", "gemv", "mfma", "product") else k for k in kinds)
 
 
 @pytest.mark.parametrize("name", LAYERS)
