@@ -22,7 +22,7 @@ from ..passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ..passes.transforms.shard_tensor_parallel import ShardTensorParallel
 from ..runtime.program import entry_name
 from .aot import Exportable
-from .cli.launches import chosen_entry
+from .launches import chosen_entry
 from .model import Report, entry_sizes
 from .options import CompileOptions
 from .progress import Progress

@@ -24,12 +24,12 @@ from ..compiler.pipeline import run_pipeline
 from ..compiler.rewrite import rebuild
 from ..compiler.torch_types import torch_dtype
 from ..passes.pipelines import RAISING
-from .cli.inspect_view import graph_sections
 from .importers.in_memory import shared_copy
 from .importers.meta_model import build_meta_model
 from .importers.online_rotations import rotate_activations
 from .importers.streamed_model import dense_weight, skip_layers, stream_layers
 from .importers.torch_export import ImportFailure
+from .layers import graph_sections
 
 if TYPE_CHECKING:
     from .importers.huggingface import HuggingFaceModel

@@ -15,7 +15,7 @@ from ..compiler.pipeline import PassResult
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.program import Program
 from .aot import Exportable, export
-from .cli.inspect_view import show_bytes
+from .show import show_bytes
 from .text.text_model import TextModel
 from .weight_report import WeightReport
 

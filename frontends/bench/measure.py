@@ -15,7 +15,7 @@ from ...runtime.driver import Array, WeightLoader
 from ...runtime.program import STEP, Entry, Program, Slice
 from ...runtime.serving.abi import ServingAbi
 from ...runtime.serving.session import Session
-from ..cli.launches import PlannedEntry, sections
+from ..launches import PlannedEntry, sections
 from .parts import Part, parts_of, prefix_name, with_parts
 from .traffic import NOTHING, Traffic, traffic_by_label
 from .workload import Workload, step_inputs

@@ -13,12 +13,12 @@ import torch
 from ...compiler.ir import Graph
 from ...compiler.target import target_of
 from ...compiler.text import parse
+from ...runtime.artifact.manifest import is_ingot
 from ...runtime.artifact.reader import FINAL_GRAPH, open_ingot
 from ...runtime.devices.graph_executable import GpuDriver
 from ...runtime.driver import WeightLoader
 from ...runtime.program import Program
 from .. import api
-from ..cli.models import is_ingot
 from .device_rates import READ_BYTES, bytes_per_second, gemm_flops_per_second
 from .measure import Measured, Rates, measure
 from .models import config_of

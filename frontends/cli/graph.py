@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...compiler.ir import INLINE, Graph, Node, Value
-from .inspect_view import GraphSections, Layer, graph_sections, show_numbers, value_names
+from ..layers import GraphSections, Layer, graph_sections
+from ..show import show_numbers
+from .inspect_view import value_names
 
 
 class CannotDraw(Exception):

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ...runtime.artifact.reader import Artifact
 from ...runtime.program import entry_name
-from .inspect_view import show_bytes
+from ..launches import static_report
+from ..show import show_bytes
 from .kernels import static_lines, static_table
-from .launches import static_report
 from .output import table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .launches import PlannedEntry, sections, spilled, static_report
+from ..launches import PlannedEntry, sections, spilled, static_report
 from .output import table
 
 _NO_REASONS = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ...runtime.artifact.manifest import MANIFEST
+from ...runtime.artifact.manifest import is_ingot
 from ..options import CompileOptions
 from .flags import UsageError, flag_name
 from .output import visible
@@ -17,11 +17,6 @@ from .output import visible
 if TYPE_CHECKING:
     from ..model import Model
     from ..text.text_model import TextModel
-
-
-def is_ingot(path: Path) -> bool:
-    """A file, or a directory with a manifest: what is not a Hugging Face directory."""
-    return path.is_file() or (path / MANIFEST).is_file()
 
 
 def check_compiled(path: Path, *flags: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .inspect_view import show_bytes
+from ..show import show_bytes
 from .output import table
 
 if TYPE_CHECKING:

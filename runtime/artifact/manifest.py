@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field, structs, to_builtins
@@ -24,6 +25,11 @@ _MOST_TABLE = 2**26
 
 _Name = Annotated[str, Meta(pattern=r"^[\w.,=\-:/+ ]{1,256}\Z")]
 _Symbol = Annotated[str, Meta(pattern=r"^[A-Za-z_]\w{0,31}\Z")]
+
+
+def is_ingot(path: Path) -> bool:
+    """A file, or a directory with a manifest: what is not a Hugging Face directory."""
+    return path.is_file() or (path / MANIFEST).is_file()
 
 
 class FileFact(Strict, frozen=True):

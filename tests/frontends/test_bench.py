@@ -22,11 +22,11 @@ from ingot.frontends.bench.models import MODELS, config_of
 from ingot.frontends.bench.parts import parts_of, prefix_name, with_parts
 from ingot.frontends.bench.plots import write_plots
 from ingot.frontends.bench.random_weights import RandomWeights
-from ingot.frontends.bench.report import result_lines, result_tables
 from ingot.frontends.bench.run import Benchmark, run
 from ingot.frontends.bench.traffic import NOTHING, traffic_by_label
 from ingot.frontends.bench.tune import tune
 from ingot.frontends.bench.workload import Workload, step_inputs
+from ingot.frontends.cli.benchmark import result_lines, result_tables
 from ingot.frontends.cli.commands.bench import command
 from ingot.frontends.cli.flags import UsageError
 from ingot.frontends.model import Plan

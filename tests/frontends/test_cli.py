@@ -16,10 +16,12 @@ from ingot.compiler.text import parse, same_structure
 from ingot.frontends import api
 from ingot.frontends.cli import graph as cli_graph
 from ingot.frontends.cli.commands import doctor
-from ingot.frontends.cli.inspect_view import graph_sections, page, show_bytes, show_numbers
+from ingot.frontends.cli.inspect_view import page
 from ingot.frontends.cli.main import app
 from ingot.frontends.cli.output import THEME, IrHighlighter
 from ingot.frontends.drivers import present_target
+from ingot.frontends.layers import graph_sections
+from ingot.frontends.show import show_bytes, show_numbers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model

@@ -23,10 +23,10 @@ from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.target import target_of
 from ingot.compiler.weights import Weights
 from ingot.frontends import api
-from ingot.frontends.cli.launches import PlannedEntry, sections, static_report
 from ingot.frontends.cli.main import app
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.importers.source_error import SourceError
+from ingot.frontends.launches import PlannedEntry, sections, static_report
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving.sample_on_device import output_names
 from ingot.passes.transforms.mxfp4_policy import MXFP4

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from ingot.compiler.ir import Node
 from ingot.compiler.pipeline import PassResult, run_pipeline
-from ingot.frontends.cli.inspect_view import compute_nodes, graph_sections
+from ingot.frontends.cli.inspect_view import compute_nodes
 from ingot.frontends.importers.huggingface import import_hugging_face
+from ingot.frontends.layers import graph_sections
 from ingot.passes.pipelines import causal_lm
 from tiny_models import tiny_model
 

@@ -48,9 +48,9 @@ def command(
     """
     from ....runtime.devices.graph_executable import GpuDriver
     from ...bench.peers import PEERS
-    from ...bench.report import result_lines, result_tables
     from ...bench.run import Benchmark, run
     from ...drivers import driver_here, present_target
+    from ..benchmark import result_lines, result_tables
 
     if quantize not in ("mxfp4", "none"):
         raise UsageError(f"--quantize {quantize}: expected mxfp4 or none")

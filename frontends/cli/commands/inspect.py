@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ....runtime.artifact.manifest import is_ingot
 from ...options import AUTO, CompileOptions
 from ..flags import MANY, ModelPath, UsageError
-from ..models import check_compiled, check_options, compile_model, is_ingot
+from ..models import check_compiled, check_options, compile_model
 from ..output import Shown
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def command(
         check_compiled(source, *(flag for flag, value in given.items() if value))
         return _ingot(source, weights, everything, kernels, entry)
     from ...checkpoints.safetensors_files import holds_weights
+    from ...launches import PlannedEntry
     from ..graph import dot as dot_text
     from ..graph import write_svg
     from ..inspect_view import page
     from ..kernels import kernel_data, kernel_page
-    from ..launches import PlannedEntry
     from ..report import (
         declined_lines,
         entry_table,
@@ -142,9 +143,9 @@ def _ingot(
     source: Path, weights: bool, everything: bool, kernels: bool, entry: str | None
 ) -> Shown:
     from ....runtime.artifact.reader import FINAL_GRAPH, open_ingot
+    from ...launches import PlannedEntry
     from ..ingot import ingot_data, ingot_lines, ingot_tables
     from ..kernels import kernel_data, kernel_page
-    from ..launches import PlannedEntry
 
     artifact = open_ingot(source)
     data = ingot_data(artifact, weights=weights)

@@ -1,4 +1,4 @@
-"""The figures of a benchmark as tables and lines for people."""
+"""`ingot bench`: the figures as tables and lines."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from ..cli.output import table
-from .measure import StepFigures
-from .run import Result
+from ..bench.measure import StepFigures
+from ..bench.run import Result
+from .output import table
 
 
 def result_tables(result: Result) -> Iterator[Table]:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ...compiler.target import TARGETS
-from ...runtime.program import Entry, Kernel, Launch, Program, Slice
-from .inspect_view import layer_path, show_numbers
+from ..compiler.target import TARGETS
+from ..runtime.program import Entry, Kernel, Launch, Program, Slice
+from .layers import layer_path
+from .show import show_numbers
 
 if TYPE_CHECKING:
-    from ...codegen.entries import Choice
+    from ..codegen.entries import Choice
 
 # Instruction counts in `Kernel.facts`: matrix instructions and conversions.
 _COUNTED = ("wgmma", "mma", "tcgen05", "mfma", "scaled_conversions")
