@@ -147,6 +147,11 @@ class EntryBuilder:
     scratch_count: int = 0
 
     @cached_property
+    def constants(self) -> frozenset[str]:
+        """The buffers that no launch writes."""
+        return frozenset(self.folded.values())
+
+    @cached_property
     def _output_names(self) -> Mapping[Value, str]:
         """The name of each value that is an output, its first where it has several."""
         named = zip(self.graph.outputs, self.outputs, strict=True)

@@ -151,11 +151,10 @@ class KernelBackend:
             held = tuple(result for result in results if result)
             args = (*held, *args[len(held) :])
         types: list[Any] = list(bound.types)
-        constants = {*builder.folded.values()}
         query = KernelQuery(
             node.op,
             dict(bound.attrs),
-            tuple(operand(arg, constants) for arg in args),
+            tuple(operand(arg, builder.constants) for arg in args),
             tuple(
                 operand(result) if result else Operand(type_, dense_strides(type_.shape))
                 for result, type_ in zip(results, types, strict=True)
@@ -167,7 +166,7 @@ class KernelBackend:
         chosen = select(query, self._prefer)
         if isinstance(chosen, Declined) and not all(a.dense for a in query.args):
             args = tuple(self._dense(a, builder, copying) for a in args)
-            query = replace(query, args=tuple(operand(arg, constants) for arg in args))
+            query = replace(query, args=tuple(operand(arg, builder.constants) for arg in args))
             chosen = select(query, self._prefer)
         if isinstance(chosen, Declined):
             raise NoKernelError(f"{label}: {chosen.reason}")

@@ -2,7 +2,7 @@
 
 A table of points stands in `measured/` for each target that was measured; `ingot tune` adds those
 of a model to the user's cache, which come first. A shape that was not measured is read at the rate
-of those that are nearest to it. A target without points is modelled (`prices`), and said to be.
+of those that are nearest to it. A kernel without points is modelled (`prices`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from collections.abc import Iterable
 from functools import cache
 from math import log2
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
-from msgspec import structs
+from msgspec import Meta, structs
 
 _HERE = Path(__file__).with_name("measured")
 # No launch takes less: the gap between two.
 _LEAST_MICROSECONDS = 1.0
+
+
+_Size = Annotated[int, Meta(ge=1)]
 
 
 class Launched(NamedTuple):
@@ -39,10 +42,10 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True)
     """A launch, timed in a chain of its kind over weights that were not in the cache."""
 
     kernel: str
-    tokens: int
-    rows: int
-    columns: int
-    microseconds: float
+    tokens: _Size
+    rows: _Size
+    columns: _Size
+    microseconds: Annotated[float, Meta(gt=0)]
 
     @property
     def of(self) -> Launched:
@@ -60,17 +63,17 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What a launch takes, by the points of its kernel for the least tokens that are enough.
 
         None where there are none. Elements a second are the mean over all shapes, in logarithms,
-        weighted by 1 / d^2 of the distance in the plane of log rows and log columns.
+        weighted by 1 / d^2, d the distance in the plane of log rows and log columns.
         """
         mine = [p for p in self.points if p.kernel == of.kernel and p.tokens >= of.tokens]
         least = min((p.tokens for p in mine), default=0)
         weights = total = 0.0
         for p in (p for p in mine if p.tokens == least):
-            distance = log2(p.rows / of.rows) ** 2 + log2(p.columns / of.columns) ** 2
-            if not distance:
+            squared = log2(p.rows / of.rows) ** 2 + log2(p.columns / of.columns) ** 2
+            if not squared:
                 return 1e-6 * p.microseconds
-            weights += 1 / distance
-            total += log2(p.rows * p.columns / p.microseconds) / distance
+            weights += 1 / squared
+            total += log2(p.rows * p.columns / p.microseconds) / squared
         if not weights:
             return None
         return 1e-6 * max(of.rows * of.columns / 2 ** (total / weights), _LEAST_MICROSECONDS)

@@ -15,8 +15,9 @@ from .price_table import Launched, table_of
 LAUNCH_SECONDS = 1e-6
 
 # Fraction of the bandwidth at which a GEMM kernel reads its weight, by kernel and whether the
-# weight is MXFP4. Measured: fragments 0.50 (13 MB) to 0.69 (62 MB); narrow tiles 0.72-0.95 dense,
-# 0.28-0.40 in MXFP4, where unpacking bounds them. Estimated: square tiles, and all of AMD's.
+# weight is MXFP4. Measured: fragments 0.50 (13 MB) to 0.69 (62 MB); GEMV 0.71 (34 MB) to 0.95
+# (1.2 GB), of one token; narrow tiles 0.72-0.95 dense, 0.28-0.40 in MXFP4, where unpacking bounds
+# them. Estimated: square tiles, and all of AMD's.
 GEMM_BANDWIDTH = {
     ("fragments", True): 0.65,
     ("gemv", False): 0.85,

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Generator
 from pathlib import Path
+from unittest.mock import patch
 
 import hypothesis
 import pytest
@@ -67,6 +68,16 @@ def shared_traces() -> Generator[None]:
     import shared_traces
 
     with shared_traces.sharing():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prices_of_this_version(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """What was tuned on this machine changes no choice of kernels, nor the texts that show it."""
+    from ingot.codegen import price_table
+
+    nothing = tmp_path_factory.mktemp("prices") / "none.json"
+    with patch.object(price_table, "user_table", lambda target: nothing):
         yield
 
 

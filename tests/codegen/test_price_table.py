@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingot.codegen import price_table, prices
 from ingot.codegen.kernel_query import Candidate, KernelQuery, Operand, dense_strides
-from ingot.codegen.price_table import Launched, Point, Table, add_points, table_of
+from ingot.codegen.price_table import Launched, Point, Table, add_points, table_of, user_table
 from ingot.codegen.select import select
 from ingot.compiler.ops.linear import linear
 from ingot.compiler.target import target_of
@@ -26,6 +26,7 @@ def table(*points: tuple[str, int, int, int, float]) -> Table:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(price_table, "user_table", user_table)
     table_of.cache_clear()
     yield tmp_path
     table_of.cache_clear()
@@ -83,9 +84,19 @@ def test_points_of_the_user_come_before_those_of_the_version(own_cache: Path) ->
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_that_is_no_table_is_named(own_cache: Path) -> None:
+NO_TABLES = {
+    "kind": b'{"target": 1}',
+    "json": b"{",
+    "bytes": b'{"target": "\xff", "device": ""}',
+    "time": b'{"target": "a", "device": "", "points": [{"kernel": "k", "tokens": 1, "rows": 1, '
+    b'"columns": 1, "microseconds": 0}]}',
+}
+
+
+@pytest.mark.parametrize("case", NO_TABLES)
+def test_a_file_that_is_no_table_is_named(case: str, own_cache: Path) -> None:
     path = add_points(TARGET, "mine", [])
-    path.write_text('{"target": 1}', encoding="utf-8")
+    path.write_bytes(NO_TABLES[case])
     table_of.cache_clear()
     with pytest.raises(ValueError, match=rf"{path}: expected a table of prices: .*; delete it"):
         table_of(TARGET)
@@ -112,10 +123,13 @@ def test_measured_prices_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables_of_this_version_are_of_their_targets() -> None:
-    folder = Path(price_table.__file__).with_name("measured")
-    for path in folder.glob("*.json"):
+    files = [*Path(price_table.__file__).with_name("measured").glob("*.json")]
+    assert files
+    for path in files:
         target = path.stem.replace("-", ":", 1)
-        assert target_of(target).is_gpu and table_of(target).device
+        found = table_of(target)
+        assert target_of(target).is_gpu and found.target == target and found.device
+        assert found.points
 
 
 def test_a_norm_within_costs_more_unless_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
