@@ -69,6 +69,3 @@ def _asked(config: Mapping[str, Any], fields: Mapping[str, tuple[int, ...]]) -> 
 
 def _shown(asked: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r:.40}" for name, value in asked.items())
-
-
-__all__ = ["not_taken"]

@@ -125,16 +125,19 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
     elif weight.COLUMN != 1:
         yield Declined("GEMV: the rows of the weight do not lie in one piece")
     else:
-        few, most = (_launch(product, warps, sums) for warps, sums in ((4, 1), (8, 8)))
-        yield GemmLaunch(most, "gemv", "GEMV for very few tokens", " of rows")
-        yield GemmLaunch(few, "gemv", "GEMV for very few tokens, one row a program", " of a row")
+        one_row, rows = (_launch(product, warps, sums) for warps, sums in ((4, 1), (8, 8)))
+        yield GemmLaunch(rows, "gemv", "GEMV for very few tokens", " of rows")
+        yield GemmLaunch(
+            one_row, "gemv", "GEMV for very few tokens, one row a program", " of a row"
+        )
 
 
 def _launch(product: Product, warps: int, sums: int) -> Call:
-    """A launch whose programs hold `sums` sums of BLOCK_K columns at most, or one row's."""
+    """A launch whose programs have `warps` warps, and rows for at most `sums` sums: a row has one a
+    token, or two where it is a gate's. One row they have at least."""
     weight, target = product.weight, product.query.target
     of_row = triton.next_power_of_2(product.tokens) * (2 if weight.HALVED else 1)
-    # So few rows that a small product fills the device too.
+    # Few rows, so that a small product fills the device too.
     rows = max(min(sums // of_row, 4 if product.n * product.heads >= 4096 else 2), 1)
     args = {
         "x": product.x,
