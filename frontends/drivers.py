@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..runtime.driver import Driver
+from .options import AUTO
+
+if TYPE_CHECKING:
+    from ..runtime.devices.graph_executable import GpuDriver
 
 CPU = "cpu"
 
@@ -38,6 +44,16 @@ def driver_here(target: str) -> Driver:
     driver = driver_for(target)
     if driver.target != target:
         raise NoDriverError(f"expected a device for {target}, found one for {driver.target}")
+    return driver
+
+
+def gpu_here(target: str) -> GpuDriver:
+    """As `driver_here`, for a GPU: the first of this machine for "auto". NoDriverError else."""
+    from ..runtime.devices.graph_executable import GpuDriver
+
+    driver = driver_here(present_target() if target == AUTO else target)
+    if not isinstance(driver, GpuDriver):
+        raise NoDriverError(f"expected a GPU, found {driver.target}, which launches no kernels")
     return driver
 
 

@@ -1,4 +1,4 @@
-"""What the device can do at best: bytes read a second, and multiply-adds of the vendor's GEMM."""
+"""What the device can do at best: bytes read a second, and flops a second of the vendor's GEMM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msgspec import structs
 from ...codegen.build import build
 from ...codegen.kernel_source import KernelSource
 from ...codegen.templates.read_stream import read_kernel
-from ...compiler.target import Target
+from ...compiler.target import Target, target_of
 from ...runtime.devices.graph_executable import GpuDriver
 from ...runtime.program import Argument, Buffer, Entry, Function, Launch, Program, Slice, Spec
 from .random_weights import RandomWeights
@@ -22,10 +22,10 @@ _BLOCKS, _STEPS, _WARPS = (2048, 4096, 8192), (4, 16, 64), 8
 _GEMM = 8192
 
 
-def bytes_per_second(driver: GpuDriver, target: Target, device: str, nbytes: int) -> float:
+def bytes_per_second(driver: GpuDriver, nbytes: int = READ_BYTES) -> float:
     """The fastest of several kernels that only read `nbytes` of memory."""
-    program = _read_program(target, nbytes)
-    executable = driver.load(program, RandomWeights(program, device))
+    program = _read_program(target_of(driver.target), nbytes)
+    executable = driver.load(program, RandomWeights(program))
     try:
         best = 0.0
         for name, function in program.functions.items():
@@ -67,7 +67,7 @@ def _read_source(steps: int, block: int) -> KernelSource:
 
 
 def gemm_flops_per_second() -> float | None:
-    """What torch's bf16 GEMM does at 8192 x 8192 x 8192; None where torch has no such device."""
+    """What torch's bf16 GEMM does at 8192 x 8192 x 8192; None where torch has no GPU."""
     if not torch.cuda.is_available():
         return None
     a, b = (torch.randn(_GEMM, _GEMM, device="cuda").bfloat16() for _ in range(2))

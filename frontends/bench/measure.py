@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -14,11 +14,12 @@ from ...runtime.devices.graph_executable import GpuDriver, GpuExecutable
 from ...runtime.driver import Array, WeightLoader
 from ...runtime.program import STEP, Entry, Program, Slice
 from ...runtime.serving.abi import ServingAbi
+from ...runtime.serving.sequence import Sequence
 from ...runtime.serving.session import Session
 from ..launches import PlannedEntry, sections
 from .parts import Part, parts_of, prefix_name, with_parts
 from .traffic import NOTHING, Traffic, traffic_by_label
-from .workload import Workload, step_inputs
+from .workload import Workload, step_inputs, symbols_for
 
 _SERVED_TOKENS, _SERVED_RUNS = 128, 3
 
@@ -84,13 +85,13 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class Serving:
-    """A session: a prompt to its first token, and the rate of `batch` sequences behind it, host
-    included."""
+    """A session that is given `batch` prompts at once, host included: when the first token of any
+    comes, and the rate while all of them decode (None where one ends before another begins)."""
 
     batch: int
     prompt: int
     first_token_milliseconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def measure(
     graph: Graph,
     driver: GpuDriver,
     weights: WeightLoader,
-    works: Sequence[Workload],
+    works: Collection[Workload],
     rates: Rates,
     *,
     replays: int,
@@ -120,10 +121,11 @@ def measure(
     """
     abi = ServingAbi(program)
     step = program.functions[STEP]
+    entries = [step.entry(symbols_for(abi, work)) for work in works]
     inputs = [
-        step_inputs(step, abi.meta, abi.smallest(work.tokens, work.batch), work) for work in works
+        step_inputs(step, abi.meta, entry.symbols, work)
+        for work, entry in zip(works, entries, strict=True)
     ]
-    entries = [step.entry(abi.smallest(work.tokens, work.batch)) for work in works]
     watched = entries[0] if timeline else None
     begin = perf_counter()
     executable = driver.load(
@@ -141,7 +143,7 @@ def measure(
             milliseconds = timer.milliseconds(STEP, entry, given, replays)
             figures.append(_step(work, planned, milliseconds, traffic, rates, parts, spans))
         decoded = {w.batch: w for w in sorted(works, key=lambda w: -w.context) if w.decodes}
-        served = tuple(_served(session, work) for _, work in sorted(decoded.items()))
+        served = tuple(_served(session, abi, work) for _, work in sorted(decoded.items()))
     return Measured(loaded, tuple(figures), served)
 
 
@@ -153,7 +155,7 @@ class _Timer:
     replays: int
 
     def milliseconds(
-        self, function: str, entry: Entry, inputs: Mapping[str, Array], replays: int = 0
+        self, function: str, entry: Entry, inputs: Mapping[str, Array], replays: int | None = None
     ) -> float:
         self.executable.run(function, entry.symbols, inputs, ())
         return median(self.executable.measure(function, entry.symbols, replays or self.replays))
@@ -230,40 +232,55 @@ def _step(
         limit = max(limit, traffic.flops / rates.flops_per_second)
         of_gemm_rate = traffic.flops / (1e-3 * milliseconds) / rates.flops_per_second
     return StepFigures(
-        str(work),
-        work.batch,
-        work.new,
-        work.context,
-        planned.entry.name,
-        milliseconds,
-        1e3 * work.tokens / milliseconds,
-        traffic,
-        1e3 * limit,
-        1e3 * limit / milliseconds,
-        of_gemm_rate,
-        len(planned.entry.launches),
-        {s.title: len(s.launches) for s in sections(planned)},
-        parts,
-        timeline,
+        workload=str(work),
+        batch=work.batch,
+        new=work.new,
+        context=work.context,
+        entry=planned.entry.name,
+        milliseconds=milliseconds,
+        tokens_per_second=1e3 * work.tokens / milliseconds,
+        traffic=traffic,
+        limit_milliseconds=1e3 * limit,
+        of_limit=1e3 * limit / milliseconds,
+        of_gemm_rate=of_gemm_rate,
+        launches=len(planned.entry.launches),
+        launches_by_layer={s.title: len(s.launches) for s in sections(planned)},
+        parts=parts,
+        timeline=timeline,
     )
 
 
-def _served(session: Session, work: Workload) -> Serving:
+def _served(session: Session, abi: ServingAbi, work: Workload) -> Serving:
     """`work.batch` prompts of `work.context` tokens, and what follows, greedily."""
     draw = np.random.default_rng(0)
-    room = session.meta.max_tokens_per_sequence - work.context
-    new = min(_SERVED_TOKENS, room)
+    meta = session.meta
+    # Those whose prompts were read first decode while the other prompts are read.
+    steps = -(-work.batch * work.context // abi.tokens) + _SERVED_TOKENS
+    new = min(steps, meta.max_tokens_per_sequence - work.context)
     firsts: list[float] = []
-    rates: list[float] = []
+    rates: list[float | None] = []
     for _ in range(1 + _SERVED_RUNS):  # the first use of anything is not what is measured
-        prompts = draw.integers(0, session.meta.vocab_size, (work.batch, work.context)).tolist()
+        prompts = draw.integers(0, meta.vocab_size, (work.batch, work.context)).tolist()
         begin = perf_counter()
-        times = [
-            perf_counter() - begin
-            for event in session.stream(prompts, max_new_tokens=new)
-            if event.token is not None
-        ]
-        # Behind the first tokens of all, when every step decodes all of them.
-        firsts.append(times[0])
-        rates.append((len(times) - work.batch) / (times[-1] - times[work.batch - 1]))
-    return Serving(work.batch, work.context, 1e3 * median(firsts[1:]), median(rates[1:]))
+        times: dict[Sequence, list[float]] = {}
+        for event in session.stream(prompts, max_new_tokens=new):
+            if event.finish_reason == "error":
+                raise RuntimeError(f"serving {work}: {event.message}")
+            times.setdefault(event.sequence, []).append(perf_counter() - begin)
+        firsts.append(min(of[0] for of in times.values()))
+        rates.append(decode_rate([*times.values()]))
+    rated = [rate for rate in rates[1:] if rate is not None]
+    first = 1e3 * median(firsts[1:])
+    return Serving(work.batch, work.context, first, median(rated) if rated else None)
+
+
+def decode_rate(times: Collection[list[float]]) -> float | None:
+    """Tokens a second of all sequences while all decode, by when the tokens of each came.
+
+    Counted in steps of the sequence that begins last, until the first one ends; None where it ends
+    before.
+    """
+    last = max(times, key=lambda of: of[0])
+    end = min(of[-1] for of in times)
+    steps = sum(last[0] < time <= end for time in last)
+    return len(times) * steps / (last[steps] - last[0]) if steps else None

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..importers.meta_model import read_config
+
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "qwen3-8b": dict(
         model_type="qwen3",
@@ -97,12 +99,12 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 def config_of(model: str, layers: int | None = None) -> PreTrainedConfig:
     """The config of one of MODELS, in bf16, or of the directory `model`; `layers` cuts it short.
 
-    ValueError lists the names where `model` is neither.
+    ValueError lists the names where `model` is neither; SourceError as read_config.
     """
     if model in MODELS:
         config = AutoConfig.for_model(**MODELS[model], dtype="bfloat16")
     elif Path(model, "config.json").is_file():
-        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        config = read_config(model)
     else:
         known = ", ".join(MODELS)
         raise ValueError(

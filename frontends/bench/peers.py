@@ -19,7 +19,8 @@ PEERS = ("hf-eager", "hf-compile")
 
 
 def measure_peer(config: Path, mode: str, prompt: int, new: int) -> dict[str, Any]:
-    """`tokens_per_second` of a peer with one sequence, or `error`, the last line of its failure."""
+    """`tokens_per_second` of a peer with one sequence, and `start_seconds`, which its first run
+    took; or `error`, the last line of its failure."""
     command = [sys.executable, "-m", __name__, str(config), mode, str(prompt), str(new)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

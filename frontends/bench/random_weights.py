@@ -10,21 +10,21 @@ from ...runtime.program import Buffer, Program
 
 # As trained weights are, roughly: activations neither vanish nor overflow.
 _SPREAD = 0.02
-# Bytes of MXFP4 weights: any code, and shared exponents of 2^-11 to 2^-4 where they are scales.
+# Bytes of MXFP4 weights. As scales (E8M0) they are 2^-11 to 2^-4; as codes any would do.
 _LEAST_BYTE, _BYTES = 116, 8
 
 
 class RandomWeights:
-    """A weight loader (runtime.driver.WeightLoader) of random tensors, drawn on `device`.
+    """A weight loader (runtime.driver.WeightLoader) of random tensors, on the GPU if torch has one.
 
-    Floats are from N(0, 0.02), bytes from 116 to 123, other integers are 0: indices of whatever
-    there is. Speed does not depend on what they are, but for which experts a router chooses.
+    Floats are from N(0, 0.02), bytes from 116 to 123; other integers are 0, which is an index into
+    anything. Speed does not depend on what they are, but for which experts a router chooses.
     """
 
-    def __init__(self, program: Program, device: str, seed: int = 0) -> None:
+    def __init__(self, program: Program) -> None:
         self._buffers = program.buffers
-        self._device = device
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._generator = torch.Generator(self._device).manual_seed(0)
 
     def __call__(self, name: str) -> torch.Tensor:
         buffer: Buffer = self._buffers[name]

@@ -8,10 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...compiler.ir import Graph
-from ...compiler.target import target_of
 from ...compiler.text import parse
 from ...runtime.artifact.manifest import is_ingot
 from ...runtime.artifact.reader import FINAL_GRAPH, open_ingot
@@ -31,7 +28,8 @@ _PEER_TOKENS = 64
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured: workloads of a model, which peers, and for whom a timeline is drawn."""
+    """What is measured: steps of a model, and peers. With `timeline` the launches of the first step
+    are put on a timeline, which takes a replay of every prefix."""
 
     model: str
     works: tuple[Workload, ...]
@@ -55,8 +53,8 @@ class Benchmark:
 class Result:
     """The figures of one benchmark.
 
-    `compile_seconds` are by stage, without weights; `peers` has `tokens_per_second`, or an `error`,
-    by name.
+    `compile_seconds` are by stage, without weights; `peers` are as measure_peer gives them, by
+    name.
     """
 
     model: str
@@ -78,12 +76,8 @@ def run(benchmark: Benchmark, driver: GpuDriver, read_bytes: int = READ_BYTES) -
     weights are random, made on the device; the model's own limit of positions is raised where a
     workload is longer. ValueError for what does not go together.
     """
-    rates = Rates(
-        bytes_per_second(driver, target_of(driver.target), torch_device(), read_bytes),
-        gemm_flops_per_second(),
-    )
     if is_ingot(Path(benchmark.model)):
-        return _of_ingot(benchmark, driver, rates)
+        return _of_ingot(benchmark, driver, read_bytes)
     config = config_of(benchmark.model, benchmark.layers)
     config.max_position_embeddings = max(config.max_position_embeddings, benchmark.tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,14 +90,14 @@ def run(benchmark: Benchmark, driver: GpuDriver, read_bytes: int = READ_BYTES) -
             max_sequences=benchmark.sequences,
             max_tokens_per_sequence=benchmark.tokens,
         )
-        weights = RandomWeights(plan.program, torch_device())
-        result = _measured(benchmark, plan.program, plan.graph(), driver, weights, rates)
+        weights = RandomWeights(plan.program)
+        result = _measured(benchmark, plan.program, plan.graph(), driver, weights, read_bytes)
         prompt = min(work.context for work in benchmark.works)
         peers = {p: measure_peer(Path(folder), p, prompt, _PEER_TOKENS) for p in benchmark.peers}
     return replace(result, compile_seconds=dict(plan.report.seconds), peers=peers)
 
 
-def _of_ingot(benchmark: Benchmark, driver: GpuDriver, rates: Rates) -> Result:
+def _of_ingot(benchmark: Benchmark, driver: GpuDriver, read_bytes: int) -> Result:
     if benchmark.peers or benchmark.layers:
         raise ValueError("bench: peers and layers need a config, which an ingot does not hold")
     artifact = open_ingot(Path(benchmark.model))
@@ -111,7 +105,7 @@ def _of_ingot(benchmark: Benchmark, driver: GpuDriver, rates: Rates) -> Result:
         raise ValueError(f"bench: expected an ingot for {driver.target}, found one for the cpu")
     graph = parse(artifact.graphs[FINAL_GRAPH], trusted=False)
     weights = artifact.weights(artifact.program.buffers)
-    return _measured(benchmark, artifact.program, graph, driver, weights, rates)
+    return _measured(benchmark, artifact.program, graph, driver, weights, read_bytes)
 
 
 def _measured(
@@ -120,8 +114,9 @@ def _measured(
     graph: Graph,
     driver: GpuDriver,
     weights: WeightLoader,
-    rates: Rates,
+    read_bytes: int,
 ) -> Result:
+    rates = Rates(bytes_per_second(driver, read_bytes), gemm_flops_per_second())
     measured = measure(
         program,
         graph,
@@ -142,8 +137,3 @@ def _measured(
         program.arena_bytes,
         measured,
     )
-
-
-def torch_device() -> str:
-    """Where torch makes random weights: on the GPU, if it has one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

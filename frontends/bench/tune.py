@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from ...codegen.entries import Choice
 from ...codegen.price_table import Launched, Point
@@ -21,25 +20,19 @@ from .parts import parts_of, with_parts
 from .random_weights import RandomWeights
 from .workload import Workload, step_inputs
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 _REPLAYS = 20
-# Positions before the tokens of a step: no price is of attention.
-_CONTEXT = 0
 
 
 def tune(
-    source: str | Path | PreTrainedModel,
+    directory: Path,
     options: CompileOptions,
     driver: GpuDriver,
-    device: str,
     progress: Progress,
 ) -> list[Point]:
-    """A point for every kernel that could compute a product of `source`, at every bucket of tokens.
+    """A point for every kernel that could compute a product of a model, at every bucket of tokens.
 
-    The model is planned once for each kernel, which is taken wherever it can be, and its launches
-    are timed in chains over random weights. `device` is torch's name of where these are made.
+    Of `directory` the config.json is read. The model is planned once for each kernel, which is
+    taken wherever it can be, and its launches are timed in chains over random weights.
     """
     found: dict[Launched, Point] = {}
     kernels: dict[str, None] = {"": None}
@@ -47,7 +40,7 @@ def tune(
     while waiting := [kernel for kernel in kernels if kernel not in done]:
         done.add(waiting[0])
         planned = lower_language_model(
-            source,
+            directory,
             options,
             target_of(driver.target),
             progress,
@@ -57,29 +50,27 @@ def tune(
         )
         (lowered,) = planned.ranks
         kernels |= {k: None for choice in lowered.choices for k in choice.offered}
-        for point in _timed(lowered.program, lowered.choices, driver, device):
-            found.setdefault(point.of, point)
+        for point in _timed(lowered.program, lowered.choices, driver, found.keys()):
+            found[point.of] = point
     return sorted(found.values())
 
 
 def _timed(
-    program: Program, choices: Sequence[Choice], driver: GpuDriver, device: str
+    program: Program, choices: Sequence[Choice], driver: GpuDriver, known: Container[Launched]
 ) -> Iterator[Point]:
-    """The launches of a program that are priced, each kind once."""
+    """The launches of a program that are priced, without those that are `known`."""
     step, meta = program.functions[STEP], ServingMeta.of(program.meta)
     by_entry = {name: [*of] for name, of in groupby(choices, key=lambda choice: choice.entry)}
-    executable = driver.load(
-        with_parts(program, step.entries, None), RandomWeights(program, device)
-    )
+    executable = driver.load(with_parts(program, step.entries, None), RandomWeights(program))
     try:
         for entry in step.entries:
             priced = _priced(entry, by_entry[entry.name])
-            tokens = entry.symbols["T"]
-            work = Workload(1, tokens, _CONTEXT)
+            # No price is of attention: one sequence, and what it has no positions for is padding.
+            work = Workload(1, min(entry.symbols["T"], meta.max_tokens_per_sequence), 0)
             inputs = step_inputs(step, meta, entry.symbols, work)
             for part in parts_of(program, entry):
                 of = priced[part.launches[0]]
-                if of is None:
+                if of is None or of in known:
                     continue
                 executable.run(part.function, entry.symbols, inputs, ())
                 times = executable.measure(part.function, entry.symbols, _REPLAYS)

@@ -10,7 +10,7 @@ import numpy as np
 from ...compiler.dtypes import DTYPES
 from ...runtime.driver import Array
 from ...runtime.program import Function
-from ...runtime.serving.abi import ServingMeta
+from ...runtime.serving.abi import ServingAbi, ServingMeta
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,28 @@ class Workload:
         return f"prefill, {self.new} tokens"
 
 
+def symbols_for(abi: ServingAbi, work: Workload) -> Mapping[str, int]:
+    """The symbols of the smallest entry that takes `work` in one step.
+
+    ValueError for a workload that the program has no slots, positions or entry for.
+    """
+    meta, sequences = abi.meta, min(abi.meta.max_sequences, abi.rows)
+    fits = work.batch <= sequences and work.seen <= meta.max_tokens_per_sequence
+    if not fits or work.tokens > abi.tokens:
+        raise ValueError(
+            f"{work}: expected at most {sequences} sequences of {meta.max_tokens_per_sequence} "
+            f"tokens, and {abi.tokens} tokens in a step"
+        )
+    return abi.smallest(work.tokens, work.batch)
+
+
 def step_inputs(
     step: Function, meta: ServingMeta, symbols: Mapping[str, int], work: Workload
 ) -> dict[str, Array]:
     """What the entry of `symbols` takes (see runtime.serving.abi) for `work`; the rest is padding.
 
-    Sequence s has slot s and pages of its own, and each is greedy. ValueError for a workload that
-    the program has no slots or positions for.
+    Sequence s has slot s and pages of its own, and each is greedy.
     """
-    if work.batch > meta.max_sequences or work.seen > meta.max_tokens_per_sequence:
-        raise ValueError(
-            f"{work}: expected at most {meta.max_sequences} sequences of "
-            f"{meta.max_tokens_per_sequence} tokens"
-        )
     places = symbols["T"]
     found: dict[str, Array] = {
         name: np.zeros(spec.bound(symbols), DTYPES[spec.dtype].numpy)

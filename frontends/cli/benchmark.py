@@ -36,7 +36,7 @@ def result_tables(result: Result) -> Iterator[Table]:
             [
                 f"{s.batch} × {s.prompt} tokens",
                 f"{s.first_token_milliseconds:.1f}",
-                f"{s.tokens_per_second:,.1f}",
+                "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.1f}",
             ]
             for s in served
         ]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from fake_gpu import CUDA, FakeGpu, build_fake
 from ingot.compiler.ir import Graph
 from ingot.frontends import api
+from ingot.frontends.bench.measure import decode_rate
 from ingot.frontends.bench.models import MODELS, config_of
 from ingot.frontends.bench.parts import parts_of, prefix_name, with_parts
 from ingot.frontends.bench.plots import write_plots
@@ -25,10 +27,11 @@ from ingot.frontends.bench.random_weights import RandomWeights
 from ingot.frontends.bench.run import Benchmark, run
 from ingot.frontends.bench.traffic import NOTHING, traffic_by_label
 from ingot.frontends.bench.tune import tune
-from ingot.frontends.bench.workload import Workload, step_inputs
+from ingot.frontends.bench.workload import Workload, step_inputs, symbols_for
 from ingot.frontends.cli.benchmark import result_lines, result_tables
 from ingot.frontends.cli.commands.bench import command
 from ingot.frontends.cli.flags import UsageError
+from ingot.frontends.drivers import NoDriverError
 from ingot.frontends.model import Plan
 from ingot.frontends.options import CompileOptions
 from ingot.frontends.progress import Progress
@@ -133,12 +136,26 @@ def test_inputs_are_those_of_the_workload(plan: Plan) -> None:
     found = step_inputs(step, abi.meta, {"T": 64, "L": 2}, PREFILL)
     assert found["positions"].tolist() == [*range(64)]
     assert found["logit_rows"].tolist()[:1] == [63]
-    with pytest.raises(ValueError, match="expected at most 2 sequences of 256 tokens"):
-        step_inputs(step, abi.meta, {"T": 1, "L": 1}, Workload(1, 1, 256))
+
+
+def test_a_workload_that_fits_no_entry_is_refused(plan: Plan) -> None:
+    abi = ServingAbi(plan.program)
+    assert symbols_for(abi, PREFILL)["T"] == 64 and symbols_for(abi, DECODE)["L"] == 2
+    for work in (Workload(1, 1, 256), Workload(3, 1, 8), Workload(2, 200, 0)):
+        with pytest.raises(ValueError, match=f"^{work}: expected at most 2 sequences of 256 tok.*"):
+            symbols_for(abi, work)
+
+
+def test_the_rate_of_decoding_is_that_of_all_together() -> None:
+    # The second begins when the first has four tokens, and outlives it.
+    assert decode_rate([[1.0, 2.0, 3.0, 4.0, 4.5, 5.0], [4.0, 4.5, 5.0, 9.0]]) == 2 * 2 / 1.0
+    assert decode_rate([[1.0, 3.0]]) == 0.5
+    assert decode_rate([[1.0], [1.0]]) is None
+    assert decode_rate([[1.0, 2.0], [3.0, 4.0]]) is None
 
 
 def test_random_weights_fit_every_buffer(plan: Plan) -> None:
-    load = RandomWeights(plan.program, "cpu")
+    load = RandomWeights(plan.program)
     for buffer in plan.program.buffers.values():
         if buffer.kind == "weight":
             made = load(buffer.name)
@@ -150,6 +167,8 @@ def test_random_weights_fit_every_buffer(plan: Plan) -> None:
 def test_names_are_models_of_transformers(name: str) -> None:
     config = config_of(name, layers=2)
     assert config.num_hidden_layers == 2 and config.dtype == torch.bfloat16
+    described = get_type_hints(command, include_extras=True)["model"].__metadata__[0].help
+    assert re.search(rf"\b{name}\b", described)
 
 
 def test_a_name_that_is_none_lists_those_there_are() -> None:
@@ -174,9 +193,7 @@ def device(gpu: FakeGpu) -> Iterator[FakeGpu]:
     assert gpu.complaints == "" and gpu.outstanding == []
 
 
-def test_bench_times_steps_launches_and_serving(
-    device: FakeGpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_times_steps_launches_and_serving(device: FakeGpu, tmp_path: Path) -> None:
     tiny_config("qwen3_moe", dtype="bfloat16").save_pretrained(tmp_path)
     works = (DECODE, Workload(1, 1, 20), PREFILL)
     found = run(Benchmark(str(tmp_path), works, replays=5), device.driver(), read_bytes=8 << 20)
@@ -192,9 +209,10 @@ def test_bench_times_steps_launches_and_serving(
     first, *others = found.measured.steps
     assert len(first.timeline) == first.launches and not any(o.timeline for o in others)
     assert [s.batch for s in found.measured.serving] == [1, 2]
+    assert all(s.tokens_per_second for s in found.measured.serving)
     json.dumps(dataclasses.asdict(found))
     write_plots(found, tmp_path / "plots")
-    assert (tmp_path / "plots" / "roofline.png").stat().st_size > 10_000
+    assert (tmp_path / "plots" / "bandwidth.png").stat().st_size > 10_000
     assert (tmp_path / "plots" / "timeline.png").stat().st_size > 10_000
     events = json.loads((tmp_path / "plots" / "trace.json").read_text(encoding="utf-8"))
     assert [e["name"] for e in events["traceEvents"]] == [
@@ -216,7 +234,7 @@ def test_bench_times_steps_launches_and_serving(
 )
 def test_wrong_flags_are_told(flags: dict[str, Any], said: str) -> None:
     given = {"batch": "1", "context": "8", "prefill": "8", "quantize": "mxfp4", "peer": ""}
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises((UsageError, NoDriverError), match=said):
         command("qwen3-8b", **{**given, "layers": None, "plots": None, "target": "cpu", **flags})
 
 
@@ -229,7 +247,7 @@ def test_tune_times_every_kernel_that_could_compute_a_product(
     tiny_config("llama", dtype="bfloat16").save_pretrained(tmp_path)
     options = CompileOptions(max_sequences=2, max_tokens_per_sequence=16, progress=False)
     with Progress(enabled=False) as progress:
-        points = tune(tmp_path, options, device.driver(), "cpu", progress)
+        points = tune(tmp_path, options, device.driver(), progress)
     kernels = {p.kernel for p in points}
     gemv = {f"gemv of {rows} bf16{norm}" for rows in ("rows", "a row") for norm in ("", " normed")}
     assert kernels == {*gemv, "narrow bf16", "narrow bf16 normed", "square bf16"}

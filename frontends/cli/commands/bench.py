@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +13,6 @@ from ..flags import UsageError
 from ..output import Shown
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ...bench.workload import Workload
 
 
@@ -36,7 +33,7 @@ def command(
     peer: Annotated[str, typer.Option(help="hf-eager,hf-compile: transformers beside it.")] = "",
     plots: Annotated[
         Path | None,
-        typer.Option(help="Write a roofline, a timeline (PNG) and a Perfetto trace into a folder."),
+        typer.Option(help="Write bandwidths, a timeline (PNG) and a Perfetto trace into a folder."),
     ] = None,
     replays: Annotated[int, typer.Option(min=1, help="Of each step; the median counts.")] = 100,
     target: Annotated[str, typer.Option(help="Target, or auto; see `ingot doctor`.")] = AUTO,
@@ -46,10 +43,9 @@ def command(
     Weights are random and made on the device, but for an ingot's own. Every figure stands beside
     the read bandwidth and the GEMM rate that were measured in the same run.
     """
-    from ....runtime.devices.graph_executable import GpuDriver
     from ...bench.peers import PEERS
     from ...bench.run import Benchmark, run
-    from ...drivers import driver_here, present_target
+    from ...drivers import gpu_here
     from ..benchmark import result_lines, result_tables
 
     if quantize not in ("mxfp4", "none"):
@@ -66,23 +62,12 @@ def command(
         replays,
         timeline=plots is not None,
     )
-    driver = driver_here(present_target() if target == AUTO else target)
-    if not isinstance(driver, GpuDriver):
-        raise UsageError(f"expected a GPU, found {driver.target}, which launches no kernels")
-    result = run(benchmark, driver)
+    result = run(benchmark, gpu_here(target))
     if plots is not None:
         from ...bench.plots import write_plots
 
         write_plots(result, plots)
-
-    def parts() -> Iterator[Table | Sequence[str]]:
-        yield from result_tables(result)
-        yield result_lines(result)
-
-    def data() -> dict[str, Any]:
-        return asdict(result)
-
-    return Shown(data, parts())
+    return Shown(lambda: asdict(result), [*result_tables(result), result_lines(result)])
 
 
 def _workloads(batch: str, context: str, prefill: str) -> tuple[Workload, ...]:

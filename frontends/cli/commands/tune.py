@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec import structs
 
 from ...options import CompileOptions
-from ..flags import MANY, UsageError
+from ..flags import MANY
 from ..output import Shown, table
 
 
@@ -22,33 +24,27 @@ def command(
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
     options: CompileOptions = MANY,
 ) -> Shown:
-    """Time every GEMM kernel that could compute a product of a model, on the GPU that is here.
+    """Time, on the GPU that is here, every GEMM kernel that could compute a product of a model.
 
-    The points go into a table in the user's cache, from which compiling for this target takes its
-    prices from then on. Weights are random and made on the device.
+    Not those of experts. The points go into a table in the user's cache, from which compiling for
+    this target takes its prices from then on. Weights are random and made on the device;
+    --quantize mxfp4 packs them.
     """
     from ....codegen.price_table import add_points
-    from ....runtime.devices.graph_executable import GpuDriver
     from ...bench.models import config_of
-    from ...bench.run import torch_device
     from ...bench.tune import tune
-    from ...drivers import driver_here, present_target
-    from ...options import AUTO
+    from ...drivers import gpu_here
     from ...progress import Progress
 
-    driver = driver_here(present_target() if options.target == AUTO else options.target)
-    if not isinstance(driver, GpuDriver):
-        raise UsageError(f"expected a GPU, found {driver.target}, which launches no kernels")
+    driver = gpu_here(options.target)
     with tempfile.TemporaryDirectory() as folder, Progress(enabled=options.progress) as progress:
         config_of(model, layers).save_pretrained(folder)
-        points = tune(folder, options, driver, torch_device(), progress)
+        points = tune(Path(folder), options, driver, progress)
     path = add_points(driver.target, driver.info.name, points)
     rows = [
         [p.kernel, str(p.tokens), f"{p.rows}×{p.columns}", f"{p.microseconds:.2f}"] for p in points
     ]
     heads = ["kernel", "tokens", "weight", "µs"]
     shown = table(f"{model} on {driver.info.name}", heads, rows, right=(1, 2, 3))
-    data = [{name: getattr(p, name) for name in p.__struct_fields__} for p in points]
-    return Shown(
-        lambda: {"table": str(path), "points": data}, [shown, [f"{len(points)} points in {path}"]]
-    )
+    data = {"table": str(path), "points": [structs.asdict(point) for point in points]}
+    return Shown(lambda: data, [shown, [f"{len(points)} points in {path}"]])
