@@ -23,15 +23,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ingot.compiler.target import target_of
-from ingot.frontends.bench.device_rates import READ_BYTES, bytes_per_second
+from ingot.compiler.text import parse
+from ingot.frontends.bench.device_rates import bytes_per_second
 from ingot.frontends.bench.models import MODELS, config_of
 from ingot.frontends.bench.peers import measure_peer
+from ingot.frontends.bench.traffic import NOTHING, traffic_by_label
+from ingot.frontends.bench.workload import Workload
 from ingot.frontends.drivers import driver_here, present_target
-from ingot.runtime.artifact.reader import open_ingot
-from ingot.runtime.program import Program, Slice
+from ingot.runtime.artifact.reader import FINAL_GRAPH, open_ingot
 from random_checkpoint import write_checkpoint
-from transformers import PreTrainedConfig
 
 HERE = Path(__file__).parent
 GIB = 1 << 30
@@ -56,7 +56,7 @@ def main() -> None:
         parser.error("this machine has no GPU: name the --target to compile for")
     bandwidth = 0.0
     if target == here:
-        bandwidth = bytes_per_second(driver_here(target), target_of(target), "cuda", READ_BYTES)
+        bandwidth = bytes_per_second(driver_here(target))
         print(f"{target}: reads {bandwidth / 1e12:.2f} TB/s", flush=True)
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
@@ -84,10 +84,12 @@ def _measure(
         f"peak memory {found['peak_bytes'] / GIB:.2f} GiB, "
         f"{found['peak_anonymous_bytes'] / GIB:.2f} GiB of it backed by no file"
     )
-    program = open_ingot(path).program
-    assert program is not None
-    found["kernels"] = len(program.kernels)
-    found["bytes_per_token"] = _bytes_per_token(program, config)
+    artifact = open_ingot(path)
+    assert artifact.program is not None
+    found["kernels"] = len(artifact.program.kernels)
+    graph = parse(artifact.graphs[FINAL_GRAPH], trusted=False)
+    read = traffic_by_label(graph, Workload(1, 1, options.prompt))
+    found["bytes_per_token"] = sum(read.values(), NOTHING).bytes
     if not bandwidth:
         _tell("  not run: its device is not here")
         return found
@@ -170,23 +172,6 @@ class _Peaks:
                 name, _, rest = line.partition(":")
                 if name in self.found:
                     self.found[name] = max(self.found[name], int(rest.split()[0]) * 1024)
-
-
-def _bytes_per_token(program: Program, config: PreTrainedConfig) -> int:
-    """Bytes of weights that one token needs: all of the decode entry's, of experts the chosen."""
-    chosen = getattr(config, "num_experts_per_tok", None) or 0
-    held = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None) or 0
-    shared = getattr(config, "n_shared_experts", None) or 0
-    share = (chosen + shared) / (held + shared) if held else 1.0
-    parts: dict[str, float] = {}
-    for launch in program.entries[0].launches:
-        op = launch.label.partition(" ")[0]
-        for arg in launch.args:
-            if isinstance(arg, Slice) and arg.buffer in program.buffers and op != "embedding":
-                buffer = program.buffers[arg.buffer]
-                if buffer.kind == "weight":
-                    parts[buffer.name] = buffer.nbytes * (share if op == "experts" else 1.0)
-    return round(sum(parts.values()))
 
 
 def _json(command: list[Any]) -> dict[str, Any]:

@@ -7,13 +7,12 @@ device. Of experts those are read that tokens choose.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 from ...codegen.kernel_backend import launch_label
 from ...compiler.dtypes import FLOATS
-from ...compiler.ir import Graph, Node
+from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops.leaf import param
 from ...compiler.types import TensorType, bind_attr
 from .workload import Workload
@@ -37,44 +36,43 @@ def traffic_by_label(graph: Graph, work: Workload) -> dict[str, Traffic]:
     """The traffic of the nodes behind the launches of each label, without padding."""
     binding = {"T": work.tokens, "L": work.batch}
     found: dict[str, Traffic] = defaultdict(lambda: NOTHING)
+    caches = {p for p in graph.params if p.attrs["name"] in graph.updates}
+    state = caches | {*graph.updates.values()}
     for node in graph.nodes():
         if node.op is not param and not node.is_constant:
-            found[launch_label(node)] += _traffic(node, graph, binding, work)
+            found[launch_label(node)] += _traffic(node, state, binding, work)
     return dict(found)
 
 
-def _traffic(node: Node, graph: Graph, binding: Mapping[str, int], work: Workload) -> Traffic:
+def _traffic(node: Node, state: Set[Value], binding: Mapping[str, int], work: Workload) -> Traffic:
     operands = {name: value.stored.bind(binding) for name, value in node.operands.items()}
     attrs = {name: bind_attr(value, binding) for name, value in node.attrs.items()}
     results = tuple(t.bind(binding) for t in node.types)
-    state = {*graph.updates.values()} | {
-        p for p in graph.params if p.attrs["name"] in graph.updates
-    }
     passing = [
         value.type.bind(binding)
         for value in (*node.operands.values(), *node.results)
         if not value.node.is_constant and value not in state and value.type.dtype in FLOATS
     ]
-    seen = operands if node.appends else _seen(operands, attrs, work)
-    flops = node.op.cost(seen, results, **attrs).flops
-    moved = node.op.cost(_chosen(seen, work), results, **attrs).bytes
+    by_one = by_all = operands
+    if "page_table" in operands and not node.appends:
+        # What one token sees counts for the arithmetic, what all new ones see for the bytes.
+        window = attrs.get("window") or work.seen
+        by_one = _seen(operands, work.batch, min(window, work.seen))
+        by_all = _seen(operands, work.batch, min(window + work.new - 1, work.seen))
+    flops = node.op.cost(by_one, results, **attrs).flops
+    moved = node.op.cost(_chosen(by_all, work), results, **attrs).bytes
     return Traffic(max(int(moved) - sum(int(t.nbytes) for t in passing), 0), int(flops))
 
 
-def _seen(
-    operands: dict[str, TensorType], attrs: Mapping[str, Any], work: Workload
-) -> dict[str, TensorType]:
-    """The operands with caches of only those positions that the step sees, a page each."""
-    table = operands.get("page_table")
-    if table is None:
-        return operands
-    seen = min(work.seen, attrs.get("window") or work.seen)
+def _seen(operands: dict[str, TensorType], batch: int, positions: int) -> dict[str, TensorType]:
+    """The operands with caches of so many positions of each sequence, a page each."""
     caches = {
-        name: type_.with_shape((seen, 1, *type_.shape[2:]))
+        name: type_.with_shape((positions, 1, *type_.shape[2:]))
         for name, type_ in operands.items()
         if name.endswith("cache")
     }
-    return {**operands, **caches, "page_table": table.with_shape((work.batch, seen))}
+    table = operands["page_table"].with_shape((batch, positions))
+    return {**operands, **caches, "page_table": table}
 
 
 def _chosen(operands: dict[str, TensorType], work: Workload) -> dict[str, TensorType]:

@@ -107,6 +107,22 @@ def test_experts_are_read_that_are_expected_to_be_chosen(plan: Plan) -> None:
         assert first / each == pytest.approx(distinct, abs=0.55)  # whole experts
 
 
+def test_a_window_bounds_what_is_seen_of_the_cache(tmp_path: Path) -> None:
+    """Of a chunk of the prompt each token sees a window, all together that and the chunk."""
+    config = tiny_config("gpt_oss", dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    graph = api.plan(tmp_path, target="cpu", max_tokens_per_sequence=256, progress=False).graph()
+    token = 2 * bf16((config.num_key_value_heads, config.head_dim))  # keys and values
+    assert len({*config.layer_types}) == 2
+    for new, context in ((1, 0), (1, 180), (64, 0), (64, 100)):
+        seen = new + context
+        reached = min(config.sliding_window + new - 1, seen)
+        positions = {"full_attention": seen, "sliding_attention": reached}
+        found = traffic_by_label(graph, Workload(1, new, context)).items()
+        read = [t.bytes for label, t in found if label.startswith("cached_attention")]
+        assert read == [token * positions[kind] for kind in config.layer_types]
+
+
 # ---- launches as functions of their own
 
 
