@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: a roofline of launches, a timeline of the step, and a Perfetto trace."""
+"""Pictures of a benchmark: bandwidths of launches, a timeline of the step, and a Perfetto trace."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .run import Result
 
 
 def write_plots(result: Result, folder: Path) -> None:
-    """roofline.png, timeline.png and trace.json (ui.perfetto.dev) of the first step in `folder`."""
+    """Of the first step bandwidth.png, timeline.png and trace.json (ui.perfetto.dev)."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     step = result.measured.steps[0]
-    _roofline(result, step, folder / "roofline.png")
+    _bandwidth(result, step, folder / "bandwidth.png")
     if step.timeline:
         _timeline(step, folder / "timeline.png")
         events = [*_trace_events(step.timeline)]
@@ -26,7 +26,7 @@ def write_plots(result: Result, folder: Path) -> None:
         (folder / "trace.json").write_text(text, encoding="utf-8")
 
 
-def _roofline(result: Result, step: StepFigures, path: Path) -> None:
+def _bandwidth(result: Result, step: StepFigures, path: Path) -> None:
     """Each kind of launch: bytes that it must read, against the bytes a second that it reads."""
     from matplotlib import pyplot
 
