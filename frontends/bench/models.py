@@ -111,7 +111,8 @@ def config_of(model: str, layers: int | None = None) -> PreTrainedConfig:
             f"expected a directory with a config.json, or one of {known}; got {model!r}"
         )
     if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     return config

@@ -79,7 +79,8 @@ def run(benchmark: Benchmark, driver: GpuDriver, read_bytes: int = READ_BYTES) -
     if is_ingot(Path(benchmark.model)):
         return _of_ingot(benchmark, driver, read_bytes)
     config = config_of(benchmark.model, benchmark.layers)
-    config.max_position_embeddings = max(config.max_position_embeddings, benchmark.tokens)
+    text = config.get_text_config()
+    text.max_position_embeddings = max(text.max_position_embeddings, benchmark.tokens)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         plan = api.plan(
