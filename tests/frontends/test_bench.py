@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from fake_gpu import CUDA, FakeGpu, build_fake
+from ingot.codegen import price_table
 from ingot.compiler.ir import Graph
-from ingot.frontends import api
+from ingot.frontends import api, drivers
 from ingot.frontends.bench.measure import decode_rate
 from ingot.frontends.bench.models import MODELS, config_of
 from ingot.frontends.bench.parts import parts_of, prefix_name, with_parts
@@ -26,19 +28,18 @@ from ingot.frontends.bench.plots import write_plots
 from ingot.frontends.bench.random_weights import RandomWeights
 from ingot.frontends.bench.run import Benchmark, run
 from ingot.frontends.bench.traffic import NOTHING, traffic_by_label
-from ingot.frontends.bench.tune import tune
 from ingot.frontends.bench.workload import Workload, step_inputs, symbols_for
 from ingot.frontends.cli.benchmark import result_lines, result_tables
 from ingot.frontends.cli.commands.bench import command
 from ingot.frontends.cli.flags import UsageError
+from ingot.frontends.cli.main import app
 from ingot.frontends.drivers import NoDriverError
 from ingot.frontends.model import Plan
-from ingot.frontends.options import CompileOptions
-from ingot.frontends.progress import Progress
 from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import STEP
 from ingot.runtime.serving.abi import ServingAbi
-from tiny_models import tiny_config
+from tiny_models import tiny_config, tiny_model
+from typer.testing import CliRunner
 
 PAGE = 64
 PREFILL, DECODE = Workload(1, 64, 0), Workload(2, 1, 200)
@@ -238,6 +239,25 @@ def test_bench_times_steps_launches_and_serving(device: FakeGpu, tmp_path: Path)
     assert any("reads" in line for line in result_lines(found))
 
 
+def test_an_ingot_is_measured_with_its_own_weights(device: FakeGpu, tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    path = tmp_path / "llama.ingot"
+    limits: dict[str, Any] = {"max_sequences": 2, "max_tokens_per_sequence": 256}
+    api.compile_to(
+        tmp_path / "model", path, target="cuda:sm_90", check_import=False, progress=False, **limits
+    )
+    asked = Benchmark(str(path), (Workload(1, 1, 255),), replays=2, timeline=False)
+    found = run(asked, device.driver(), read_bytes=8 << 20)
+    (step,), (served,) = found.measured.steps, found.measured.serving
+    assert step.traffic.bytes == pytest.approx(of_llama(1, 256), abs=512) and not step.timeline
+    assert served.tokens_per_second is None  # there is room for one token
+    for more in ({"layers": 1}, {"peers": ("hf-eager",)}):
+        with pytest.raises(ValueError, match="bench: peers and layers need a config"):
+            run(dataclasses.replace(asked, **more), device.driver())
+    with pytest.raises(ValueError, match="context 256: expected at most 2 sequences of 256 tokens"):
+        run(dataclasses.replace(asked, works=(Workload(1, 1, 256),)), device.driver(), 8 << 20)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -258,12 +278,23 @@ def test_wrong_flags_are_told(flags: dict[str, Any], said: str) -> None:
 
 
 def test_tune_times_every_kernel_that_could_compute_a_product(
-    device: FakeGpu, tmp_path: Path
+    device: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_config("llama", dtype="bfloat16").save_pretrained(tmp_path)
-    options = CompileOptions(max_sequences=2, max_tokens_per_sequence=16, progress=False)
-    with Progress(enabled=False) as progress:
-        points = tune(tmp_path, options, device.driver(), progress)
+    table = tmp_path / "prices" / "table.json"
+    monkeypatch.setattr(price_table, "user_table", lambda target: table)
+    monkeypatch.setattr(drivers, "gpu_here", lambda target: device.driver())
+    flags = ["--max-sequences", "2", "--max-tokens", "16", "--json"]
+    try:
+        done = CliRunner().invoke(app, ["tune", str(tmp_path), *flags])
+    finally:
+        price_table.table_of.cache_clear()
+    assert done.exit_code == 0, done.output
+    held = msgspec.json.decode(table.read_bytes(), type=price_table.Table)
+    told = json.loads(done.stdout)
+    points = held.points
+    assert told == {"table": str(table), "points": [*msgspec.to_builtins(points)]}
+    assert held.target == "cuda:sm_90" and len({p.of for p in points}) == len(points)
     kernels = {p.kernel for p in points}
     gemv = {f"gemv of {rows} bf16{norm}" for rows in ("rows", "a row") for norm in ("", " normed")}
     assert kernels == {*gemv, "narrow bf16", "narrow bf16 normed", "square bf16"}
