@@ -68,6 +68,12 @@ def gemm_seconds(
     return moved / target.bytes_per_second + LAUNCH_SECONDS + within
 
 
+def is_measured(target: Target, of: Launched) -> bool:
+    """Whether the price of a GEMM comes from measured points, be it without its norm."""
+    table, plain = table_of(target.name), of._replace(kernel=of.kernel.removesuffix(NORMED))
+    return table.seconds(of) is not None or table.seconds(plain) is not None
+
+
 def unpacking_seconds(target: Target, elements: float) -> float:
     """What the device takes at least to unpack so many MXFP4 codes."""
     return elements / UNPACKED_PER_SECOND[target.scaled_conversions]

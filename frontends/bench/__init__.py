@@ -4,5 +4,6 @@ In the order in which to read them: `models` (configs by name), `random_weights`
 device), `workload` (the inputs of a step), `traffic` (the bytes that a step must read), `parts`
 (the launches of a step as functions of their own), `device_rates` (read bandwidth, GEMM rate),
 `measure` (a program from its load to its figures), `peers` (the same model elsewhere), `run` (all
-of it, from a name) and `plots`. `tune` measures kernels for tables of prices.
+of it, from a name) and `plots`. `tune` measures kernels for tables of prices, which `explain`
+reads.
 """

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from ...runtime.program import STEP, Entry, Launch, Program
+from ...runtime.program import STEP, Entry, Program
 
 # A chain of fewer launches is repeated: the start of a graph would be most of what is measured.
 _SHORTEST = 16
@@ -37,13 +37,13 @@ def parts_of(program: Program, entry: Entry) -> tuple[Part, ...]:
     """Every kind of launch of an entry of the step, in the order of the first."""
     kinds: dict[tuple[str, str, tuple[int, int, int]], list[int]] = {}
     for i, launch in enumerate(entry.launches):
-        kinds.setdefault((_op(launch), launch.kernel, launch.grid), []).append(i)
+        kinds.setdefault((op_of(launch.label), launch.kernel, launch.grid), []).append(i)
     return tuple(
         Part(
             f"part {n} of {entry.name}",
             tuple(launches),
             op,
-            ", ".join(dict.fromkeys(_place(entry.launches[i]) for i in launches)),
+            ", ".join(dict.fromkeys(place_of(entry.launches[i].label) for i in launches)),
             program.kernels[kernel].symbol,
             grid,
             len(launches) * -(-_SHORTEST // len(launches)),
@@ -81,10 +81,11 @@ def _prefix(entry: Entry, end: int) -> Entry:
     return replace(entry, launches=entry.launches[:end], dependencies=kept)
 
 
-def _op(launch: Launch) -> str:
-    return launch.label.partition(" ")[0]
+def op_of(label: str) -> str:
+    """The op of a launch's label."""
+    return label.partition(" ")[0]
 
 
-def _place(launch: Launch) -> str:
+def place_of(label: str) -> str:
     """The module of a launch, the same in every layer: `model.layers.*.mlp`."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", launch.label.partition(" ")[2].split(" @")[0])
+    return re.sub(r"\.\d+(?=\.|$)", ".*", label.partition(" ")[2].split(" @")[0])

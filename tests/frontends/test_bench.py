@@ -20,7 +20,9 @@ import torch
 from fake_gpu import CUDA, FakeGpu, build_fake
 from ingot.codegen import price_table
 from ingot.compiler.ir import Graph
+from ingot.compiler.target import target_of
 from ingot.frontends import api, drivers
+from ingot.frontends.bench.explain import explain
 from ingot.frontends.bench.measure import decode_rate
 from ingot.frontends.bench.models import MODELS, config_of
 from ingot.frontends.bench.parts import parts_of, prefix_name, with_parts
@@ -34,6 +36,7 @@ from ingot.frontends.cli.commands.bench import command
 from ingot.frontends.cli.flags import UsageError
 from ingot.frontends.cli.main import app
 from ingot.frontends.drivers import NoDriverError
+from ingot.frontends.launches import PlannedEntry
 from ingot.frontends.model import Plan
 from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import STEP
@@ -302,3 +305,40 @@ def test_tune_times_every_kernel_that_could_compute_a_product(
         assert {p.tokens for p in points if p.kernel == kernel} == tokens
     q_k_v, o, gate_up = (64 + 2 * 32, 64), (64, 64), (2 * 96, 64)
     assert {(p.rows, p.columns) for p in points} >= {q_k_v, o, gate_up}
+
+
+# ---- explaining
+
+
+def test_explain_has_every_node_and_its_bytes(plan: Plan) -> None:
+    step = PlannedEntry.of(plan.program, "1", plan.report.choices)
+    work, target = Workload(1, 1, 100), target_of("cuda:sm_90")
+    kinds = explain(step, plan.graph(), plan.report.passes, target, work)
+    assert sum(len(k.kernels) * k.times for k in kinds) == len(step.entry.launches)
+    assert [k.lost for k in kinds] == sorted((k.lost for k in kinds), reverse=True)
+    moved, _ = traffic(plan.graph(), work)
+    assert sum(k.bytes * k.times for k in kinds) == pytest.approx(moved, abs=len(step.choices))
+    for k in kinds:
+        assert k.limit == pytest.approx(1e6 * k.bytes / target.bytes_per_second, abs=1e-6)
+        # Products by head were not measured.
+        assert k.measured == ("gemv_kernel" in k.kernels and k.op != "head_linear")
+
+
+def test_explain_tells_what_passes_declined(plan: Plan) -> None:
+    step = PlannedEntry.of(plan.program, "1", plan.report.choices)
+    first, *others = plan.report.passes
+    declined = "fuse-x: linear at model.layers.1.self_attn.o_proj @modeling.py:7: too wide"
+    passes = [dataclasses.replace(first, declined=(declined, "fuse-y: add: no place")), *others]
+    found = explain(step, plan.graph(), passes, target_of("cuda:sm_90"), Workload(1, 1, 0))
+    told = {k.place: k.declined for k in found}
+    assert told["model.layers.*.self_attn.o_proj"] == ("fuse-x: too wide",)
+
+
+def test_explain_from_the_shell(tmp_path: Path) -> None:
+    tiny_config("llama", dtype="bfloat16").save_pretrained(tmp_path)
+    call = ["explain", str(tmp_path), "--target", "cuda:sm_90", "--max-tokens", "64", "--context"]
+    done = CliRunner().invoke(app, [*call, "20"])
+    assert done.exit_code == 0, done.output
+    assert "at the bandwidth on paper" in done.output and "next best:" in done.output
+    done = CliRunner().invoke(app, ["explain", str(tmp_path), "--target", "cpu"])
+    assert done.exit_code == 2 and "the cpu target launches no kernels" in done.output
