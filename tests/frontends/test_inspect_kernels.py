@@ -293,7 +293,7 @@ def test_inspect_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     text = done("inspect", source, *options)
     assert f"0 kernels built, {len(kernels)} from the cache" in text
-    for part in ("layer 0: ", "layer 1: ", "after the layers: ", "narrow tiles for few tokens"):
+    for part in ("layer 0: ", "layer 1: ", "after the layers: ", "GEMV for very few tokens"):
         assert part in text
     verdict, note = text.splitlines()[-2:]
     assert verdict.startswith("hip:gfx942: 0 spills; at most ") and "of 65,536 bytes of" in verdict
