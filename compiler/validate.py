@@ -351,8 +351,10 @@ def _difference(a: Any, b: Any) -> float:
 
 
 def _mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The root mean square of a - b, relative to that of a."""
+    """The root mean square of a - b, relative to that of a; infinite where one is not finite."""
     a, b = wide(a), wide(b)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
     return float((a - b).norm() / a.norm().clamp_min(1e-30))
 
 

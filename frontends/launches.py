@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..compiler.target import TARGETS
-from ..runtime.program import Entry, Kernel, Launch, Program, Slice
+from ..runtime.program import Entry, Kernel, Program, Slice
 from .layers import layer_path
 from .show import show_numbers
 
@@ -111,7 +111,7 @@ def sections(step: PlannedEntry) -> tuple[LaunchSection, ...]:
     lines: dict[str, list[LaunchSummary]] = {}
     kinds: dict[str, list[object]] = {}
     for i, launch in enumerate(step.entry.launches):
-        op, place = _split(launch)
+        op, place = op_and_place(launch.label)
         inside = place.removeprefix(groups[i]).lstrip(".")
         line = LaunchSummary(op, inside, step.program.kernels[launch.kernel].symbol, launch.grid)
         if step.choices:
@@ -136,9 +136,9 @@ def _section(groups: Sequence[str], lines: Sequence[LaunchSummary]) -> LaunchSec
     return LaunchSection(f"layer{many} {show_numbers(numbers)}", numbers, tuple(lines))
 
 
-def _split(launch: Launch) -> tuple[str, str]:
+def op_and_place(label: str) -> tuple[str, str]:
     """The op of a launch and the module path of its node."""
-    op, _, source = launch.label.partition(" ")
+    op, _, source = label.partition(" ")
     return op, source.split(" @")[0]
 
 
@@ -149,7 +149,7 @@ def _groups(program: Program, entry: Entry) -> list[str]:
     """
     buffers = {*program.buffers, *(b.name for b in entry.buffers)}
     scratch = {b.name for b in entry.buffers if b.kind == "scratch"}
-    places = [_split(launch)[1] for launch in entry.launches]
+    places = [op_and_place(launch.label)[1] for launch in entry.launches]
     groups = ["" if place in buffers else layer_path(place) for place in places]
     touched = [
         {a.buffer for a in launch.args if isinstance(a, Slice)} & scratch
@@ -236,7 +236,7 @@ def static_report(program: Program, entries: Iterable[Entry]) -> StaticReport:
     for entry in entries:
         for launch in entry.launches:
             used[launch.kernel] += 1
-            ops.setdefault(launch.kernel, {})[_split(launch)[0]] = None
+            ops.setdefault(launch.kernel, {})[op_and_place(launch.label)[0]] = None
     kernels = tuple(
         _built(program.kernels[id_], tuple(ops[id_]), count) for id_, count in used.most_common()
     )

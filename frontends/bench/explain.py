@@ -13,8 +13,8 @@ from ...codegen.prices import is_measured
 from ...compiler.ir import Graph
 from ...compiler.pipeline import PassResult
 from ...compiler.target import Target
-from ..launches import PlannedEntry
-from .parts import op_of, place_of
+from ..launches import PlannedEntry, op_and_place
+from .parts import place_of
 from .traffic import NOTHING, traffic_by_label
 from .workload import Workload
 
@@ -58,7 +58,7 @@ def explain(
     nodes = [*_nodes(step)]
     kinds: dict[tuple[str, str, tuple[str, ...]], list[tuple[str, Choice]]] = {}
     for label, choice in nodes:
-        key = (op_of(label), place_of(label), choice.kernels)
+        key = (op_and_place(label)[0], place_of(label), choice.kernels)
         kinds.setdefault(key, []).append((label, choice))
     found: list[Explained] = []
     for (op, place, kernels), mine in kinds.items():

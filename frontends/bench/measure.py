@@ -16,7 +16,7 @@ from ...runtime.program import STEP, Entry, Program, Slice
 from ...runtime.serving.abi import ServingAbi
 from ...runtime.serving.sequence import Sequence
 from ...runtime.serving.session import Session
-from ..launches import PlannedEntry, sections
+from ..launches import PlannedEntry, op_and_place, sections
 from .parts import Part, parts_of, prefix_name, with_parts
 from .traffic import NOTHING, Traffic, traffic_by_label
 from .workload import Workload, step_inputs, symbols_for
@@ -59,6 +59,10 @@ class Span:
     label: str
     start: float
     end: float
+
+    @property
+    def op(self) -> str:
+        return op_and_place(self.label)[0]
 
 
 @dataclass(frozen=True)

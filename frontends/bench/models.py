@@ -96,8 +96,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def config_of(model: str, layers: int | None = None) -> PreTrainedConfig:
+def config_of(model: str, layers: int | None = None, tokens: int = 0) -> PreTrainedConfig:
     """The config of one of MODELS, in bf16, or of the directory `model`; `layers` cuts it short.
+
+    Its limit of positions is raised to `tokens`: no speed depends on what a model was trained for.
 
     ValueError lists the names where `model` is neither; SourceError as read_config.
     """
@@ -110,8 +112,10 @@ def config_of(model: str, layers: int | None = None) -> PreTrainedConfig:
         raise ValueError(
             f"expected a directory with a config.json, or one of {known}; got {model!r}"
         )
+    text = config.get_text_config()
+    if (limit := getattr(text, "max_position_embeddings", None)) is not None:
+        text.max_position_embeddings = max(limit, tokens)
     if layers is not None:
-        text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from ...runtime.program import STEP, Entry, Program
+from ..launches import op_and_place
 
 # A chain of fewer launches is repeated: the start of a graph would be most of what is measured.
 _SHORTEST = 16
@@ -37,7 +38,7 @@ def parts_of(program: Program, entry: Entry) -> tuple[Part, ...]:
     """Every kind of launch of an entry of the step, in the order of the first."""
     kinds: dict[tuple[str, str, tuple[int, int, int]], list[int]] = {}
     for i, launch in enumerate(entry.launches):
-        kinds.setdefault((op_of(launch.label), launch.kernel, launch.grid), []).append(i)
+        kinds.setdefault((op_and_place(launch.label)[0], launch.kernel, launch.grid), []).append(i)
     return tuple(
         Part(
             f"part {n} of {entry.name}",
@@ -81,11 +82,6 @@ def _prefix(entry: Entry, end: int) -> Entry:
     return replace(entry, launches=entry.launches[:end], dependencies=kept)
 
 
-def op_of(label: str) -> str:
-    """The op of a launch's label."""
-    return label.partition(" ")[0]
-
-
 def place_of(label: str) -> str:
     """The module of a launch, the same in every layer: `model.layers.*.mlp`."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", label.partition(" ")[2].split(" @")[0])
+    return re.sub(r"\.\d+(?=\.|$)", ".*", op_and_place(label)[1])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .measure import Span, StepFigures
-from .parts import op_of
 from .run import Result
 
 
@@ -53,12 +52,10 @@ def _timeline(step: StepFigures, path: Path) -> None:
     """The launches of a step in time, one row an op."""
     from matplotlib import pyplot
 
-    rows = {
-        op: i for i, op in enumerate(dict.fromkeys(op_of(span.label) for span in step.timeline))
-    }
+    rows = {op: i for i, op in enumerate(dict.fromkeys(span.op for span in step.timeline))}
     figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.3 * len(rows)), layout="constrained")
     for op, row in rows.items():
-        spans = [(s.start, s.end - s.start) for s in step.timeline if op_of(s.label) == op]
+        spans = [(s.start, s.end - s.start) for s in step.timeline if s.op == op]
         axes.broken_barh(spans, (row - 0.4, 0.8))
     axes.set_yticks(list(rows.values()), list(rows))
     axes.invert_yaxis()

@@ -78,9 +78,7 @@ def run(benchmark: Benchmark, driver: GpuDriver, read_bytes: int = READ_BYTES) -
     """
     if is_ingot(Path(benchmark.model)):
         return _of_ingot(benchmark, driver, read_bytes)
-    config = config_of(benchmark.model, benchmark.layers)
-    text = config.get_text_config()
-    text.max_position_embeddings = max(text.max_position_embeddings, benchmark.tokens)
+    config = config_of(benchmark.model, benchmark.layers, benchmark.tokens)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         plan = api.plan(

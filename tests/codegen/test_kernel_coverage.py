@@ -209,6 +209,24 @@ def test_the_assembly_of_every_kernel_waits_once(kernel: str) -> None:
         assert not re.search(r"\b(ld\.(?!param)|cp\.)", before)
 
 
+@pytest.mark.parametrize("constant", [True, False])
+def test_only_constants_are_read_ahead_of_the_wait(constant: bool) -> None:
+    """A product with what a launch may have written, as a weight, waits first."""
+    w = torch.randn(32, 64)
+    backend = KernelBackend(target_of("cuda:sm_90"))
+    graph, weights, _, _ = graph_of_node(
+        linear, (torch.randn(1, 64), Weight(w) if constant else w), {}
+    )
+    with patch.object(KernelBackend, "kernels", return_value={}):
+        lower(graph, weights, backend.target, [{}], ["y"], backend=backend)
+    (source,) = backend.sources.values()
+    assert source.function.__name__ == "gemv_kernel"
+    assert dict(source.constants)["AHEAD"] is constant
+    ptx = triton.compile(source.ast_source(), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    before, _ = ptx[ptx.index(".entry") :].split("griddepcontrol.wait")
+    assert bool(re.search(r"\bld\.global", before)) is constant
+
+
 @pytest.mark.parametrize(("tokens", "overlaps"), [(16, True), (17, False)])
 def test_tiles_for_many_tokens_keep_the_device_to_themselves(tokens: int, overlaps: bool) -> None:
     args = (torch.randn(tokens, 64), Weight(torch.randn(32, 64)))

@@ -42,6 +42,16 @@ def routers(*changes: dict[str, Any]) -> Applied:
     return Applied("router", (logits, bias), before, router.all(logits, correction=bias, **attrs))
 
 
+def test_what_may_differ_may_not_overflow() -> None:
+    """A rewrite that is allowed a difference is held to it also where a result is not finite."""
+    x = param(name="x", type=TensorType("f32", (T, 8)))
+    beyond = pointwise.mul(x, literal(value=float("inf"), dtype="f32"))
+    same = pointwise.mul(x, literal(value=1.01, dtype="f32"))
+    for after, wrong in ((beyond, True), (same, False)):
+        rule = Applied("rounds", (x,), (x,), (after,), allowed=0.6)
+        assert (found(rule, trials=5) == 5) == wrong
+
+
 RARE = {
     # Another group is chosen for one token in twelve.
     "groups by their largest": routers({"group_score": "max"}),

@@ -191,6 +191,11 @@ def test_names_are_models_of_transformers(name: str) -> None:
     assert re.search(rf"\b{name}\b", described)
 
 
+def test_a_limit_of_positions_is_raised_and_never_lowered() -> None:
+    assert config_of("qwen3-8b", tokens=65536).max_position_embeddings == 65536
+    assert config_of("qwen3-8b", tokens=10).max_position_embeddings == 40960
+
+
 def test_a_name_that_is_none_lists_those_there_are() -> None:
     with pytest.raises(
         ValueError, match=r"expected a directory with a config\.json, or one of qwen3"
@@ -342,3 +347,5 @@ def test_explain_from_the_shell(tmp_path: Path) -> None:
     assert "at the bandwidth on paper" in done.output and "next best:" in done.output
     done = CliRunner().invoke(app, ["explain", str(tmp_path), "--target", "cpu"])
     assert done.exit_code == 2 and "the cpu target launches no kernels" in done.output
+    done = CliRunner().invoke(app, [*call, "20", "--batch", "100"])
+    assert done.exit_code == 0 and "batch 100" in done.output, done.output

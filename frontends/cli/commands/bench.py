@@ -28,7 +28,9 @@ def command(
     batch: Annotated[str, typer.Option(help="Sequences that decode at once: 1,8.")] = "1",
     context: Annotated[str, typer.Option(help="Tokens before the one that is decoded.")] = "512",
     prefill: Annotated[str, typer.Option(help="Tokens of a prompt in one step.")] = "512",
-    quantize: Annotated[str, typer.Option(help="mxfp4, or none.")] = "mxfp4",
+    quantize: Annotated[
+        str | None, typer.Option(help="mxfp4 (default), or none; an ingot is as it is.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
     peer: Annotated[str, typer.Option(help="hf-eager,hf-compile: transformers beside it.")] = "",
     plots: Annotated[
@@ -43,20 +45,24 @@ def command(
     Weights are random and made on the device, but for an ingot's own. Every figure stands beside
     the read bandwidth and the GEMM rate that were measured in the same run.
     """
+    from ....runtime.artifact.manifest import is_ingot
     from ...bench.peers import PEERS
     from ...bench.run import Benchmark, run
     from ...drivers import gpu_here
     from ..benchmark import result_lines, result_tables
+    from ..models import check_compiled
 
-    if quantize not in ("mxfp4", "none"):
+    if quantize not in (None, "mxfp4", "none"):
         raise UsageError(f"--quantize {quantize}: expected mxfp4 or none")
+    if quantize and is_ingot(Path(model)):
+        check_compiled(Path(model), "--quantize")
     peers = tuple(filter(None, peer.split(",")))
     if unknown := {*peers} - {*PEERS}:
         raise UsageError(f"--peer {min(unknown)}: expected one of {', '.join(PEERS)}")
     benchmark = Benchmark(
         model,
         _workloads(batch, context, prefill),
-        None if quantize == "none" else quantize,
+        None if quantize == "none" else "mxfp4",
         layers,
         peers,
         replays,

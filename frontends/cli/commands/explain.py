@@ -38,6 +38,7 @@ def command(
 
     The target's device need not be here, and nothing runs. `ingot bench` measures.
     """
+    from ....codegen.lower import serving_bindings
     from ....compiler.target import target_of
     from ....runtime.program import STEP
     from ....runtime.serving.abi import ServingAbi
@@ -58,10 +59,12 @@ def command(
         max_sequences=max(options.max_sequences, batch),
         max_tokens_per_sequence=max(options.max_tokens_per_sequence, work.seen),
     )
-    config = config_of(model, layers)
+    config = config_of(model, layers, options.max_tokens_per_sequence)
+    buckets = serving_bindings(options.max_sequences, options.max_tokens_per_sequence)
+    bucket = next(b["T"] for b in buckets if b["T"] >= batch)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        plan = api.plan(folder, entry=str(_bucket(batch)), **options.keywords())
+        plan = api.plan(folder, entry=str(bucket), **options.keywords())
     entry = plan.program.functions[STEP].entry(ServingAbi(plan.program).smallest(batch, batch))
     step = PlannedEntry.of(plan.program, entry.name, plan.report.choices)
     kinds = explain(step, plan.graph(), plan.report.passes, target_of(name), work)
@@ -89,9 +92,9 @@ def command(
             "times",
             "µs each",
             "MB each",
-            "at the limit",
+            "limit, µs",
             "share",
-            "lost",
+            "lost, µs",
         ]
         yield table(f"{work} for {name}", heads, rows, right=range(3, 9))
         limit = sum(k.times * k.limit for k in kinds)
@@ -106,8 +109,3 @@ def command(
             yield [*lines, *(f"  declined: {why}" for why in k.declined[:3])]
 
     return Shown(lambda: {"workload": str(work), "kinds": [asdict(k) for k in kinds]}, parts())
-
-
-def _bucket(tokens: int) -> int:
-    """The power of two that is the bucket of so many tokens."""
-    return 1 << (tokens - 1).bit_length()
