@@ -75,7 +75,7 @@ def _attend_pages(
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(hidden.transpose(0, 1)[:, None, None], -math.inf)
     top = scores.amax((0, -1))
-    sink = None if sinks is None else wide(sinks).view(groups, -1, 1)
+    sink = None if sinks is None else sinks.to(q.dtype).view(groups, -1, 1)
     if sink is not None:
         top = torch.maximum(top, sink)
     weights = torch.exp(scores - top[..., None])

@@ -246,7 +246,7 @@ def _take_infer(x: TensorType, rows: TensorType) -> Types:
 
 
 def _take_reference(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
+    return x.index_select(0, rows.flatten()).view((*rows.shape, *x.shape[1:]))
 
 
 def _take_axes(operands: Operands, results: Types, attrs: Mapping[str, Any]) -> Axes:

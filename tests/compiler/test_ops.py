@@ -65,7 +65,7 @@ def domain(op: Op, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     if op.name in ("log", "sqrt", "rsqrt", "pow"):
         return tuple(x.abs() + 0.5 if x.is_floating_point() else x for x in args)
     if op.name == "div":
-        return (args[0], args[1].sign() * (args[1].abs() + 0.5))
+        return (args[0], args[1].sgn() * (args[1].abs() + 0.5))
     return args
 
 
@@ -240,6 +240,26 @@ def test_infer_refuses_what_the_reference_cannot_compute_as_typed(
     # Indices within every range: all fall on the first.
     tensors = domain(case.op, tuple(random_tensor(t, seeded(), high=1) for t in case.args))
     assert types_of(case.reference(tensors)) == expected
+
+
+RARE = (
+    Case(Op.registry["take"], (TensorType("f32", (8,)), TensorType("i64", ()))),
+    Case(
+        Op.registry["attention"],
+        (
+            TensorType("f32", (7, 4, 8)),
+            *(TensorType("f32", (7, 2, 8)),) * 2,
+            TensorType("f64", (4,)),
+        ),
+        {"scale": 0.3},
+        given=("sinks",),
+    ),
+)
+
+
+@pytest.mark.parametrize("case", RARE, ids=("one row of numbers", "sinks wider than queries"))
+def test_references_compute_rare_types_that_infer_takes(case: Case) -> None:
+    assert types_of(case.reference(draw(case))) == case.types(case.args)
 
 
 @every_sample

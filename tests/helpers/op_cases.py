@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ingot.compiler.ir import Cost, Node, Op, Sample, Value
@@ -16,9 +16,15 @@ class Case:
 
     op: Op
     args: tuple[TensorType, ...]
-    attrs: Mapping[str, Any]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
     given: tuple[str, ...] = ()
     high: int = 2
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """A line for Hypothesis, which would print every field of the op."""
+        required, named = self.taken(tuple(map(str, self.args)))
+        words = (*required, *(f"{name}={value}" for name, value in named.items()))
+        printer.text(f"{self.op.name}({', '.join(words)})")
 
     @classmethod
     def of(cls, op: Op, sample: Sample) -> Case:
