@@ -5,13 +5,16 @@ columns 2q, 2q + 1, 2q + 8, 2q + 9. The weight is cut into tiles of 16 rows by 1
 tile a lane's part is 2 × 16 bytes, four 32-bit words of eight codes each: word g (of columns 32g +
 8q … 32g + 8q + 7) lies at [rh, r, q, g] for row r + 8·rh. So a lane loads 16 bytes at once.
 
-In a word the codes lie so that and, or and shift alone make pairs of bf16 of them: sign at bit 15,
-the three bits of exponent and mantissa at 8 … 6, which is the number times 2^-126. The low half is
-of the even columns, the high half of the odd ones; in a half, for columns 0, 2, 4, 6:
+In a word the codes lie so that nine operations make four pairs of bf16 of them: sign at bit 15, the
+three bits of exponent and mantissa at 8 … 6, which is the number times 2^-126. The low half is of
+the even columns, the high half of the odd ones; in a half, for columns 0, 2, 4, 6:
 
-    sign  15, 12, 9, 14      exponent and mantissa  8-6, 5-3, 2-0, and 11, 10, 13
+    sign  15, 5 of the other half, 9, 11      exponent and mantissa  8-6, 14-12, 2-0, and 4, 3, 10
 
-Scales lie [tile, r, rh, g], one byte each, so that a lane loads its eight at once.
+So the word itself, rotated right by 6, and shifted left by 6 has columns 0, 2 and 4 in place.
+
+Scales lie [tile, r, g / 2, rh, g % 2], one byte each: a lane loads its eight at once, or a word of
+four for two groups.
 """
 
 from __future__ import annotations
@@ -61,11 +64,12 @@ def _ordered(x: torch.Tensor, gated: bool) -> torch.Tensor:
     return x.view(2, -1, ROWS // 2, x.shape[1]).transpose(0, 1).reshape(x.shape)
 
 
-def _half_word(codes: torch.Tensor) -> torch.Tensor:
-    """Four codes u8 [..., 4] (of columns 0, 2, 4, 6) in 16 bits, as i16."""
-    a, b, c, d = codes.to(torch.int16).unbind(-1)
-    first = (a & 8) << 12 | (a & 7) << 6 | (b & 8) << 9 | (b & 7) << 3 | (c & 8) << 6 | (c & 7)
-    return first | (d & 8) << 11 | (d & 6) << 9 | (d & 1) << 13
+def _half_words(codes: torch.Tensor) -> torch.Tensor:
+    """Eight codes u8 [..., 4, 2] (of columns in order) in two halves of 16 bits, i16 [..., 2]."""
+    a, b, c, d = codes.to(torch.int16).unbind(-2)
+    own = (a & 8) << 12 | (a & 7) << 6 | (b & 7) << 12 | (c & 8) << 6 | (c & 7)
+    own |= (d & 8) << 8 | (d & 6) << 2 | (d & 1) << 10
+    return own | ((b & 8) << 2).flip(-1)
 
 
 def _reference(
@@ -79,9 +83,8 @@ def _reference(
     both = torch.stack((codes & 15, codes >> 4), -1)  # even columns, odd columns
     # [down, rh, r, across, g, q, four bytes, even or odd]
     both = both.view(down, 2, 8, across, 4, 4, 4, 2)
-    halves = torch.stack((_half_word(both[..., 0]), _half_word(both[..., 1])), -1)
-    parts = halves.permute(0, 3, 1, 2, 5, 4, 6).contiguous()  # down, across, rh, r, q, g, half
-    blocks = scales.view(down, 2, 8, across, 4).permute(0, 3, 2, 1, 4)  # down, across, r, rh, g
+    parts = _half_words(both).permute(0, 3, 1, 2, 5, 4, 6).contiguous()  # down across rh r q g half
+    blocks = scales.view(down, 2, 8, across, 2, 2).permute(0, 3, 2, 4, 1, 5)
     parts = parts.view(torch.uint8).view(down, across, -1)
     return parts, blocks.reshape(down, across, -1).contiguous()
 
@@ -107,15 +110,14 @@ def unpacked(
     """What `mxfp4_fragments` was given, codes u8 [n, k/2] and scales u8 [n, k/32]."""
     down, across = codes.shape[:2]
     parts = codes.view(down, across, 2, 8, 4, 4, 4).to(torch.int64)
-    words = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16 | parts[..., 3] << 24
-    halves: list[torch.Tensor] = []
-    for half in (words & 0xFFFF, words >> 16):
-        four = [(h >> 12 & 8) | (h >> 6 & 7) for h in (half, half << 3, half << 6)]
-        last = (half >> 11 & 8) | (half >> 9 & 6) | (half >> 13 & 1)
-        halves.append(torch.stack([*four, last], -1))
+    halves = parts[..., 0::2] | parts[..., 1::2] << 8  # low, high
+    a, c = ((h >> 12 & 8) | (h >> 6 & 7) for h in (halves, halves << 6))
+    b = (halves.flip(-1) >> 2 & 8) | (halves >> 12 & 7)
+    d = (halves >> 8 & 8) | (halves >> 2 & 6) | (halves >> 10 & 1)
+    low, high = torch.stack((a, b, c, d), -1).unbind(-2)
     # [down, across, rh, r, q, g, four bytes] of low and high nibbles -> rows, columns
-    both = (halves[0] | halves[1] << 4).to(torch.uint8).permute(0, 2, 3, 1, 5, 4, 6)
-    blocks = scales.view(down, across, 8, 2, 4).permute(0, 3, 2, 1, 4)
+    both = (low | high << 4).to(torch.uint8).permute(0, 2, 3, 1, 5, 4, 6)
+    blocks = scales.view(down, across, 8, 2, 2, 2).permute(0, 4, 2, 1, 3, 5)
     found: list[torch.Tensor] = []
     for x, width in ((both, k // 2), (blocks, k // GROUP)):
         rows = x.reshape(down * ROWS, -1)

@@ -246,10 +246,10 @@ def _unpacked(codes: Array) -> tuple[Array, Array]:
         return (halves << np.uint32(16)).view(np.float32)
 
     mask = np.uint32(0x81C081C0)
-    first = np.concatenate((pairs(word & mask), pairs((word << np.uint32(3)) & mask)), -3)
-    last = (word << np.uint32(1)) & np.uint32(0x80008000)
-    last |= (word >> np.uint32(3)) & np.uint32(0x01800180)
-    last |= (word >> np.uint32(7)) & np.uint32(0x00400040)
+    rotated = word >> np.uint32(6) | word << np.uint32(26)
+    first = np.concatenate((pairs(word & mask), pairs(rotated & mask)), -3)
+    last = (word << np.uint32(4)) & np.uint32(0x81808180)
+    last |= (word >> np.uint32(4)) & np.uint32(0x00400040)
     second = np.concatenate((pairs((word << np.uint32(6)) & mask), pairs(last)), -3)
     return Array(first, "bf16"), Array(second, "bf16")
 

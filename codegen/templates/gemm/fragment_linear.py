@@ -58,17 +58,14 @@ def unpacked(codes):
     first, second = gl.inline_asm_elementwise(
         """{
         .reg .b32 b, c, d, e;
-        and.b32 $0, $4, 0x81C081C0;
-        shl.b32 b, $4, 3;
-        and.b32 $1, b, 0x81C081C0;
+        shf.r.wrap.b32 b, $4, $4, 6;
         shl.b32 c, $4, 6;
+        shl.b32 d, $4, 4;
+        shr.b32 e, $4, 4;
+        and.b32 $0, $4, 0x81C081C0;
+        and.b32 $1, b, 0x81C081C0;
         and.b32 $2, c, 0x81C081C0;
-        shl.b32 d, $4, 1;
-        and.b32 d, d, 0x80008000;
-        shr.b32 e, $4, 3;
-        and.b32 e, e, 0x01800180;
-        or.b32 d, d, e;
-        shr.b32 e, $4, 7;
+        and.b32 d, d, 0x81808180;
         and.b32 e, e, 0x00400040;
         or.b32 $3, d, e;
         }""",
@@ -163,7 +160,8 @@ def _weights(codes, scales, W: gl.constexpr, T: gl.constexpr):
     both = gl.join(first, second).reshape([W, 2, 8, 4, 2, 2, T, 4, 2])
     # w, rh, r, q, b1, b0, t, g, s -> w, (rh, r), (t, g), (s, b1, q, b0)
     numbers = both.permute(0, 1, 2, 6, 7, 8, 4, 3, 5).reshape([W, 16, T * 4, 32])
-    exponent = scales.reshape([W, T, 8, 2, 4]).permute(0, 3, 2, 1, 4).reshape([W, 16, T * 4])
+    # w, t, r, g / 2, rh, g % 2 -> w, (rh, r), (t, g)
+    exponent = scales.reshape([W, T, 8, 2, 2, 2]).permute(0, 4, 2, 1, 3, 5).reshape([W, 16, T * 4])
     bits = exponent.to(gl.int32) << 23
     # 0 stands for 2^-127, which is subnormal. 255, which is NaN, gives infinity: no finite result.
     bits = gl.maximum(bits, 0x00400000)
@@ -233,7 +231,7 @@ def fragment_kernel(
         [16, 32, 64, 128, 256],
         powers(1024 * T, W),
     )
-    # Of its scales: g 0-1, rh 2, r 3-5, t, w; the lanes of one r hold the same.
+    # Of its scales: g % 2 0, rh 1, g / 2 2, r 3-5, t, w; the lanes of one r hold the same.
     in_scales: gl.constexpr = _vector(
         W * T * 64,
         [1, 2, 4] + powers(64, T),

@@ -125,26 +125,28 @@ def tile_of_fragments(
     group = k // 32 + tl.arange(0, BLOCK_K // 32)
     tile = group // 4
     inside = inside_rows[:, None] & (tile < TILES)[None, :]
-    at = (first[:, None] + tile[None, :]) * 64 + (rows % 8 * 8 + low * 4)[:, None] + group % 4
+    in_tile = (rows % 8 * 8 + low * 2)[:, None] + (group // 2 % 2 * 4 + group % 2)[None, :]
+    at = (first[:, None] + tile[None, :]) * 64 + in_tile
     scale = e8m0(tl.load(scales + at, mask=inside, other=127))
     # Columns 0, 2, 4, 6 are in the low half, 1, 3, 5, 7 in the high one.
-    both = tl.join(_four(words << 16), _four(words & -65536))
+    pairs = _four(words)
+    both = tl.join(_number(pairs << 16), _number(pairs)) * 8.507059173023462e37
     number = tl.reshape(both, (ROWS, BLOCK_K // 32, 32)) * scale[:, :, None]
     return tl.reshape(number, (ROWS, BLOCK_K)).to(DTYPE)
 
 
 @triton.jit
-def _four(half):
-    """f32 [..., 2, 2] of the four codes in the high 16 bits of words, in order."""
-    bits = half & -2118123520
-    first = bits.to(tl.float32, bitcast=True)
-    bits = (half << 3) & -2118123520
-    second = bits.to(tl.float32, bitcast=True)
-    bits = (half << 6) & -2118123520
-    third = bits.to(tl.float32, bitcast=True)
-    bits = ((half << 1) & -2147483648) | ((half >> 3) & 25165824) | ((half >> 7) & 4194304)
-    fourth = bits.to(tl.float32, bitcast=True)
-    return tl.join(tl.join(first, third), tl.join(second, fourth)) * 8.507059173023462e37
+def _four(words):
+    """i32 [..., 2, 2] of words i32: pairs of codes in order, each as the high bits of a bf16."""
+    second = (words << 26) | ((words >> 6) & 0x03FFFFFF)
+    fourth = ((words << 4) & -2122284672) | ((words >> 4) & 0x00400040)
+    return tl.join(tl.join(words, words << 6), tl.join(second, fourth))
+
+
+@triton.jit
+def _number(high):
+    """f32 of the code in the high 16 bits, 2^126 times too small."""
+    return (high & -2118123520).to(tl.float32, bitcast=True)
 
 
 @triton.jit
