@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from ingot.compiler.interpret import interpret
 from ingot.compiler.ir import Graph
@@ -58,7 +58,6 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * scale)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(graph=models(), size=st.integers(1, 12), seed=st.integers(0, 2**31))
 def test_random_models_serve_what_they_compute(graph: Graph, size: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -75,7 +74,6 @@ def test_random_models_serve_what_they_compute(graph: Graph, size: int, seed: in
         assert_close(a, b)
 
 
-@settings(deadline=None)
 @given(graph=graphs(dtype="f64", extra=False), size=st.integers(1, 9))
 def test_random_graphs_mean_the_same_after_the_pipeline(graph: Graph, size: int) -> None:
     weights = random_weights(graph)

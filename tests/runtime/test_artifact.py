@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tiny_ingot
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.compiler.dtypes import DTYPES
 from ingot.runtime.artifact import files
@@ -593,7 +593,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data(), name=st.sampled_from([MANIFEST, SHARED, ENTRY]))
 def test_fuzzed_json_is_an_ingot_or_an_error(sound: Path, data: st.DataObject, name: str) -> None:
     value = json.loads((sound / name).read_bytes())
@@ -619,7 +619,7 @@ def test_fuzzed_json_is_an_ingot_or_an_error(sound: Path, data: st.DataObject, n
     assert "\n" not in refusal(lambda: use(place))
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4),
     tail=st.booleans(),
