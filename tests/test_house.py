@@ -296,9 +296,9 @@ def run_python(code: str, cwd: Path) -> str:
 def test_import_is_instant_and_light(tmp_path: Path) -> None:
     code = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 import ingot
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(sys.modules), ingot.__file__, dir(ingot)]))
 """
     runs = [json.loads(run_python(code, tmp_path)) for _ in range(5)]

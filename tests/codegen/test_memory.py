@@ -104,14 +104,14 @@ def test_the_largest_come_first_each_as_low_as_it_fits(buffers: list[Lifetime]) 
 
 
 def test_many_launches_take_little_time() -> None:
-    count = 8000
+    count = 4000  # half a second; one buffer after the other compared in Python, four
     start = process_time()
     chain = [Lifetime(f"b{i}", 1024 + i, i, i + 1) for i in range(count)]
     kept = [Lifetime(f"c{i}", 1024 + i, i, 2 * count) for i in range(count // 2)]
     plan_arena(chain + kept)
     outs = [[Access("arena", i * 256, i * 256 + 256)] for i in range(count)]
     assert len(dependencies([[], *outs[:-1]], outs)) == count - 1
-    assert process_time() - start < 4
+    assert process_time() - start < 2
 
 
 @st.composite

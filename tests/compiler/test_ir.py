@@ -232,9 +232,9 @@ def test_a_graph_of_20000_nodes_is_rewritten_verified_printed_and_parsed_in_seco
 
     @contextmanager
     def lap(name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.process_time()
         yield
-        laps[name] = time.perf_counter() - start
+        laps[name] = time.process_time() - start
 
     before = Counter(n.op.name for n in graph.nodes())
     with lap("rewrite"):

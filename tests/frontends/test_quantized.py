@@ -336,10 +336,10 @@ def test_patterns_of_modules_to_ignore(pattern: str, module: str, ignored: bool)
 )
 def test_patterns_are_bounded(pattern: str, error: str) -> None:
     scheme = QuantizationScheme("fp8", ignore=(pattern,))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(SourceError, match=error):
         scheme.ignores("model." + 40 * "lm_" + "head")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @given(data=st.data())

@@ -379,15 +379,15 @@ def test_a_stream_is_of_one_thread_at_a_time() -> None:
 
     def pause() -> None:
         inside.set()
-        go.wait(10)
+        go.wait(60)
 
     device.during = pause
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, stream)
-        assert inside.wait(10)
+        assert inside.wait(60)
         with pytest.raises(ValueError, match="generator already executing"):
             next(stream)
         go.set()
-        events = [first.result(timeout=10), *stream]
+        events = [first.result(timeout=60), *stream]
     check(events[0].sequence)
     assert len(events) == 30
