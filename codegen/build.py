@@ -114,7 +114,7 @@ def cache_folder() -> Path:
 def compiled(source: KernelSource, target: Target, registers: int | None = None) -> Any:
     """What triton.compile makes of `source` for `target`; BuildError where it fails.
 
-    `registers` is how many a thread may take on NVIDIA; None leaves it to ptxas.
+    `registers` is how many a thread may take on NVIDIA in place of what the source says.
     """
     backend, arch = target.name.split(":")
     gpu = GPUTarget(backend, int(arch[3:]) if backend == "cuda" else arch, target.warp)
@@ -126,8 +126,9 @@ def compiled(source: KernelSource, target: Target, registers: int | None = None)
     }
     if source.programmatic:
         options["launch_pdl"] = True
-    if registers:
-        options["maxnreg"] = registers
+    most = registers or source.registers
+    if most and backend == "cuda":
+        options["maxnreg"] = most
     name = source.function.__name__
     try:
         return triton.compile(source.ast_source(), target=gpu, options=options)

@@ -126,7 +126,8 @@ class Call:
     these (a Weight, an Epilogue): its numbers are constants. `writes` are the references that it
     writes; it reads the others. `overlaps` says whether the launches around it may overlap it where
     the target has that: tiles for many tokens keep the device to themselves. `priced` is under what
-    the launch stands in a table of measured prices.
+    the launch stands in a table of measured prices. `registers` is the most that a thread may take
+    on NVIDIA, where so many programs shall fit on a multiprocessor; None leaves it to ptxas.
     """
 
     function: Any
@@ -137,6 +138,7 @@ class Call:
     num_stages: int = 2
     overlaps: bool = True
     priced: Launched | None = None
+    registers: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """`args` in the order of the function's parameters, with run-time numbers marked."""

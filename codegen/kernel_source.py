@@ -72,6 +72,7 @@ class KernelSource:
     num_stages: int
     programmatic: bool
     key: str
+    registers: int | None = None
 
     @classmethod
     def of(
@@ -81,6 +82,7 @@ class KernelSource:
         num_warps: int,
         num_stages: int,
         programmatic: bool,
+        registers: int | None = None,
     ) -> KernelSource:
         """ValueError where the parameters of `function` are not just those given.
 
@@ -104,6 +106,7 @@ class KernelSource:
             num_stages,
             programmatic and PROGRAMMATIC in names,
             key,
+            registers,
         )
 
     def _leaves(self) -> Iterator[tuple[tuple[int, ...], str, Any]]:
@@ -132,7 +135,7 @@ class KernelSource:
     def hash(self, target: str) -> str:
         """The content hash of what would be built for `target`."""
         facts = (triton.__version__, target, self.function.__name__, self.key, self.arguments)
-        rest = (self.num_warps, self.num_stages, self.programmatic)
+        rest = (self.num_warps, self.num_stages, self.programmatic, self.registers)
         return hashlib.sha256(repr((*facts, *rest)).encode()).hexdigest()
 
     def ast_source(self) -> ASTSource:

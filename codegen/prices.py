@@ -17,7 +17,8 @@ LAUNCH_SECONDS = 1e-6
 # Fraction of the bandwidth at which a GEMM kernel reads its weight, by kernel and whether the
 # weight is MXFP4. Measured: fragments 0.50 (13 MB) to 0.69 (62 MB); GEMV 0.71 (34 MB) to 0.95
 # (1.2 GB), of one token; narrow tiles 0.72-0.95 dense, 0.28-0.40 in MXFP4, where unpacking bounds
-# them. Estimated: square tiles, and all of AMD's.
+# them. Estimated: square tiles, and all of AMD's. The stream has not run on a device in this form:
+# its price is such that it is chosen where a table has it measured (`ingot tune`), and only there.
 GEMM_BANDWIDTH = {
     ("fragments", True): 0.65,
     ("gemv", False): 0.85,
@@ -27,6 +28,7 @@ GEMM_BANDWIDTH = {
     ("narrow", True): 0.35,
     ("square", False): 0.5,
     ("square", True): 0.25,
+    ("stream", True): 0.05,
 }
 # Ends the name of a kernel, in tables of measured prices, that norms its input itself.
 NORMED = " normed"

@@ -6,6 +6,7 @@ And every kernel: it waits for the launches before it as templates.pdl says.
 from __future__ import annotations
 
 import ast
+import itertools
 import pkgutil
 import re
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,11 @@ def test_what_ranks_exchange_is_refused() -> None:
 # ---- every kernel lets later launches begin and waits for those before, whatever it then does
 
 # They wait after their first loads of weights.
-THEIR_OWN_WAY = ["dense_gemv.gemv_kernel", "fragment_linear.fragment_kernel"]
+THEIR_OWN_WAY = [
+    "dense_gemv.gemv_kernel",
+    "fragment_linear.fragment_kernel",
+    "mxfp4_stream.stream_kernel",
+]
 AMD_ONLY = "mfma_linear.mfma_kernel"
 OF_NO_NODE = "read_stream.read_kernel"  # benchmarks launch it
 
@@ -156,9 +161,9 @@ def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:
 def sources(target: str) -> dict[str, KernelSource]:
     """One source of every kernel, by module and name; one of all generated ones."""
     found: dict[str, KernelSource] = {}
-    for op, args, attrs in requests():
+    for (op, args, attrs), prefer in itertools.product(requests(), ("", "stream MXFP4")):
         for template in templates_of(op.name):
-            backend = KernelBackend(target_of(target))
+            backend = KernelBackend(target_of(target), prefer=prefer)
             graph, weights, _, _ = graph_of_node(op, args, attrs)
             graph = for_target(graph, backend.target)
             names = [f"out{i}" for i in range(len(graph.outputs))]
@@ -241,6 +246,10 @@ def test_tiles_for_many_tokens_keep_the_device_to_themselves(tokens: int, overla
 def test_kernels_for_amd_are_told_that_launches_do_not_overlap() -> None:
     found = sources("hip:gfx942")
     missing = launched().keys() - found.keys()
-    assert missing == {"fragment_linear.fragment_kernel", OF_NO_NODE}
+    assert missing == {
+        "fragment_linear.fragment_kernel",
+        "mxfp4_stream.stream_kernel",
+        OF_NO_NODE,
+    }
     for source in found.values():
         assert not source.programmatic and dict(source.constants)["PROGRAMMATIC"] is False

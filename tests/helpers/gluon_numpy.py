@@ -15,6 +15,7 @@ from typing import Any
 
 import amd_asm
 import numpy as np
+import ptx_asm
 import torch
 from ingot.codegen.kernel_source import map_leaves
 from triton.runtime.jit import JITFunction
@@ -56,6 +57,12 @@ class Array:
     def __neg__(self) -> Array:
         return self._with(-self.values)
 
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def __index__(self) -> int:
+        return int(self.values)
+
 
 def _binary(name: str, function: Any, swapped: bool = False) -> None:
     def method(self: Array, other: Any) -> Array:
@@ -88,19 +95,21 @@ for _name_, _function in {
 class Pointer:
     """Places in a flat tensor."""
 
-    def __init__(self, memory: torch.Tensor, offset: Any = 0) -> None:
-        self.memory, self.offset = memory, offset
+    def __init__(self, memory: torch.Tensor, machine: ptx_asm.Machine, offset: Any = 0) -> None:
+        self.memory, self.machine, self.offset = memory, machine, offset
         element = types.SimpleNamespace(element_ty=_DTYPES[memory.dtype])
         self.dtype = element
 
     def __add__(self, offset: Any) -> Pointer:
         step = offset.values if isinstance(offset, Array) else offset
-        return Pointer(self.memory, self.offset + step)
+        return Pointer(self.memory, self.machine, self.offset + step)
 
-    def to(self, dtype: str) -> Pointer:
-        """The same memory as words."""
+    def to(self, dtype: str) -> Any:
+        """The same memory as words, or its address."""
+        if dtype == "i64":
+            return Array(self.machine.address(self.memory, self.offset), "i64")
         assert dtype == "i32" and np.all(self.offset == 0), (dtype, self.offset)
-        return Pointer(self.memory.view(torch.int32))
+        return Pointer(self.memory.view(torch.int32), self.machine)
 
 
 _DTYPES = {
@@ -131,6 +140,8 @@ def _recast(values: Any, source: str, target: str) -> Any:
             return values.view(np.float32)
         case "f32", "i32":
             return values.view(np.int32)
+        case "bf16", "i16":
+            return (np.ascontiguousarray(values).view(np.uint32) >> np.uint32(16)).astype(np.int16)
         case "i16", "bf16":
             return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     raise AssertionError(f"bits of {source} as {target}")
@@ -145,6 +156,19 @@ def _rounded(values: Any, dtype: str) -> Any:
     return values
 
 
+class _Shared:
+    """Shared memory, which kernels use by its addresses."""
+
+    def index(self, line: int) -> _Shared:
+        return self
+
+    def store(self, value: Array) -> None:
+        pass
+
+    def _keep_alive(self) -> None:
+        pass
+
+
 class _Language:
     """What kernels call of gl and tl."""
 
@@ -152,8 +176,9 @@ class _Language:
     int16, int32, int64 = "i16", "i32", "i64"
     constexpr = object
 
-    def __init__(self) -> None:
+    def __init__(self, machine: ptx_asm.Machine) -> None:
         self.place = (0, 0, 0)
+        self.machine = machine
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Layout"):
@@ -214,10 +239,22 @@ class _Language:
 
     def inline_asm_elementwise(
         self, asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int
-    ) -> tuple[Array, ...]:
-        assert is_pure and pack == 1, (is_pure, pack)
-        found = amd_asm.run(asm, constraints, [a.values for a in args])
-        return tuple(Array(v, d) for v, d in zip(found, dtype, strict=True))
+    ) -> Any:
+        assert pack == 1
+        values = [a.values for a in args]
+        if "v" in constraints:
+            assert is_pure
+            found = amd_asm.run(asm, constraints, values)
+            return tuple(Array(v, d) for v, d in zip(found, dtype, strict=True))
+        found = ptx_asm.run(self.machine, asm, constraints, values)
+        if isinstance(dtype, str):
+            return Array(found[0].view(_NUMPY[dtype]), dtype)
+        return tuple(Array(v.view(_NUMPY[d]), d) for v, d in zip(found, dtype, strict=True))
+
+    def allocate_shared_memory(self, dtype: str, shape: list[int], layout: Any) -> _Shared:
+        assert dtype == "i32"
+        self.machine.allocate(4 * math.prod(shape))
+        return _Shared()
 
     def rsqrt(self, x: Array) -> Array:
         return Array(np.float32(1) / np.sqrt(x.values), "f32")
@@ -277,7 +314,8 @@ _LAYOUTS = ("_vector", "powers", "_columns_by_k", "_words", "_columns")
 
 def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]) -> None:
     """`kernel` over `grid`; `args` are its parameters by name, memory as torch tensors."""
-    language = _Language()
+    machine = ptx_asm.Machine()
+    language = _Language(machine)
     meanings = {
         "unpacked": _unpacked,
         "raised": _raised,
@@ -298,7 +336,7 @@ def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]
     scope |= {n: (lambda *a: []) for n in _LAYOUTS}
 
     def value(leaf: Any) -> Any:
-        return Pointer(_flat(leaf)) if isinstance(leaf, torch.Tensor) else leaf
+        return Pointer(_flat(leaf), machine) if isinstance(leaf, torch.Tensor) else leaf
 
     given = {n: map_leaves(v, value) for n, v in args.items()}
     with np.errstate(all="ignore"):

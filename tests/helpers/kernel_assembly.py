@@ -44,8 +44,10 @@ def sources(
     args: Sequence[TensorType | Held | HeldPacked],
     attrs: Mapping[str, Any],
     target: str,
+    prefer: str = "",
 ) -> list[KernelSource]:
-    """The kernels that compute the node, in the order of their first launches."""
+    """The kernels that compute the node, in the order of their first launches; `prefer` is as
+    `select` has it."""
     held: dict[str, TensorType] = {}
     params: list[Value] = []
 
@@ -73,7 +75,7 @@ def sources(
         raise AssertionError("a weight was asked for where nothing runs")
 
     weights = Weights({n: Entry(t, no_data, "the test") for n, t in held.items()})
-    backend = InterpretedBackend(target_of(target))
+    backend = InterpretedBackend(target_of(target), prefer=prefer)
     names = [f"out{i}" for i in range(len(graph.outputs))]
     graph = for_target(graph, target_of(target))
     lower(graph, weights, target_of(target), [{}], names, backend=backend)

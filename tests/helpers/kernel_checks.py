@@ -158,14 +158,20 @@ def _device() -> Any:
 
 
 def run_node(
-    op: Op, args: Sequence[Given], named: Mapping[str, Any], target: str = "cuda:sm_90"
+    op: Op,
+    args: Sequence[Given],
+    named: Mapping[str, Any],
+    target: str = "cuda:sm_90",
+    prefer: str = "",
 ) -> tuple[list[torch.Tensor], Plain, Any]:
-    """The results of the node, how its reference is called, and what was lowered."""
+    """The results of the node, how its reference is called, and what was lowered; `prefer` is as
+    `select` has it."""
     graph, weights, inputs, plain = graph_of_node(op, args, named)
     names = [f"out{i}" for i in range(len(graph.outputs))]
     driver = _device() if ON_DEVICE else InterpretedDriver(target)
     chosen = target_of(driver.target)
-    backend = KernelBackend(chosen) if ON_DEVICE else InterpretedBackend(chosen)
+    kind = KernelBackend if ON_DEVICE else InterpretedBackend
+    backend = kind(chosen, prefer=prefer)
     graph = for_target(graph, chosen)
     lowered = lower(graph, weights, chosen, [{}], names, backend=backend)
     executable = driver.load(lowered.program, lowered.load_weight)
@@ -187,12 +193,13 @@ def check_node(
     named: Mapping[str, Any] | None = None,
     target: str = "cuda:sm_90",
     tolerance: float | None = None,
+    prefer: str = "",
 ) -> Any:
     """The node computed by kernels equals its reference; integers and bools exactly.
 
     The reference rounds as it does in narrow dtypes; all else is computed in float64.
     """
-    found, plain, lowered = run_node(op, args, named or {}, target)
+    found, plain, lowered = run_node(op, args, named or {}, target, prefer)
     (entry,) = lowered.program.entries
     dtypes = {b.name: b.dtype for b in entry.buffers}
     expected = (plain if plain.is_narrow else plain.in_f64()).reference()

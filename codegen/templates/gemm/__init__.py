@@ -1,8 +1,13 @@
 """GEMM and GEMV: products by a weight, dense or MXFP4, for few tokens and for many.
 
-`linear` makes a `product` of a node and asks all kernels here: `tiled_linear` (any weight),
-`dense_gemv` (a dense weight, very few tokens), `fragment_linear` (NVIDIA, MXFP4, few tokens) and
-`mfma_linear` (AMD, few tokens). They share `weight` (how a weight is held and read; `mxfp4_decode`
-where it is packed), `prologue` (what is done to the input first or within) and `epilogue` (what
-follows the sums; `activations` of gated units). `gemv` is rows of a weight times one vector.
+`linear` makes a `product` of a node and asks all kernels here:
+
+- `tiled_linear`: any weight, any number of tokens;
+- `dense_gemv`: a dense weight, very few tokens;
+- `fragment_linear` and `mxfp4_stream`: NVIDIA, MXFP4, few tokens;
+- `mfma_linear`: AMD, few tokens.
+
+They share `weight` (how a weight is held and read; `mxfp4_decode` where it is packed), `prologue`
+(what is done to the input first or within) and `epilogue` (what follows the sums; `activations` of
+gated units). `gemv` is rows of a weight times one vector.
 """
