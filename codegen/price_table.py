@@ -105,16 +105,24 @@ def user_table(target: str) -> Path:
 
 
 def add_points(target: str, device: str, points: Iterable[Point]) -> Path:
-    """Add to the user's table, which is replaced as a whole; gives its path."""
+    """Add to the user's table, which is replaced as a whole; gives its path. Points of another
+    device of the target are dropped."""
     path = user_table(target)
     held = _read(path) if path.is_file() else Table(target, device)
-    table = structs.replace(held.with_points(points), device=device)
+    table = (held if held.device == device else Table(target, device)).with_points(points)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(msgspec.json.format(msgspec.json.encode(table), indent=1))
     Path(file.name).replace(path)
     table_of.cache_clear()
     return path
+
+
+def known_points(target: str, device: str) -> set[Launched]:
+    """What was measured on `device`, of this version's points and the user's."""
+    paths = [p for p in (_HERE / _file_of(target), user_table(target)) if p.is_file()]
+    tables = [table for table in map(_read, paths) if table.device == device]
+    return {point.of for table in tables for point in table.points}
 
 
 def _file_of(target: str) -> str:

@@ -12,13 +12,16 @@ import torch
 
 from ..codegen.cpu import CPU, CpuDriver, check_memory
 from ..codegen.lower import Lowered
+from ..codegen.price_table import add_points, known_points
 from ..compiler.ambient import default_torch
 from ..compiler.target import target_of
 from ..passes.transforms.mxfp4_policy import MXFP4
 from ..runtime.artifact.atomic_write import check_free
+from ..runtime.devices.graph_executable import GpuDriver
 from ..runtime.driver import Driver
 from ..runtime.serving.session import Session
 from .aot import export
+from .bench.tune import tune
 from .compilation import ALL, LoweredModel, lower_language_model
 from .drivers import driver_here, present_target
 from .importers.source_error import SourceError
@@ -92,6 +95,8 @@ def compile(
                 raise ValueError("dtype: a module keeps its own; convert it before (module.to)")
             if chosen.quantize is not None:
                 raise NotYetError("quantize: this version packs only language models' weights")
+            if chosen.tune:
+                raise NotYetError("tune: this version times the kernels of language models only")
             if ranks > 1:
                 raise NotYetError("tensor_parallel: this version splits language models only")
             if example_inputs is None:
@@ -106,6 +111,8 @@ def compile(
             )
         if example_inputs is not None or dynamic_shapes is not None:
             raise ValueError("example_inputs and dynamic_shapes belong to an nn.Module")
+        if chosen.tune:
+            _tune(model, chosen, driver, progress)
         lowered = lower_language_model(model, chosen, target, progress)
         held = () if isinstance(model, str | Path) else (*model.parameters(), *model.buffers())
         return _open(lowered, driver, progress, held)
@@ -134,6 +141,8 @@ def compile_to(
     if (model := _language_model(source)) is None:
         raise NotYetError("an ingot holds a language model; a module is compiled where it runs")
     with Progress(enabled=chosen.progress) as progress:
+        if chosen.tune:
+            _tune(model, chosen, driver_here(_target(chosen)), progress)
         lowered = lower_language_model(model, chosen, target_of(_target(chosen)), progress)
         with progress.timed("write"):
             progress.count(0, lowered.weight_count)
@@ -161,6 +170,8 @@ def plan(
     if (model := _language_model(source)) is None:
         raise NotYetError("only language models are planned; a module is compiled where it runs")
     with Progress(enabled=chosen.progress) as progress:
+        if chosen.tune:
+            _tune(model, chosen, driver_here(_target(chosen)), progress)
         lowered = lower_language_model(
             model, chosen, target_of(_target(chosen)), progress, plan_only=True, entry=entry
         )
@@ -169,6 +180,21 @@ def plan(
 
 def _target(options: CompileOptions) -> str:
     return present_target() if options.target == AUTO else options.target
+
+
+def _tune(
+    source: str | Path | PreTrainedModel,
+    options: CompileOptions,
+    driver: Driver,
+    progress: Progress,
+) -> None:
+    """Add to the user's table of prices what it lacks of this device's kernels for `source`."""
+    if not isinstance(driver, GpuDriver):
+        raise ValueError("tune: expected a GPU target, found cpu, which has no kernels to choose")
+    device = driver.info.name
+    with progress.timed("tune"):
+        points = tune(source, options, driver, progress, known_points(driver.target, device))
+        add_points(driver.target, device, points)
 
 
 def _for_one_device(options: CompileKeywords) -> CompileOptions:

@@ -58,6 +58,7 @@ class CompileKeywords(TypedDict, total=False):
     verify: bool
     unused: str
     check_import: bool
+    tune: bool
     progress: bool
 
 
@@ -75,6 +76,8 @@ class CompileOptions:
     inputs. `unused` "allow" leaves out tensors of a checkpoint that the model does not read, which
     are refused where no reason for them is known. `check_import` compares the imported graph with
     the model itself where that is cheap: the first layer of each structure, embedding and head.
+    `tune` first times, on the GPU that must be here then, each kernel that could compute a product
+    and that this user's table of prices lacks (as `ingot tune` does), and adds it to the table.
     `progress` shows a bar on stderr.
 
     ValueError, or TypeError for another kind of value, names the option, what was expected and what
@@ -115,6 +118,7 @@ class CompileOptions:
             name="check-import/--no-check-import",
         ),
     )
+    tune: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -128,7 +132,7 @@ class CompileOptions:
             )
         for name in ("tensor_parallel", "max_sequences", "max_tokens_per_sequence"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("verify", "check_import", "progress"):
+        for name in ("verify", "check_import", "tune", "progress"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, found {value!r}")
         if self.unused not in ("refuse", "allow"):
@@ -169,7 +173,7 @@ class CompileOptions:
         Passes stand as their text, calibration texts as their SHA-256.
         """
         found: dict[str, Any] = {**self.keywords()}
-        del found["progress"], found["unused"], found["check_import"]
+        del found["progress"], found["unused"], found["check_import"], found["tune"]
         if self.packing:
             texts = hashlib.sha256(json.dumps(self.packing.calibrate).encode()).hexdigest()
             found["quantize"] = {**asdict(self.packing), "calibrate": texts}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from ...codegen.entries import Choice
 from ...codegen.price_table import Launched, Point
@@ -20,18 +21,23 @@ from .parts import parts_of, with_parts
 from .random_weights import RandomWeights
 from .workload import Workload, step_inputs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _REPLAYS = 20
 
 
 def tune(
-    directory: Path,
+    source: str | Path | PreTrainedModel,
     options: CompileOptions,
     driver: GpuDriver,
     progress: Progress,
+    known: Collection[Launched] = (),
 ) -> list[Point]:
-    """A point for every kernel that could compute a product of a model, at every bucket of tokens.
+    """A point for every kernel that could compute a product of a model, at every bucket of tokens,
+    but for those that are `known`.
 
-    Of `directory` the config.json is read. The model is planned once for each kernel, which is
+    Of a directory the config.json is read. The model is planned once for each kernel, which is
     taken wherever it can be, and its launches are timed in chains over random weights.
     """
     found: dict[Launched, Point] = {}
@@ -40,7 +46,7 @@ def tune(
     while waiting := [kernel for kernel in kernels if kernel not in done]:
         done.add(waiting[0])
         planned = lower_language_model(
-            directory,
+            source,
             options,
             target_of(driver.target),
             progress,
@@ -50,7 +56,7 @@ def tune(
         )
         (lowered,) = planned.ranks
         kernels |= {k: None for choice in lowered.choices for k in choice.offered}
-        for point in _timed(lowered.program, lowered.choices, driver, found.keys()):
+        for point in _timed(lowered.program, lowered.choices, driver, {*found, *known}):
             found[point.of] = point
     return sorted(found.values())
 

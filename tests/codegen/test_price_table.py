@@ -122,6 +122,21 @@ def test_measured_prices_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(best, Candidate) and best.priced[0].kernel == "narrow bf16"
 
 
+def test_points_of_another_device_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(price_table, "user_table", lambda target: tmp_path / "table.json")
+    first, second = Point("k bf16", 1, 8, 8, 2.0), Point("k bf16", 2, 8, 8, 3.0)
+    try:
+        price_table.add_points("hip:gfx942", "MI300X", [first])
+        assert price_table.known_points("hip:gfx942", "MI300X") == {first.of}
+        assert price_table.known_points("hip:gfx942", "MI325X") == set()
+        price_table.add_points("hip:gfx942", "MI325X", [second])
+        assert table_of("hip:gfx942").points == (second,)
+    finally:
+        table_of.cache_clear()
+
+
 def test_tables_of_this_version_are_of_their_targets() -> None:
     files = [*Path(price_table.__file__).with_name("measured").glob("*.json")]
     assert files

@@ -312,6 +312,37 @@ def test_tune_times_every_kernel_that_could_compute_a_product(
     assert {(p.rows, p.columns) for p in points} >= {q_k_v, o, gate_up}
 
 
+def test_compile_measures_what_the_table_lacks(
+    device: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "prices" / "table.json"
+    point = price_table.Point("gemv of rows bf16", 1, 128, 64, 1e-3)
+    asked: list[set[price_table.Launched]] = []
+
+    def measured(source: Any, options: Any, driver: Any, progress: Any, known: Any) -> list[Any]:
+        asked.append(known)
+        return [point]
+
+    monkeypatch.setattr(price_table, "user_table", lambda target: table)
+    monkeypatch.setattr(api, "driver_here", lambda target: device.driver())
+    monkeypatch.setattr(api, "tune", measured)
+    limits: dict[str, Any] = {"max_sequences": 1, "max_tokens_per_sequence": 16}
+    try:
+        for _ in range(2):
+            api.plan(tiny_model("llama"), target="cuda:sm_90", tune=True, progress=False, **limits)
+        assert price_table.table_of("cuda:sm_90").seconds(point.of) == 1e-9
+    finally:
+        price_table.table_of.cache_clear()
+    assert asked == [set(), {point.of}]
+
+
+def test_tuning_needs_a_device_with_kernels() -> None:
+    with pytest.raises(ValueError, match="tune: expected a GPU target, found cpu"):
+        api.plan(tiny_model("llama"), target="cpu", tune=True, progress=False)
+    with pytest.raises(api.NotYetError, match="tune: this version times the kernels of language"):
+        api.compile(torch.nn.Linear(2, 2), example_inputs=(torch.ones(1, 2),), tune=True)
+
+
 # ---- explaining
 
 
