@@ -392,8 +392,10 @@ def stream_kernel(
     RING: gl.constexpr = W * DEPTH * _STEP
     PART: gl.constexpr = MOST * W * T * 64
     SQUARES: gl.constexpr = W * T * 4
-    # Shared memory: the ring; of two passes the sums [tile, warp, 16, T] and the squares [warp, T].
-    LINES: gl.constexpr = (RING + 2 * PART + 2 * SQUARES) // (128 * W) + 1
+    # Shared memory: the ring; of two passes the sums [tile, warp, 16, T] and the squares [warp, T];
+    # a line that nothing else uses.
+    USED: gl.constexpr = RING + 2 * PART + 2 * SQUARES
+    LINES: gl.constexpr = (USED + 128 * W - 1) // (128 * W) + 1
     # Groups of a set.
     G: gl.constexpr = 8 // T
     one_each: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
@@ -469,7 +471,8 @@ def stream_kernel(
     squares = zero
     if BLOCKS == 1:
         xs, squares = _block(x, norm, 0, r, column, of_x, TOKENS, T, W, S, K, one_each)
-        squares = _sum_over(squares, _same_token(T))
+        if norm is not None:
+            squares = _sum_over(squares, _same_token(T))
     place = 0
     done = 0
     side = 0
