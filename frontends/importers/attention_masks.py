@@ -66,8 +66,9 @@ def described_masks(longest: int) -> Generator[None]:
     """Let mask functions be described, not built, for sequences of up to `longest` tokens.
 
     Positions that are traced say nothing of packed sequences, for which transformers would look in
-    them; a token-major graph keeps sequences apart by itself. Those of models that other threads
-    run meanwhile are looked for.
+    them; a token-major graph keeps sequences apart by itself. Nor do ids that are traced say which
+    tokens are of one image, whose tokens would all see each other: what is traced is text, which is
+    of none (its ids are -1). Models that other threads run meanwhile are asked both.
     """
     from transformers import masking_utils
 
@@ -77,13 +78,20 @@ def described_masks(longest: int) -> Generator[None]:
     masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register("ingot", described)
 
     packed, tracing = masking_utils.find_packed_sequence_indices, get_ident()
+    blockwise = masking_utils.blockwise_overlay
 
     def never_packed(position_ids: torch.Tensor) -> torch.Tensor | None:
         return None if get_ident() == tracing else packed(position_ids)
 
+    def of_no_image(block_sequence_ids: torch.Tensor) -> MaskFunction:
+        if get_ident() != tracing:
+            return blockwise(block_sequence_ids)
+        return lambda batch, head, query, key: torch.zeros_like(key, dtype=torch.bool)
+
     ready: Any = (BlockMask, AttentionMask)
     with (
         patch.object(masking_utils, "find_packed_sequence_indices", never_packed),
+        patch.object(masking_utils, "blockwise_overlay", of_no_image),
         patch.object(masking_utils, "BlockMask", ready),
     ):
         yield

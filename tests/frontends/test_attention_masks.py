@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from imported import assert_close, eager, logits_of
 from ingot.compiler.ops.attention import attention
-from ingot.frontends.importers.attention_masks import AttentionMask, mask_of
+from ingot.frontends.importers.attention_masks import AttentionMask, described_masks, mask_of
 from ingot.frontends.importers.huggingface import import_hugging_face
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
@@ -30,6 +32,21 @@ def test_other_masks() -> None:
     assert mask_of(wide, 64).problem
     first = masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k < 4)
     assert mask_of(first, 64).problem
+
+
+def test_what_is_traced_is_text_and_of_no_image() -> None:
+    """Other threads' models may well have images, whose tokens see each other."""
+    ids = torch.tensor([[-1, 0, 0, -1]])
+
+    def overlaid() -> bool:
+        overlay = masking_utils.blockwise_overlay(ids)
+        return bool(overlay(torch.tensor(0), torch.tensor(0), torch.tensor(1), torch.tensor(2)))
+
+    with described_masks(64), ThreadPoolExecutor(1) as others:
+        assert not overlaid() and others.submit(overlaid).result()
+        masks = masking_utils.causal_mask_function, masking_utils.blockwise_overlay(ids.to("meta"))
+        assert mask_of(masking_utils.or_masks(*masks), 64) == AttentionMask()
+    assert overlaid()
 
 
 @pytest.mark.parametrize("name", ["phimoe", "qwen2_moe"])
