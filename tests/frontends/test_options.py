@@ -34,6 +34,7 @@ WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
     "dtype": (CompileOptions, torch.int8, ValueError, "expected one of bf16.*found torch.int8"),
     "verify": (CompileOptions, "yes", ValueError, "expected True or False, found 'yes'"),
     "check_import": (CompileOptions, 1, ValueError, "expected True or False, found 1"),
+    "tune": (CompileOptions, 1, ValueError, "expected True or False, found 1"),
     "unused": (CompileOptions, "drop", ValueError, "expected 'refuse' or 'allow', found 'drop'"),
     "progress": (CompileOptions, None, ValueError, "expected True or False, found None"),
     "max_new_tokens": (GenerateOptions, 0, ValueError, "at least 1, found 0"),
