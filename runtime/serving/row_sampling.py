@@ -155,4 +155,4 @@ def _within(number: float) -> float:
 def _below(draw: float) -> np.float32:
     """`draw` in f32, not rounded up: what is below 1 stays there."""
     near = np.float32(draw)
-    return near if near <= draw else np.nextafter(near, np.float32(0))
+    return near if float(near) <= draw else np.nextafter(near, np.float32(0))
