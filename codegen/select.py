@@ -12,6 +12,7 @@ from .templates.attention import heads, mla, rope
 from .templates.gemm import linear
 from .templates.moe import experts, gating
 from .templates.rowwise import copy, indexed, norms, reductions, rows
+from .templates.sampling import feed
 from .templates.sampling import sample as sampling
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
@@ -21,6 +22,7 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
         attention,
         copy,
         experts,
+        feed,
         gating,
         heads,
         indexed,

@@ -91,7 +91,7 @@ class RowSampler:
             made["draw"] = np.zeros(count, np.float32)
             for i, row in enumerate(rows):
                 if asked[i][0].temperature > 0:
-                    made["draw"][i] = _below(uniform(row.sequence.seed, row.step))
+                    made["draw"][i] = below(uniform(row.sequence.seed, row.step))
         for name, array in made.items():
             if name not in last or array.tobytes() != last[name].tobytes():
                 last[name] = array
@@ -152,7 +152,7 @@ def _within(number: float) -> float:
     return min(max(number, 1e-30), 1e30)
 
 
-def _below(draw: float) -> np.float32:
+def below(draw: float) -> np.float32:
     """`draw` in f32, not rounded up: what is below 1 stays there."""
     near = np.float32(draw)
     return near if float(near) <= draw else np.nextafter(near, np.float32(0))

@@ -167,6 +167,7 @@ EXACT_BYTES = {
     "slice": lambda a, r: 2 * r[0].nbytes,
     "take": lambda a, r: 2 * r[0].nbytes + a[1].nbytes,
     "embedding": lambda a, r: 2 * r[0].nbytes + a[0].nbytes,
+    "feed": lambda a, r: 8 * a[6].nbytes,
     "mxfp4": lambda a, r: 0,  # its users read the packed form
     "mxfp4_tiled": lambda a, r: 0,
 }
