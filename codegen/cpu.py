@@ -22,7 +22,7 @@ from ..compiler.ranks import RankThreads
 from ..compiler.text import parse
 from ..compiler.torch_types import dtype_name, torch_dtype, type_of
 from ..compiler.types import TensorType
-from ..runtime.driver import Array, DeviceFailedError, WeightLoader
+from ..runtime.driver import Array, DeviceFailedError, Ended, WeightLoader
 from ..runtime.host_memory import check_host_memory
 from ..runtime.program import STEP, Buffer, Function, Program
 from .entries import buffer_of, signature
@@ -44,7 +44,7 @@ def cpu_program(
     Its constants are weights alone, as `constants.folded_graph` leaves them. The arena is what its
     values take at most, though nobody allocates it as one.
     """
-    state = {name: buffer_of(name, graph.param(name).type, {}, "state") for name in graph.updates}
+    state = {name: buffer_of(name, graph.param(name).type, {}, "state") for name in graph.state}
     weights: dict[str, Buffer] = {}
     for node in graph.nodes():
         if node.op is constant:
@@ -96,12 +96,22 @@ class CpuDriver:
 
 class CpuExecutable:
     """The ranks of a program; inputs go to all of them, and outputs, which are equal, are those of
-    the first. See driver.Executable."""
+    the first. What is launched has ended when `launch` returns. See driver.Executable."""
 
     @default_torch()
     def __init__(self, ranks: Sequence[tuple[Program, WeightLoader]]) -> None:
         self._ranks = [_Rank(program, weights) for program, weights in ranks]
         self._threads = RankThreads(len(ranks)) if len(ranks) > 1 else None
+
+    def launch(
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
+    ) -> Ended:
+        """See Executable.launch, and `run`."""
+        return Ended(self.run(function, symbols, inputs, outputs))
 
     @default_torch()
     def run(
@@ -144,6 +154,8 @@ class _Rank:
         self._graphs = {n: Interpreter(parse(f.graph)) for n, f in program.functions.items()}
         self._state: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.Tensor] = {}
+        # What the last run left for the next of the same function and symbols.
+        self._left: tuple[Any, dict[str, torch.Tensor]] = None, {}
         for buffer in program.buffers.values():
             if buffer.kind == "state":
                 dtype = torch_dtype(buffer.dtype)
@@ -164,7 +176,10 @@ class _Rank:
         if name not in self._functions:
             raise ValueError(f"no function {name!r}; there are {', '.join(self._functions)}")
         function, graph = self._functions[name], self._graphs[name]
-        given = {n: _to_device(value) for n, value in inputs.items()}
+        of, left = self._left
+        self._left = None, {}
+        given = left if of == (name, symbols) else {}
+        given = given | {n: _to_device(value) for n, value in inputs.items()}
         _check_call(function, symbols, given, outputs)
         torch.set_num_threads(threads if graph.touched_bytes(symbols) >= _SHARED_BYTES else 1)
         with torch.inference_mode():
@@ -176,13 +191,19 @@ class _Rank:
                 in_place=True,
             )
             # Copies: what becomes state may be part of other state, of an input or of a weight.
-            self._state |= {
+            kept = {
                 n: x.clone(memory_format=torch.contiguous_format)
                 for n, x in results.updates.items()
-                if x is not self._state[n]
+                if x is not self._state.get(n)
             }
+            self._state |= {n: x for n, x in kept.items() if n in self._state}
             found = dict(zip(function.outputs, results.outputs, strict=True))
-            return {n: _to_host(found[n]) for n in (found if outputs is None else outputs)}
+            outs = {n: _to_host(found[n]) for n in (found if outputs is None else outputs)}
+        if function.fed:
+            fed = {n: kept[n] for n in function.fed}
+            others = {n: x.clone() if n in inputs else x for n, x in given.items()}
+            self._left = (name, dict(symbols)), {**others, **fed}
+        return outs
 
 
 def _check_call(

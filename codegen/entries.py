@@ -44,11 +44,12 @@ def signature(
     params = {p.attrs["name"]: spec(p.type) for p in graph.params}
     return Function(
         symbols,
-        {name: given for name, given in params.items() if name not in graph.updates},
+        {name: given for name, given in params.items() if name not in graph.state},
         {name: spec(v.type) for name, v in zip(outputs, graph.outputs, strict=True)},
-        tuple(graph.updates),
+        graph.state,
         tuple(entries),
         text,
+        graph.fed,
     )
 
 
@@ -162,7 +163,7 @@ class EntryBuilder:
         uses = self.graph.use_counts()
         for p in self.graph.params:
             name = p.attrs["name"]
-            kind = "state" if name in self.graph.updates else "input"
+            kind = "state" if name in self.graph.state else "input"
             buffer = buffer_of(name, p.type, self.binding, kind)
             if kind == "input":
                 self.local[name] = buffer
@@ -170,9 +171,9 @@ class EntryBuilder:
         for value, name in self.folded.items():
             bound: Any = value.type.bind({})
             self.at[value] = Slice(name, bound.dtype, bound.shape)
-        for node in self.graph.nodes():
-            if node.op is not param and not node.is_constant:
-                self._add(node, uses)
+        nodes = [n for n in self.graph.nodes() if n.op is not param and not n.is_constant]
+        for i, node in enumerate(nodes):
+            self._add(node, uses, nodes[i + 1 :])
         self._copy_outputs()
         self._copy_updates()
         return self._place()
@@ -191,11 +192,11 @@ class EntryBuilder:
         self.reads.append([s.buffer for s in reads])
         self.writes.append([s.buffer for s in writes])
 
-    def _add(self, node: Node, uses: Mapping[Value, int]) -> None:
+    def _add(self, node: Node, uses: Mapping[Value, int], later: Sequence[Node]) -> None:
         types = tuple(t.bind(self.binding) for t in node.types)
         attrs = {k: bind_attr(v, self.binding) for k, v in node.attrs.items()}
         args = tuple(self._place_of(node, i) for i in range(len(node.args)))
-        in_place = writes_in_place(node, uses)
+        in_place = writes_in_place(node, uses) or self._reads_last(node, later)
         bound = Bound(node, attrs, args, types, in_place)
         seen = self.backend.view(bound)
         if seen is not None:
@@ -212,6 +213,17 @@ class EntryBuilder:
         )
         self.backend.emit(bound, self, results)
         self.at.update((v, r) for v, r in zip(node.results, results, strict=True) if r)
+
+    def _reads_last(self, node: Node, later: Sequence[Node]) -> bool:
+        """Whether `node` has an in-place form and its results are what parameters hold next, the
+        first arguments, which all others have read by then."""
+        donors = dict(zip(node.args, node.results, strict=False))
+        updates = {self.graph.param(name): value for name, value in self.graph.updates.items()}
+        if node.op.inplace is None or any(updates.get(a) != v for a, v in donors.items()):
+            return False
+        buffers = {self.at[donor].buffer for donor in donors}
+        read = [*(a for n in later for a in n.args), *self.graph.outputs]
+        return not any(a in self.at and self.at[a].buffer in buffers for a in read)
 
     def _place_of(self, node: Node, position: int) -> Place:
         arg = node.args[position]
@@ -241,9 +253,9 @@ class EntryBuilder:
                 self.backend.copy(self.at[value], self._output(name, value), self)
 
     def _copy_updates(self) -> None:
-        """State whose next content was not computed in place is copied over at the end.
+        """What is updated and was not computed in place is copied over at the end.
 
-        What itself lies in state is set aside first: another copy may overwrite it.
+        What itself lies in what is updated is set aside first: another copy may overwrite it.
         """
         sources: dict[str, Slice] = {}
         for name, value in self.graph.updates.items():
@@ -266,12 +278,14 @@ class EntryBuilder:
                 first.setdefault(name, i)
                 last[name] = i
         end = len(self.launches)
+        # Where a run leaves inputs for the next, all of them stay what they are.
+        lasting = ("input", "output") if self.graph.fed else ("output",)
         lives = [
             Lifetime(
                 b.name,
                 b.nbytes,
                 -1 if b.kind == "input" else first.get(b.name, end),
-                end if b.kind == "output" else last.get(b.name, 0),
+                end if b.kind in lasting else last.get(b.name, 0),
             )
             for b in self.local.values()
         ]

@@ -49,7 +49,8 @@ def lower(
     """A program whose one function, `step`, is `graph`: an entry for each of `bindings`.
 
     `outputs` names its outputs. `observe` sees every op on weights when it is computed, which is
-    when a weight is loaded. Parameters that `graph.updates` names are state; the others are inputs.
+    when a weight is loaded. Parameters that `graph.state` names are state; the others are inputs, of which
+    a run leaves those in `graph.fed` for the next.
     A GPU needs its `backend` (kernel_backend: it needs triton, which the cpu target does without):
     NoKernelError where no template computes a node, BuildError. On the cpu there are no entries:
     the function runs at any values of its symbols up to the largest of `bindings`.
@@ -69,7 +70,7 @@ def lower(
         names = folded(graph)
         return Lowered(program, ConstantMaker(names, weights, observe))
     names = folded(graph, backend.packed)
-    state = {name: buffer_of(name, graph.param(name).type, {}, "state") for name in graph.updates}
+    state = {name: buffer_of(name, graph.param(name).type, {}, "state") for name in graph.state}
     constants = {name: buffer_of(name, v.type, {}, "weight") for v, name in names.items()}
     entries: list[Entry] = []
     arena = 0

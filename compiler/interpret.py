@@ -102,7 +102,7 @@ class Interpreter:
             node
             for node in self._nodes
             if writes_in_place(node, uses)
-            and all(a.attrs["name"] in graph.updates for a in node.args[: len(node.types)])
+            and all(a.attrs["name"] in graph.state for a in node.args[: len(node.types)])
         }
 
     def run(
@@ -116,8 +116,8 @@ class Interpreter:
     ) -> Results:
         """Run every node's reference once, and free values after their last use.
 
-        With `in_place` ops write into the parameters that the graph updates, where nothing else
-        reads these: the update is then the parameter itself. `constants` gives weights.
+        With `in_place` ops write into the parameters that are state, where nothing else reads
+        these: the update is then the parameter itself. `constants` gives weights.
         """
         values: dict[Value, Any] = {}
         for node, dead in zip(self._nodes, self._dead, strict=True):
@@ -145,7 +145,7 @@ class Interpreter:
         """Bytes that a run reads and writes, but of state, of which it touches a few rows."""
         key = tuple(binding.items())
         if key not in self._touched:
-            sizes, state = self._sizes(binding), {self.graph.param(n) for n in self.graph.updates}
+            sizes, state = self._sizes(binding), {self.graph.param(n) for n in self.graph.state}
             self._touched[key] = sum(
                 sizes[v]
                 for node in self._nodes

@@ -445,7 +445,9 @@ class Value:
 class Graph:
     """Parameters in, values out. `symbols` gives every named dim its range.
 
-    `updates` maps the name of a parameter to the value that it holds after the graph ran.
+    `updates` maps the name of a parameter to the value that it holds after the graph ran: it is
+    state, which stays. One whose shape has symbols is fed: an input, which a run leaves for the
+    next one of the same sizes.
     """
 
     name: str
@@ -458,6 +460,16 @@ class Graph:
     def roots(self) -> tuple[Value, ...]:
         """Every value that the graph is there to compute: outputs, then updates."""
         return (*self.outputs, *self.updates.values())
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """The updated parameters that are state."""
+        return tuple(n for n in self.updates if not free_symbols(self.param(n).type.shape))
+
+    @property
+    def fed(self) -> tuple[str, ...]:
+        """The updated parameters that are inputs."""
+        return tuple(n for n in self.updates if free_symbols(self.param(n).type.shape))
 
     def nodes(self) -> Iterator[Node]:
         """Every node that the roots need, once, arguments before users."""

@@ -22,6 +22,7 @@ from .fusion.fuse_swiglu import FuseSwiglu
 from .moves import is_projection
 from .raising.canonicalize import Canonicalize
 from .raising.raise_ops import RaiseOps
+from .serving.feed_next_step import FeedNextStep
 from .serving.gather_logits import GatherLogits
 from .serving.insert_kv_cache import InsertKvCache
 from .serving.sample_on_device import SampleOnDevice
@@ -92,7 +93,8 @@ def causal_lm(
 ) -> tuple[Pass, ...]:
     """From a traced causal language model to one that serves from a paged cache.
 
-    With `sample` it also chooses the next tokens, so that no logits need to leave the device.
+    With `sample` it also chooses the next tokens, so that no logits need to leave the device, and
+    feeds them to the step behind it.
     """
     return (
         *RAISING,
@@ -102,7 +104,7 @@ def causal_lm(
         InsertKvCache(max_sequences, max_tokens_per_sequence, pages=pages),
         GatherLogits(),
         *FUSIONS,
-        *((SampleOnDevice(),) if sample else ()),
+        *((SampleOnDevice(), FeedNextStep()) if sample else ()),
     )
 
 

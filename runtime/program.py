@@ -157,6 +157,9 @@ class Function(Strict, frozen=True):
     `symbols` has the first and last value of each symbol. `state` names the state buffers that it
     reads or writes. What an input is called, an output or a buffer of the program is not.
 
+    `fed` names inputs that it updates: a run leaves them for the next one of the same entry, and
+    the other inputs as they were. Without any, inputs do not outlive a run.
+
     A function for the cpu target has no entries: it is `graph`, the text of its IR, and runs at any
     values of its symbols.
     """
@@ -167,6 +170,7 @@ class Function(Strict, frozen=True):
     state: Annotated[tuple[Text, ...], _MOST] = ()
     entries: Annotated[tuple[Entry, ...], Meta(max_length=4096)] = ()
     graph: str = ""
+    fed: Annotated[tuple[Text, ...], _MOST_ARGS] = ()
 
     def entry(self, symbols: Mapping[str, int]) -> Entry:
         """The entry for these values; ValueError lists those there are."""

@@ -31,6 +31,7 @@ sys.addaudithook(watch)  # before the imports: what those start counts too
 
 import ingot  # noqa: E402
 from ingot.frontends.drivers import driver_for, present_target  # noqa: E402
+from ingot.frontends.bench.workload import Workload, step_inputs  # noqa: E402
 from ingot.runtime.program import STEP  # noqa: E402
 
 
@@ -70,12 +71,14 @@ def main() -> None:
 
     decode(8)  # the first use of anything is not what is measured
     runs = [decode(new_tokens) for _ in range(RUNS)]
-    entry = driver.program.entries[0]
+    entry, meta = driver.program.entries[0], model.session.meta
+    step = driver.program.functions[STEP]
+    inputs = step_inputs(step, meta, entry.symbols, Workload(1, 1, prompt_tokens))
     found = {
         "load_seconds": load_seconds,
         "prefill_ms": 1e3 * median(first for first, _ in runs),
         "tokens_per_second": median(rate for _, rate in runs),
-        "replay_ms": median(driver.executable.measure(STEP, entry.symbols, REPLAYS)),
+        "replay_ms": median(driver.executable.measure(STEP, entry.symbols, inputs, REPLAYS)),
         "launches": len(entry.launches),
         "arena_bytes": driver.program.arena_bytes,
         "processes_started": started,

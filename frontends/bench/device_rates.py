@@ -31,7 +31,7 @@ def bytes_per_second(driver: GpuDriver, nbytes: int = READ_BYTES) -> float:
         for name, function in program.functions.items():
             symbols = function.entries[0].symbols
             executable.run(name, symbols, {})
-            times = executable.measure(name, symbols, _REPEATS)
+            times = executable.measure(name, symbols, {}, _REPEATS)
             best = max(best, nbytes / (1e-3 * median(times)))
         return best
     finally:

@@ -162,7 +162,8 @@ class _Timer:
         self, function: str, entry: Entry, inputs: Mapping[str, Array], replays: int | None = None
     ) -> float:
         self.executable.run(function, entry.symbols, inputs, ())
-        return median(self.executable.measure(function, entry.symbols, replays or self.replays))
+        replays = replays or self.replays
+        return median(self.executable.measure(function, entry.symbols, inputs, replays))
 
     def timeline(self, entry: Entry, inputs: Mapping[str, Array]) -> tuple[Span, ...]:
         """When each launch of a step has ended, at the earliest when the one before has."""

@@ -79,7 +79,7 @@ def _timed(
                 if of is None or of in known:
                     continue
                 executable.run(part.function, entry.symbols, inputs, ())
-                times = executable.measure(part.function, entry.symbols, _REPLAYS)
+                times = executable.measure(part.function, entry.symbols, inputs, _REPLAYS)
                 yield Point(*of, 1e3 * median(times) / part.chained)
     finally:
         executable.close()

@@ -154,6 +154,8 @@ def _check_function(name: str, function: Function, program: Program, limits: Lim
     for symbol, (first, last) in function.symbols.items():
         _within(f"{where}: first {symbol}", first, 0, _LARGEST)
         _within(f"{where}: last {symbol}", last, first, _LARGEST)
+    if unknown := set(function.fed) - function.inputs.keys():
+        raise ProgramError(f"{where}: expected to feed inputs, found {min(unknown)!r:.80}")
     if not function.entries:
         raise ProgramError(f"{where}: expected at least one entry, found none")
     bindings = Counter(tuple(sorted(entry.symbols.items())) for entry in function.entries)
@@ -171,6 +173,24 @@ def _check_function(name: str, function: Function, program: Program, limits: Lim
             _within(f"entry {entry.name}: symbol {symbol}", size, *function.symbols[symbol])
         _check_entry(entry, program, shared, limits)
         _check_signature(f"entry {entry.name}", function, entry)
+        if function.fed:
+            _check_lasting(f"entry {entry.name}", entry)
+
+
+def _check_lasting(where: str, entry: Entry) -> None:
+    """Check that nothing else lies where inputs lie, which a run leaves for the next."""
+    lasting, latest = (0, ""), (0, "")  # the furthest end, of inputs and of all, and whose it is
+    for buffer in sorted(entry.buffers, key=lambda b: (b.offset or 0, b.nbytes)):
+        start, is_input = buffer.offset or 0, buffer.kind == "input"
+        end, other = latest if is_input else lasting
+        if buffer.nbytes and start < end:
+            raise ProgramError(
+                f"{where}, buffer {buffer.name}: expected memory that a fed entry's inputs have "
+                f"alone, found {other} at the same place"
+            )
+        latest = max(latest, (start + buffer.nbytes, buffer.name))
+        if is_input:
+            lasting = max(lasting, (start + buffer.nbytes, buffer.name))
 
 
 def _check_signature(where: str, function: Function, entry: Entry) -> None:

@@ -149,6 +149,8 @@ class DeviceApi(ABC):
     wait_stream = Call("cuStreamSynchronize", "hipStreamSynchronize", (c_void_p,))
 
     create_event = Call("cuEventCreate", "hipEventCreateWithFlags", creates=True, flags=(0,))
+    # An event without a time, which is sooner waited for.
+    create_mark = Call("cuEventCreate", "hipEventCreateWithFlags", creates=True, flags=(2,))
     destroy_event = Call("cuEventDestroy_v2", "hipEventDestroy", (c_void_p,))
     record_event = Call("cuEventRecord", "hipEventRecord", (c_void_p, c_void_p))  # event, stream
     wait_event = Call("cuEventSynchronize", "hipEventSynchronize", (c_void_p,))

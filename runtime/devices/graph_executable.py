@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...compiler.dtypes import DTYPES
-from ..driver import Array, DeviceFailedError, WeightLoader
+from ..driver import LAUNCHES, Array, DeviceFailedError, WeightLoader
 from ..program import Buffer, Entry, Program, Slice
 from .check_program import ProgramError, check_address, check_program, launch_place
 from .device_api import (
@@ -31,8 +31,8 @@ from .gpu_memory import (
     check_copies,
     upload_weights,
 )
-from .host_arrays import Bytes, host_array, memory_view, to_array
-from .staging import Layout, lay_out
+from .host_arrays import Bytes, host_array, to_array
+from .staging import Layout, Staging, lay_out, most_bytes
 
 _NUMBERS: dict[str, Any] = {
     name: getattr(ctypes, dtype.ctypes) for name, dtype in DTYPES.items() if dtype.ctypes
@@ -46,9 +46,10 @@ class _Plan:
     graph: int
     inputs: Layout
     outputs: Layout
+    fed: bool  # inputs that are not given are what the last replay left
     parts: dict[frozenset[str], Layout] = field(default_factory=dict[frozenset[str], Layout])
 
-    def some(self, names: frozenset[str]) -> Layout:
+    def some_outputs(self, names: frozenset[str]) -> Layout:
         """The copies of the outputs `names`; ValueError for an unknown one."""
         if names not in self.parts:
             buffers = {f.buffer.name: f.buffer for f in self.outputs.fields}
@@ -57,12 +58,41 @@ class _Plan:
             self.parts[names] = lay_out(buffers[name] for name in names)
         return self.parts[names]
 
+    def some_inputs(self, names: Collection[str], left: bool) -> Layout:
+        """The copies of the inputs `names`, which are all but where others are `left`; ValueError
+        otherwise."""
+        known = {f.buffer.name: f.buffer for f in self.inputs.fields}
+        if names == known.keys():
+            return self.inputs
+        if not self.fed or not names <= known.keys():
+            raise ValueError(f"expected inputs {sorted(known)}, found {sorted(names)}")
+        if not left:
+            raise ValueError(
+                f"expected inputs {sorted(known)}, since another replay came before, "
+                f"found {sorted(names)}"
+            )
+        return lay_out((known[name] for name in names), gap=0)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A launch, and where its outputs come to lie; see driver.Running."""
+
+    executable: GpuExecutable
+    staging: Staging
+    number: int
+    outputs: Layout
+
+    def wait(self) -> dict[str, Array]:
+        return self.executable.results(self)
+
 
 class GpuExecutable:
     """Implements driver.Executable with one graph per entry. Not thread-safe.
 
-    After loading nothing is allocated on the device. After a device error or `close` every call but
-    `close` raises DeviceFailedError.
+    Launches follow each other in one stream, each with an event behind the copies of its outputs:
+    while the host waits for one, the next is queued. After loading nothing is allocated on the
+    device. After a device error or `close` every call but `close` raises DeviceFailedError.
     """
 
     def __init__(self, program: Program, api: DeviceApi, weights: WeightLoader) -> None:
@@ -76,7 +106,9 @@ class GpuExecutable:
         self._program = program
         self._plans: dict[tuple[str, str], _Plan] = {}  # by names of function and entry
         self._failure: DeviceError | None = None
-        self._busy = False
+        self._staging: list[Staging] = []
+        self._launches = 0
+        self._left: _Plan | None = None  # whose inputs are as its last replay left them
         self._open = False
         self._owned = ExitStack()
         self._memory = GpuMemory()
@@ -97,48 +129,78 @@ class GpuExecutable:
         inputs: Mapping[str, Array],
         outputs: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """See Executable.run. ValueError for an unknown function, entry or output, or inputs that
-        do not fit.
+        """See Executable.run, and `launch`."""
+        return self.launch(function, symbols, inputs, outputs).wait()
+
+    def launch(
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
+    ) -> _Running:
+        """See Executable.launch. ValueError for an unknown function, entry or output, or inputs
+        that do not fit.
 
         Inputs and outputs go through the host; an input may also be a torch tensor on the CPU.
         """
         plan = self._plan(function, symbols)
-        names = {place.buffer.name for place in plan.inputs.fields}
-        if set(inputs) != names:
-            raise ValueError(f"expected inputs {sorted(names)}, found {sorted(inputs)}")
-        wanted = plan.outputs if outputs is None else plan.some(frozenset(outputs))
+        given = plan.some_inputs(inputs.keys(), plan is self._left)
+        wanted = plan.outputs if outputs is None else plan.some_outputs(frozenset(outputs))
+        staging = self._staging[self._launches % LAUNCHES]
+        self._left = None
         with self._device():
-            self._settle_interrupted()
-            for place in plan.inputs.fields:
-                buffer = place.buffer
-                source = host_array(
-                    f"input {buffer.name}", inputs[buffer.name], buffer.dtype, buffer.shape
-                )
-                self._staging[place.at : place.at + buffer.nbytes] = source
-            self._replay(plan, wanted)
+            self._await(staging)
+            self._stage(staging, given, inputs)
+            staging.launches += 1
+            self._replay(plan, given, wanted, staging)
+        self._launches += 1
+        self._left = plan
+        return _Running(self, staging, staging.launches, wanted)
+
+    def results(self, running: _Running) -> dict[str, Array]:
+        """What `running` gave, after it has ended."""
+        self._check_usable()
+        staging = running.staging
+        if staging.launches != running.number:
+            raise RuntimeError(
+                f"expected to be asked for outputs before the {LAUNCHES}nd launch after this one"
+            )
+        with self._device():
+            self._await(staging)
         found: dict[str, Array] = {}
-        for place in wanted.fields:
+        for place in running.outputs.fields:
             buffer = place.buffer
-            data = self._staging[place.at : place.at + buffer.nbytes]
+            data = staging.bytes[place.at : place.at + buffer.nbytes]
             found[buffer.name] = to_array(data, buffer.dtype, buffer.shape)
         return found
 
-    def measure(self, function: str, symbols: Mapping[str, int], replays: int) -> list[float]:
-        """Milliseconds on the device of each of `replays` replays, over the inputs of the last run.
+    def measure(
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Array],
+        replays: int,
+    ) -> list[float]:
+        """Milliseconds on the device of each of `replays` replays over `inputs`, without copies.
 
-        Without copies. State advances with each replay, as in as many runs.
+        State advances with each replay, as in as many runs.
         """
         plan = self._plan(function, symbols)
+        self._left = None
         start, end = self._events
+        staging = self._staging[0]
         times: list[float] = []
         with self._device():
-            self._settle_interrupted()
+            self._await(staging)
+            self._stage(staging, plan.some_inputs(inputs.keys(), left=False), inputs)
             for _ in range(replays):
-                self._busy = True
+                staging.busy = True
+                self._copy_in(staging, plan.inputs)
                 self._api.record_event(start, self._stream)
                 self._api.launch(plan.graph, self._stream)
                 self._api.record_event(end, self._stream)
-                self._settle()
+                self._await(staging)
                 times.append(self._api.elapsed_ms(start, end))
         return times
 
@@ -185,16 +247,19 @@ class GpuExecutable:
         self._memory = allocate_memory(api, program, self._stream, owned)
         upload_weights(api, program, weights, self._memory, self._stream, owned)
         kernels = self._load_kernels()
-        nbytes = 1
+        rooms = [1]
         for name, function in program.functions.items():
             for entry in function.entries:
                 graph = self._build_graph(entry, kernels)
                 owned.callback(api.destroy_executable, graph)
-                plan = self._plans[name, entry.name] = _Plan(graph, *_layouts(entry))
-                nbytes = max(nbytes, plan.inputs.nbytes, plan.outputs.nbytes)
-        self._host = api.allocate_pinned(nbytes)
-        owned.callback(api.free_pinned, self._host)
-        self._staging: Bytes = memory_view(self._host, nbytes)
+                self._plans[name, entry.name] = _Plan(graph, *_layouts(entry), bool(function.fed))
+                rooms += (most_bytes(b for b in entry.buffers if b.kind == kind) for kind in _HOST)
+        for _ in range(LAUNCHES):
+            address = api.allocate_pinned(max(rooms))
+            owned.callback(api.free_pinned, address)
+            event = api.create_mark()
+            owned.callback(api.destroy_event, event)
+            self._staging.append(Staging(address, max(rooms), event))
         self._settle()
         for name, function in program.functions.items():
             self._check_replay(name, function.entries)
@@ -272,13 +337,16 @@ class GpuExecutable:
 
     # ---- replaying
 
-    def _plan(self, function: str, symbols: Mapping[str, int]) -> _Plan:
+    def _check_usable(self) -> None:
         if self._failure is not None:
             raise DeviceFailedError(
                 f"this executable is unusable: the device failed before: {self._failure}"
             )
         if not self._open:
             raise DeviceFailedError("this executable was closed")
+
+    def _plan(self, function: str, symbols: Mapping[str, int]) -> _Plan:
+        self._check_usable()
         functions = self._program.functions
         if function not in functions:
             raise ValueError(f"no function {function!r}; there are {', '.join(functions)}")
@@ -297,37 +365,58 @@ class GpuExecutable:
     def _settle(self) -> None:
         """Wait for the stream."""
         self._api.wait_stream(self._stream)
-        self._busy = False
 
-    def _settle_interrupted(self) -> None:
-        """Wait for a replay that KeyboardInterrupt left running: it uses the staging memory."""
-        if self._busy:
+    def _await(self, staging: Staging) -> None:
+        """Wait for the launch that uses `staging`, if there is one.
+
+        A KeyboardInterrupt may have kept it from recording its event.
+        """
+        if not staging.busy:
+            return
+        if staging.recorded:
+            self._api.wait_event(staging.event)
+        else:
             self._settle()
+        staging.busy = False
 
-    def _replay(self, plan: _Plan, outputs: Layout) -> None:
-        """Copy inputs, replay once, copy `outputs` back, and wait."""
-        api, stream = self._api, self._stream
-        self._busy = True
-        for copy in plan.inputs.copies:
-            api.to_device(
-                self._memory.arena + copy.offset, self._host + copy.at, copy.nbytes, stream
+    def _stage(self, staging: Staging, given: Layout, inputs: Mapping[str, Array]) -> None:
+        """Bring inputs into memory that no launch uses."""
+        staging.recorded = False
+        for place in given.fields:
+            buffer = place.buffer
+            staging.bytes[place.at : place.at + buffer.nbytes] = host_array(
+                f"input {buffer.name}", inputs[buffer.name], buffer.dtype, buffer.shape
             )
-        api.launch(plan.graph, stream)
+
+    def _copy_in(self, staging: Staging, inputs: Layout) -> None:
+        for copy in inputs.copies:
+            to, at = self._memory.arena + copy.offset, staging.address + copy.at
+            self._api.to_device(to, at, copy.nbytes, self._stream)
+
+    def _replay(self, plan: _Plan, inputs: Layout, outputs: Layout, staging: Staging) -> None:
+        """Queue a replay between copies of what is staged and of `outputs`, and its event."""
+        staging.busy = True
+        self._copy_in(staging, inputs)
+        self._api.launch(plan.graph, self._stream)
         for copy in outputs.copies:
-            api.to_host(self._host + copy.at, self._memory.arena + copy.offset, copy.nbytes, stream)
-        self._settle()
+            to, at = staging.address + copy.at, self._memory.arena + copy.offset
+            self._api.to_host(to, at, copy.nbytes, self._stream)
+        self._api.record_event(staging.event, self._stream)
+        staging.recorded = True
 
     def _check_replay(self, function: str, entries: Sequence[Entry]) -> None:
         """Replay the smallest entry twice on zeros, from zeroed state, and compare all bytes."""
         smallest = min(entries, key=lambda e: (prod(e.symbols.values()), len(e.launches)))
         plan = self._plans[function, smallest.name]
         seen: list[Bytes] = []
+        staging = self._staging[0]
         for _ in range(2):
             self._memory.clear_state(self._api, self._stream)
             self._settle()
-            self._staging[:] = 0
-            self._replay(plan, plan.outputs)
-            seen.append(self._staging[: plan.outputs.nbytes].copy())
+            staging.bytes[:], staging.recorded = 0, False
+            self._replay(plan, plan.inputs, plan.outputs, staging)
+            self._await(staging)
+            seen.append(staging.bytes[: plan.outputs.nbytes].copy())
         self._memory.clear_state(self._api, self._stream)
         self._settle()
         for place in plan.outputs.fields:
@@ -352,11 +441,14 @@ def _check(program: Program, device: DeviceInfo) -> None:
     check_program(program, device)
 
 
+# Kinds of buffers that use staging memory, one after the other.
+_HOST = ("input", "output")
+
+
 def _layouts(entry: Entry) -> tuple[Layout, Layout]:
-    """Inputs and outputs of an entry; both use the same staging memory, one after the other."""
+    """Inputs and outputs of an entry."""
     inputs, outputs = (
-        lay_out(buffer for buffer in entry.buffers if buffer.kind == kind)
-        for kind in ("input", "output")
+        lay_out(buffer for buffer in entry.buffers if buffer.kind == kind) for kind in _HOST
     )
     return inputs, outputs
 

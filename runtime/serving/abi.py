@@ -12,7 +12,7 @@ there, the tokens of this replay included. Row j of the logits is that of token 
 A program may sample the rows too. Then it has besides
 
     temperature f32[L]  top_k i32[L]  top_p f32[L]  min_p f32[L]  penalty f32[L]  draw f32[L]
-    seen i32[L, ceil(vocab_size / 32)]  top i32[L]
+    seen i32[L, ceil(vocab_size / 32)]  top i32[L]  seed i64[L]  prompt i32[L]
         →  token i32[L]  logprob f32[L]  top_tokens i32[L, C]  top_logprobs f32[L, C]
 
 (without the last two where C is 0). Bit v % 32 of word v // 32 of `seen` says that token v occurs
@@ -20,6 +20,12 @@ before the result, which only rows with a `penalty` other than 1 need; `draw` is
 [0, 1). Temperature 0 is greedy, and `top` ≤ C is how many most likely tokens are asked for; the
 other meanings are those of `sampling.Sampling`, and `sampling.sample` gives the same. The token of
 a row whose logits are broken is -1, and its logprob their maximum.
+
+Such a step feeds itself: it leaves `tokens`, `positions`, `draw` and `seen` as a step behind it
+takes them that has the same rows, each with its own token in its place, one position on. Draws are
+those of `sampling.uniform` for the row's `seed` and the number of the token that is drawn, which
+its position and the tokens in its `prompt` say. Of several rows of one place the first is fed.
+Rows of padding stay what they are, and so do broken ones.
 """
 
 from __future__ import annotations
@@ -37,6 +43,8 @@ from ..program import STEP, Function, Program, Spec, entry_name
 
 # Tokens in a word of `seen`.
 SEEN_BITS = 32
+# What a step that samples leaves for the next.
+FED = ("tokens", "positions", "draw", "seen")
 # What outputs in narrower floats are when they reach the host.
 _ON_HOST = {"bf16": "f32", "f16": "f32"}
 
@@ -141,7 +149,8 @@ def sampling_inputs(vocab: int) -> dict[str, Spec]:
     floats = ("temperature", "top_p", "min_p", "penalty", "draw")
     return {
         **{name: Spec("f32", ("L",)) for name in floats},
-        **{name: Spec("i32", ("L",)) for name in ("top_k", "top")},
+        **{name: Spec("i32", ("L",)) for name in ("top_k", "top", "prompt")},
+        "seed": Spec("i64", ("L",)),
         "seen": Spec("i32", ("L", -(-vocab // SEEN_BITS))),
     }
 
@@ -182,6 +191,9 @@ def _check_signature(step: Function, meta: ServingMeta, candidates: int | None) 
     ):
         if found != expected:
             raise ValueError(f"{STEP}: expected {what} {_shown(expected)}, found {_shown(found)}")
+    fed = () if candidates is None else FED
+    if set(step.fed) != set(fed):
+        raise ValueError(f"{STEP}: expected to feed itself {fed}, found {step.fed}")
 
 
 def _shown(specs: Mapping[str, Spec]) -> str:

@@ -10,11 +10,16 @@ from numpy.typing import NDArray
 from .sequence import Sequence
 
 
+# The token of a step that is fed by the one before, which has not ended.
+UNKNOWN = -1
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """Consecutive tokens of a running sequence, the first at position `start`.
 
-    Behind the end of its history they are drafted: proposals that no result has confirmed yet.
+    Behind the end of its history they are drafted: proposals that no result has confirmed yet; or
+    one that is UNKNOWN.
     """
 
     sequence: Sequence
@@ -65,6 +70,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    def next(self) -> Batch:
+        """The step behind one token of each sequence, whose results are not known."""
+        chunks = [Chunk(chunk.sequence, chunk.end, (UNKNOWN,)) for chunk in self.chunks]
+        return Batch(tuple(chunks), tuple(Row(chunk, 0) for chunk in chunks))
 
     def parts(self) -> list[Batch]:
         """One batch a chunk."""

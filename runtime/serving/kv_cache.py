@@ -15,11 +15,13 @@ class KVCache:
 
     A slot is one row of `page_table` i32[slots, pages_per_slot]: entry (slot, i) is the physical
     page that holds positions [i·page_size, (i+1)·page_size). Entries without a page are 0.
-    Only ownership is kept here; the keys and values live on the device.
+    Only ownership is kept here; the keys and values live on the device. `changes` counts how often
+    the table has changed.
     """
 
     def __init__(self, *, pages: int, page_size: int, slots: int, tokens_per_slot: int) -> None:
         """All counts are at least 1; `tokens_per_slot` bounds one sequence."""
+        self.changes = 0
         self.pages = pages
         self.page_size = page_size
         self.slots = slots
@@ -77,6 +79,7 @@ class KVCache:
                 f"slot {slot}: {tokens} tokens need {needed - held} more pages of "
                 f"{self.page_size} tokens, {self.free_pages} of {self.pages} are free"
             )
+        self.changes += needed != held
         row = self.page_table[slot]
         for place in range(held, needed):
             row[place] = self._free_pages.pop()

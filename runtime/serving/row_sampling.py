@@ -28,8 +28,6 @@ class Choice:
     top: TopLogprobs
 
 
-# What is asked of a row, and how many tops.
-_Asked = tuple[Sampling, int]
 # The bits of the first so many tokens of a history.
 _Seen = tuple[NDArray[np.uint32], int]
 
@@ -38,14 +36,11 @@ _Seen = tuple[NDArray[np.uint32], int]
 class RowSampler:
     """Samples rows over a vocabulary, by the device where that gives up to `candidates` tops.
 
-    With `candidates` None the device gives logits alone. What does not change from step to step
-    goes to an entry as the same read-only arrays again.
+    With `candidates` None the device gives logits alone.
     """
 
     vocab: int
     candidates: int | None
-    _last: dict[int, dict[str, Array]] = field(default_factory=dict[int, dict[str, Array]])
-    _asked: dict[int, list[_Asked]] = field(default_factory=dict[int, list[_Asked]])
     _histories: WeakKeyDictionary[ServedSequence, _Seen] = field(
         default_factory=WeakKeyDictionary[ServedSequence, _Seen]
     )
@@ -82,46 +77,25 @@ class RowSampler:
         """
         if self.candidates is None:
             return {}
-        last = self._last.setdefault(count, {})
-        asked = [(r.sequence.request.sampling, r.sequence.request.top_logprobs) for r in rows]
-        made: dict[str, Array] = {}
-        if not last or asked != self._asked[count]:
-            made, self._asked[count] = self._settings(count, asked), asked
-        if any(sampling.temperature > 0 for sampling, _ in asked):
-            made["draw"] = np.zeros(count, np.float32)
-            for i, row in enumerate(rows):
-                if asked[i][0].temperature > 0:
-                    made["draw"][i] = below(uniform(row.sequence.seed, row.step))
-        for name, array in made.items():
-            if name not in last or array.tobytes() != last[name].tobytes():
-                last[name] = array
-        penalized = [i for i, (sampling, _) in enumerate(asked) if sampling.repetition_penalty != 1]
-        if penalized or "seen" not in last:
-            words = np.zeros((count, -(-self.vocab // SEEN_BITS)), np.uint32)
-            for i in penalized:
-                words[i] = self._seen(rows[i])
-            last["seen"] = words.view(np.int32)
-        for array in last.values():
-            array.flags.writeable = False
-        return dict(last)
-
-    def _settings(self, count: int, asked: Sequence[_Asked]) -> dict[str, Array]:
-        """The inputs that are the same at every step; draws are 0."""
-        assert self.candidates is not None
         made: dict[str, Array] = {}
         for name, spec in sampling_inputs(self.vocab).items():
-            if name != "seen":
-                value = 1 if name in ("top_p", "penalty") else 0
-                made[name] = np.full(count, value, DTYPES[spec.dtype].numpy)
-        for i, (sampling, top) in enumerate(asked):
+            made[name] = np.zeros(spec.bound({"L": count}), DTYPES[spec.dtype].numpy)
+        made["top_p"][:] = made["penalty"][:] = 1
+        seeds, seen = made["seed"].view(np.uint64), made["seen"].view(np.uint32)
+        for i, row in enumerate(rows):
+            sequence, request = row.sequence, row.sequence.request
+            sampling = request.sampling
+            made["top"][i] = request.top_logprobs if self._on_device(row) else 0
+            seeds[i], made["prompt"][i] = sequence.seed, len(sequence.prompt)
             if sampling.temperature > 0:
                 made["temperature"][i] = _within(sampling.temperature)
+                made["draw"][i] = below(uniform(sequence.seed, row.step))
             made["top_k"][i] = min(sampling.top_k, self.vocab)
             made["top_p"][i] = sampling.top_p
             made["min_p"][i] = sampling.min_p
-            made["top"][i] = top if top <= self.candidates else 0
             if sampling.repetition_penalty != 1:
                 made["penalty"][i] = _within(sampling.repetition_penalty)
+                seen[i] = self._seen(row)
         return made
 
     def _on_device(self, row: Row) -> bool:

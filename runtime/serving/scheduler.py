@@ -79,6 +79,36 @@ class Scheduler:
                 wanted += (Row(chunks[-1], i) for i in range(count - 1, len(made)))
         return Batch(tuple(chunks), tuple(wanted))
 
+    def ahead(self, batch: Batch) -> Batch | None:
+        """The step behind one that is under way, before its results are known.
+
+        None unless it is the same sequences, one token each: all of them decode and none is known
+        to end, nobody joins them, and there are pages for their tokens, which it takes.
+        """
+        cache = self.cache
+        sequences = [chunk.sequence for chunk in batch.chunks]
+        decode = len(sequences) == batch.tokens == len(batch.rows)
+        if self._drafter is not None or not decode or sequences != self.running:
+            return None
+        for row in batch.rows:
+            if row.step + 1 >= row.sequence.request.max_new_tokens:
+                return None
+        ends = [chunk.end + 1 for chunk in batch.chunks]
+        more = sum(cache.pages_for(end) - cache.pages_for(end - 1) for end in ends)
+        if max(ends) > cache.tokens_per_slot or more > cache.free_pages:
+            return None
+        if self._admits(cache.free_pages - more):
+            return None
+        for sequence, end in zip(sequences, ends, strict=True):
+            assert sequence.slot is not None, sequence.id
+            cache.resize(sequence.slot, end)
+        return batch.next()
+
+    def expects(self, chunk: Chunk) -> bool:
+        """Whether the results of `chunk` are the next of its sequence, which is running."""
+        sequence = chunk.sequence
+        return sequence.slot is not None and chunk.start == sequence.cached_length
+
     def commit(self, batch: Batch, accepted: Iterable[list[int]]) -> None:
         """Move the sequences of `batch` forward, each by the tokens that its rows gave it.
 
@@ -90,7 +120,7 @@ class Scheduler:
             kept = sequence.length + max(len(tokens) - 1, 0)
             sequence.cached_length = min(chunk.end, kept)
             sequence.history += tokens
-            if sequence.slot is not None:
+            if sequence.slot is not None and chunk.end > kept:
                 self.cache.resize(sequence.slot, kept)
 
     def borrow(self, sequence: Sequence) -> None:
@@ -120,13 +150,22 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Slots and pages for those who wait, until there are none for the first of them."""
-        while self.waiting and len(self.running) < self._sequences and self._open(self.waiting[0]):
+        while self._admits(self.cache.free_pages):
+            self._open(self.waiting[0])
             self.running.append(self.waiting.popleft())
+
+    def _admits(self, pages: int) -> bool:
+        """Whether the first of those who wait may run, with so many free pages."""
+        room = len(self.running) < self._sequences
+        return bool(self.waiting) and room and self._fits(self.waiting[0], pages)
+
+    def _fits(self, sequence: Sequence, pages: int) -> bool:
+        return self.cache.free_slots > 0 and self.cache.pages_for(sequence.length) <= pages
 
     def _open(self, sequence: Sequence) -> bool:
         """A slot with pages for the history of `sequence`, if they are free."""
         cache = self.cache
-        if not cache.free_slots or cache.pages_for(sequence.length) > cache.free_pages:
+        if not self._fits(sequence, cache.free_pages):
             return False
         sequence.slot = cache.open()
         cache.resize(sequence.slot, sequence.length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, groupby
 from time import perf_counter
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..driver import Array, DeviceFailedError, Executable
-from ..program import STEP, Program
+from ..program import Program
 from .abi import ServingAbi
 from .batch import Batch, Chunk, Row
 from .kv_cache import KVCache
@@ -29,6 +30,7 @@ from .sequence import (
     SessionStats,
 )
 from .speculation import Drafter, Outcome, accept
+from .steps import Step, Steps
 from .turns import Turns
 
 
@@ -43,10 +45,11 @@ class StepFailedError(Exception):
 class Session:
     """Serves one loaded program to many sequences, of one thread or of several.
 
-    `step` runs one replay: a token of every decoding sequence and chunks of prompts as far as the
-    largest bucket goes, in the smallest bucket that takes them. What is batched together never
+    `step` waits for one replay: a token of every decoding sequence and chunks of prompts as far as
+    the largest bucket goes, in the smallest bucket that takes them. What is batched together never
     changes which logits a sequence asks for nor the draws it makes from them. Where the program
-    samples by itself, logits come to the host only for what it cannot give.
+    samples by itself, logits come to the host only for what it cannot give, and decoding steps are
+    launched ahead (see `steps`): a sequence gets what it gets without, token for token.
 
     A sequence ends with "stop" (a stop token came; it is not part of the tokens), "length"
     (`max_new_tokens` reached, or its next token has no position below `max_tokens_per_sequence`),
@@ -68,12 +71,13 @@ class Session:
         *,
         pages: int | None = None,
         drafter: Drafter | None = None,
+        ahead: bool = True,
     ) -> None:
         """`executable` is `program`, loaded; it is closed with the session.
 
         `pages` uses fewer of the program's KV pages than there are. What `drafter` proposes is
         verified in the rows that a step has left, and changes nothing but how many tokens a step
-        gives.
+        gives; with one, or without `ahead`, no step is launched before the one before has ended.
 
         ValueError when the program is no serving program or `pages` is out of range.
         """
@@ -102,6 +106,9 @@ class Session:
         self._ended = ""
         self._closed = False
         self._executable = executable
+        self._steps = Steps(self._abi, executable, self._cache, self._sampler)
+        self._ahead = ahead
+        self._taken = 0.0  # when the last step had ended
 
     def __enter__(self) -> Session:
         return self
@@ -258,6 +265,9 @@ class Session:
         self._check_open()
         prompt = self._abi.checked_prompt(tokens, self._cache.pages)
         scored = Sequence(0, prompt, Request(max_new_tokens=1), seed=0)
+        while self._steps.under_way:
+            self._take()
+        self._check_open()
         self._scheduler.borrow(scored)
         most = min(self._abi.tokens, self._abi.rows)
         try:
@@ -265,7 +275,8 @@ class Session:
             for start in range(0, scored.length, most):
                 chunk = Chunk(scored, start, scored.prompt[start : start + most])
                 rows = tuple(Row(chunk, offset) for offset in range(len(chunk.tokens)))
-                parts.append(self._replay(Batch((chunk,), rows), ["logits"])["logits"])
+                self._launch(Batch((chunk,), rows), ["logits"])
+                parts.append(self._wait()[1]["logits"])
             return np.concatenate(parts)
         finally:
             self._scheduler.release(scored)
@@ -280,46 +291,85 @@ class Session:
             self._executable.close()
 
     def _advance(self) -> None:
-        """Plan and take one step, if there is anything to do."""
+        """Take the next step, if there is anything to do; launch it and others as needed."""
         self._check_open()
-        batch = self._scheduler.plan()
-        if batch.chunks:
-            self._take(batch)
+        under_way = self._steps.under_way
+        while under_way and not any(map(self._scheduler.expects, under_way[0].batch.chunks)):
+            under_way.popleft()  # nobody is there any more for what it gives
+        if not under_way:
+            batch = self._scheduler.plan()
+            if not batch.chunks:
+                return
+            self._begin(batch)
+        self._run_ahead()
+        self._take()
+        self._run_ahead()
 
-    def _take(self, batch: Batch) -> None:
-        """Replay and commit one batch; what came of it is put into queues."""
-        started = perf_counter()
+    def _begin(self, batch: Batch) -> None:
+        """Launch one batch; where that fails, what came of it is put into queues."""
         try:
-            found = self._replay(batch, self._sampler.outputs(batch.rows))
+            self._launch(batch, self._sampler.outputs(batch.rows))
         except SessionEndedError:
             return
         except StepFailedError as error:
             self._take_apart(batch, str(error))
+
+    def _run_ahead(self) -> None:
+        """Launch the steps that are sure to come behind those under way."""
+        try:
+            while self._ahead and (last := self._steps.room) is not None:
+                if (batch := self._scheduler.ahead(last)) is None:
+                    return
+                with self._errors(), self._turns.aside():
+                    self._steps.feed(batch)
+        except (SessionEndedError, StepFailedError):
+            return  # a failed step is planned, and fails, again when its turn comes
+
+    def _take(self) -> None:
+        """Wait for the first step under way and commit it; what came of it is put into queues."""
+        if not self._steps.under_way:
             return
-        sequences = [chunk.sequence for chunk in batch.chunks]
+        step = self._steps.under_way[0]
+        try:
+            step, found = self._wait()
+        except SessionEndedError:
+            return
+        except StepFailedError as error:
+            self._steps.drop()
+            if not step.fed:  # else it is planned again, its tokens known
+                self._take_apart(step.batch, str(error))
+            return
+        by_chunk = {
+            chunk: list(rows)
+            for chunk, rows in groupby(enumerate(step.batch.rows), lambda row: row[1].chunk)
+        }
+        chunks = tuple(filter(self._scheduler.expects, step.batch.chunks))
+        sequences = [chunk.sequence for chunk in chunks]
         decoding = [s.pending == 1 and s.generated > 0 for s in sequences]
-        numbered = groupby(enumerate(batch.rows), lambda numbered: numbered[1].chunk)
-        by_chunk = {chunk: list(rows) for chunk, rows in numbered}
-        outcomes = [self._accept(by_chunk.get(chunk, []), found) for chunk in batch.chunks]
+        outcomes = [self._accept(by_chunk.get(chunk, []), found) for chunk in chunks]
+        batch = replace(step.batch, chunks=chunks)
         self._scheduler.commit(batch, [[c.token for c in o.choices] for o in outcomes])
-        for chunk, outcome in zip(batch.chunks, outcomes, strict=True):
+        for chunk, outcome in zip(chunks, outcomes, strict=True):
             if chunk in by_chunk:
                 self._report(chunk.sequence, outcome)
-        seconds = perf_counter() - started
+        ended = perf_counter()
+        seconds, self._taken = ended - max(step.launched, self._taken), ended
         for sequence, decode in zip(sequences, decoding, strict=True):
             sequence.stats.count_step(decode, seconds)
         self._stats.count_step(all(decoding), seconds)
 
     def _take_apart(self, batch: Batch, why: str) -> None:
         """Take a step that failed sequence by sequence: none ends for what another asked."""
+        chunks = [chunk for chunk in batch.chunks if self._scheduler.expects(chunk)]
         if len(batch.chunks) == 1:
-            (chunk,) = batch.chunks
-            self._scheduler.remove(chunk.sequence)
-            self._finish(chunk.sequence, "error", why)
+            for chunk in chunks:
+                self._scheduler.remove(chunk.sequence)
+                self._finish(chunk.sequence, "error", why)
             return
         for part in batch.parts():
-            if not self._ended:
-                self._take(part)
+            if part.chunks[0] in chunks and not self._ended:
+                self._begin(part)
+                self._take()
 
     def _accept(self, rows: list[tuple[int, Row]], found: Mapping[str, Array]) -> Outcome:
         choices = (self._sampler.choose(row, found, at) for at, row in rows)
@@ -353,29 +403,29 @@ class Session:
         else:
             self._finish(sequence, outcome.end, outcome.message)
 
-    def _replay(self, batch: Batch, outputs: list[str]) -> dict[str, Array]:
-        """Run `batch` in the smallest entry that takes it; `outputs` by name, its rows of each.
+    def _launch(self, batch: Batch, outputs: list[str]) -> None:
+        """Launch `batch`; errors as `_errors`."""
+        with self._errors(), self._turns.aside():
+            self._steps.launch(batch, outputs)
 
-        A failure of the device ends the session and is raised as SessionEndedError, any other as
+    def _wait(self) -> tuple[Step, dict[str, Array]]:
+        """The first step under way and its outputs; errors as `_errors`."""
+        with self._errors(), self._turns.aside():
+            return self._steps.wait()
+
+    @contextmanager
+    def _errors(self) -> Generator[None]:
+        """A failure of the device ends the session and is raised as SessionEndedError, any other as
         StepFailedError. That leaves the state sound: it was written, if at all, where the next try
         writes before it reads.
         """
-        symbols = self._abi.smallest(batch.tokens, len(batch.rows))
-        size, rows = symbols["T"], symbols["L"]
-        inputs: dict[str, Array] = {
-            **batch.inputs(size, rows, self._cache.page_table),
-            **self._sampler.inputs(rows, batch.rows),
-        }
         try:
-            with self._turns.aside():
-                found = self._executable.run(STEP, symbols, inputs, outputs)
-            self._abi.check_outputs(symbols, {name: found[name] for name in outputs})
+            yield
         except DeviceFailedError as error:
             self._end(_told(error), "error")
             raise SessionEndedError(f"the session ended: {self._ended}") from error
         except Exception as error:
             raise StepFailedError(f"the step failed: {_told(error)}") from error
-        return {name: found[name][: len(batch.rows)] for name in outputs}
 
     def _enqueue(self, sequences: list[Sequence], queue: deque[Event] | None = None) -> None:
         """Submit to the scheduler; the events go to `queue`, or are for `step`."""
@@ -395,6 +445,7 @@ class Session:
         if self._ended:
             return
         self._ended = why
+        self._steps.drop()
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             self._scheduler.remove(sequence)
             self._finish(sequence, reason, f"the session ended: {why}")

@@ -135,8 +135,8 @@ CUresult cuStreamSynchronize(CUstream handle) {
 }
 CUresult cuEventCreate(CUevent *out, unsigned int flags) {
     ENTER(1);
-    if (flags) return MISUSE("%s: flags %u", __func__, flags);
-    return create(__func__, EVENT, (Object **)out);
+    if (flags & ~NO_TIME) return MISUSE("%s: flags %u", __func__, flags);
+    return create_event(__func__, !(flags & NO_TIME), (Object **)out);
 }
 CUresult cuEventDestroy_v2(CUevent event) {
     ENTER(1);
@@ -149,7 +149,7 @@ CUresult cuEventRecord(CUevent event, CUstream stream) {
 CUresult cuEventSynchronize(CUevent handle) {
     ENTER(1);
     WANT(event, handle, EVENT);
-    return event->recorded ? drain() : MISUSE("%s: never recorded", __func__);
+    return event->recorded ? drain_to(event) : MISUSE("%s: never recorded", __func__);
 }
 CUresult cuEventElapsedTime(float *ms, CUevent start, CUevent end) {
     ENTER(1);

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ingot.runtime.driver import Array, DeviceFailedError, WeightLoader
+import torch
+from ingot.compiler.ops.feed import feed
+from ingot.runtime.driver import LAUNCHES, Array, DeviceFailedError, WeightLoader
 from ingot.runtime.program import STEP, Buffer, Entry, Function, Program, Spec
-from ingot.runtime.serving.abi import sampling_inputs
+from ingot.runtime.serving.abi import FED, sampling_inputs
 from ingot.runtime.serving.sampling import Sampling, most_likely, sample, uniform
 from ingot.runtime.serving.session import Session
 from numpy.typing import NDArray
@@ -109,7 +111,8 @@ def serving_program(
         "pages": pages,
     }
     symbols = {"T": (1, max(buckets)), "L": (1, rows or max_sequences)}
-    step = Function(symbols, inputs, outputs, (), tuple(entries))
+    fed = () if candidates is None else FED
+    step = Function(symbols, inputs, outputs, (), tuple(entries), fed=fed)
     return Program("fake", {}, {}, {STEP: step}, 0, meta)
 
 
@@ -132,8 +135,27 @@ class FakeDriver:
         return self.executable
 
 
+@dataclass
+class FakeRun:
+    """Replay `number`, which is looked at when it is waited for; see driver.Running."""
+
+    executable: FakeExecutable
+    number: int
+    outputs: dict[str, Array]
+
+    def wait(self) -> dict[str, Array]:
+        device = self.executable
+        assert device.launched - self.number <= LAUNCHES, "results that are gone"
+        device.calls.append(("wait", self.number))
+        return self.outputs
+
+
 class FakeExecutable:
-    """The model over a paged cache; `replays` records (entry, tokens that are not padding)."""
+    """The model over a paged cache; `replays` records (entry, tokens that are not padding).
+
+    `calls` records launches by the host's inputs, launches that are fed and what is waited for, in
+    their order, with the number of the launch.
+    """
 
     def __init__(self, program: Program, driver: FakeDriver) -> None:
         self.functions = program.functions
@@ -144,6 +166,9 @@ class FakeExecutable:
         self.replays: list[tuple[str, int]] = []
         self.slots_seen: list[list[int]] = []
         self.fetched: list[list[str]] = []
+        self.calls: list[tuple[str, int]] = []
+        self.launched = 0
+        self.left: tuple[Any, dict[str, Array]] = (None, {})
         self.broken_row: int | None = None
         self.closed = 0
 
@@ -154,14 +179,44 @@ class FakeExecutable:
         inputs: Mapping[str, Array],
         outputs: Collection[str] | None = None,
     ) -> dict[str, Array]:
+        return self.launch(function, symbols, inputs, outputs).wait()
+
+    def launch(
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
+    ) -> FakeRun:
         assert not self.closed
         entry = self.functions[function].entry(symbols)
+        declared = {b.name for b in entry.buffers if b.kind == "input"}
+        (of, left), self.left = self.left, (None, {})
+        fed = inputs.keys() != declared
+        if fed:
+            assert of == (function, dict(symbols)), "nothing was left for this launch"
+            inputs = left | dict(inputs)
+        found = self._compute(entry, inputs, outputs)
+        if self.functions[function].fed:
+            given = [torch.from_numpy(np.array(inputs[name])) for name in feed.required[:6]]
+            rest = [torch.from_numpy(np.array(inputs[name])) for name in feed.required[7:]]
+            nexts = feed.reference(*given, torch.from_numpy(self._tokens), *rest)
+            updated = {n: x.numpy() for n, x in zip(FED, nexts, strict=True)}
+            kept = {name: np.array(array) for name, array in inputs.items()}
+            self.left = (function, dict(symbols)), kept | updated
+        self.launched += 1
+        self.calls.append(("feed" if fed else "launch", self.launched))
+        return FakeRun(self, self.launched, found)
+
+    def _compute(
+        self, entry: Entry, inputs: Mapping[str, Array], outputs: Collection[str] | None
+    ) -> dict[str, Array]:
         self._check(entry, inputs)
         slots, positions, table = inputs["slots"], inputs["positions"], inputs["page_table"]
         real = np.flatnonzero(slots >= 0)
         if len(self.replays) == self.driver.fail_at:
             raise self.driver.failure
-        self.replays.append((f"t{symbols['T']}", len(real)))
+        self.replays.append((f"t{entry.symbols['T']}", len(real)))
         self.slots_seen.append(slots[real].tolist())
 
         size = self.meta["page_size"]
@@ -183,6 +238,7 @@ class FakeExecutable:
             if row == self.broken_row:
                 logits[row] = np.nan
         made = {"logits": logits, **self._choose(entry, inputs, logits)}
+        self._tokens = made.get("token", np.zeros(0, np.int32))
         self.fetched.append(sorted(made if outputs is None else outputs))
         return {name: made[name] for name in self.fetched[-1]}
 
@@ -222,7 +278,7 @@ class FakeExecutable:
         assert {name: array.shape for name, array in inputs.items()} == declared
         dtypes = {b.name: b.dtype for b in entry.buffers if b.kind == "input"}
         for name, array in inputs.items():
-            assert array.dtype == (np.float32 if dtypes[name] == "f32" else np.int32)
+            assert array.dtype == {"f32": np.float32, "i32": np.int32, "i64": np.int64}[dtypes[name]]
         tokens, positions, slots = inputs["tokens"], inputs["positions"], inputs["slots"]
         real = slots >= 0
         assert real.any(), "a replay of nothing but padding"

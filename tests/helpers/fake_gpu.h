@@ -17,6 +17,7 @@
 #include "fake_code.h"
 
 enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 101 };
+enum { NO_TIME = 2 }; /* events: CU_EVENT_DISABLE_TIMING, hipEventDisableTiming */
 enum { BAD_IMAGE = 200, BAD_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 /* How copies to the host go wrong when the test asks for it: fake_corrupt_copies. */
 enum { CHANGE_BYTES = 1, LOSE_COPIES = 2 };
@@ -26,6 +27,7 @@ enum { CHANGE_BYTES = 1, LOSE_COPIES = 2 };
 #define MAX_BLOCK 1024
 #define ASKED_SHARED (48 << 10)
 #define TEXT (64 << 20)
+#define ORDER (1 << 20)
 
 typedef enum { STREAM = 1, EVENT, MODULE, FUNCTION, GRAPH, NODE, EXECUTABLE, DEVICE, PINNED } Kind;
 static const char *KIND_NAMES[] = {"",     "stream", "event",      "module",        "function",
@@ -56,7 +58,7 @@ struct Object {
     Object *nodes[MAX_NODES];
     size_t node_count;
     /* event */
-    int recorded, reached;
+    int recorded, reached, timed;
     double time;
 };
 
@@ -81,7 +83,7 @@ static struct {
     int fail_at, fail_code, noise;
     char arch[64];
 } fake = {.arch = "gfx942:sramecc+:xnack-"};
-static char log_text[TEXT], complaint_text[TEXT], outstanding_text[TEXT];
+static char order_text[ORDER], log_text[TEXT], complaint_text[TEXT], outstanding_text[TEXT];
 static struct {
     char name[64];
     int count;
@@ -112,6 +114,8 @@ static int count_call(const char *name) {
     size_t i = 0;
     while (calls[i].name[0] && strcmp(calls[i].name, name)) i++;
     strcpy(calls[i].name, name);
+    size_t used = strlen(order_text);
+    if (used + strlen(name) + 2 < ORDER) sprintf(order_text + used, "%s\n", name);
     return ++calls[i].count;
 }
 
@@ -154,6 +158,12 @@ static int create(const char *call, Kind kind, Object **out) {
     if (fake.launched) return MISUSE("%s: a %s made after the first launch", call, KIND_NAMES[kind]);
     *out = new_object(kind, NULL);
     return OK;
+}
+
+static int create_event(const char *call, int timed, Object **out) {
+    int code = create(call, EVENT, out);
+    if (!code) (*out)->timed = timed;
+    return code;
 }
 
 static Object *range_of(const void *start, size_t size, Kind kind) {
@@ -390,8 +400,9 @@ static int launch_op(const char *call, const void *handle, void *stream) {
     return enqueue(call, stream, (Op){.kind = LAUNCH, .object = exec});
 }
 
-static int drain(void) {
-    for (size_t i = 0; i < queued; i++) {
+/* Run what is queued, up to `end`. */
+static int drain_some(size_t end) {
+    for (size_t i = 0; i < end; i++) {
         Op *op = &queue[i];
         int code = OK;
         if (op->kind == FILL) memset(op->to, op->byte, op->size);
@@ -403,8 +414,15 @@ static int drain(void) {
         if (op->kind == RECORD) op->object->reached = 1, op->object->time = fake.clock;
         if (code) return queued = 0, fake.sticky = code;
     }
-    queued = 0;
+    memmove(queue, queue + end, (queued -= end) * sizeof *queue);
     return OK;
+}
+static int drain(void) { return drain_some(queued); }
+/* A wait for an event runs nothing behind it. */
+static int drain_to(const Object *event) {
+    size_t end = queued;
+    while (end && (queue[end - 1].kind != RECORD || queue[end - 1].object != event)) end--;
+    return drain_some(end);
 }
 
 static int record_op(const char *call, const void *handle, void *stream) {
@@ -416,8 +434,8 @@ static int record_op(const char *call, const void *handle, void *stream) {
 
 static int elapsed(const char *call, float *ms, const void *a, const void *b) {
     Object *start = object_of(a, EVENT), *end = object_of(b, EVENT);
-    if (!start || !end || !start->reached || !end->reached)
-        return MISUSE("%s: an event that was not reached", call);
+    if (!start || !end || !start->timed || !end->timed || !start->reached || !end->reached)
+        return MISUSE("%s: an event without a time, or not reached", call);
     *ms = (float)(end->time - start->time);
     return OK;
 }
@@ -510,6 +528,8 @@ int fake_current_device(void);
 int fake_last_error(void);
 int fake_calls(const char *name);
 const char *fake_log(void);
+const char *fake_order(void);
+void fake_clear_order(void);
 void fake_clear_log(void);
 const char *fake_complaints(void);
 const char *fake_outstanding(void);
@@ -519,7 +539,7 @@ void fake_reset(const char *arch, int expected_device) {
     memset(answers, 0, sizeof answers);
     for (Object *o = objects; o; o = o->next) o->live = 0;
     queued = 0, current_device = START_DEVICE;
-    log_text[0] = complaint_text[0] = 0;
+    log_text[0] = complaint_text[0] = order_text[0] = 0;
     snprintf(fake.arch, sizeof fake.arch, "%s", arch);
     fake.expected_device = expected_device;
 }
@@ -548,6 +568,9 @@ int fake_calls(const char *name) {
 }
 const char *fake_log(void) { return log_text; }
 void fake_clear_log(void) { log_text[0] = 0; }
+/* The names of all functions that were called, in their order. */
+const char *fake_order(void) { return order_text; }
+void fake_clear_order(void) { order_text[0] = 0; }
 const char *fake_complaints(void) { return complaint_text; }
 /* One line for each object that was made and is still there. */
 const char *fake_outstanding(void) {

@@ -52,6 +52,7 @@ HIP = Vendor(
         "synchronize": "hipDeviceSynchronize",
         "launch": "hipGraphLaunch",
         "wait": "hipStreamSynchronize",
+        "wait_event": "hipEventSynchronize",
         "to_device": "hipMemcpyHtoDAsync",
         "to_host": "hipMemcpyDtoHAsync",
         "module": "hipModuleLoadData",
@@ -71,6 +72,7 @@ CUDA = Vendor(
         "synchronize": "cuCtxSynchronize",
         "launch": "cuGraphLaunch",
         "wait": "cuStreamSynchronize",
+        "wait_event": "cuEventSynchronize",
         "to_device": "cuMemcpyHtoDAsync_v2",
         "to_host": "cuMemcpyDtoHAsync_v2",
         "module": "cuModuleLoadData",
@@ -102,7 +104,7 @@ class FakeGpu:
     def __init__(self, vendor: Vendor, path: Path) -> None:
         self.vendor, self.path = vendor, str(path)
         self._library = ctypes.CDLL(self.path)
-        for name in ("fake_log", "fake_complaints", "fake_outstanding"):
+        for name in ("fake_log", "fake_order", "fake_complaints", "fake_outstanding"):
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def reset(self, arch: str | None = None, device: int = 0) -> None:
@@ -156,6 +158,13 @@ class FakeGpu:
     @property
     def outstanding(self) -> list[str]:
         return self._library.fake_outstanding().decode().splitlines()
+
+    def take_order(self) -> list[str]:
+        """The roles of all calls since the last time, in their order; "" for one without."""
+        roles = {name: role for role, name in self.vendor.functions.items()}
+        names = self._library.fake_order().decode().split()
+        self._library.fake_clear_order()
+        return [roles.get(name, "") for name in names]
 
     def take_launches(self) -> list[dict[str, Any]]:
         """The kernels that ran since the last call, in the order in which they ran."""

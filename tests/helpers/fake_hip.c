@@ -110,8 +110,8 @@ hipError_t hipStreamSynchronize(hipStream_t handle) {
 }
 hipError_t hipEventCreateWithFlags(hipEvent_t *out, unsigned flags) {
     ENTER(1);
-    if (flags) return MISUSE("%s: flags %u", __func__, flags);
-    return create(__func__, EVENT, (Object **)out);
+    if (flags & ~NO_TIME) return MISUSE("%s: flags %u", __func__, flags);
+    return create_event(__func__, !(flags & NO_TIME), (Object **)out);
 }
 hipError_t hipEventDestroy(hipEvent_t event) {
     ENTER(1);
@@ -124,7 +124,7 @@ hipError_t hipEventRecord(hipEvent_t event, hipStream_t stream) {
 hipError_t hipEventSynchronize(hipEvent_t handle) {
     ENTER(1);
     WANT(event, handle, EVENT);
-    return event->recorded ? drain() : MISUSE("%s: never recorded", __func__);
+    return event->recorded ? drain_to(event) : MISUSE("%s: never recorded", __func__);
 }
 hipError_t hipEventElapsedTime(float *ms, hipEvent_t start, hipEvent_t end) {
     ENTER(1);

@@ -23,6 +23,7 @@ from ingot.codegen.kernel_backend import KernelBackend
 from ingot.codegen.kernel_query import Call, Ref, dense_strides
 from ingot.codegen.kernel_source import PROGRAMMATIC, KernelSource, is_aggregate, map_leaves
 from ingot.compiler.torch_types import torch_dtype
+from ingot.runtime.driver import Ended
 from ingot.runtime.program import Buffer, Entry, Kernel, Program, Slice
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -181,6 +182,7 @@ class InterpretedExecutable:
         self.program = program
         self.arena = torch.full((max(program.arena_bytes, 1),), POISON, dtype=torch.uint8)
         self.memory: dict[str, torch.Tensor] = {}
+        self.left: Any = None  # what the last run was of
         for buffer in program.buffers.values():
             raw = torch.zeros(buffer.nbytes, dtype=torch.uint8)
             if buffer.kind == "weight":
@@ -190,6 +192,16 @@ class InterpretedExecutable:
                 raw = tensor.contiguous().clone().view(-1).view(torch.uint8)
             self.memory[buffer.name] = raw
 
+    def launch(
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Any],
+        outputs: Collection[str] | None = None,
+    ) -> Ended:
+        """See Executable.launch: it has ended when this returns."""
+        return Ended(self.run(function, symbols, inputs, outputs))
+
     def run(
         self,
         function: str,
@@ -198,10 +210,18 @@ class InterpretedExecutable:
         outputs: Collection[str] | None = None,
     ) -> dict[str, Any]:
         found = self.program.functions[function].entry(symbols)
-        self.arena.fill_(POISON)
         local = {b.name: b for b in found.buffers}
-        kinds = {b.name: b.kind for b in found.buffers}
-        assert inputs.keys() == {n for n, kind in kinds.items() if kind == "input"}
+        known = {b.name: b for b in found.buffers if b.kind == "input"}
+        left = {}
+        if inputs.keys() != known.keys():
+            assert self.left == (function, dict(symbols)) and inputs.keys() < known.keys()
+            left = {
+                b.name: self._view(Slice(b.name, b.dtype, b.shape), local).clone()
+                for b in known.values()
+            }
+        self.left = function, dict(symbols)
+        self.arena.fill_(POISON)
+        inputs = {**left, **inputs}
         for name, value in inputs.items():
             b = local[name]
             self._view(Slice(name, b.dtype, b.shape), local).copy_(torch.as_tensor(value))

@@ -20,7 +20,7 @@ from ingot.compiler.target import CPU
 from ingot.compiler.torch_types import torch_dtype
 from ingot.compiler.types import TensorType
 from ingot.compiler.weights import Weights
-from ingot.runtime.driver import Array, WeightLoader
+from ingot.runtime.driver import Array, Ended, WeightLoader
 from ingot.runtime.program import Buffer, Entry, Kernel, Launch, Program, Slice
 from msgspec.structs import replace
 
@@ -121,11 +121,22 @@ class PlannedExecutable:
         self._memory: dict[str, torch.Tensor] = {}
         for buffer in program.buffers.values():
             self._memory[buffer.name] = _own_memory(buffer, weights)
+        self._left: _Plan | None = None  # whose inputs are those of the next run
         self._plans = {
             (name, entry.name): self._bind(entry)
             for name, function in program.functions.items()
             for entry in function.entries
         }
+
+    def launch(
+        self,
+        function: str,
+        symbols: Mapping[str, int],
+        inputs: Mapping[str, Array],
+        outputs: Collection[str] | None = None,
+    ) -> Ended:
+        """See Executable.launch: it has ended when this returns."""
+        return Ended(self.run(function, symbols, inputs, outputs))
 
     def run(
         self,
@@ -136,13 +147,14 @@ class PlannedExecutable:
     ) -> dict[str, Array]:
         """See Executable.run. ValueError for unknown names and for inputs that do not fit."""
         plan = self._plans[function, self._program.functions[function].entry(symbols).name]
-        if inputs.keys() != plan.inputs.keys():
+        fed, self._left = self._left is plan, None
+        if inputs.keys() != plan.inputs.keys() and not (fed and inputs.keys() < plan.inputs.keys()):
             raise ValueError(f"expected inputs {sorted(plan.inputs)}, found {sorted(inputs)}")
         wanted = plan.outputs.keys() if outputs is None else outputs
         if unknown := sorted(set(wanted) - plan.outputs.keys()):
             raise ValueError(f"expected outputs among {sorted(plan.outputs)}, found {unknown}")
-        for name, target in plan.inputs.items():
-            source = _to_device(inputs[name])
+        for name, value in inputs.items():
+            source, target = _to_device(value), plan.inputs[name]
             if source.shape != target.shape or source.dtype != target.dtype:
                 raise ValueError(
                     f"input {name}: expected {target.dtype}{list(target.shape)}, "
@@ -152,6 +164,8 @@ class PlannedExecutable:
         with torch.inference_mode():
             for run, args in plan.calls:
                 run(*args)
+        if self._program.functions[function].fed:
+            self._left = plan
         return {name: _to_host(plan.outputs[name]) for name in wanted}
 
     def close(self) -> None:

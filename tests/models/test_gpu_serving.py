@@ -221,10 +221,10 @@ class _Watched:
         self._function = ""
         self._inputs: dict[str, Any] = {}
 
-    def run(self, function: str, symbols: Any, inputs: Any, outputs: Any = None) -> Any:
+    def launch(self, function: str, symbols: Any, inputs: Any, outputs: Any = None) -> Any:
         self._function, self.symbols = function, dict(symbols)
         self._inputs = {name: np.array(value) for name, value in inputs.items()}
-        return self._executable.run(function, symbols, inputs, outputs)
+        return self._executable.launch(function, symbols, inputs, outputs)
 
     def again(self) -> dict[str, bytes]:
         found = self._executable.run(self._function, self.symbols, self._inputs)
@@ -237,7 +237,8 @@ class _Watched:
 def replayed(model: Any, prompts: list[list[int]]) -> Callable[[], dict[str, bytes]]:
     """Runs the last decoding step of `prompts` again; it writes the same to the cache once more."""
     watched = _Watched(model.session._executable)
-    model.session._executable = watched
+    # Each step gets all of its inputs from the host, who can give them again.
+    model.session._steps._executable, model.session._ahead = watched, False
     run(model, prompts, 4)
     assert watched.symbols["T"] <= len(prompts), watched.symbols  # of decoding, not of prefill
     return watched.again

@@ -31,6 +31,9 @@ TESTS = {
     ("sample-on-device", "parameters and outputs are new"): (
         "test_sample_on_device.py::test_the_logits_stay_and_the_rest_is_the_op"
     ),
+    ("feed-next-step", "inputs are updated"): (
+        "test_feed_next_step.py::test_the_outputs_stay_and_the_inputs_are_the_op_s"
+    ),
 }
 
 

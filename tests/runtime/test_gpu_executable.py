@@ -29,8 +29,9 @@ from fake_gpu import (
 from ingot.runtime.devices import gpu_memory
 from ingot.runtime.devices.check_program import ProgramError
 from ingot.runtime.devices.cuda import CudaDriver
-from ingot.runtime.devices.device_api import DeviceError, DriverMissingError
+from ingot.runtime.devices.device_api import DeviceApi, DeviceError, DriverMissingError
 from ingot.runtime.devices.gpu_memory import SelfTestError
+from ingot.runtime.devices.graph_executable import GpuExecutable
 from ingot.runtime.devices.hip import HipDriver
 from ingot.runtime.devices.host_arrays import memory_view
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
@@ -363,7 +364,7 @@ def test_weights_that_do_not_fit(gpu: FakeGpu, tensor: Any, message: str) -> Non
 def test_measure(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
     executable.run("step", {}, {"x": X})
-    assert executable.measure("step", {}, 3) == [0.25, 0.25, 0.25]
+    assert executable.measure("step", {}, {"x": X}, 3) == [0.25, 0.25, 0.25]
     assert executable.run("step", {}, {"x": X})["n"].tolist() == [5]
     executable.close()
 
@@ -499,7 +500,7 @@ def test_library_of_something_else(driver: type[HipDriver] | type[CudaDriver]) -
 
 def test_sticky_error_ends_the_executable(gpu: FakeGpu) -> None:
     executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
-    name = gpu.fail("wait", 700)
+    name = gpu.fail("wait_event", 700)
     with pytest.raises(DeviceError) as caught:
         executable.run("step", {}, {"x": X})
     error = caught.value
@@ -534,7 +535,7 @@ def test_passing_error_ends_the_executable_and_frees(gpu: FakeGpu) -> None:
         executable.run("step", {}, {"x": X})
     assert not caught.value.sticky
     with pytest.raises(RuntimeError, match="the device failed before"):
-        executable.measure("step", {}, 1)
+        executable.measure("step", {}, {"x": X}, 1)
     # The input's copy is still queued: to free under it would be wrong.
     executable.close()
 
@@ -631,20 +632,23 @@ def test_nan_equals_itself(gpu: FakeGpu) -> None:
 
 
 def test_interrupted_run_is_waited_for(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A KeyboardInterrupt before the wait: the next run must not write under its copies."""
-    executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+    """A KeyboardInterrupt before the wait, and before the event that is waited for: later runs must
+    not write under its copies."""
 
-    def interrupt() -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(executable, "_settle", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            executable.run("step", {}, {"x": X})
-    results = executable.run("step", {}, {"x": X * 2})
-    np.testing.assert_array_equal(results["out"], expected(X * 2))
-    assert results["n"].tolist() == [2]  # the interrupted one was done first
-    executable.close()
+    for of, name in ((GpuExecutable, "results"), (DeviceApi, "record_event")):
+        executable = gpu.load(sum_program(gpu.vendor), WEIGHTS)
+        with monkeypatch.context() as patch:
+            patch.setattr(of, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                executable.run("step", {}, {"x": X})
+        for turn in (2, 3, 4):
+            results = executable.run("step", {}, {"x": X * turn})
+            np.testing.assert_array_equal(results["out"], expected(X * turn))
+            assert results["n"].tolist() == [turn]  # the interrupted one was done first
+        executable.close()
 
 
 # ---- what only one of them has

@@ -216,7 +216,7 @@ def test_programmatic_edges_give_the_same_sooner() -> None:
     for turn in range(1, 101):
         check(plain, steps, turn)
         check(early, steps, turn)
-    times = [float(np.median(which.measure("step", {}, 31))) for which in (plain, early)]
+    times = [float(np.median(which.measure("step", {}, {"x": X}, 31))) for which in (plain, early)]
     print(f"ms for {steps + 3} launches: plain {times[0]:.3f}, programmatic {times[1]:.3f}")
     assert times[1] < times[0]
     plain.close()

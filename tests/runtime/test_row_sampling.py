@@ -120,26 +120,24 @@ def bits_of(words: Any) -> list[int]:
     return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
 
 
-def test_what_does_not_change_is_the_same_object() -> None:
+def test_rows_have_their_settings_and_padding_is_greedy() -> None:
     device = RowSampler(vocab=100, candidates=4)
-    cold, hot = request(Sampling(), [1]), request(HOT, [1, 99, 32])
-    idle = device.inputs(2, [])
-    greedy = device.inputs(2, [row_of(cold)])
-    assert all(greedy[name] is idle[name] for name in idle)
-    assert not any(array.flags.writeable for array in idle.values())
-    first = device.inputs(2, [row_of(cold), row_of(hot)])
+    cold = request(Sampling(seed=3), [1])
+    hot = request(replace(HOT, seed=2**64 - 2), [1, 99, 32], top=2)
+    made = device.inputs(3, [row_of(cold), row_of(hot)])
+    assert made["temperature"].tolist() == [0, np.float32(0.7), 0]
+    assert made["top_k"].tolist() == [0, 30, 0]
+    assert made["top_p"].tolist() == [1, np.float32(0.9), 1]
+    assert made["penalty"].tolist() == [1, 1.25, 1]
+    assert made["top"].tolist() == [0, 2, 0]
+    assert made["seed"].tolist() == [3, -2, 0]
+    assert made["prompt"].tolist() == [1, 3, 0]
+    assert [bits_of(words) for words in made["seen"]] == [[], [1, 32, 99], []]
     hot.history.append(64)
-    second = device.inputs(2, [row_of(cold), row_of(hot)])
-    changing = {name for name in first if first[name] is not second[name]}
-    assert changing == {"draw", "seen"}
-    assert bits_of(first["seen"][1]) == [1, 32, 99]
-    assert bits_of(second["seen"][1]) == [1, 32, 64, 99]
-    assert not second["seen"][0].any()
-    assert device.inputs(2, [row_of(hot), row_of(cold)])["temperature"].tolist() == [
-        np.float32(0.7),
-        0,
-    ]
-    assert not device.inputs(2, [row_of(cold)])["draw"].any()
+    later = device.inputs(2, [row_of(hot), row_of(cold)])
+    assert bits_of(later["seen"][0]) == [1, 32, 64, 99]
+    assert later["draw"][0] != made["draw"][1] > 0
+    assert later["draw"][1] == 0
 
 
 def test_drafted_tokens_are_seen_by_the_rows_behind_them_alone() -> None:

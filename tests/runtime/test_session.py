@@ -21,7 +21,7 @@ from fake_device import (
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from ingot.runtime.driver import DeviceFailedError
+from ingot.runtime.driver import DeviceFailedError, Ended
 from ingot.runtime.program import Program
 from ingot.runtime.serving.sampling import Sampling, most_likely
 from ingot.runtime.serving.session import (
@@ -487,7 +487,8 @@ def test_a_device_that_fails_while_a_step_is_taken_apart_ends_the_session() -> N
 
 def test_outputs_of_the_wrong_shape_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     session, device = open_session()
-    monkeypatch.setattr(device, "run", lambda *_: {"logits": np.zeros((1, 49), np.float32)})
+    given = {"logits": np.zeros((1, 49), np.float32)}
+    monkeypatch.setattr(device, "launch", lambda *_: Ended(given))
     [sequence] = session.generate([[1]], max_new_tokens=1)
     assert sequence.message == (
         "the session ended: DeviceFailedError: entry T=1,L=1: expected logits float32[1, 50], "

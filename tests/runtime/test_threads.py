@@ -40,19 +40,19 @@ class Device(FakeExecutable):
     during: Callable[[], object] = staticmethod(lambda: None)
     busy = False
 
-    def run(
+    def launch(
         self,
         function: str,
         symbols: Mapping[str, int],
         inputs: Mapping[str, Array],
         outputs: Collection[str] | None = None,
-    ) -> dict[str, Array]:
+    ) -> FakeRun:
         assert not self.busy, "two steps at once"
         self.busy = True
         try:
             time.sleep(0.0002)
             self.during()
-            return super().run(function, symbols, inputs, outputs)
+            return super().launch(function, symbols, inputs, outputs)
         finally:
             self.busy = False
 
