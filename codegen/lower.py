@@ -49,11 +49,11 @@ def lower(
     """A program whose one function, `step`, is `graph`: an entry for each of `bindings`.
 
     `outputs` names its outputs. `observe` sees every op on weights when it is computed, which is
-    when a weight is loaded. Parameters that `graph.state` names are state; the others are inputs, of which
-    a run leaves those in `graph.fed` for the next.
-    A GPU needs its `backend` (kernel_backend: it needs triton, which the cpu target does without):
-    NoKernelError where no template computes a node, BuildError. On the cpu there are no entries:
-    the function runs at any values of its symbols up to the largest of `bindings`.
+    when a weight is loaded. Parameters that `graph.state` names are state; the others are inputs,
+    of which a run leaves those in `graph.fed` for the next. A GPU needs its `backend`
+    (kernel_backend: it needs triton, which the cpu target does without): NoKernelError where no
+    template computes a node, BuildError. On the cpu there are no entries: the function runs at any
+    values of its symbols up to the largest of `bindings`.
     """
     symbols = {
         name: (min(b[name] for b in bindings), max(b[name] for b in bindings))

@@ -155,7 +155,7 @@ def _signature(
             return "from the layer before", incoming.index(value)
         if value.op.name == "constant":
             return relative_name(value.attrs["name"], path, "@"), str(value.type)
-        if value.op.name == "param" and value.attrs["name"] in graph.updates:
+        if value.op.name == "param" and value.attrs["name"] in graph.state:
             return value.attrs["name"].rpartition(".")[0], str(value.type)
         return show_inline(value) if value.op.name in INLINE else value
 
@@ -163,7 +163,7 @@ def _signature(
         (n.op.name, show_attr(tuple(n.attrs.items())), n.types, n.given, tuple(map(sign, n.args)))
         for n in members
     )
-    states = {v: name.rpartition(".")[0] for name, v in graph.updates.items()}
+    states = {graph.updates[name]: name.rpartition(".")[0] for name in graph.state}
     return body, tuple((index[v], states.get(v)) for v in leaving)
 
 

@@ -30,8 +30,8 @@ def watch(event: str, args: tuple[Any, ...]) -> None:
 sys.addaudithook(watch)  # before the imports: what those start counts too
 
 import ingot  # noqa: E402
-from ingot.frontends.drivers import driver_for, present_target  # noqa: E402
 from ingot.frontends.bench.workload import Workload, step_inputs  # noqa: E402
+from ingot.frontends.drivers import driver_for, present_target  # noqa: E402
 from ingot.runtime.program import STEP  # noqa: E402
 
 

@@ -36,8 +36,7 @@ def traffic_by_label(graph: Graph, work: Workload) -> dict[str, Traffic]:
     """The traffic of the nodes behind the launches of each label, without padding."""
     binding = {"T": work.tokens, "L": work.batch}
     found: dict[str, Traffic] = defaultdict(lambda: NOTHING)
-    caches = {p for p in graph.params if p.attrs["name"] in graph.updates}
-    state = caches | {*graph.updates.values()}
+    state = {v for name in graph.state for v in (graph.param(name), graph.updates[name])}
     for node in graph.nodes():
         if node.op is not param and not node.is_constant:
             found[launch_label(node)] += _traffic(node, state, binding, work)

@@ -109,7 +109,7 @@ def _header(graph: Graph) -> Iterator[str]:
     state: dict[tuple[str, str], list[str]] = {}
     for p in graph.params:
         name, type_ = p.attrs["name"], str(p.type)
-        if name in graph.updates:
+        if name in graph.state:
             state.setdefault((name.rpartition(".")[0] or name, type_), []).append(name)
         else:
             rows.append(("parameters", f"%{name}", type_, _PARAMETERS.get(name, "")))

@@ -12,7 +12,6 @@ from ...compiler.ops.sampling import sample
 from ...compiler.pipeline import PassContext
 from ...compiler.types import TensorType
 
-
 _STEP = ("tokens", "positions", "slots", "logit_rows")
 
 

@@ -15,7 +15,7 @@ from .strict_json import IngotError, Sha256, decode, shown, typed, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "ingot"
-VERSION = 3
+VERSION = 4
 # Files are at the top level or in one of these folders, with names of these characters.
 FOLDERS = ("graphs", "plan", "kernels", "weights", "tokenizer", "additional_chat_templates")
 _FILE = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/)?[A-Za-z0-9_][A-Za-z0-9_.\-]{{0,127}}")
@@ -57,7 +57,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
     """
 
     format: Literal["ingot"] = FORMAT
-    version: Literal[3] = VERSION
+    version: Literal[4] = VERSION
     made_with: Text
     target: Annotated[str, Meta(pattern=r"^[a-z]+(:\w+)?\Z", max_length=64)]
     model_type: _Name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -58,7 +58,7 @@ class _Plan:
             self.parts[names] = lay_out(buffers[name] for name in names)
         return self.parts[names]
 
-    def some_inputs(self, names: Collection[str], left: bool) -> Layout:
+    def some_inputs(self, names: Set[str], left: bool) -> Layout:
         """The copies of the inputs `names`, which are all but where others are `left`; ValueError
         otherwise."""
         known = {f.buffer.name: f.buffer for f in self.inputs.fields}

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from .sequence import Sequence
 
-
 # The token of a step that is fed by the one before, which has not ended.
 UNKNOWN = -1
 

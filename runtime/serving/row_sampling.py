@@ -14,7 +14,7 @@ from ...compiler.dtypes import DTYPES
 from ..driver import Array
 from .abi import SEEN_BITS, sampling_inputs
 from .batch import Row
-from .sampling import Sampling, broken_logits, most_likely, sample, uniform
+from .sampling import broken_logits, most_likely, sample, uniform
 from .sequence import Sequence as ServedSequence
 from .sequence import TopLogprobs
 

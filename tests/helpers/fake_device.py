@@ -278,7 +278,9 @@ class FakeExecutable:
         assert {name: array.shape for name, array in inputs.items()} == declared
         dtypes = {b.name: b.dtype for b in entry.buffers if b.kind == "input"}
         for name, array in inputs.items():
-            assert array.dtype == {"f32": np.float32, "i32": np.int32, "i64": np.int64}[dtypes[name]]
+            assert (
+                array.dtype == {"f32": np.float32, "i32": np.int32, "i64": np.int64}[dtypes[name]]
+            )
         tokens, positions, slots = inputs["tokens"], inputs["positions"], inputs["slots"]
         real = slots >= 0
         assert real.any(), "a replay of nothing but padding"

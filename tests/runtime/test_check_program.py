@@ -126,6 +126,18 @@ BROKEN: dict[str, tuple[Callable[[Program], Program], str]] = {
         lambda p: with_step(p, outputs={"logits": Spec("f32", ("T", tiny_ingot.VOCAB))}),
         "entry T=4,L=2, buffer logits: expected f32[T, 64], found f32[2, 64]",
     ),
+    "what is fed is no input": (
+        lambda p: with_step(p, fed=("tokens", "logits")),
+        "function step: expected to feed inputs, found 'logits'",
+    ),
+    "scratch where an input stays": (
+        lambda p: with_step(with_local(5, offset=1024)(p), fed=("tokens",)),
+        "buffer %0.0: expected memory that a fed entry's inputs have alone, found logit_rows at",
+    ),
+    "an input where another stays": (
+        lambda p: with_step(with_local(1, offset=0)(p), fed=("tokens",)),
+        "expected memory that a fed entry's inputs have alone",
+    ),
     "state that is none": (
         lambda p: with_step(p, state=("@codes",)),
         "function step: expected state of the program, found '@codes'",

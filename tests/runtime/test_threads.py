@@ -17,6 +17,7 @@ import pytest
 from fake_device import (
     FakeDriver,
     FakeExecutable,
+    FakeRun,
     expected_logits,
     expected_tokens,
     serving_program,
