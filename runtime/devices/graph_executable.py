@@ -152,7 +152,6 @@ class GpuExecutable:
         with self._device():
             self._await(staging)
             self._stage(staging, given, inputs)
-            staging.launches += 1
             self._replay(plan, given, wanted, staging)
         self._launches += 1
         self._left = plan
@@ -164,7 +163,7 @@ class GpuExecutable:
         staging = running.staging
         if staging.launches != running.number:
             raise RuntimeError(
-                f"expected to be asked for outputs before the {LAUNCHES}nd launch after this one"
+                f"expected to be asked for outputs before {LAUNCHES} more launches; they are gone"
             )
         with self._device():
             self._await(staging)
@@ -382,6 +381,7 @@ class GpuExecutable:
     def _stage(self, staging: Staging, given: Layout, inputs: Mapping[str, Array]) -> None:
         """Bring inputs into memory that no launch uses."""
         staging.recorded = False
+        staging.launches += 1
         for place in given.fields:
             buffer = place.buffer
             staging.bytes[place.at : place.at + buffer.nbytes] = host_array(

@@ -47,8 +47,9 @@ class SequenceStats:
     """Figures of one sequence; times are wall-clock seconds.
 
     `steps` counts the replays it took part in, `prefill_seconds` and `decode_seconds` are their
-    durations: prefill while more than one of its tokens was missing from the cache (also when
-    recomputed after preemption) or its first token was awaited, decode otherwise.
+    durations, for one that was launched ahead from the end of the one before: prefill while more
+    than one of its tokens was missing from the cache (also when recomputed after preemption) or its
+    first token was awaited, decode otherwise.
     `time_to_first_token` runs from submission; None before the first token.
     """
 

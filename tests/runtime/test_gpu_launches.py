@@ -85,7 +85,7 @@ def test_a_launch_too_many_waits_for_the_first(gpu: FakeGpu) -> None:
         "wait_event",
         "launch",
     ]
-    with pytest.raises(RuntimeError, match="expected to be asked for outputs before the 2nd"):
+    with pytest.raises(RuntimeError, match="expected to be asked for outputs before 2 more"):
         runs[0].wait()
     assert [run.wait()["n"].tolist() for run in (runs[1], last, last)] == [[2], [3], [3]]
     executable.close()
@@ -185,4 +185,8 @@ def test_measuring_starts_from_the_same_inputs(gpu: FakeGpu) -> None:
     copies = gpu.calls("to_device")
     assert executable.measure("step", {}, INPUTS, 5) == [0.25] * 5
     assert gpu.calls("to_device") == copies + 5
+    run = executable.launch("step", {}, INPUTS)
+    executable.measure("step", {}, INPUTS, 1)
+    with pytest.raises(RuntimeError, match="before 2 more launches"):
+        run.wait()
     executable.close()

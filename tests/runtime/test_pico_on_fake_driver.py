@@ -175,7 +175,15 @@ def test_pico_is_loaded_replayed_and_served(pico: Compiled) -> None:
         assert gpu.calls("instantiate") == len(program.entries) == 7
         gpu.answer(*token_parameter(program), FIRST_TOKEN)
 
+        gpu.take_order()
         first = model.generate("def main(", max_new_tokens=NEW_TOKENS)
+        # A step is waited for when the next is queued; those that feed themselves copy nothing.
+        order = [role for role in gpu.take_order() if role in ("to_device", "launch", "wait_event")]
+        copied = ["to_device", "launch"]
+        assert order == [
+            *(*copied, "wait_event"),
+            *(*copied, *["launch", "wait_event"] * (NEW_TOKENS - 2), "wait_event"),
+        ]
         assert first.tokens == tuple(range(FIRST_TOKEN, FIRST_TOKEN + NEW_TOKENS))
         assert model.tokenizer and first.text == model.tokenizer.decode(first.tokens)
         replayed = check_replays(program, gpu.take_launches())
