@@ -31,8 +31,9 @@ _ROUNDS, _FEW, _SOME = 3, 9, 64
 # What an op chooses differs for few tokens where a rule is wrong in a corner (a limit on groups
 # that seldom binds): so many are drawn, at most so many at once, and then again half as many with
 # inputs of other magnitudes. An error that one token in a hundred shows is missed once in 30,000
-# times.
-_CHOICES, _AT_ONCE = 1024, 256
+# times. All tokens at once share their weights, of which one draw in five hides from every token
+# what a router by groups does wrong: twelve draws miss that once in 20 million times.
+_CHOICES, _AT_ONCE = 1024, 128
 # Chained ops add up their errors; more than this many times one op's tolerance is no rounding.
 _SLACK = 8
 
