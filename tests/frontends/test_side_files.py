@@ -92,8 +92,8 @@ def test_what_is_no_file_is_not_waited_for(directory: Path) -> None:
         read_file(directory / "nothing")
 
 
-def test_an_index_of_a_million_names_takes_seconds(tmp_path: Path) -> None:
-    count = 1_000_000
+def test_an_index_of_many_names_takes_seconds(tmp_path: Path) -> None:
+    count = 200_000  # a second; compared one with all it would take hours
     for files in ((f"{i}.safetensors" for i in range(count)), ["a.safetensors"] * count):
         names = {f"layers.{i}.weight": file for i, file in enumerate(files)}
         path = tmp_path / "model.safetensors.index.json"
