@@ -19,8 +19,11 @@ from ..compiler.ops.leaf import literal, param
 from ..compiler.ops.mxfp4_fragments import mxfp4_tiled
 from ..compiler.types import TensorType, bind_attr
 from ..runtime.program import Buffer, Entry, Function, Kernel, Launch, Slice, Spec
-from .memory import Access, Block, Lifetime, dependencies, plan_blocks
+from .memory import Access, Block, Lifetime, aligned, dependencies, plan_blocks
 from .price_table import Launched
+
+# The buffer that has the counters of all launches. Entries share it: one runs at a time.
+COUNTERS = "%counters"
 
 
 def buffer_of(name: str, type_: TensorType, binding: Mapping[str, int], kind: Any) -> Buffer:
@@ -146,6 +149,7 @@ class EntryBuilder:
     reads: list[list[str]] = field(default_factory=list[list[str]])
     writes: list[list[str]] = field(default_factory=list[list[str]])
     scratch_count: int = 0
+    counter_bytes: int = 0
 
     @cached_property
     def constants(self) -> frozenset[str]:
@@ -185,6 +189,15 @@ class EntryBuilder:
         bound: Any = type_.bind(self.binding)
         self.local[name] = buffer_of(name, bound, {}, "scratch")
         return Slice(name, bound.dtype, bound.shape)
+
+    def counters(self, count: int) -> Slice:
+        """`count` counters (i32) for one launch, in memory that no other launch of the entry has.
+
+        They lie apart, as buffers do: no two launches count in one line of a cache.
+        """
+        at = self.counter_bytes
+        self.counter_bytes = at + aligned(4 * count)
+        return Slice(COUNTERS, "i32", (count,), at)
 
     def launch(self, launch: Launch, reads: Sequence[Slice], writes: Sequence[Slice]) -> None:
         """The next launch, and what it reads and writes."""

@@ -23,13 +23,14 @@ from ..compiler.target import Target
 from ..compiler.types import TensorType
 from ..runtime.program import Argument, Kernel, Launch, Slice, entry_name
 from .build import build
-from .entries import Bound, Choice, EntryBuilder, PackedSlice, Place
+from .entries import COUNTERS, Bound, Choice, EntryBuilder, PackedSlice, Place
 from .kernel_query import (
     Append,
     Arg,
     Call,
     Candidate,
     Codes,
+    Counter,
     Declined,
     KernelQuery,
     Operand,
@@ -197,11 +198,14 @@ class KernelBackend:
         builder: EntryBuilder,
     ) -> None:
         temps = {name: builder.scratch(type_) for name, type_ in chosen.temps.items()}
+        counters = {name: builder.counters(count) for name, count in chosen.counters.items()}
 
         def place(ref: Ref) -> Slice:
             match ref:
                 case Temp(name):
                     return temps[name]
+                case Counter(name):
+                    return counters[name]
                 case Result(index):
                     found = results[index]
                 case Arg(index):
@@ -227,7 +231,7 @@ class KernelBackend:
                 self._wanted[id_] = None
             ids.append(call.function.__name__)
             writes = [place(ref) for ref in call.writes]
-            reads = [s for s in values if isinstance(s, Slice)]
+            reads = [s for s in values if isinstance(s, Slice) and s.buffer != COUNTERS]
             launch = Launch(id_, tuple(values), call.grid, label)
             builder.launch(launch, reads, writes)
         op = label.split(" ")[0]

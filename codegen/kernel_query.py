@@ -18,7 +18,6 @@ from ..compiler.ir import Op
 from ..compiler.target import Target
 from ..compiler.types import TensorType
 from .price_table import Launched
-from .prices import LAUNCH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,18 @@ class Temp:
     name: str
 
 
-Ref = Arg | Codes | Scales | Result | Temp
+@dataclass(frozen=True)
+class Counter:
+    """Counters (i32) of one launch, by their name in `Candidate.counters`.
+
+    They are zero when a program is loaded, and whenever the launch begins: it leaves them so (see
+    templates.arrival). No other launch of the entry has them, so they are no reason to wait.
+    """
+
+    name: str
+
+
+Ref = Arg | Codes | Scales | Result | Temp | Counter
 
 
 @dataclass(frozen=True)
@@ -124,10 +134,11 @@ class Call:
     reference, None for an operand that is not there, and numbers, which are run-time values (int is
     i32, float is f32) unless the parameter is a tl.constexpr. An argument may be a NamedTuple of
     these (a Weight, an Epilogue): its numbers are constants. `writes` are the references that it
-    writes; it reads the others. `overlaps` says whether the launches around it may overlap it where
-    the target has that: tiles for many tokens keep the device to themselves. `priced` is under what
-    the launch stands in a table of measured prices. `registers` is the most that a thread may take
-    on NVIDIA, where so many programs shall fit on a multiprocessor; None leaves it to ptxas.
+    writes; it reads the others, but for Counters, which are its own. `overlaps` says whether the
+    launches around it may overlap it where the target has that: tiles for many tokens keep the
+    device to themselves. `priced` is under what the launch stands in a table of measured prices.
+    `registers` is the most that a thread may take on NVIDIA, where so many programs shall fit on a
+    multiprocessor; None leaves it to ptxas.
     """
 
     function: Any
@@ -155,13 +166,15 @@ class Call:
 class Candidate:
     """A way to compute a node: launches in order, its price in seconds, what it is, and scratch.
 
-    Of the one that was chosen `others` are the rest, the cheapest first.
+    `counters` says of each Counter how many it is. Of the candidate that was chosen `others` are
+    the rest, the cheapest first.
     """
 
     calls: tuple[Call, ...]
     seconds: float
     reason: str
     temps: Mapping[str, TensorType] = field(default_factory=dict[str, TensorType])
+    counters: Mapping[str, int] = field(default_factory=dict[str, int])
     others: tuple[Candidate, ...] = ()
 
     @property
@@ -227,7 +240,7 @@ class KernelQuery:
     def seconds(self, launches: int, extra_bytes: int = 0) -> float:
         """An estimate: every operand moved once at the target's bandwidth, and the launches."""
         moved = self.moved_bytes() + extra_bytes
-        return moved / self.target.bytes_per_second + launches * LAUNCH_SECONDS
+        return moved / self.target.bytes_per_second + launches * self.target.launch_seconds
 
     def moved_bytes(self) -> int:
         """Bytes of all operands, each moved once."""

@@ -17,10 +17,10 @@ import torch
 from ..compiler.ir import Graph
 from ..compiler.target import Target
 from ..compiler.weights import Weights
-from ..runtime.program import STEP, Entry, Program
+from ..runtime.program import STEP, Buffer, Entry, Program
 from .constants import ConstantMaker, Observer, folded, folded_graph
 from .cpu import cpu_program
-from .entries import Backend, Choice, EntryBuilder, buffer_of, signature
+from .entries import COUNTERS, Backend, Choice, EntryBuilder, buffer_of, signature
 
 
 class UnsupportedTarget(Exception):
@@ -73,13 +73,17 @@ def lower(
     state = {name: buffer_of(name, graph.param(name).type, {}, "state") for name in graph.state}
     constants = {name: buffer_of(name, v.type, {}, "weight") for v, name in names.items()}
     entries: list[Entry] = []
-    arena = 0
+    arena = counter_bytes = 0
     for binding in bindings:
-        entry, size = EntryBuilder(graph, names, outputs, dict(binding), backend).build()
+        builder = EntryBuilder(graph, names, outputs, dict(binding), backend)
+        entry, size = builder.build()
         entries.append(entry)
         arena = max(arena, size)
+        counter_bytes = max(counter_bytes, builder.counter_bytes)
     step = signature(graph, symbols, outputs, entries)
     buffers = {**state, **constants}
+    if counter_bytes:
+        buffers[COUNTERS] = Buffer(COUNTERS, "i32", (counter_bytes // 4,), "counter", counter_bytes)
     program = Program(
         target.name, backend.kernels(), buffers, {STEP: step}, arena, dict(meta or {})
     )

@@ -11,9 +11,6 @@ from __future__ import annotations
 from ..compiler.target import Target
 from .price_table import Launched, table_of
 
-# The gap between two nodes of a replayed graph: 1.0-1.14 µs measured, 0.6-0.7 where PDL hides it.
-LAUNCH_SECONDS = 1e-6
-
 # Fraction of the bandwidth at which a GEMM kernel reads its weight, by kernel and whether the
 # weight is MXFP4. Measured: fragments 0.50 (13 MB) to 0.69 (62 MB); GEMV 0.71 (34 MB) to 0.95
 # (1.2 GB), of one token; narrow tiles 0.72-0.95 dense, 0.28-0.40 in MXFP4, where unpacking bounds
@@ -32,11 +29,11 @@ GEMM_BANDWIDTH = {
 }
 # Ends the name of a kernel, in tables of measured prices, that norms its input itself.
 NORMED = " normed"
-# Bytes of a weight at which a norm within its GEMM costs as much as a launch before it: every
-# program norms whole rows. Of an 8B in MXFP4, on an H200, one token took 2.99 ms with all norms in
-# launches before, 3.02 with those of products up to 16 MiB within (36 launches fewer), 3.04 with
-# all.
-NORM_WITHIN_BYTES = 16 << 20
+# Bytes of a weight at which a norm within its GEMM costs as much as a launch of so many seconds
+# before it: every program norms whole rows. Of an 8B in MXFP4, on an H200, one token took 2.99 ms
+# with all norms in launches before, 3.02 with those of products up to 16 MiB within (36 launches
+# fewer), 3.04 with all.
+NORM_WITHIN_BYTES, NORM_LAUNCH_SECONDS = 16 << 20, 1e-6
 
 # Codes that a device unpacks in a second in kernels that do little else: about 20 a clock and SM;
 # by scaled conversions an instruction of 64 lanes unpacks 128 (estimated).
@@ -45,6 +42,8 @@ UNPACKED_PER_SECOND = {False: 4e12, True: 12e12}
 MULTIPLIED_PER_SECOND = 3e14
 # Bytes a second that one program, and that all together, get of what others read too.
 PROGRAM_BYTES, SHARED_BYTES = 3e10, 6e12
+# Seconds in which a program has what it loads from the L2, however much (estimated).
+ROUND_TRIP_SECONDS = 5e-7
 # Seconds that a program takes to look through a chunk of indices, twice, while it sorts them.
 CHUNK_SECONDS = 1e-6
 # Seconds that the choice of one expert takes, most of it waiting for its reduction.
@@ -61,13 +60,13 @@ def gemm_seconds(
         return measured
     within = 0.0
     if of.kernel.endswith(NORMED):
-        within = weight_bytes / NORM_WITHIN_BYTES * LAUNCH_SECONDS
+        within = weight_bytes / NORM_WITHIN_BYTES * NORM_LAUNCH_SECONDS
         of = of._replace(kernel=of.kernel.removesuffix(NORMED))
     if (measured := table.seconds(of)) is not None:
         return measured + within
     fraction = GEMM_BANDWIDTH[kernel, packed]
     moved = weight_bytes / fraction + other_bytes
-    return moved / target.bytes_per_second + LAUNCH_SECONDS + within
+    return moved / target.bytes_per_second + target.launch_seconds + within
 
 
 def is_measured(target: Target, of: Launched) -> bool:

@@ -19,7 +19,7 @@ LARGEST = 2**48
 Size = Annotated[int, Meta(ge=0, le=LARGEST)]
 Text = Annotated[str, Meta(max_length=1024)]
 LongText = Annotated[str, Meta(max_length=4096)]
-BufferKind = Literal["input", "output", "weight", "state", "scratch"]
+BufferKind = Literal["input", "output", "weight", "state", "counter", "scratch"]
 _Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _MOST_DIMS, _MOST_ARGS, _MOST = Meta(max_length=16), Meta(max_length=256), Meta(max_length=1 << 20)
 _Shape = Annotated[tuple[Size, ...], _MOST_DIMS]
@@ -70,7 +70,9 @@ class Buffer(_Row, frozen=True):
     """A named region of device memory.
 
     `offset` (bytes) places inputs, outputs and scratch in the arena that all entries share;
-    weights and state own their memory and have none.
+    weights, state and counters own their memory and have none. Counters are zero when a program is
+    loaded, and each launch that counts leaves its own zero again: what it has of them no launch
+    has that may run at the same time.
     """
 
     name: Text

@@ -5,6 +5,7 @@ A file holds `@triton.jit` functions and a table TEMPLATES: op name -> templates
 every edge: no size needs to be a multiple of a tile.
 
 Folders: `gemm` (products by a weight), `attention`, `moe` (routers and experts), `rowwise` (norms,
-reductions, lookups, copies) and `sampling`. Here: `pdl` (programmatic dependent launch),
-`generated` (functions made of text) and `read_stream` (a memory's read bandwidth).
+reductions, lookups, copies) and `sampling`. Here: `pdl` (programmatic dependent launch), `arrival`
+(the last program of a launch), `generated` (functions made of text) and `read_stream` (a memory's
+read bandwidth).
 """

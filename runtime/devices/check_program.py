@@ -1,9 +1,10 @@
 """Validation of a GPU program before it is loaded.
 
 Buffers are within their memory and slices within their buffers; arguments have the kinds and
-alignments that kernels expect; launches are within the limits of the target; dependencies are
-acyclic; code is for the target. A caller with a device passes its limits and checks addresses.
-Whether device code stays within its arguments cannot be checked.
+alignments that kernels expect; launches are within the limits of the target; those that may run at
+once have no counter in common; dependencies are acyclic; code is for the target. A caller with a
+device passes its limits and checks addresses. Whether device code stays within its arguments, and
+leaves counters zero, cannot be checked here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 
 from ...compiler.dtypes import DTYPES, READABLE, dense_bytes
 from ...compiler.target import GPUS, Target
@@ -54,9 +56,9 @@ def check_program(program: Program, limits: Limits | None = None) -> None:
         if name != buffer.name:
             raise ProgramError(f"buffer {name}: expected its own name, found {buffer.name}")
         _check_buffer(buffer)
-        if buffer.kind not in ("weight", "state") or buffer.offset is not None:
+        if buffer.kind not in ("weight", "state", "counter") or buffer.offset is not None:
             raise ProgramError(
-                f"buffer {name}: expected a weight or state without an offset, "
+                f"buffer {name}: expected a weight, state or counters without an offset, "
                 f"found {buffer.kind} at {buffer.offset}"
             )
     if not program.functions:
@@ -238,6 +240,39 @@ def _check_entry(
     for i, launch in enumerate(entry.launches):
         _check_launch(launch_place(program, entry, i), launch, program, memory, limits)
     _check_order(where, entry)
+    _check_counters(program, entry)
+
+
+def _check_counters(program: Program, entry: Entry) -> None:
+    """Check that launches have counters of their own, or the very same after one another."""
+    holders: dict[tuple[str, int, int], list[int]] = {}
+    for i, launch in enumerate(entry.launches):
+        for arg in launch.args:
+            held = program.buffers.get(arg.buffer) if isinstance(arg, Slice) else None
+            if isinstance(arg, Slice) and held and held.kind == "counter":
+                holders.setdefault((arg.buffer, *byte_range(arg)), []).append(i)
+    for (name, start, end), (other, first, _) in pairwise(sorted(holders)):
+        if name == other and first < end:
+            raise ProgramError(
+                f"{launch_place(program, entry, holders[name, start, end][0])}: expected counters "
+                f"of its own, found bytes {start} to {end} of {name}, and another's from {first}"
+            )
+    for (name, start, end), launches in holders.items():
+        for earlier, later in pairwise(launches):
+            if earlier not in _awaited(entry, later):
+                raise ProgramError(
+                    f"{launch_place(program, entry, later)}: expected counters of its own, found "
+                    f"bytes {start} to {end} of {name}, as launch {earlier} has, not waited for"
+                )
+
+
+def _awaited(entry: Entry, launch: int) -> set[int]:
+    """The launch and all that it waits for."""
+    seen = {launch}
+    for earlier, later in sorted(entry.dependencies, key=lambda pair: pair[1], reverse=True):
+        if later in seen:
+            seen.add(earlier)
+    return seen
 
 
 def _check_order(where: str, entry: Entry) -> None:

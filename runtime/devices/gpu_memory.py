@@ -35,6 +35,7 @@ class GpuMemory:
     arena: int = 0
     addresses: dict[str, int] = field(default_factory=dict[str, int])
     state: list[Buffer] = field(default_factory=list[Buffer])
+    counters: list[Buffer] = field(default_factory=list[Buffer])
     borrowed: list[Any] = field(default_factory=list[Any])
 
     def address_of(self, buffer: Buffer) -> int:
@@ -67,18 +68,22 @@ def borrowed(api: DeviceApi, stream: int) -> Generator[ExitStack]:
 
 
 def allocate_memory(api: DeviceApi, program: Program, stream: int, owned: ExitStack) -> GpuMemory:
-    """Arena and state, zeroed; `owned` frees them.
+    """Arena, state and counters, zeroed; `owned` frees them.
 
     Zeros in the arena make unwritten memory the same in every run.
     """
     memory = GpuMemory(arena=_allocate(api, owned, "the arena", program.arena_bytes))
     api.fill(memory.arena, 0, max(program.arena_bytes, 1), stream)
     for buffer in program.buffers.values():
-        if buffer.kind == "state":
-            what = f"state {buffer.name}"
+        if buffer.kind in ("state", "counter"):
+            what = f"{buffer.kind} {buffer.name}"
             memory.addresses[buffer.name] = _allocate(api, owned, what, buffer.nbytes)
-            memory.state.append(buffer)
+            held = memory.state if buffer.kind == "state" else memory.counters
+            held.append(buffer)
     memory.clear_state(api, stream)
+    for buffer in memory.counters:
+        if buffer.nbytes:
+            api.fill(memory.addresses[buffer.name], 0, buffer.nbytes, stream)
     return memory
 
 

@@ -246,7 +246,7 @@ class GpuExecutable:
         self._memory = allocate_memory(api, program, self._stream, owned)
         upload_weights(api, program, weights, self._memory, self._stream, owned)
         kernels = self._load_kernels()
-        rooms = [1]
+        rooms = [1, *(buffer.nbytes for buffer in self._memory.counters)]
         for name, function in program.functions.items():
             for entry in function.entries:
                 graph = self._build_graph(entry, kernels)
@@ -405,7 +405,8 @@ class GpuExecutable:
         staging.recorded = True
 
     def _check_replay(self, function: str, entries: Sequence[Entry]) -> None:
-        """Replay the smallest entry twice on zeros, from zeroed state, and compare all bytes."""
+        """Replay the smallest entry twice on zeros, from zeroed state, and compare all bytes; its
+        launches must leave all counters zero."""
         smallest = min(entries, key=lambda e: (prod(e.symbols.values()), len(e.launches)))
         plan = self._plans[function, smallest.name]
         seen: list[Bytes] = []
@@ -419,6 +420,7 @@ class GpuExecutable:
             seen.append(staging.bytes[: plan.outputs.nbytes].copy())
         self._memory.clear_state(self._api, self._stream)
         self._settle()
+        self._check_counters(smallest.name, staging)
         for place in plan.outputs.fields:
             buffer = place.buffer
             first, second = (s[place.at : place.at + buffer.nbytes] for s in seen)
@@ -428,6 +430,17 @@ class GpuExecutable:
                     f"{self._api.info.name}: entry {smallest.name}, replayed twice on the same "
                     f"inputs, gave output {buffer.name} with {wrong} of "
                     f"{buffer.nbytes} bytes different"
+                )
+
+    def _check_counters(self, entry: str, staging: Staging) -> None:
+        for buffer in self._memory.counters:
+            address = self._memory.address_of(buffer)
+            self._api.to_host(staging.address, address, buffer.nbytes, self._stream)
+            self._settle()
+            if wrong := int(np.count_nonzero(staging.bytes[: buffer.nbytes])):
+                raise SelfTestError(
+                    f"{self._api.info.name}: entry {entry} was replayed, and of the "
+                    f"{buffer.nbytes} bytes of {buffer.name}, expected to be 0, {wrong} are not"
                 )
 
 

@@ -87,7 +87,7 @@ CASES = {
     "attention, few": attending(1, 128),
     "attention, many": attending(2048, 128),
     "attention, many, wide": attending(2048, 256),
-    "experts, few": moe(1, ("expert_gemv_kernel", "expert_gemv_kernel"), False),
+    "experts, few": moe(1, ("expert_gemv_kernel", "expert_sum_kernel"), False),
     "experts, many": moe(512, ("grouped_gemm_kernel", "grouped_gemm_kernel"), True),
 }
 

@@ -10,8 +10,11 @@ import torch
 from attention_builds import build_attention, empty, index
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ingot.codegen import select
 from ingot.codegen.kernel_backend import NoKernelError
+from ingot.codegen.kernel_query import Candidate, Declined, KernelQuery
 from ingot.codegen.lower import lower
+from ingot.codegen.templates.attention import grouped_query
 from ingot.codegen.templates.attention.attend import (
     Splits,
     attend_kernel,
@@ -36,9 +39,23 @@ def _args(
     return q, keys, given.cache(kv_heads, v, dtype=dtype), *given.index
 
 
+@pytest.fixture(params=[True, False], ids=["one launch", "two launches"])
+def joined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split context by each form in turn, whatever it costs."""
+
+    def template(query: KernelQuery) -> list[Candidate | Declined]:
+        answer = grouped_query.attention(query)
+        assert not isinstance(answer, Declined)
+        found = list(answer)
+        return [c for c in found if bool(c.counters) == request.param] or [*found]
+
+    monkeypatch.setattr(select, "_TABLES", ({"cached_attention": (template,)},))
+
+
 # ---- few tokens
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 def test_decoding_several_slots(dtype: torch.dtype, heads: tuple[int, int]) -> None:
@@ -59,6 +76,7 @@ def test_more_heads_a_group_than_rows_a_block() -> None:
     check_node(cached_attention, args, {"scale": 0.3})
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(
     "attrs", [{"window": 5}, {"window": 90}, {"softcap": 2.0}, {"window": 1, "softcap": 0.5}]
@@ -68,6 +86,7 @@ def test_windows_and_soft_caps(dtype: torch.dtype, attrs: dict[str, Any]) -> Non
     check_node(cached_attention, args, {"scale": 0.5, **attrs})
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("context", [64, 208])
 @pytest.mark.parametrize("window", [0, 7])
 def test_sinks(context: int, window: int) -> None:
@@ -83,6 +102,7 @@ def test_verification_of_drafts_beside_other_slots() -> None:
     check_node(cached_attention, args, {"scale": 0.3})
 
 
+@pytest.mark.usefixtures("joined")
 def test_padding_alone_gives_zeros() -> None:
     args = _args(batch([(-1, 0), (-1, 5)], 16, 8, slots=2), 2, 1, 16, 16, torch.bfloat16)
     (found,), _, _ = run_node(cached_attention, args, {"scale": 0.3})
@@ -93,7 +113,7 @@ def test_padding_alone_gives_zeros() -> None:
 def test_contexts_in_which_splits_grow(last: int) -> None:
     args = _args(batch([(0, last), (0, 77)], 1024, 5), 1, 1, 16, 16, torch.float32)
     lowered = check_node(cached_attention, args, {"scale": 0.3})
-    assert lowered.choices[0].kernels == ("attend_kernel", "combine_kernel")
+    assert lowered.choices[0].kernels == ("attend_kernel",)
 
 
 @given(st.integers(1, 200_000), st.sampled_from([(64, 32), (128, 32), (16, 4)]))
@@ -106,6 +126,7 @@ def test_splits_meet_and_cover_every_context(context: int, sizes: tuple[int, int
 
 
 @pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.usefixtures("joined")
 def test_a_token_sums_alike_whatever_is_beside_it(window: int) -> None:
     places = chunks((0, 190, 3), (1, 100, 2), (-1, 0, 1), (2, 5, 1), (1, 102, 2))
     whole = batch(places, 16, 13)

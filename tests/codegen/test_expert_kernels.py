@@ -139,6 +139,12 @@ def test_one_expert_chosen_twice_by_a_token(kind: str) -> None:
     check(Case(2), torch.tensor([[3, 3], [0, 3]]))
 
 
+@pytest.mark.parametrize("k", [1, 3, 5, 9])
+@pytest.mark.parametrize("down", [None, 32])
+def test_any_number_of_choices(kind: str, k: int, down: int | None) -> None:
+    check(Case(2, k, 12, inner=64, down=down, biased=True, residual=True))
+
+
 def test_sizes_past_one_block(kind: str) -> None:
     check(Case(1, 1, 2, width=1100, inner=70))
     check(Case(1, 1, 2, width=70, inner=1100))
@@ -149,7 +155,7 @@ def test_sizes_past_one_block(kind: str) -> None:
 
 def test_costs_choose_the_template() -> None:
     small = Case(1, 4, 8, 128, 64, torch.bfloat16)
-    few = ["expert_gemv_kernel", "expert_gemv_kernel", "combine_kernel"]
+    few = ["expert_gemv_kernel", "expert_sum_kernel"]
     assert chosen(experts, *small.call()) == few
     large = replace(small, tokens=512)
     tiles = ["grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel"]

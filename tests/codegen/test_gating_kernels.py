@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen import select
-from ingot.codegen.kernel_query import Template
+from ingot.codegen.kernel_query import Candidate, Declined, KernelQuery, Template
 from ingot.codegen.templates.moe import gating
 from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.moe import router
@@ -25,9 +25,16 @@ from kernel_checks import (
     run_node,
 )
 
+
+def few_apart(query: KernelQuery) -> list[Candidate | Declined]:
+    """`few_tokens` with a launch that chooses."""
+    return [c for c in gating.few_tokens(query) if isinstance(c, Declined) or not c.counters]
+
+
 KINDS: dict[str, Template] = {
     "one": gating.one_launch,
     "few": gating.few_tokens,
+    "few apart": few_apart,
     "many": gating.many_tokens,
 }
 SOFTMAX: dict[str, Any] = {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32"}
@@ -260,7 +267,7 @@ def test_templates_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     ("gate", "kernels"),
     [
         (Gate(1, 512, 16), ["gate_kernel"]),
-        (Gate(1, 7168, 256), ["token_partials_kernel", "choose_kernel"]),
+        (Gate(1, 7168, 256), ["token_partials_kernel"]),
         (Gate(512, 7168, 256), ["prologue_kernel", "tile_logits_kernel", "choose_kernel"]),
     ],
 )

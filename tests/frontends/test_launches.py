@@ -19,14 +19,14 @@ from interpreted import InterpretedBackend
 from pass_checks import for_target
 from tiny_models import tiny_model
 
-ATTENTION = {"heads": 1, "attend": 1, "combine": 1}
-EXPERTS = {"gate": 1, "expert_gemv": 2}
+ATTENTION = {"heads": 1, "attend": 1}
+EXPERTS = {"gate": 1, "expert_gemv": 1, "expert_sum": 1}
 # A layer's launches by kernel; products are "fragment", "mfma" or "product".
 LAYERS: dict[str, dict[str, int]] = {
     "llama": {**ATTENTION, "products": 4},
-    "qwen3_moe": {**ATTENTION, **EXPERTS, "combine": 2, "products": 2},
-    "gpt_oss": {**ATTENTION, **EXPERTS, "combine": 2, "products": 2},
-    "deepseek_v3": {**ATTENTION, **EXPERTS, "combine": 2, "latent": 1, "products": 4},
+    "qwen3_moe": {**ATTENTION, **EXPERTS, "products": 2},
+    "gpt_oss": {**ATTENTION, **EXPERTS, "products": 2},
+    "deepseek_v3": {**ATTENTION, **EXPERTS, "latent": 1, "products": 4},
 }
 # Of those products, the ones that AMD's matrix cores are given a normed input for.
 NORMED = {"llama": 2, "qwen3_moe": 1, "gpt_oss": 1, "deepseek_v3": 2}

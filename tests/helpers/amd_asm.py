@@ -25,11 +25,16 @@ _LINE = re.compile(
     r"v_cvt_scalef32_pk_(?P<to>f32|f16|bf16)_fp4 \$(?P<d>\d+), \$(?P<s0>\d+), \$(?P<s1>\d+)"
     r"(?: op_sel:\[(?P<x>[01]),(?P<y>[01]),0\])?"
 )
+# Of templates.arrival; assembly must give something, so it gives 0.
+_RELEASE = "s_waitcnt vmcnt(0)\nbuffer_wbl2 sc1\ns_waitcnt vmcnt(0)\nv_mov_b32 $0, 0"
 _NARROW = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 def run(asm: str, constraints: str, args: Sequence[Any]) -> list[Any]:
     """The outputs of `asm`, one element of each of `args` an instance (pack=1)."""
+    if asm == _RELEASE:  # one program runs after the other, and each store at once
+        assert (constraints, list(args)) == ("=v,~{memory}", [])
+        return [np.zeros((), np.int32)]
     kinds = constraints.split(",")
     outputs = [kind for kind in kinds if kind.startswith("=")]
     # Outputs are written before all inputs are read, and every register is a lane's.

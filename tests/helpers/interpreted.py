@@ -62,6 +62,22 @@ def _runner(source: KernelSource) -> Callable[..., None]:
     return run
 
 
+@contextmanager
+def programs_in_any_order(seed: int) -> Iterator[None]:
+    """Programs of each launch of triton.jit run in an order that `seed` draws."""
+    builder = interpreter.interpreter_builder
+    plain = builder.set_grid_idx
+
+    def drawn(x: int, y: int, z: int) -> None:
+        grid = builder.grid_dim
+        order = np.random.default_rng(seed).permutation(math.prod(grid))
+        place = np.unravel_index(order[np.ravel_multi_index((x, y, z), grid)], grid)
+        plain(*map(int, place))
+
+    with patch.object(builder, "set_grid_idx", drawn):
+        yield
+
+
 def run_call(call: Call, memory: Mapping[Ref, torch.Tensor]) -> None:
     """One launch of a template, run over `memory`."""
     function = interpreter.InterpretedFunction(call.function.fn)
@@ -124,7 +140,7 @@ def _interpreting() -> Iterator[None]:
     def inline_asm(
         self: Any, asm: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int
     ) -> Any:
-        assert is_pure and pack == 1, (is_pure, pack)
+        assert is_pure == bool(values) and pack == 1, (is_pure, pack)
         found = amd_asm.run(asm, constraints, [v.data for v in values])
         handles = [
             interpreter.TensorHandle(data, type_.scalar)
@@ -231,6 +247,9 @@ class InterpretedExecutable:
             for argument, given, slice_ in zip(kernel.args, args, launch.args, strict=True):
                 _check(argument, given, slice_)
             kernel.binary(launch.grid, args)
+        for buffer in self.program.buffers.values():
+            # What the next replay begins with.
+            assert buffer.kind != "counter" or not self.memory[buffer.name].any(), buffer
         return {
             n: _to_host(self._view(Slice(n, b.dtype, b.shape), local))
             for n, b in local.items()

@@ -176,13 +176,13 @@ def run_node(
     lowered = lower(graph, weights, chosen, [{}], names, backend=backend)
     executable = driver.load(lowered.program, lowered.load_weight)
     try:
-        found = executable.run(STEP, {}, {n: _numpy(t) for n, t in inputs.items()})
+        found = executable.run(STEP, {}, {n: numpy_of(t) for n, t in inputs.items()})
     finally:
         executable.close()
     return [torch.from_numpy(found[name]) for name in names], plain, lowered
 
 
-def _numpy(tensor: torch.Tensor) -> Any:
+def numpy_of(tensor: torch.Tensor) -> Any:
     """As the driver takes it: bf16 as a tensor, which numpy does not know."""
     return tensor if tensor.dtype == torch.bfloat16 else tensor.numpy()
 

@@ -23,7 +23,7 @@ from ingot.runtime.devices.check_program import (
     launch_place,
 )
 from ingot.runtime.devices.device_api import DeviceInfo
-from ingot.runtime.program import Argument, Program, Slice, Spec
+from ingot.runtime.program import Argument, Buffer, Program, Slice, Spec
 from interpreted import InterpretedBackend
 from msgspec.structs import replace
 from pass_checks import for_target
@@ -70,6 +70,30 @@ def with_launch(**changes: Any) -> Callable[[Program], Program]:
     def change(made: Program) -> Program:
         first, *rest = made.entries[0].launches
         return with_entry(launches=(replace(first, **changes), *rest))(made)
+
+    return change
+
+
+def with_counters(*bytes_of: tuple[int, int], ordered: bool = True) -> Callable[[Program], Program]:
+    """The first pointer of each launch is to counters: from a byte on, so many bytes."""
+
+    def change(made: Program) -> Program:
+        held = Buffer("%counters", "i32", (4,), "counter", 16)
+        made = replace(made, buffers={**made.buffers, held.name: held})
+        for i, (start, nbytes) in enumerate(bytes_of):
+            kernel = made.kernels[made.entries[0].launches[i].kernel]
+            at = next(j for j, a in enumerate(kernel.args) if a.kind.startswith("*"))
+            args = (*kernel.args[:at], Argument("*i32"), *kernel.args[at + 1 :])
+            made = with_kernel(kernel.id, args=args)(made)
+            counters = Slice(held.name, "i32", (nbytes // 4,), start)
+            launches = [*made.entries[0].launches]
+            launch = launches[i]
+            launches[i] = replace(
+                launch, args=(*launch.args[:at], counters, *launch.args[at + 1 :])
+            )
+            made = with_entries(made, [replace(made.entries[0], launches=tuple(launches))])
+            made = with_step(made, symbols={n: (v, v) for n, v in made.entries[0].symbols.items()})
+        return made if ordered else with_entry(dependencies=())(made)
 
     return change
 
@@ -248,6 +272,19 @@ BROKEN: dict[str, tuple[Callable[[Program], Program], str]] = {
         with_arg(2, {"offset": 2, "shape": (1,), "strides": (1,)}),
         "that 4 divides",
     ),
+    "counters of two launches": (
+        with_counters((0, 8), (0, 8), ordered=False),
+        "launch 1 (linear model.lm_head) of kernel head_kernel: expected counters of its own",
+    ),
+    "counters of two launches in part": (
+        with_counters((0, 8), (4, 8)),
+        "found bytes 0 to 8 of %counters, and another's from 4",
+    ),
+    "counters outside": (with_counters((0, 8), (8, 12)), "within the 16 bytes of %counters"),
+    "counters in the arena": (
+        with_local(0, kind="counter"),
+        "expected input, output or scratch, found counter",
+    ),
     "dependency backwards": (with_entry(dependencies=((1, 0),)), "found [1, 0]"),
     "dependency on itself": (with_entry(dependencies=((0, 0),)), "found [0, 0]"),
     "dependency beyond": (with_entry(dependencies=((0, 2),)), "of 2 launches, found [0, 2]"),
@@ -264,6 +301,12 @@ def test_program_is_refused(case: str) -> None:
     with pytest.raises(ProgramError) as caught:
         check_program(change(program()))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_launches_with_counters_of_their_own_are_accepted() -> None:
+    check_program(with_counters((0, 8), (8, 8))(program()))
+    check_program(with_counters((0, 8), (8, 8), ordered=False)(program()))
+    check_program(with_counters((0, 8), (0, 8))(program()))
 
 
 def test_hip_counts_threads() -> None:

@@ -36,7 +36,7 @@ from ingot.runtime.devices.hip import HipDriver
 from ingot.runtime.devices.host_arrays import memory_view
 from ingot.runtime.program import Buffer, Entry, Launch, Program, Slice
 from msgspec.structs import replace
-from programs import program_of, with_entries
+from programs import program_of, with_entries, with_step
 
 X = np.linspace(-1, 2, 8, dtype=np.float32)
 
@@ -606,6 +606,15 @@ def test_copies_that_go_wrong(gpu: FakeGpu, lost: bool, count: str) -> None:
     message = f"of 65536 bytes written to the device {count} came back changed"
     with pytest.raises(SelfTestError, match=message):
         gpu.load(sum_program(gpu.vendor), WEIGHTS)
+
+
+def test_counters_that_launches_leave(gpu: FakeGpu) -> None:
+    program = sum_program(gpu.vendor)
+    seen = replace(program.buffers["seen"], kind="counter")
+    program = with_step(replace(program, buffers={**program.buffers, "seen": seen}), state=())
+    message = "of the 4 bytes of seen, expected to be 0, 1 are not"
+    with pytest.raises(SelfTestError, match=message):
+        gpu.load(program, WEIGHTS)
 
 
 def test_replays_that_differ(gpu: FakeGpu) -> None:

@@ -219,7 +219,7 @@ def test_modules_are_the_programs(pico: Compiled) -> None:
         assert kinds.count("module") == len(binaries)
         assert kinds.count("executable") == len(pico.program.entries)
         assert kinds.count("graph") == 0
-        owned = sum(b.kind in ("weight", "state") for b in pico.program.buffers.values())
+        owned = sum(b.kind in ("weight", "state", "counter") for b in pico.program.buffers.values())
         assert kinds.count("device") == owned + 1  # and the arena
 
 

@@ -39,7 +39,7 @@ shapes = st.lists(sizes, max_size=4).map(tuple)
 strides = st.lists(st.integers(-(2**40), 2**40), max_size=4).map(tuple)
 slices = st.builds(Slice, names, names, shapes, sizes, st.none() | strides)
 numbers = st.integers(-(2**63), 2**63 - 1) | st.floats()
-kinds: Any = st.sampled_from(["input", "output", "weight", "state", "scratch"])
+kinds: Any = st.sampled_from(["input", "output", "weight", "state", "counter", "scratch"])
 buffers = st.builds(Buffer, names, names, shapes, kinds, sizes, st.none() | sizes)
 launches = st.builds(
     Launch,

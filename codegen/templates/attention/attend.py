@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..arrival import last_to_arrive
 from ..pdl import pdl_wait
 
 _FAR = tl.constexpr(2**31 - 1)
@@ -61,6 +62,24 @@ class Splits(NamedTuple):
     SPLIT: Any
     STEADY: Any
     BLOCK: Any
+
+
+class Parts(NamedTuple):
+    """What the splits of a context made: f32 `sums` of weighted values [T, H, splits, V], and of
+    their weights `totals`, and the greatest scores `tops` (log2) [T, H, splits]."""
+
+    sums: Any
+    tops: Any
+    totals: Any
+    V: Any
+
+
+class Join(NamedTuple):
+    """How splits are joined: M rows, V dims of each, and AT_ONCE splits at once."""
+
+    M: Any
+    V: Any
+    AT_ONCE: Any
 
 
 @triton.jit
@@ -120,6 +139,74 @@ def _softcapped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def joined(
+    parts,
+    variant,
+    splits,
+    join,
+    out,
+    token,
+    head,
+    at,
+    mine,
+    padding,
+    first,
+    HEADS: tl.constexpr,
+):
+    """Dims from `first` on of rows of `out` [T, H, V], of the splits that each row sees: `token`,
+    `head`, position `at` and whether a row is `mine`, all [M]. Those of `padding` [M] are 0.
+
+    Splits are loaded some at once and added up one after the other, so that a row's sum depends on
+    its own position alone.
+    """
+    V: tl.constexpr = parts.V
+    dim = first + tl.arange(0, join.V)
+    inside = (dim < V)[None, :]
+    place = token.to(tl.int64) * HEADS + head
+    index = tl.arange(0, splits.BLOCK)
+    seen = mine[:, None] & (split_start(index, splits)[None, :] <= at[:, None])
+    if variant.WINDOW:
+        oldest = at - variant.WINDOW + 1
+        seen = seen & (split_start(index + 1, splits)[None, :] > oldest[:, None])
+    where = place[:, None] * splits.COUNT + index[None, :]
+    top = tl.load(parts.tops + where, mask=seen, other=float("-inf"), cache_modifier=".cg")
+    base = tl.max(top, 1)
+    if variant.sinks is not None:
+        sink = tl.load(variant.sinks + head, mask=mine, other=0.0).to(tl.float32) * _LOG2E
+        base = tl.maximum(base, sink)
+    # A row of others has no top: its weights are 0, not NaN.
+    base = tl.where(base == float("-inf"), 0.0, base)
+    whole = base * 0
+    acc = tl.zeros([join.M, join.V], tl.float32)
+    low = tl.min(tl.where(seen, index[None, :], splits.COUNT), 1)
+    high = tl.max(tl.where(seen, index[None, :] + 1, 0), 1)
+    for some in range(tl.min(low, 0), tl.max(high, 0), join.AT_ONCE):
+        scores = ()
+        weights = ()
+        values = ()
+        for i in tl.static_range(join.AT_ONCE):
+            here = (low <= some + i) & (some + i < high)
+            to = place * splits.COUNT + some + i
+            to_value = to[:, None] * V + dim[None, :]
+            mask = here[:, None] & inside
+            score = tl.load(parts.tops + to, mask=here, other=float("-inf"), cache_modifier=".cg")
+            total = tl.load(parts.totals + to, mask=here, other=0.0, cache_modifier=".cg")
+            value = tl.load(parts.sums + to_value, mask=mask, other=0.0, cache_modifier=".cg")
+            scores = scores + (score,)
+            weights = weights + (total,)
+            values = values + (value,)
+        for i in tl.static_range(join.AT_ONCE):
+            weight = tl.exp2(scores[i] - base)
+            whole += weights[i] * weight
+            acc += values[i] * weight[:, None]
+    if variant.sinks is not None:
+        whole += tl.exp2(sink - base)
+    result = tl.where(padding[:, None], 0.0, acc / whole[:, None]).to(out.dtype.element_ty)
+    stored = (mine | padding)[:, None] & inside
+    tl.store(out + place[:, None] * V + dim[None, :], result, mask=stored)
+
+
+@triton.jit
 def attend_kernel(
     query,
     query_rest,
@@ -129,8 +216,9 @@ def attend_kernel(
     variant,
     splits,
     out,
-    tops,
-    totals,
+    parts,
+    arrivals,
+    join,
     tokens,
     context,
     lanes,
@@ -150,9 +238,9 @@ def attend_kernel(
 
     Program (block, head · lanes + lane, part): the lane takes every lanes-th slot that the block's
     rows are of (SLOTS at most), the part every parts-th split. With one split the context is not
-    split and `out` [T, H, V] is the result; otherwise `out` f32 [T, H, splits, V], `tops` and
-    `totals` f32 [T, H, splits] are the splits' sums of weighted values, greatest scores (log2) and
-    sums of weights, for combine_kernel.
+    split and `out` [T, H, V] is the result. Otherwise what the splits make are `parts`, for
+    combine_kernel or, with `arrivals` [blocks · heads · lanes], for the last program of a block and
+    lane, which joins them: of M rows, the others being no tokens'.
     """
     pdl_wait(PROGRAMMATIC)
     SPLITS: tl.constexpr = splits.COUNT
@@ -164,7 +252,7 @@ def attend_kernel(
     kv_head = tl.program_id(1) // lanes
     lane = tl.program_id(1) % lanes
     part = tl.program_id(2)
-    parts = tl.num_programs(2)
+    strides = tl.num_programs(2)
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
@@ -204,15 +292,15 @@ def attend_kernel(
         if query_rest is not None:
             q_rest = _part_of_queries(query_rest, token_at, head, mine)
 
-        # The splits [low, high) hold what the rows see; this part takes part, part + parts, ...
+        # The splits [low, high) hold what the rows see; of these every `strides`-th is this part's.
         low = first * 0
         high = first * 0 + 1
         if SPLITS > 1:
             index = tl.arange(0, splits.BLOCK)
             low = tl.sum((split_start(index + 1, splits) <= first).to(tl.int32), 0)
             high = tl.sum((split_start(index, splits) <= last).to(tl.int32), 0)
-            low += (part - low % parts + parts) % parts
-        for split in range(low, high, parts):
+            low += (part - low % strides + strides) % strides
+        for split in range(low, high, strides):
             begin = first // BLOCK_N * BLOCK_N
             end = last + 1
             if SPLITS > 1:
@@ -276,53 +364,77 @@ def attend_kernel(
                 tl.store(out + place[:, None] * V + dim_v[None, :], result, mask=stored)
             else:
                 to = place + split
-                tl.store(tops + to, top, mask=mine)
-                tl.store(totals + to, total, mask=mine)
-                tl.store(out + to[:, None] * V + dim_v[None, :], acc, mask=stored)
+                tl.store(parts.tops + to, top, mask=mine)
+                tl.store(parts.totals + to, total, mask=mine)
+                tl.store(parts.sums + to[:, None] * V + dim_v[None, :], acc, mask=stored)
+
+    if arrivals is not None:
+        group = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if last_to_arrive(arrivals, group, strides):
+            _join_rows(
+                parts,
+                pages,
+                variant,
+                splits,
+                join,
+                out,
+                block * BLOCK_M,
+                kv_head,
+                lane,
+                lanes,
+                tokens,
+                HEADS,
+                GROUP,
+                SLOTS,
+            )
+
+
+@triton.jit
+def _join_rows(
+    parts,
+    pages,
+    variant,
+    splits,
+    join,
+    out,
+    first,
+    kv_head,
+    lane,
+    lanes,
+    tokens,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Rows from `first` on of a lane, of the splits that all its programs have made; those of
+    tokens of slot -1 are 0, in the first lane."""
+    row = first + tl.arange(0, join.M)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    real = token < tokens
+    slot = tl.load(pages.slots + token, mask=real, other=-1)
+    at = tl.load(pages.positions + token, mask=token < tokens, other=0)
+    rank = tl.where(slot < 0, -1, 0)
+    if SLOTS > 1:
+        rank = _ranks(slot, join.M)
+    mine = (rank >= 0) & (rank % lanes == lane)
+    V: tl.constexpr = parts.V
+    padding = real & (slot < 0) & (lane == 0)
+    for v in tl.static_range(0, V, join.V):
+        joined(parts, variant, splits, join, out, token, head, at, mine, padding, v, HEADS)
 
 
 @triton.jit
 def combine_kernel(
-    sums,
-    tops,
-    totals,
-    pages,
-    variant,
-    splits,
-    out,
-    HEADS: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
+    parts, pages, variant, splits, join, out, HEADS: tl.constexpr, PROGRAMMATIC: tl.constexpr
 ):
     """Program (token, head, block of V): out [T, H, V] of the splits that the token sees; 0 for a
-    token of slot -1. The splits are summed in an order that their count alone fixes."""
+    token of slot -1."""
     pdl_wait(PROGRAMMATIC)
-    token = tl.program_id(0)
-    head = tl.program_id(1)
-    dim = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    one = tl.arange(0, 1)
+    token = tl.program_id(0) + one
+    head = tl.program_id(1) + one
     slot = tl.load(pages.slots + token)
     at = tl.load(pages.positions + token)
-    place = token.to(tl.int64) * HEADS + head
-    if slot < 0:
-        tl.store(out + place * V + dim, tl.zeros([BLOCK_V], out.dtype.element_ty), mask=dim < V)
-    else:
-        split = tl.arange(0, splits.BLOCK)
-        seen = split_start(split, splits) <= at
-        if variant.WINDOW:
-            seen = seen & (split_start(split + 1, splits) > at - variant.WINDOW + 1)
-        where = place * splits.COUNT + split
-        top = tl.load(tops + where, mask=seen, other=float("-inf"))
-        total = tl.load(totals + where, mask=seen, other=0.0)
-        mask = seen[:, None] & (dim < V)[None, :]
-        parts = tl.load(sums + where[:, None] * V + dim[None, :], mask=mask, other=0.0)
-        base = tl.max(top, 0)
-        if variant.sinks is not None:
-            sink = tl.load(variant.sinks + head).to(tl.float32) * _LOG2E
-            base = tl.maximum(base, sink)
-        weight = tl.exp2(top - base)
-        whole = tl.sum(total * weight, 0)
-        if variant.sinks is not None:
-            whole += tl.exp2(sink - base)
-        result = tl.sum(parts * weight[:, None], 0) / whole
-        tl.store(out + place * V + dim, result.to(out.dtype.element_ty), mask=dim < V)
+    first = tl.program_id(2) * join.V
+    joined(parts, variant, splits, join, out, token, head, at, slot >= 0, slot < 0, first, HEADS)

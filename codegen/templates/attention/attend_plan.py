@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import triton
 
 from ....compiler.dtypes import DTYPES
 from ....compiler.types import TensorType
-from ...kernel_query import Call, Candidate, KernelQuery, Result, Temp
-from ...prices import LAUNCH_SECONDS
+from ...kernel_query import Call, Candidate, Declined, KernelQuery, Result, Temp
+from ...prices import ROUND_TRIP_SECONDS
+from ..arrival import arrivals_of
 from ..rowwise.rows import Pages
-from .attend import Keys, Query, Splits, Variant, attend_kernel, combine_kernel, splits_of
+from .attend import (
+    Join,
+    Keys,
+    Parts,
+    Query,
+    Splits,
+    Variant,
+    attend_kernel,
+    combine_kernel,
+    splits_of,
+)
 
 # Up to so many tokens contexts are split and rows go in blocks of 16, so that every bucket of
 # decoding sums alike; above, and where the splits' sums take more memory, blocks fill the device.
@@ -23,6 +35,10 @@ _FEW_ROWS = 16
 _PROGRAMS = 512
 # Splits double their length after every so many; see attend.split_start.
 _STEADY = 32
+# Numbers of splits that a thread loads at once where it joins them, and splits at most.
+_JOINED, _MOST_AT_ONCE = 64, 16
+# Positions of a context by which joining is priced: what a step of decoding mostly has.
+_SHORT_CONTEXT = 1024
 # Products want at least so many of each dim.
 _LEAST = 16
 
@@ -83,8 +99,8 @@ class Tile:
     stages: int
 
 
-def plan(job: Attention) -> Candidate:
-    """One launch, or two where the context is split."""
+def plan(job: Attention) -> Iterator[Candidate | Declined]:
+    """One launch; where the context is split, two, or one whose last programs join the splits."""
     splits = _splits(job)
     tile = _tile(job)
     blocks = triton.cdiv(job.tokens * job.group, tile.m)
@@ -98,10 +114,9 @@ def plan(job: Attention) -> Candidate:
         "tops": TensorType("f32", shape),
         "totals": TensorType("f32", shape),
     }
-    split = splits > 1
-    out = Temp("sums") if split else Result(0)
     held = Splits(splits, _split(job), _STEADY, triton.next_power_of_2(splits))
-    attend = Call(
+    made = Parts(*map(Temp, temps), job.v)
+    whole = Call(
         attend_kernel,
         {
             "query": job.query,
@@ -109,12 +124,12 @@ def plan(job: Attention) -> Candidate:
             "keys": job.keys,
             "values": job.values,
             "pages": job.pages,
-            # The sinks of a split context come where the splits are joined.
-            "variant": job.variant._replace(sinks=None) if split else job.variant,
+            "variant": job.variant,
             "splits": held,
-            "out": out,
-            "tops": Temp("tops") if split else None,
-            "totals": Temp("totals") if split else None,
+            "out": Result(0),
+            "parts": None,
+            "arrivals": None,
+            "join": None,
             "tokens": job.tokens,
             "context": job.context,
             "lanes": lanes,
@@ -125,37 +140,73 @@ def plan(job: Attention) -> Candidate:
             "BLOCK_N": tile.n,
         },
         (blocks, job.kv_heads * lanes, parts),
-        (out, Temp("tops"), Temp("totals")) if split else (out,),
+        (Result(0),),
         num_warps=tile.warps,
         num_stages=tile.stages,
         overlaps=tile.m <= _FEW_ROWS,
     )
-    seconds = _seconds(job)
+    target = job.node.target
+    seconds = _seconds(job) + target.launch_seconds
     reason = f"blocks of {tile.m} rows and {tile.n} positions"
-    if not split:
-        return Candidate((attend,), seconds + LAUNCH_SECONDS, f"{reason}, contexts whole")
-    calls = (attend, _combine(job, held))
+    if splits == 1:
+        yield Candidate((whole,), seconds, f"{reason}, contexts whole")
+        return
     reason = f"{reason}, {splits} splits in {parts} parts"
-    return Candidate(calls, seconds + 2 * LAUNCH_SECONDS, reason, temps)
+    # The sinks of a split context come where the splits are joined.
+    written = tuple(map(Temp, temps))
+    alone = {"variant": job.variant._replace(sinks=None), "out": None, "parts": made}
+    attend = replace(whole, args={**whole.args, **alone}, writes=written)
+    v = min(128, triton.next_power_of_2(job.v))
+    by_row = Join(1, v, min(_MOST_AT_ONCE, held.BLOCK))
+    combine = _combine(job, held, made, by_row)
+    # First a small launch waits for its index.
+    small = target.launch_seconds + ROUND_TRIP_SECONDS + _joining(job, by_row, 1)
+    yield Candidate((attend, combine), seconds + small, reason, temps)
+    if why := _not_joined(job, slots):
+        yield Declined(f"splits joined by the last program: {why}")
+        return
+    rows = min(tile.m, triton.next_power_of_2(job.tokens * job.group))
+    fit = max(1, _JOINED * tile.warps * target.warp // (rows * v))
+    most = min(by_row.AT_ONCE, 8) if target.name.startswith("hip") else by_row.AT_ONCE
+    join = Join(rows, v, min(fit, most))
+    folded = {"parts": made, "arrivals": arrivals_of(target, "arrived"), "join": join}
+    once = replace(whole, args={**whole.args, **folded}, writes=(Result(0), *written))
+    last = target.arrival_seconds + _joining(job, join, triton.cdiv(job.v, v))
+    counters = {"arrived": blocks * job.kv_heads * lanes}
+    reason = f"{reason}, which the last joins"
+    yield Candidate((once,), seconds + last, reason, temps, counters)
 
 
-def _combine(job: Attention, splits: Splits) -> Call:
+def _not_joined(job: Attention, slots: int) -> str:
+    """Why no program that attends joins splits too; empty where one may."""
+    wide = max(job.keys.D, job.v) > 256 and job.values is not None
+    if job.node.target.name.startswith("hip") and (wide or slots > 1 and job.variant.WINDOW):
+        return "its masks, which are scalars, would spill"
+    return ""
+
+
+def _combine(job: Attention, splits: Splits, parts: Parts, join: Join) -> Call:
+    """The launch that joins splits, a program for each row and some of its dims."""
     assert job.pages
-    block = min(128, max(1, 8192 // splits.BLOCK), triton.next_power_of_2(job.v))
     args = {
-        "sums": Temp("sums"),
-        "tops": Temp("tops"),
-        "totals": Temp("totals"),
+        "parts": parts,
         "pages": job.pages._replace(table=None),
         "variant": job.variant,
         "splits": splits,
+        "join": join,
         "out": Result(0),
         "HEADS": job.heads,
-        "V": job.v,
-        "BLOCK_V": block,
     }
-    grid = (job.tokens, job.heads, triton.cdiv(job.v, block))
+    grid = (job.tokens, job.heads, triton.cdiv(job.v, join.V))
     return Call(combine_kernel, args, grid, (Result(0),))
+
+
+def _joining(job: Attention, join: Join, steps: int) -> float:
+    """Seconds that a program waits for tops, and then for splits, so many at once in each of its
+    steps, of a short context. A long one takes longer."""
+    context = min(job.context, _SHORT_CONTEXT)
+    splits = splits_of(context, _split(job), _STEADY)
+    return (1 + steps * triton.cdiv(splits, join.AT_ONCE)) * ROUND_TRIP_SECONDS
 
 
 def padded(size: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand
 from ..rowwise.rows import Pages
 from .attend import Keys, Query, Variant
@@ -37,7 +39,7 @@ def _rows(index: int, x: Operand, d: int) -> Keys:
     return Keys(Arg(index), x.strides[-3], x.strides[-2], d, padded(d))
 
 
-def attention(query: KernelQuery) -> Candidate | Declined:
+def attention(query: KernelQuery) -> Iterable[Candidate | Declined] | Declined:
     """attention(q, k, v, sinks?), and with paged caches cached_attention(q, k_cache, v_cache,
     slots, positions, page_table, sinks?)."""
     pages = pages_of(query, 1)

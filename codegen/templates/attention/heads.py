@@ -11,7 +11,6 @@ import triton.language as tl
 
 from ....compiler.types import TensorType
 from ...kernel_query import Call, Candidate, Declined, KernelQuery, Temp
-from ...prices import LAUNCH_SECONDS
 from ..gemm.epilogue import epilogue_of
 from ..gemm.linear import normed_products
 from ..pdl import pdl_wait
@@ -172,7 +171,7 @@ def project_heads(query: KernelQuery) -> Iterator[Candidate | Declined]:
     tokens, n = query.args[0].shape[0], query.args[1].shape[0]
     parts = range(len(query.attrs["heads"]))
     rest = tuple(_parts_call(query, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
-    more = 8 * tokens * n / query.target.bytes_per_second + len(rest) * LAUNCH_SECONDS
+    more = 8 * tokens * n / query.target.bytes_per_second + len(rest) * query.target.launch_seconds
     into = ", written into the cache" if query.append else ""
     epilogue = epilogue_of(query, Temp("y"), n)
     reason = f"the product in f32{{note}}; then norms and rotation of all heads{into}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import triton
 import triton.language as tl
 
@@ -106,7 +108,7 @@ def mla_latent(query: KernelQuery) -> Candidate | Declined:
 # ---- mla_attention, cached_mla_attention: all heads share the one row that a token has
 
 
-def mla_attention(query: KernelQuery) -> Candidate | Declined:
+def mla_attention(query: KernelQuery) -> Iterable[Candidate | Declined] | Declined:
     """mla_attention(q_latent, q_pe, latent), and with a paged cache cached_mla_attention(q_latent,
     q_pe, cache, slots, positions, page_table)."""
     pages = pages_of(query, 2)

@@ -13,7 +13,7 @@ from math import prod
 
 from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand, Result, even_step
 from ...price_table import Launched
-from ...prices import LAUNCH_SECONDS, NORMED, gemm_seconds
+from ...prices import NORMED, gemm_seconds
 from ..rowwise.norms import row_step
 from .epilogue import Epilogue, epilogue_of
 from .product import Norm, Product, Rows, Variant
@@ -57,7 +57,7 @@ def candidates(
                 product.heads * product.weight.N,
                 product.weight.K,
             )
-            seconds = len(given.calls) * LAUNCH_SECONDS + gemm_seconds(
+            seconds = len(given.calls) * query.target.launch_seconds + gemm_seconds(
                 query.target, answer.kernel, priced, weight_bytes, other, packed=product.packed
             )
             described = reason.format(name=answer.name, held=held, note=given.note)

@@ -129,8 +129,14 @@ def choose(sums, choice, token):
     chosen = tl.where(column < K, 0, GROUPS * choice.SIZE + column - K)
     weight = tl.zeros([choice.COLUMNS], tl.float32)
     for j in range(K):
-        best = lane_of(tl.max(order, 0))
-        weight = tl.where(column == j, tl.sum(tl.where(lane == best, scores, 0.0), 0), weight)
+        first = tl.max(order, 0)
+        best = lane_of(first)
+        if choice.correction is None:
+            # Keys are those of scores, which are not negative: their bits.
+            score = (first >> 16).to(tl.int32).to(tl.float32, bitcast=True)
+        else:
+            score = tl.sum(tl.where(lane == best, scores, 0.0), 0)
+        weight = tl.where(column == j, score, weight)
         chosen = tl.where(column == j, best // SIZE2 * choice.SIZE + best % SIZE2, chosen)
         order = tl.where(lane == best, taken, order)
     if choice.NORMALIZE:

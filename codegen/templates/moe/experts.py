@@ -15,7 +15,7 @@ from ....compiler.dtypes import DTYPES
 from ....compiler.target import Target
 from ....compiler.types import TensorType
 from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Result, Temp
-from ...prices import CHUNK_SECONDS, LAUNCH_SECONDS, MULTIPLIED_PER_SECOND, unpacking_seconds
+from ...prices import CHUNK_SECONDS, MULTIPLIED_PER_SECOND, unpacking_seconds
 from ..gemm.epilogue import epilogue_of
 from ..gemm.product import Rows
 from ..gemm.weight import weight_of
@@ -23,6 +23,7 @@ from .experts_kernels import (
     combine_kernel,
     count_kernel,
     expert_gemv_kernel,
+    expert_sum_kernel,
     grouped_gemm_kernel,
     place_kernel,
 )
@@ -148,35 +149,62 @@ def _gemms(query: KernelQuery, have: _Experts) -> tuple[dict[str, Any], dict[str
 
 
 def few(query: KernelQuery) -> Candidate | Declined:
-    """Three launches: every choice's hidden columns, its part, and every token's sum of parts."""
+    """Two launches: every choice's hidden columns, and every token's sum of their products."""
     have = _read(query)
     if isinstance(have, Declined):
         return have
-    gate_up, down = query.args[3:5]
-    dtype = query.args[0].type.dtype
-    calls: list[Call] = []
-    for gemm, held in zip(_gemms(query, have), (gate_up, down), strict=True):
-        tile = _gemv_tile(gemm["weight"].K, held)
-        calls.append(
-            Call(
-                expert_gemv_kernel,
-                {**gemm, "indices": Arg(2), **tile},
-                (have.choices, triton.cdiv(gemm["N"], tile["ROWS"]), 1),
-                (gemm["epilogue"].y,),
-                num_warps=_THREADS // query.target.warp,
-            )
-        )
-    moved = have.choices * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second
-    computed = have.choices * (_unpacking(gate_up, query.target) + _unpacking(down, query.target))
-    return Candidate(
-        (*calls, _combined(query, have)),
-        max(moved, computed) + 3 * LAUNCH_SECONDS,
-        f"{have.choices} choices, each reads its expert",
-        {
-            "hidden": TensorType(dtype, (have.choices, have.inner)),
-            "parts": TensorType(dtype, (have.choices, have.width)),
-        },
+    held_in, held_out = query.args[3:5]
+    gate_up, down = _gemms(query, have)
+    threads = {"num_warps": _THREADS // query.target.warp}
+    tile = _gemv_tile(have.width, held_in)
+    hidden = Call(
+        expert_gemv_kernel,
+        {**gate_up, "indices": Arg(2), **tile},
+        (have.choices, triton.cdiv(have.inner, tile["ROWS"]), 1),
+        (Temp("hidden"),),
+        **threads,
     )
+    tile = _gemv_tile(have.inner, held_out)
+    choices = _choices_at_once(have.k, tile["ROWS"])
+    rows = tile["ROWS"] // choices
+    summed = Call(
+        expert_sum_kernel,
+        {
+            "x": down["x"],
+            "indices": Arg(2),
+            "weights": Arg(1),
+            "weight": down["weight"],
+            "bias": query.ref("down_bias"),
+            "residual": query.ref("residual"),
+            "out": Result(0),
+            "K": have.k,
+            "N": have.width,
+            "STEP": have.residual_step,
+            "CHOICES": choices,
+            "ROWS": rows,
+            "BLOCK": tile["BLOCK"],
+        },
+        (have.tokens, triton.cdiv(have.width, rows), 1),
+        (Result(0),),
+        **threads,
+    )
+    moved = have.choices * (_of_one(held_in) + _of_one(held_out)) / query.target.bytes_per_second
+    computed = have.choices * sum(_unpacking(w, query.target) for w in (held_in, held_out))
+    return Candidate(
+        (hidden, summed),
+        max(moved, computed) + 2 * query.target.launch_seconds,
+        f"{have.choices} choices, each reads its expert",
+        {"hidden": TensorType(query.args[0].type.dtype, (have.choices, have.inner))},
+    )
+
+
+def _choices_at_once(k: int, rows: int) -> int:
+    """How many of `k` choices share the `rows` rows of a tile: a power of two, as many as waste at
+    most a third."""
+    at_once = min(triton.next_power_of_2(k), rows)
+    while triton.cdiv(k, at_once) * at_once > 4 * k / 3:
+        at_once //= 2
+    return at_once
 
 
 def many(query: KernelQuery) -> Candidate | Declined:
@@ -271,7 +299,7 @@ def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
     elements = (gate_up.type.numel + down.type.numel) / have.count
     multiplied = 2 * tiles * tokens * elements / MULTIPLIED_PER_SECOND
     sorting = triton.cdiv(have.choices, _CHUNK) * CHUNK_SECONDS
-    return max(read, unpacked, multiplied) + sorting + 5 * LAUNCH_SECONDS
+    return max(read, unpacked, multiplied) + sorting + 5 * query.target.launch_seconds
 
 
 TEMPLATES = {"experts": (few, many)}

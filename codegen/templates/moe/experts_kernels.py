@@ -1,7 +1,8 @@
 """Kernels of a mixture's experts: for few tokens, for many, and the sum of a token's parts.
 
 Few tokens: every choice is a GEMV with its own expert's rows; no sort, no padding. The choices of a
-token run beside each other: one after the other each would wait for memory.
+token run beside each other: one after the other each would wait for memory. So that the second GEMV
+is their sum, too, a program of it has a few columns of several choices.
 
 Many tokens: choices are sorted by expert on the device, then a grouped GEMM. Nothing is counted on
 the host: the grids are as large as any choice may need, and programs past the last tile return. A
@@ -47,12 +48,58 @@ def expert_gemv_kernel(
         pair = tl.arange(0, 2 * ROWS)
         of_pair = tl.program_id(1) * ROWS + pair // 2
         both = expert * weight.N + (pair % 2) * N + of_pair
-        sums = rows_times(weight, both, of_pair < N, row, 2 * ROWS, BLOCK)
+        sums = rows_times(weight, both, of_pair < N, row, False, 2 * ROWS, BLOCK)
         total, up = tl.split(tl.reshape(sums, (ROWS, 2)))
     else:
-        total = rows_times(weight, rows, inside, row, ROWS, BLOCK)
+        total = rows_times(weight, rows, inside, row, False, ROWS, BLOCK)
         up = total
     finish(epilogue, epilogue.y, total, up, choice, column, rows, inside, inside, N)
+
+
+@triton.jit
+def expert_sum_kernel(
+    x,
+    indices,
+    weights,
+    weight,
+    bias,
+    residual,
+    out,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    STEP: tl.constexpr,
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """out [T, N] = sum over j of weights[t, j] · part[t·K + j] + residual[t], in f32: a part is the
+    choice's row of x times its expert's weight, with its bias.
+
+    A program computes ROWS columns of one token, CHOICES of the K at once; `x` are Rows, residual's
+    are STEP apart.
+    """
+    pdl_wait(PROGRAMMATIC)
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, CHOICES * ROWS)
+    column = tl.program_id(1) * ROWS + lane % ROWS
+    total = tl.zeros([ROWS], tl.float32)
+    for first in tl.static_range(0, K, CHOICES):
+        j = first + lane // ROWS
+        live = (j < K) & (column < N)
+        choice = token * K + j
+        rows = tl.load(indices + choice, mask=j < K, other=0).to(tl.int64) * weight.N + column
+        row = x.data + choice * x.STEP
+        part = rows_times(weight, rows, live, row, True, CHOICES * ROWS, BLOCK)
+        if bias is not None:
+            part += tl.load(bias + rows, mask=live, other=0).to(tl.float32)
+        part *= tl.load(weights + choice, mask=j < K, other=0).to(tl.float32)
+        total += tl.sum(tl.reshape(part, (CHOICES, ROWS)), 0)
+    at = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = at < N
+    if residual is not None:
+        total += tl.load(residual + token * STEP + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

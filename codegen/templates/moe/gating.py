@@ -1,8 +1,9 @@
-"""Gates of mixtures of experts: one launch a token, two for few tokens, more for many."""
+"""Gates of mixtures of experts: one launch for few tokens or two, more for many."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -10,7 +11,8 @@ import triton.language as tl
 
 from ....compiler.types import TensorType
 from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Ref, Result, Temp
-from ...prices import LAUNCH_SECONDS, PICK_SECONDS, PROGRAM_BYTES, SHARED_BYTES
+from ...prices import PICK_SECONDS, PROGRAM_BYTES, ROUND_TRIP_SECONDS, SHARED_BYTES
+from ..arrival import arrivals_of
 from ..rowwise.norms import input_rows, rows_call
 from .choose import Choice
 from .gating_kernels import (
@@ -168,20 +170,26 @@ def one_launch(query: KernelQuery) -> Candidate | Declined:
     read = gate.weight.nbytes
     seconds = max(read / PROGRAM_BYTES, gate.tokens * read / SHARED_BYTES)
     return Candidate(
-        (call,), seconds + gate.seconds_to_choose + LAUNCH_SECONDS, "a program a token, whole"
+        (call,),
+        seconds + gate.seconds_to_choose + query.target.launch_seconds,
+        "a program a token, whole",
     )
 
 
-def few_tokens(query: KernelQuery) -> Candidate | Declined:
-    """Two launches: sixteen experts and a chunk of the columns a program, then the choice."""
+def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
+    """Sixteen experts and a chunk of the columns a program, and the choice: by the last program of
+    a token, or in a launch of its own."""
     gate = _Gate(query)
     if declined := gate.declined():
-        return declined
+        yield declined
+        return
     assert isinstance(gate.choice, Choice)
     if gate.tokens > _FEW:
-        return Declined(f"{gate.tokens} tokens, expected at most {_FEW}")
-    chunks = triton.cdiv(gate.width, _CHUNK)
+        yield Declined(f"{gate.tokens} tokens, expected at most {_FEW}")
+        return
+    target, chunks = query.target, triton.cdiv(gate.width, _CHUNK)
     grid = (gate.tokens, triton.cdiv(gate.count, 16), chunks)
+    logits = Temp("logits")
     product = Call(
         token_partials_kernel,
         {
@@ -189,23 +197,37 @@ def few_tokens(query: KernelQuery) -> Candidate | Declined:
             "router": gate.router(),
             "n": gate.n,
             "s": gate.s,
-            "partials": Temp("logits"),
+            "partials": logits,
+            "choice": None,
+            "arrivals": None,
             "tokens": gate.tokens,
+            "PARTS": chunks,
             "ROW_BLOCK": _ROW_BLOCK,
         },
         grid,
-        (Temp("logits"), *gate.results_of_rows),
+        (logits, *gate.results_of_rows),
         num_stages=gate.stages,
     )
-    choosing = _choosing(Temp("logits"), gate.choice, gate.tokens, gate.count, chunks)
-    # Each program reads its token's rows before it starts.
-    rows = len(gate.results_of_rows) * gate.width * 4 / PROGRAM_BYTES
-    return Candidate(
-        (product, choosing),
-        query.seconds(2) + rows + gate.seconds_to_choose,
-        f"the product in {grid[1]} x {chunks} parts a token",
-        {"logits": TensorType("f32", (chunks, gate.tokens, gate.count))},
+    folded = {"choice": gate.choice, "arrivals": arrivals_of(target, "arrived")}
+    whole = replace(
+        product,
+        args={**product.args, **folded},
+        writes=(*product.writes, Result(0), Result(1)),
     )
+    # Each program reads its token's rows before it starts; the partials are read once more.
+    rows = len(gate.results_of_rows) * gate.width * 4 / PROGRAM_BYTES
+    seconds = query.seconds(1) + rows + gate.seconds_to_choose + ROUND_TRIP_SECONDS
+    temps = {"logits": TensorType("f32", (chunks, gate.tokens, gate.count))}
+    reason = f"the product in {grid[1]} x {chunks} parts a token"
+    yield Candidate(
+        (whole,),
+        seconds + target.arrival_seconds,
+        f"{reason}, of which the last chooses",
+        temps,
+        {"arrived": gate.tokens},
+    )
+    choosing = _choosing(logits, gate.choice, gate.tokens, gate.count, chunks)
+    yield Candidate((product, choosing), seconds + target.launch_seconds, reason, temps)
 
 
 def many_tokens(query: KernelQuery) -> Candidate | Declined:

@@ -1,7 +1,8 @@
 """Kernels of a mixture's gate: the router's GEMM over normed rows, and the choice.
 
 However many tokens there are, K is summed in chunks of CHUNK columns, BLOCK at a time, and chunks
-in order: in one program or, where tokens are few, each in one of its own (split-K).
+in order: in one program or, where tokens are few, each in one of its own (split-K). Of those the
+last to arrive may choose.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..arrival import last_to_arrive
 from ..pdl import pdl_wait
 from ..rowwise.row_norm import normed, scales_of_row, store_row, summed
 from .choose import choose, experts_in_lanes
@@ -73,12 +75,36 @@ def gate_kernel(rows, router, choice, n, s, ROW_BLOCK: tl.constexpr, PROGRAMMATI
 
 
 @triton.jit
+def _choose_by_parts(logits, choice, token, tokens, STEP: tl.constexpr, PARTS: tl.constexpr):
+    """The choice of one token (i64), by logits that lie in PARTS parts [PARTS, tokens, E] to be
+    summed in order; rows are STEP apart."""
+    expert, present = experts_in_lanes(choice)
+    total = tl.zeros([choice.GROUPS2 * choice.SIZE2], tl.float32)
+    for part in tl.static_range(PARTS):
+        row = logits + (token + part * tokens) * STEP
+        held = tl.load(row + expert, mask=present, other=0, cache_modifier=".cg")
+        total += held.to(tl.float32)
+    choose(total, choice, token)
+
+
+@triton.jit
 def token_partials_kernel(
-    rows, router, n, s, partials, tokens, ROW_BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr
+    rows,
+    router,
+    n,
+    s,
+    partials,
+    choice,
+    arrivals,
+    tokens,
+    PARTS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
-    """partials f32 [chunks, tokens, COUNT]: one token, sixteen experts, one chunk of the columns.
+    """partials f32 [PARTS, tokens, COUNT]: one token, sixteen experts, one chunk of the columns.
 
     Every program takes the norm of its token for itself; those of the first experts store n and s.
+    With `arrivals` [tokens] the last of a token makes its choice.
     """
     pdl_wait(PROGRAMMATIC)
     COUNT: tl.constexpr = router.COUNT
@@ -94,6 +120,10 @@ def token_partials_kernel(
     if tl.program_id(1) == 0:
         stop = first + router.CHUNK
         store_row(rows, token, post_scale, scale, n, s, first, stop, router.WIDTH, router.BLOCK)
+    if arrivals is not None:
+        count = tl.num_programs(1) * PARTS
+        if last_to_arrive(arrivals, token, count):
+            _choose_by_parts(partials, choice, token, tokens, COUNT, PARTS)
 
 
 @triton.jit
@@ -136,13 +166,7 @@ def tile_logits_kernel(
 def choose_kernel(
     logits, choice, tokens, STEP: tl.constexpr, PARTS: tl.constexpr, PROGRAMMATIC: tl.constexpr
 ):
-    """The choice of one token, by logits that lie in PARTS parts [PARTS, tokens, E] to be summed in
-    order; rows are STEP apart."""
+    """A program a token: see _choose_by_parts."""
     pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
-    expert, present = experts_in_lanes(choice)
-    total = tl.zeros([choice.GROUPS2 * choice.SIZE2], tl.float32)
-    for part in tl.static_range(PARTS):
-        row = logits + (token + part * tokens) * STEP
-        total += tl.load(row + expert, mask=present, other=0).to(tl.float32)
-    choose(total, choice, token)
+    _choose_by_parts(logits, choice, token, tokens, STEP, PARTS)

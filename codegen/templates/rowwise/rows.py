@@ -19,7 +19,6 @@ from ...kernel_query import (
     Result,
     dense_strides,
 )
-from ...prices import LAUNCH_SECONDS
 from ..pdl import pdl_wait
 
 _BLOCK = 1024
@@ -75,7 +74,7 @@ def _looked_up(query: KernelQuery, table: int, index: int) -> Candidate | Declin
         (Result(0),),
     )
     moved = 2 * query.results[0].nbytes
-    seconds = moved / query.target.bytes_per_second + LAUNCH_SECONDS
+    seconds = moved / query.target.bytes_per_second + query.target.launch_seconds
     return Candidate((call,), seconds, "a program a row")
 
 
@@ -152,7 +151,7 @@ def kv_append(query: KernelQuery) -> Candidate | Declined:
             return Declined(f"rows {rows.type} or cache {cache.type} are not dense")
     calls = [_append_call(query, count, range(i, min(i + 2, count))) for i in range(0, count, 2)]
     moved = 2 * sum(a.nbytes for a in query.args[count : 2 * count])
-    seconds = moved / query.target.bytes_per_second + len(calls) * LAUNCH_SECONDS
+    seconds = moved / query.target.bytes_per_second + len(calls) * query.target.launch_seconds
     return Candidate(tuple(calls), seconds, "a program a token")
 
 
