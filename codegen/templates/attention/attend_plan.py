@@ -180,7 +180,8 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
 def _not_joined(job: Attention, slots: int) -> str:
     """Why no program that attends joins splits too; empty where one may."""
     wide = max(job.keys.D, job.v) > 256 and job.values is not None
-    if job.node.target.name.startswith("hip") and (wide or slots > 1 and job.variant.WINDOW):
+    bounds = job.variant.WINDOW and (slots > 1 or job.rest is not None)
+    if job.node.target.name.startswith("hip") and (wide or bounds):
         return "its masks, which are scalars, would spill"
     return ""
 
