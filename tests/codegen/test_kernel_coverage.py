@@ -32,6 +32,7 @@ from ingot.compiler.ops.attention import cached_attention, kv_append
 from ingot.compiler.ops.collective import all_gather
 from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.linear import linear
+from ingot.compiler.ops.mla import cached_mla_attention
 from ingot.compiler.target import target_of
 from ingot.compiler.types import TensorType
 from kernel_checks import Given, Packed, Weight, check_node, graph_of_node, run_node
@@ -155,6 +156,12 @@ def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:
     routing = {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32", "logits": "f32"}
     yield moe_gating, (torch.randn(1, 64), Weight(torch.randn(8, 64))), routing
     yield kv_append, (paged, empty(bf16, 4, 8, 128), *index(4)), {}
+    # A launch of its own joins splits: on AMD within a window, on NVIDIA where there are many.
+    windowed = {"scale": 0.1, "window": 512}
+    yield cached_attention, (empty(bf16, 4, 32, 128), paged, paged, *index(4)), windowed
+    query = (empty(bf16, 1, 128, 512), empty(bf16, 1, 128, 64))
+    latent = empty(bf16, 1024, 64, 576)
+    yield cached_mla_attention, (*query, latent, *index(1)), {"scale": 0.05}
 
 
 @cache
