@@ -168,7 +168,8 @@ def test_a_large_product_stays_after(group: int, monkeypatch: pytest.MonkeyPatch
     """By its bytes as it is held."""
     weight = held(BF16, 96, group)
     size = N * 96 * 2 if not group else 48 * 64 + 48 // 16 * 64
-    for most, count in ((size, 1), (size - 1, 2)):
+    # A fiftieth of a launch more: prices are compared to the nanosecond.
+    for most, count in ((size, 1), (size - size // 50, 2)):
         monkeypatch.setattr(prices, "NORM_WITHIN_BYTES", most)
         args = (torch.randn(2, 96).to(BF16), weight)
         lowered = check_node(linear, args, normed(96, BF16), tolerance=ALLOWED[BF16])

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from ingot.compiler.ops.feed import feed
 from ingot.runtime.driver import LAUNCHES, Array, DeviceFailedError, WeightLoader
 from ingot.runtime.program import STEP, Buffer, Entry, Function, Program, Spec
 from ingot.runtime.serving.abi import FED, sampling_inputs
@@ -198,6 +196,10 @@ class FakeExecutable:
             inputs = left | dict(inputs)
         found = self._compute(entry, inputs, outputs)
         if self.functions[function].fed:
+            # Only here: an ingot is served without torch.
+            import torch
+            from ingot.compiler.ops.feed import feed
+
             given = [torch.from_numpy(np.array(inputs[name])) for name in feed.required[:6]]
             rest = [torch.from_numpy(np.array(inputs[name])) for name in feed.required[7:]]
             nexts = feed.reference(*given, torch.from_numpy(self._tokens), *rest)

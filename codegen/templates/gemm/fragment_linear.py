@@ -58,14 +58,14 @@ def unpacked(codes):
     first, second = gl.inline_asm_elementwise(
         """{
         .reg .b32 b, c, d, e;
-        shf.r.wrap.b32 b, $4, $4, 6;
-        shl.b32 c, $4, 6;
-        shl.b32 d, $4, 4;
-        shr.b32 e, $4, 4;
         and.b32 $0, $4, 0x81C081C0;
+        shf.r.wrap.b32 b, $4, $4, 6;
         and.b32 $1, b, 0x81C081C0;
+        shl.b32 c, $4, 6;
         and.b32 $2, c, 0x81C081C0;
+        shl.b32 d, $4, 4;
         and.b32 d, d, 0x81808180;
+        shr.b32 e, $4, 4;
         and.b32 e, e, 0x00400040;
         or.b32 $3, d, e;
         }""",
@@ -261,19 +261,19 @@ def fragment_kernel(
     acc1 = gl.zeros([W, 16, 8], gl.float32, layout=mma)
     for i in range(STEPS):
         start = i * (W * T * 128)
+        inside = start + column < K
+        offsets = token * x.STEP + start + column
+        # x comes first, and is raised, not the weight of the norm: that way 128 registers do.
+        xs = raised(gl.load(x.data + offsets, mask=inside & (token < tokens), other=0.0))
+        if norm is not None:
+            gain = gl.load(norm.weight + start + column, mask=inside, other=0.0)
+            xs = times(xs, gain)
         w, s = _weights(step_codes, step_scales, W, T)
         # The next step's weights are asked for before this one's are used.
         code = (i + 1) * (W * T * 1024) + at_code
         step_codes = gl.load(code_base + code, mask=code < TILES * 1024, other=0)
         scale = (i + 1) * (W * T * 64) + at_scale
         step_scales = gl.load(scale_base + scale, mask=scale < TILES * 64, other=127)
-        inside = start + column < K
-        offsets = token * x.STEP + start + column
-        # x is raised, not the weight of the norm: that way 128 registers do.
-        xs = raised(gl.load(x.data + offsets, mask=inside & (token < tokens), other=0.0))
-        if norm is not None:
-            gain = gl.load(norm.weight + start + column, mask=inside, other=0.0)
-            xs = times(xs, gain)
         acc0 = _sums(w, _in_groups(xs, W, T), s, acc0, la, lb, mma, W, T * 4)
         if BLOCKS == 2:
             offsets = (token + 8) * x.STEP + start + column
