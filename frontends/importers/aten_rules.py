@@ -371,6 +371,17 @@ def _masked_fill(im: Im, x: Value, mask: Value, value: Any) -> Value:
     return im.emit(pointwise.where, mask, im.to_dtype(value, x.type.dtype), x)
 
 
+@_rule("index_put")
+def _index_put(im: Im, x: Value, indices: Any, value: Any, accumulate: bool = False) -> Value | Any:
+    """x[mask] = number: a mask of x's shape, and one number for all that it has."""
+    one = isinstance(value, Value) and value.type.rank == 0
+    if accumulate or len(indices) != 1 or not isinstance(mask := indices[0], Value) or not one:
+        return NotImplemented
+    if mask.type.dtype != "bool" or mask.type.shape != x.type.shape:
+        return NotImplemented
+    return im.emit(pointwise.where, mask, im.to_dtype(value, x.type.dtype), x)
+
+
 @_rule("clamp clamp_min clamp_max")
 def _clamp(im: Im, x: Value, *bounds: Any, min: Any = None, max: Any = None) -> Any:
     which = str(im.node.target).split(".")[1]

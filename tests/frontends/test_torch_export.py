@@ -244,6 +244,7 @@ ARITHMETIC = Table(
         "where": lambda m, i: torch.where(m > 0, m, -m),
         "where with numbers": lambda m, i: torch.where(m > 0, m, 0.5) + torch.where(m > 0, 1, m),
         "masked_fill": lambda m, i: m.masked_fill(i > 1, float("-inf")),
+        "a number where a mask says": lambda m, i: torch.index_put(m, [m > 0.5], torch.tensor(2.0)),
         "masked_fill by a tensor": lambda m, i: m.masked_fill(i > 1, torch.tensor(2.0)),
         "bools": lambda m, i: ((m > 0) & (i > 1), (m > 0) | (i > 1), ~(m > 0)),
         "bits": lambda m, i: (i & 1, i | 2, ~i),
