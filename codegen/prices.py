@@ -12,12 +12,11 @@ from ..compiler.target import Target
 from .price_table import Launched, table_of
 
 # Fraction of the bandwidth at which a GEMM kernel reads its weight, by kernel and whether the
-# weight is MXFP4. Measured: fragments 0.50 (13 MB) to 0.69 (62 MB); GEMV 0.71 (34 MB) to 0.95
+# weight is MXFP4. Measured: fragments 0.30 (9 MB) to 0.41 (53 MB); GEMV 0.71 (34 MB) to 0.95
 # (1.2 GB), of one token; narrow tiles 0.72-0.95 dense, 0.28-0.40 in MXFP4, where unpacking bounds
-# them. Estimated: square tiles, and all of AMD's. The stream has not run on a device in this form:
-# its price is such that it is chosen where a table has it measured (`ingot tune`), and only there.
+# them; the stream 0.52 (9 MB) to 0.82 (53 MB). Estimated: square tiles, and all of AMD's.
 GEMM_BANDWIDTH = {
-    ("fragments", True): 0.65,
+    ("fragments", True): 0.4,
     ("gemv", False): 0.85,
     ("mfma", False): 0.65,
     ("mfma", True): 0.65,
@@ -25,7 +24,7 @@ GEMM_BANDWIDTH = {
     ("narrow", True): 0.35,
     ("square", False): 0.5,
     ("square", True): 0.25,
-    ("stream", True): 0.05,
+    ("stream", True): 0.7,
 }
 # Ends the name of a kernel, in tables of measured prices, that norms its input itself.
 NORMED = " normed"
