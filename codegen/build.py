@@ -111,6 +111,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ingot" / "kernels"
 
 
+# Registers of a multiprocessor, and the most that a thread may have, on NVIDIA.
+_REGISTERS, _MOST_REGISTERS = 65536, 255
+
+
+def _part_of_registers(source: KernelSource, target: Target) -> int:
+    """How many a thread may take, so that as many programs fit as are to be resident."""
+    threads = source.num_warps * target.warp * (source.resident or 1)
+    return min(_MOST_REGISTERS, _REGISTERS // threads) if source.resident else _MOST_REGISTERS
+
+
+def _part_of_shared(source: KernelSource, target: Target) -> int:
+    """The bytes of shared memory of which one program more than are to be resident does not fit."""
+    if source.resident is None or not target.name.startswith("cuda"):
+        return 0
+    return -(-target.shared_bytes // (128 * (source.resident + 1))) * 128
+
+
 def compiled(source: KernelSource, target: Target, registers: int | None = None) -> Any:
     """What triton.compile makes of `source` for `target`; BuildError where it fails.
 
@@ -126,8 +143,8 @@ def compiled(source: KernelSource, target: Target, registers: int | None = None)
     }
     if source.programmatic:
         options["launch_pdl"] = True
-    most = registers or source.registers
-    if most and backend == "cuda":
+    most = registers or _part_of_registers(source, target)
+    if backend == "cuda" and most < _MOST_REGISTERS:
         options["maxnreg"] = most
     name = source.function.__name__
     try:
@@ -135,10 +152,6 @@ def compiled(source: KernelSource, target: Target, registers: int | None = None)
     except Exception as error:  # Triton raises whatever its passes raise
         cause = f"{type(error).__name__}: {error}"
         raise BuildError(f"kernel {name} for {target.name}: {cause}") from error
-
-
-# Registers of a multiprocessor, and the most that a thread may have, on NVIDIA.
-_REGISTERS, _MOST_REGISTERS = 65536, 255
 
 
 def build_one(source: KernelSource, target: Target) -> Built:
@@ -164,7 +177,7 @@ def _build(source: KernelSource, target: Target, registers: int | None = None) -
         _check_pdl_wait(source.function.__name__, target, text)
     facts = {
         "name": made.metadata.name,
-        "shared": made.metadata.shared,
+        "shared": max(made.metadata.shared, _part_of_shared(source, target)),
         **_assembly_facts(text, backend),
         **_resources(binary, text, backend),
     }

@@ -260,7 +260,7 @@ class KernelBackend:
             call.num_warps,
             call.num_stages,
             call.overlaps and self.target.name.startswith("cuda"),
-            call.registers,
+            call.resident,
         )
 
 

@@ -137,8 +137,9 @@ class Call:
     writes; it reads the others, but for Counters, which are its own. `overlaps` says whether the
     launches around it may overlap it where the target has that: tiles for many tokens keep the
     device to themselves. `priced` is under what the launch stands in a table of measured prices.
-    `registers` is the most that a thread may take on NVIDIA, where so many programs shall fit on a
-    multiprocessor; None leaves it to ptxas.
+    `resident` is how many programs a multiprocessor of NVIDIA's holds at once, of launches that
+    overlap too: each takes such a part of its registers and shared memory (see templates.pdl). None
+    leaves it to what the kernel needs.
     """
 
     function: Any
@@ -149,7 +150,7 @@ class Call:
     num_stages: int = 2
     overlaps: bool = True
     priced: Launched | None = None
-    registers: int | None = None
+    resident: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """`args` in the order of the function's parameters, with run-time numbers marked."""

@@ -63,7 +63,8 @@ class KernelSource:
 
     An argument is an Argument (the kind of a run-time parameter and what is promised of it), a
     constant, or a NamedTuple of both. `programmatic` says that the kernel waits for the launches
-    before it by itself. Two sources are equal when they make equal code.
+    before it by itself, `resident` how many programs a multiprocessor holds (kernel_query.Call).
+    Two sources are equal when they make equal code.
     """
 
     function: Any = field(compare=False)
@@ -72,7 +73,7 @@ class KernelSource:
     num_stages: int
     programmatic: bool
     key: str
-    registers: int | None = None
+    resident: int | None = None
 
     @classmethod
     def of(
@@ -82,7 +83,7 @@ class KernelSource:
         num_warps: int,
         num_stages: int,
         programmatic: bool,
-        registers: int | None = None,
+        resident: int | None = None,
     ) -> KernelSource:
         """ValueError where the parameters of `function` are not just those given.
 
@@ -106,7 +107,7 @@ class KernelSource:
             num_stages,
             programmatic and PROGRAMMATIC in names,
             key,
-            registers,
+            resident,
         )
 
     def _leaves(self) -> Iterator[tuple[tuple[int, ...], str, Any]]:
@@ -135,7 +136,7 @@ class KernelSource:
     def hash(self, target: str) -> str:
         """The content hash of what would be built for `target`."""
         facts = (triton.__version__, target, self.function.__name__, self.key, self.arguments)
-        rest = (self.num_warps, self.num_stages, self.programmatic, self.registers)
+        rest = (self.num_warps, self.num_stages, self.programmatic, self.resident)
         return hashlib.sha256(repr((*facts, *rest)).encode()).hexdigest()
 
     def ast_source(self) -> ASTSource:

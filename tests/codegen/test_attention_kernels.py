@@ -96,6 +96,17 @@ def test_sinks(context: int, window: int) -> None:
         check_node(cached_attention, args, {"sinks": sinks, "scale": 0.3, "window": window})
 
 
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_a_program_on_every_multiprocessor(slots: int) -> None:
+    """So that launches overlap on NVIDIA, also where there is less to do; not on AMD."""
+    places = [(slot, 70 * slot) for slot in range(slots)]
+    args = _args(batch(places, 64, 10, slots=8), 8, 2, 16, 16, torch.bfloat16)
+    for target, spread in (("cuda:sm_90", True), ("hip:gfx942", False)):
+        lowered = check_node(cached_attention, args, {"scale": 0.3}, target)
+        ((launch,),) = (e.launches for e in lowered.program.functions["step"].entries)
+        assert (launch.grid == (132, 1, 1)) == spread
+
+
 def test_verification_of_drafts_beside_other_slots() -> None:
     places = chunks((1, 130, 5), (0, 63, 3), (-1, 0, 2), (2, 0, 4))
     args = _args(batch(places, 64, 3), 4, 2, 16, 16, torch.float32)

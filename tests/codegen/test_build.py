@@ -83,6 +83,21 @@ def test_registers_are_bounded_where_a_number_is_given() -> None:
     assert ".maxnreg" not in build_module.compiled(source(64), SM_90).asm["ptx"]
 
 
+@pytest.mark.parametrize(("warps", "most"), [(8, 128), (4, None)])
+def test_resident_programs_share_a_multiprocessor(
+    warps: int, most: int | None, tmp_path: Path
+) -> None:
+    """Two fit on it, by registers and shared memory, and a third does not, however small."""
+    pair = replace(source(64), num_warps=warps, resident=2)
+    text = build_module.compiled(pair, SM_90).asm["ptx"]
+    assert (f".maxnreg {most}" in text) if most else (".maxnreg" not in text)
+    (kernel,) = build([pair], SM_90, cache=tmp_path).values()
+    # A block's own kilobyte is taken from the 228 as well.
+    assert 2 * (kernel.shared + 1024) <= 228 << 10 < 3 * (kernel.shared + 1024)
+    (other,) = build([pair], target_of("hip:gfx942"), cache=tmp_path).values()
+    assert other.shared == 0
+
+
 def test_equal_sources_are_built_once_and_then_read(tmp_path: Path) -> None:
     first, asked = built([source(32), source(64), source(32)], tmp_path)
     assert asked == 2 and first[0] is first[2]

@@ -170,6 +170,8 @@ CUresult cuModuleGetFunction(CUfunction *out, CUmodule module, const char *name)
 CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, int value) {
     ENTER(1);
     WANT(function, handle, FUNCTION);
+    if (attribute == CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT)
+        return value == CU_SHAREDMEM_CARVEOUT_MAX_SHARED ? OK : MISUSE("%s: carveout %d", __func__, value);
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value > MAX_SHARED)
         return MISUSE("%s: attribute %d to %d", __func__, (int)attribute, value);
     function->shared_allowed = value;

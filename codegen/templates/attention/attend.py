@@ -221,7 +221,9 @@ def attend_kernel(
     join,
     tokens,
     context,
+    blocks,
     lanes,
+    parts_each,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -236,11 +238,12 @@ def attend_kernel(
     pages of a multiple of BLOCK_N; without them there is one sequence of `context` rows, of which
     the tokens are the last.
 
-    Program (block, head · lanes + lane, part): the lane takes every lanes-th slot that the block's
-    rows are of (SLOTS at most), the part every parts-th split. With one split the context is not
-    split and `out` [T, H, V] is the result. Otherwise what the splits make are `parts`, for
-    combine_kernel or, with `arrivals` [blocks · heads · lanes], for the last program of a block and
-    lane, which joins them: of M rows, the others being no tokens'.
+    Program ((part · heads + head) · lanes + lane) · blocks + block: the lane takes every lanes-th
+    slot that the block's rows are of (SLOTS at most), the part every `parts_each`-th split; those
+    beyond do nothing. With one split the context is not split and `out` [T, H, V] is the result.
+    Otherwise what the splits make are `parts`, for combine_kernel or, with `arrivals`
+    [blocks · heads · lanes], for the last program of a block and lane, which joins them: of M rows,
+    the others being no tokens'.
     """
     pdl_wait(PROGRAMMATIC)
     SPLITS: tl.constexpr = splits.COUNT
@@ -248,16 +251,18 @@ def attend_kernel(
     V: tl.constexpr = keys.D if values is None else values.D
     BLOCK_V: tl.constexpr = keys.BLOCK if values is None else values.BLOCK
     # The last rows have the longest contexts: they begin first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // lanes
-    lane = tl.program_id(1) % lanes
-    part = tl.program_id(2)
-    strides = tl.num_programs(2)
+    program = tl.program_id(0)
+    block = blocks - 1 - program % blocks
+    groups = blocks * (HEADS // GROUP) * lanes
+    group = program % groups
+    kv_head = group // blocks // lanes
+    lane = group // blocks % lanes
+    part = program // groups
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
-    real = token < tokens
+    real = (token < tokens) & (part < parts_each)
     if pages is not None:
         slot_of = tl.load(pages.slots + token, mask=real, other=-1)
         at = tl.load(pages.positions + token, mask=real, other=0)
@@ -292,15 +297,15 @@ def attend_kernel(
         if query_rest is not None:
             q_rest = _part_of_queries(query_rest, token_at, head, mine)
 
-        # The splits [low, high) hold what the rows see; of these every `strides`-th is this part's.
+        # The splits [low, high) hold what the rows see; every `parts_each`-th is this part's.
         low = first * 0
         high = first * 0 + 1
         if SPLITS > 1:
             index = tl.arange(0, splits.BLOCK)
             low = tl.sum((split_start(index + 1, splits) <= first).to(tl.int32), 0)
             high = tl.sum((split_start(index, splits) <= last).to(tl.int32), 0)
-            low += (part - low % strides + strides) % strides
-        for split in range(low, high, strides):
+            low += (part - low % parts_each + parts_each) % parts_each
+        for split in range(low, high, parts_each):
             begin = first // BLOCK_N * BLOCK_N
             end = last + 1
             if SPLITS > 1:
@@ -369,8 +374,10 @@ def attend_kernel(
                 tl.store(parts.sums + to[:, None] * V + dim_v[None, :], acc, mask=stored)
 
     if arrivals is not None:
-        group = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        if last_to_arrive(arrivals, group, strides):
+        joins = part < parts_each
+        if joins:
+            joins = last_to_arrive(arrivals, group, parts_each)
+        if joins:
             _join_rows(
                 parts,
                 pages,

@@ -12,6 +12,7 @@ from ....compiler.types import TensorType
 from ...kernel_query import Call, Candidate, Declined, KernelQuery, Result, Temp
 from ...prices import ROUND_TRIP_SECONDS
 from ..arrival import arrivals_of
+from ..pdl import spread
 from ..rowwise.rows import Pages
 from .attend import (
     Join,
@@ -30,11 +31,11 @@ from .attend import (
 _FEW_TOKENS = 64
 _SPLIT_BYTES = 256 << 20
 _FEW_ROWS = 16
-# Programs that keep every multiprocessor of the largest device busy; more would mostly be of slots
-# and splits that a batch has not, and would leave again after a microsecond or two.
+# Programs that keep every compute unit of AMD's devices busy; more would mostly be of slots and
+# splits that a batch has not, and would leave again after a microsecond or two.
 _PROGRAMS = 512
-# Splits double their length after every so many; see attend.split_start.
-_STEADY = 32
+# Positions in a first split. They double after every so many splits; see attend.split_start.
+_SPLIT, _STEADY = 64, 32
 # Numbers of splits that a thread loads at once where it joins them, and splits at most.
 _JOINED, _MOST_AT_ONCE = 64, 16
 # Positions of a context by which joining is priced: what a step of decoding mostly has.
@@ -106,15 +107,17 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
     blocks = triton.cdiv(job.tokens * job.group, tile.m)
     slots = _slots(job, tile)
     # A program for every slot that a block may meet, while that does not crowd the device.
-    lanes = max(1, min(slots, _PROGRAMS // (blocks * job.kv_heads)))
-    parts = max(1, min(splits, _PROGRAMS // (blocks * job.kv_heads * lanes)))
+    most = _most_programs(job)
+    lanes = max(1, min(slots, most // (blocks * job.kv_heads)))
+    parts = max(1, min(splits, most // (blocks * job.kv_heads * lanes)))
+    programs, resident = spread(job.node.target, blocks * job.kv_heads * lanes * parts)
     shape = (job.tokens, job.heads, splits)
     temps = {
         "sums": TensorType("f32", (*shape, job.v)),
         "tops": TensorType("f32", shape),
         "totals": TensorType("f32", shape),
     }
-    held = Splits(splits, _split(job), _STEADY, triton.next_power_of_2(splits))
+    held = Splits(splits, _SPLIT, _STEADY, triton.next_power_of_2(splits))
     made = Parts(*map(Temp, temps), job.v)
     whole = Call(
         attend_kernel,
@@ -132,18 +135,21 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
             "join": None,
             "tokens": job.tokens,
             "context": job.context,
+            "blocks": blocks,
             "lanes": lanes,
+            "parts_each": parts,
             "HEADS": job.heads,
             "GROUP": job.group,
             "SLOTS": 1 if slots == 1 else tile.m,
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
         },
-        (blocks, job.kv_heads * lanes, parts),
+        (programs, 1, 1),
         (Result(0),),
         num_warps=tile.warps,
         num_stages=tile.stages,
         overlaps=tile.m <= _FEW_ROWS,
+        resident=resident if tile.m <= _FEW_ROWS else None,
     )
     target = job.node.target
     seconds = _seconds(job) + target.launch_seconds
@@ -206,7 +212,7 @@ def _joining(job: Attention, join: Join, steps: int) -> float:
     """Seconds that a program waits for tops, and then for splits, so many at once in each of its
     steps, of a short context. A long one takes longer."""
     context = min(job.context, _SHORT_CONTEXT)
-    splits = splits_of(context, _split(job), _STEADY)
+    splits = splits_of(context, _SPLIT, _STEADY)
     return (1 + steps * triton.cdiv(splits, join.AT_ONCE)) * ROUND_TRIP_SECONDS
 
 
@@ -215,22 +221,22 @@ def padded(size: int) -> int:
     return max(_LEAST, triton.next_power_of_2(size))
 
 
-def _split(job: Attention) -> int:
-    """Positions in a first split: the fewer blocks a token has, the shorter."""
-    blocks = job.kv_heads * triton.cdiv(job.group, _FEW_ROWS)
-    return 128 if blocks >= 8 else 64
-
-
 def _few(job: Attention) -> bool:
     """Whether blocks are small and contexts split."""
-    splits = splits_of(job.context, _split(job), _STEADY)
+    splits = splits_of(job.context, _SPLIT, _STEADY)
     small = 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES
     return job.pages is not None and job.tokens <= _FEW_TOKENS and small
 
 
+def _most_programs(job: Attention) -> int:
+    """On NVIDIA one a multiprocessor, so that launches overlap (templates.pdl)."""
+    target = job.node.target
+    return target.multiprocessors if target.name.startswith("cuda") else _PROGRAMS
+
+
 def _splits(job: Attention) -> int:
     """How many splits; 1 where the context stays whole."""
-    return splits_of(job.context, _split(job), _STEADY) if _few(job) else 1
+    return splits_of(job.context, _SPLIT, _STEADY) if _few(job) else 1
 
 
 def _slots(job: Attention, tile: Tile) -> int:

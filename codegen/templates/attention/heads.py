@@ -13,7 +13,7 @@ from ....compiler.types import TensorType
 from ...kernel_query import Call, Candidate, Declined, KernelQuery, Temp
 from ..gemm.epilogue import epilogue_of
 from ..gemm.linear import normed_products
-from ..pdl import pdl_wait
+from ..pdl import pdl_wait, spread
 from ..rowwise.rows import append_pages, append_refs, cache_row
 from .rope import Rotation
 
@@ -51,7 +51,7 @@ class Product(NamedTuple):
 @triton.jit
 def heads_kernel(product, part_0, part_1, part_2, rotation, pages, PROGRAMMATIC: tl.constexpr):
     """Up to three HeadParts of one token; program_id(1) counts through the blocks of one after the
-    other."""
+    other, and then through programs that do nothing."""
     pdl_wait(PROGRAMMATIC)
     token = tl.program_id(0).to(tl.int64)
     row = token
@@ -204,6 +204,8 @@ def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
     )
     eps = attrs.get("head_eps") or 0.0
     product = Product(Temp("y"), query.ref("bias"), n, attrs.get("norm_of", "head"), eps)
+    tokens, blocks = query.args[0].shape[0], sum(p.BLOCKS for p in held)
+    programs, resident = spread(query.target, tokens * blocks)
     return Call(
         heads_kernel,
         {
@@ -212,8 +214,9 @@ def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
             "rotation": rotation,
             "pages": append_pages(query),
         },
-        (query.args[0].shape[0], sum(p.BLOCKS for p in held), 1),
+        (tokens, programs // tokens, 1),
         tuple(ref for p in held for ref in (p.out, p.cache) if ref is not None),
+        resident=resident,
     )
 
 

@@ -31,6 +31,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ...kernel_query import Call, Declined
+from ..pdl import RESIDENT
 from .epilogue import finish
 from .fragment_linear import raised, times
 from .product import GemmLaunch, Product
@@ -39,8 +40,6 @@ from .product import GemmLaunch, Product
 _STEP = gl.constexpr(2176)
 _CODES = gl.constexpr(2048)
 _REST = gl.constexpr(4611686018427387904.0)  # 2^62
-# Two programs of eight warps fit on a multiprocessor.
-_MOST_REGISTERS = 128
 # Steps on their way before the launch before has ended.
 _PACE = 2
 # The most tokens, and the most tiles times tokens whose sums a pass holds.
@@ -604,7 +603,7 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
             (shares["PROGRAMS"], 1, 1),
             (product.epilogue.y,),
             num_warps=shares["W"],
-            registers=_MOST_REGISTERS,
+            resident=RESIDENT * 8 // shares["W"],
         )
         yield GemmLaunch(call, "stream", "a stream of fragments for few tokens")
 
