@@ -120,7 +120,7 @@ def test_a_padded_tile_takes_nothing_from_what_lies_beside_it() -> None:
 def test_a_wait_that_is_too_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales = drawn(64, 2048)
     short = lambda steps: f"cp.async.wait_group {steps + 1}; mov.b32 $0, 0;"  # noqa: E731
-    monkeypatch.setattr(mxfp4_stream, "_on_their_way", short)
+    monkeypatch.setattr(mxfp4_stream, "on_their_way", short)
     x = torch.ones(1, 2048).to(BF16)
     # Without the waits that pace the first fill, which are too short as well.
     assert not error(stream(x, codes, scales, AHEAD=False), x, codes, scales) < 0.1

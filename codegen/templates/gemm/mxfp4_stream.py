@@ -35,212 +35,27 @@ from ..pdl import RESIDENT
 from .epilogue import finish
 from .fragment_linear import raised, times
 from .product import GemmLaunch, Product
+from .stream_asm import (
+    CODE_BYTES,
+    REST,
+    STEP_BYTES,
+    copy_step,
+    folded,
+    four_words,
+    group_sums,
+    number_at,
+    on_their_way,
+    put,
+    statement,
+    sum_over,
+    word_at,
+)
 
-# Bytes of a warp's step, and of its codes.
-_STEP = gl.constexpr(2176)
-_CODES = gl.constexpr(2048)
-_REST = gl.constexpr(4611686018427387904.0)  # 2^62
 # Steps on their way before the launch before has ended.
 _PACE = 2
 # The most tokens, and the most tiles times tokens whose sums a pass holds.
 _MOST_TOKENS = 8
 _MOST_SUMS = 16
-
-
-@gluon.jit
-def _statement(code: gl.constexpr, thread):
-    """What `code` does, which sets the i32 $0."""
-    return gl.inline_asm_elementwise(code, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.constexpr_function
-def _on_their_way(steps):
-    """Waits until at most so many of the lane's steps are."""
-    return f"cp.async.wait_group {steps}; mov.b32 $0, 0;"
-
-
-@gluon.constexpr_function
-def _copies(ragged):
-    lines = ["{ .reg .pred p, a, b, c; setp.ne.b32 p, $5, 0;"]
-    if ragged:
-        lines += ["and.b32 $0, $6, 1; setp.eq.b32 a, $0, 0;"]
-        lines += ["and.b32 $0, $6, 2; setp.eq.b32 b, $0, 0;"]
-        lines += ["and.b32 $0, $6, 4; setp.eq.b32 c, $0, 0;"]
-    first, second, scale = (", a", ", b", ", c") if ragged else ("", "", "")
-    lines += [
-        f"@p cp.async.cg.shared.global [$1], [$3], 16{first};",
-        f"@p cp.async.cg.shared.global [$1+512], [$3+512], 16{first};",
-        f"@p cp.async.cg.shared.global [$1+1024], [$3+1024], 16{second};",
-        f"@p cp.async.cg.shared.global [$1+1536], [$3+1536], 16{second};",
-        f"@p cp.async.ca.shared.global [$2], [$4], 4{scale};",
-        "cp.async.commit_group; mov.b32 $0, 0; }",
-    ]
-    return "\n".join(lines)
-
-
-@gluon.jit
-def _copy(codes_to, scales_to, codes, scales, there, parts, RAGGED: gl.constexpr):
-    """This lane's part of a step: 4 x 16 bytes of codes, 4 of scales. Always a group of copies,
-    empty where the step is not `there`. Of a RAGGED weight `parts` says which there are: bits 0 and
-    1 the tiles, 2 the scales; zeros stand for the others."""
-    return gl.inline_asm_elementwise(
-        _copies(RAGGED),
-        "=&r,r,r,l,l,r,r",
-        [codes_to, scales_to, codes, scales, there, parts],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _four_words(at):
-    """Four words of shared memory."""
-    return gl.inline_asm_elementwise(
-        "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
-        "=r,=r,=r,=r,r",
-        [at],
-        dtype=(gl.int32,) * 4,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _word(at):
-    return gl.inline_asm_elementwise(
-        "ld.shared.b32 $0, [$1];", "=r,r", [at], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _number(at):
-    return _word(at).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _put(at, number, there):
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.b32 $0, 0; }",
-        "=r,r,f,r",
-        [at, number, there],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.constexpr_function
-def _butterfly(distances):
-    adds = [
-        f"shfl.sync.bfly.b32 t, $0, {distance}, 31, 0xffffffff; add.f32 $0, $0, t;"
-        for distance in distances
-    ]
-    return "\n".join(["{ .reg .f32 t; mov.b32 $0, $1;", *adds, "}"])
-
-
-@gluon.jit
-def _sum_over(number, DISTANCES: gl.constexpr):
-    """The sum over the lanes whose numbers differ from this one's by sums of DISTANCES."""
-    return gl.inline_asm_elementwise(
-        _butterfly(DISTANCES), "=&f,f", [number], dtype=gl.float32, is_pure=False, pack=1
-    )
-
-
-@gluon.constexpr_function
-def _group_text(sums):
-    """Both words' codes as bf16, and two mma: with eight `sums` onto four each, else onto all."""
-    lines = ["{ .reg .b32 t, u, a0, a1, a2, a3, b0, b1, b2, b3;"]
-    for word, to in ((f"${sums}", "a"), (f"${sums + 1}", "b")):
-        lines += [
-            f"and.b32 {to}0, {word}, 0x81C081C0;",
-            f"shf.r.wrap.b32 t, {word}, {word}, 6; and.b32 {to}1, t, 0x81C081C0;",
-            f"shl.b32 t, {word}, 6; and.b32 {to}2, t, 0x81C081C0;",
-            f"shl.b32 t, {word}, 4; and.b32 t, t, 0x81808180;",
-            f"shr.b32 u, {word}, 4; and.b32 u, u, 0x00400040; or.b32 {to}3, t, u;",
-        ]
-    for i in range(2):
-        a, b, x = 2 * i, 2 * i + 1, sums + 2 + 2 * i
-        into = 4 * i if sums == 8 else 0
-        before = into if sums == 4 and i else sums + 6 + into
-        to, onto = (",".join(f"${first + j}" for j in range(4)) for first in (into, before))
-        lines += [
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
-            f"{{{to}}}, {{a{a},b{a},a{b},b{b}}}, {{${x},${x + 1}}}, {{{onto}}};",
-        ]
-    return "\n".join([*lines, "}"])
-
-
-@gluon.constexpr_function
-def _group_constraints(sums):
-    return ",".join(["=&f"] * sums + ["r"] * 6 + ["f"] * sums)
-
-
-@gluon.jit
-def _group(upper, lower, x, sums):
-    """`sums`, one accumulator of four or two, and the products of 32 columns: `upper` is the word
-    of row r, `lower` that of row r + 8 (see compiler.ops.mxfp4_fragments), `x` four pairs of bf16.
-    """
-    return gl.inline_asm_elementwise(
-        _group_text(len(sums)),
-        _group_constraints(len(sums)),
-        (upper, lower) + x + sums,
-        dtype=(gl.float32,) * len(sums),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _scale(word, BYTE: gl.constexpr):
-    """The scale in a byte: 0 stands for 2^-127, which is subnormal; 255, NaN, gives infinity."""
-    if BYTE == 3:
-        bits = (word >> 1) & 0x7F800000
-    else:
-        bits = (word << (23 - 8 * BYTE)) & 0x7F800000
-    return gl.maximum(bits, 0x00400000).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _of_quad(word, place):
-    """The word of the lane at `place` among the four of the same r."""
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;",
-        "=r,r,r",
-        [word, place],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _folded(total, sums, scale, q, SET: gl.constexpr, T: gl.constexpr):
-    """`total`, of rows r (first two) and r + 8, and the sums of a set, scaled.
-
-    A lane has columns 2q and 2q + 1 of the sums: two tokens of one group, or two groups. Its word
-    of scales is that of groups 2q and 2q + 1 of its rows.
-    """
-    if len(sums) == 8:
-        a, b, c, d = sums[0] + sums[4], sums[1] + sums[5], sums[2] + sums[6], sums[3] + sums[7]
-    else:
-        a, b, c, d = sums
-    if T == 1:
-        upper = total[0] + a * _scale(scale, 0) + b * _scale(scale, 1)
-        lower = total[2] + c * _scale(scale, 2) + d * _scale(scale, 3)
-        result = (upper, total[1], lower, total[3])
-    else:
-        if T == 2:
-            word = _of_quad(scale, (q >> 1) + 2 * SET) >> ((q & 1) * 8)
-        elif T == 4:
-            word = _of_quad(scale, q * 0 + SET) >> ((q >> 1) * 8)
-        else:
-            word = _of_quad(scale, q * 0 + SET // 2) >> (SET % 2 * 8)
-        upper = _scale(word, 0)
-        lower = _scale(word, 2)
-        result = (total[0] + a * upper, total[1] + b * upper)
-        result = result + (total[2] + c * lower, total[3] + d * lower)
-    return result
 
 
 @gluon.jit
@@ -350,7 +165,7 @@ def _next_turn(
 
 @gluon.jit
 def _parts_there(block, warp, q, s: gl.constexpr, S: gl.constexpr, W: gl.constexpr, TILES):
-    """Which parts of a step there are, for `_copy`."""
+    """Which parts of a step there are, for `copy_step`."""
     first = ((block * W + warp) * S + s) * 2
     both = (first < TILES).to(gl.int32) + (first + 1 < TILES).to(gl.int32) * 2
     return both + (first + (q >> 1) < TILES).to(gl.int32) * 4
@@ -388,7 +203,7 @@ def stream_kernel(
     ACROSS: gl.constexpr = 2 * S * W
     BLOCKS: gl.constexpr = (TILES + ACROSS - 1) // ACROSS
     RAGGED: gl.constexpr = TILES % ACROSS != 0
-    RING: gl.constexpr = W * DEPTH * _STEP
+    RING: gl.constexpr = W * DEPTH * STEP_BYTES
     PART: gl.constexpr = MOST * W * T * 64
     SQUARES: gl.constexpr = W * T * 4
     # Shared memory: the ring; of two passes the sums [tile, warp, 16, T] and the squares [warp, T];
@@ -402,28 +217,28 @@ def stream_kernel(
 
     thread = gl.arange(0, 32 * W, layout=one_each)
     if PROGRAMMATIC:
-        _statement("griddepcontrol.launch_dependents; mov.b32 $0, 0;", thread)
+        statement("griddepcontrol.launch_dependents; mov.b32 $0, 0;", thread)
         if not AHEAD:
-            _statement("griddepcontrol.wait; mov.b32 $0, 0;", thread)
+            statement("griddepcontrol.wait; mov.b32 $0, 0;", thread)
     memory = gl.allocate_shared_memory(
         gl.int32, [LINES, 32 * W], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     # Without a use of Triton's own the symbol would not be there. It is the only allocation.
     memory.index(LINES - 1).store(thread)
-    base = _statement("mov.b32 $0, global_smem;", thread)
+    base = statement("mov.b32 $0, global_smem;", thread)
     lane = thread & 31
     warp = thread >> 5
     r = lane >> 2
     q = lane & 3
-    ring = base + warp * (DEPTH * _STEP) + lane * 16
-    ring_scales = base + warp * (DEPTH * _STEP) + _CODES + lane * 4
+    ring = base + warp * (DEPTH * STEP_BYTES) + lane * 16
+    ring_scales = base + warp * (DEPTH * STEP_BYTES) + CODE_BYTES + lane * 4
     sums = base + RING + warp * (T * 64) + (r * T + q * 2 % T) * 4
     program = gl.program_id(0)
     first = program * DOWN // PROGRAMS
     last = (program + 1) * DOWN // PROGRAMS
     steps = (last - first) * (BLOCKS * S)
 
-    codes = weight.data.to(gl.int64) + (warp * (S * _CODES) + lane * 16).to(gl.int64)
+    codes = weight.data.to(gl.int64) + (warp * (S * CODE_BYTES) + lane * 16).to(gl.int64)
     of_lane = warp * (S * 128) + (q >> 1) * 64 + r * 8 + (q & 1) * 4
     scales = weight.scales.to(gl.int64) + of_lane.to(gl.int64)
     at = first * TILES
@@ -434,14 +249,14 @@ def stream_kernel(
     for turn in gl.static_range(DEPTH // S):
         for s in gl.static_range(S):
             if AHEAD and turn * S + s >= PACE:
-                _statement(_on_their_way(PACE - 1), thread)
+                statement(on_their_way(PACE - 1), thread)
             parts = thread
             if RAGGED:
                 parts = _parts_there(block, warp, q, s, S, W, TILES)
-            _copy(
-                ring + (turn * S + s) * _STEP,
-                ring_scales + (turn * S + s) * _STEP,
-                codes + at.to(gl.int64) * 1024 + s * _CODES,
+            copy_step(
+                ring + (turn * S + s) * STEP_BYTES,
+                ring_scales + (turn * S + s) * STEP_BYTES,
+                codes + at.to(gl.int64) * 1024 + s * CODE_BYTES,
                 scales + at.to(gl.int64) * 64 + s * 128,
                 thread * 0 + (turn * S + s < steps).to(gl.int32),
                 parts,
@@ -451,7 +266,7 @@ def stream_kernel(
             at, tile, block, count, left, TILES, ACROSS, BLOCKS, MOST
         )
     if PROGRAMMATIC and AHEAD:
-        _statement("griddepcontrol.wait; mov.b32 $0, 0;", thread)
+        statement("griddepcontrol.wait; mov.b32 $0, 0;", thread)
 
     place = gl.expand_dims(gl.arange(0, 32 * W, layout=gl.SliceLayout(1, eight_each)), 1)
     eight = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, eight_each)), 0)
@@ -461,17 +276,17 @@ def stream_kernel(
     none = (zero, zero, zero, zero)
     if T <= 2:
         none = none + none
-    _statement(_on_their_way(DEPTH - 1), thread)
-    upper0 = _four_words(ring)
-    lower0 = _four_words(ring + 512)
-    upper1 = _four_words(ring + 1024)
-    lower1 = _four_words(ring + 1536)
-    scale = _word(ring_scales)
+    statement(on_their_way(DEPTH - 1), thread)
+    upper0 = four_words(ring)
+    lower0 = four_words(ring + 512)
+    upper1 = four_words(ring + 1024)
+    lower1 = four_words(ring + 1536)
+    scale = word_at(ring_scales)
     squares = zero
     if BLOCKS == 1:
         xs, squares = _block(x, norm, 0, r, column, of_x, TOKENS, T, W, S, K, one_each)
         if norm is not None:
-            squares = _sum_over(squares, _same_token(T))
+            squares = sum_over(squares, _same_token(T))
     place = 0
     done = 0
     side = 0
@@ -492,10 +307,10 @@ def stream_kernel(
                     parts = thread
                     if RAGGED:
                         parts = _parts_there(block, warp, q, s, S, W, TILES)
-                    _copy(
-                        ring + place * _STEP,
-                        ring_scales + place * _STEP,
-                        codes + at.to(gl.int64) * 1024 + s * _CODES,
+                    copy_step(
+                        ring + place * STEP_BYTES,
+                        ring_scales + place * STEP_BYTES,
+                        codes + at.to(gl.int64) * 1024 + s * CODE_BYTES,
                         scales + at.to(gl.int64) * 64 + s * 128,
                         thread * 0 + (done + DEPTH < steps).to(gl.int32),
                         parts,
@@ -512,38 +327,38 @@ def stream_kernel(
                     c = none
                     for g in gl.static_range(8):
                         if g == 4:
-                            _statement(_on_their_way(DEPTH - 1), thread)
-                            upper0 = _four_words(ring + place * _STEP)
-                            lower0 = _four_words(ring + place * _STEP + 512)
+                            statement(on_their_way(DEPTH - 1), thread)
+                            upper0 = four_words(ring + place * STEP_BYTES)
+                            lower0 = four_words(ring + place * STEP_BYTES + 512)
                         if g < 4:
-                            c = _group(upper0[g], lower0[g], xs[8 * s + g], c)
+                            c = group_sums(upper0[g], lower0[g], xs[8 * s + g], c)
                         else:
-                            c = _group(upper1[g - 4], lower1[g - 4], xs[8 * s + g], c)
+                            c = group_sums(upper1[g - 4], lower1[g - 4], xs[8 * s + g], c)
                         if g % G == G - 1:
-                            total = _folded(total, c, scale, q, g // G, T)
+                            total = folded(total, c, scale, q, g // G, T)
                             c = none
-                    upper1 = _four_words(ring + place * _STEP + 1024)
-                    lower1 = _four_words(ring + place * _STEP + 1536)
-                    scale = _word(ring_scales + place * _STEP)
+                    upper1 = four_words(ring + place * STEP_BYTES + 1024)
+                    lower1 = four_words(ring + place * STEP_BYTES + 1536)
+                    scale = word_at(ring_scales + place * STEP_BYTES)
                 for i in gl.static_range(4):
                     if T > 1 or i % 2 == 0:
                         number = total[i]
                         if T <= 2:
-                            number = _sum_over(number, (1, 2))
+                            number = sum_over(number, (1, 2))
                         elif T == 4:
-                            number = _sum_over(number, (2,))
+                            number = sum_over(number, (2,))
                         # Token i % 2 of the lane's two, row r or r + 8.
                         where = to + (i % 2 + i // 2 * 8 * T) * 4
                         if b > 0:
-                            number += _number(where)
-                        _put(where, number, (q * 2 < T).to(gl.int32))
+                            number += number_at(where)
+                        put(where, number, (q * 2 < T).to(gl.int32))
                 to += W * T * 64
         if norm is not None:
             if BLOCKS > 1:
-                squares = _sum_over(squares, _same_token(T))
+                squares = sum_over(squares, _same_token(T))
             mine = (q == 0) & (r < T)
-            _put(of_pass + (warp * T + r % T) * 4, squares, mine.to(gl.int32))
-        _statement("bar.sync 0; mov.b32 $0, 0;", thread)
+            put(of_pass + (warp * T + r % T) * 4, squares, mine.to(gl.int32))
+        statement("bar.sync 0; mov.b32 $0, 0;", thread)
         for i in gl.static_range((MOST * T * ROWS + 32 * W - 1) // (32 * W)):
             at_sum = i * (32 * W) + thread
             of_tile = at_sum // (T * ROWS)
@@ -554,15 +369,15 @@ def stream_kernel(
             sum_ = zero
             up = zero
             for k in gl.static_range(W):
-                sum_ += _number(from_ + k * (64 * T))
+                sum_ += number_at(from_ + k * (64 * T))
                 if weight.HALVED:
-                    up += _number(from_ + k * (64 * T) + 32 * T)
-            sum_ *= _REST
-            up *= _REST
+                    up += number_at(from_ + k * (64 * T) + 32 * T)
+            sum_ *= REST
+            up *= REST
             if norm is not None:
                 rms = zero
                 for k in gl.static_range(W):
-                    rms += _number(of_pass + (k * T + of_y) * 4)
+                    rms += number_at(of_pass + (k * T + of_y) * 4)
                 rms = gl.rsqrt(rms / K + norm.EPS)
                 sum_ *= rms
                 up *= rms
