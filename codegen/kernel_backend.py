@@ -278,7 +278,8 @@ def operand(place: Place, constants: Container[str] = ()) -> Operand:
         case Slice():
             strides = place.strides or dense_strides(place.shape)
             type_ = TensorType(place.dtype, place.shape)
-            return Operand(type_, strides, constant=place.buffer in constants)
+            aligned = place.offset % _VECTOR == 0
+            return Operand(type_, strides, constant=place.buffer in constants, aligned=aligned)
         case PackedSlice():
             codes, scales = (TensorType(s.dtype, s.shape) for s in (place.codes, place.scales))
             packed = Packed(codes, scales, place.group, place.fragments)

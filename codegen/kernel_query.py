@@ -39,7 +39,7 @@ class Operand:
 
     `strides` are in elements. `value` is set for a literal: a number, no memory. `packed` is set
     for a weight that is held in MXFP4: then only its codes and scales are in memory. What no launch
-    writes is `constant`.
+    writes is `constant`. `aligned` says that it begins at a multiple of 16 bytes.
     """
 
     type: TensorType
@@ -47,6 +47,7 @@ class Operand:
     value: bool | int | float | None = None
     packed: Packed | None = None
     constant: bool = False
+    aligned: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -26,6 +26,8 @@ GEMM_BANDWIDTH = {
     ("square", True): 0.25,
     ("stream", True): 0.7,
 }
+# The same of the stream of few tokens' experts (estimated).
+EXPERTS_BANDWIDTH = 0.6
 # Ends the name of a kernel, in tables of measured prices, that norms its input itself.
 NORMED = " normed"
 # Bytes of a weight at which a norm within its GEMM costs as much as a launch of so many seconds
@@ -37,6 +39,8 @@ NORM_WITHIN_BYTES, NORM_LAUNCH_SECONDS = 16 << 20, 1e-6
 # Codes that a device unpacks in a second in kernels that do little else: about 20 a clock and SM;
 # by scaled conversions an instruction of 64 lanes unpacks 128 (estimated).
 UNPACKED_PER_SECOND = {False: 4e12, True: 12e12}
+# The same of the stream of experts: 4096 codes take a warp 300 instructions (estimated).
+STREAMED_PER_SECOND = 12e12
 # Flops a second that tiles of a grouped GEMM reach, roughly.
 MULTIPLIED_PER_SECOND = 3e14
 # Bytes a second that one program, and that all together, get of what others read too.

@@ -25,36 +25,40 @@ from ..dtypes import FLOATS
 from ..ir import Op, Sample, free
 from ..microscaling import decode
 from ..torch_types import torch_dtype
-from ..types import TensorType, Types, VerifyError
+from ..types import Dim, TensorType, Types, VerifyError
 from .mxfp4 import mxfp4
 
 ROWS, COLUMNS, GROUP = 16, 128, 32
 
 
-def _tiled(rows: int, columns: int) -> Types:
+def _tiled(rows: int, columns: int, *experts: Dim) -> Types:
     """Codes and scales of a weight in tiles; the last tiles may be filled up with zeros."""
-    tiles = -(-rows // ROWS), -(-columns // COLUMNS)
+    tiles = *experts, -(-rows // ROWS), -(-columns // COLUMNS)
     sizes = ROWS * COLUMNS // 2, ROWS * COLUMNS // GROUP
     return tuple(TensorType("u8", (*tiles, size)) for size in sizes)
 
 
-# ---- mxfp4_fragments: codes u8 [N, K/2] and scales u8 [N, K/32] -> both in tiles
+# ---- mxfp4_fragments: codes u8 [N, K/2] and scales u8 [N, K/32] -> both in tiles; with experts,
+# [E, N, …], each by itself: [E, tiles down, tiles across, bytes of a tile]
 
 
 def _infer(codes: TensorType, scales: TensorType, *, gated: bool = False) -> Types:
     name = "mxfp4_fragments"
     sizes = (*codes.shape, *scales.shape)
-    if codes.rank != 2 or scales.rank != 2 or not all(isinstance(d, int) for d in sizes):
-        raise VerifyError(f"{name}: expected codes and scales of two dims, found {codes}, {scales}")
-    n, half, rows, blocks = (int(d) for d in sizes)
-    if (codes.dtype, scales.dtype) != ("u8", "u8") or n != rows or 2 * half != GROUP * blocks:
+    if not 2 <= codes.rank == scales.rank <= 3 or not all(isinstance(d, int) for d in sizes):
+        raise VerifyError(
+            f"{name}: expected codes and scales of two dims, or three, found {codes}, {scales}"
+        )
+    (*experts, n, half), (*others, rows, blocks) = codes.shape, scales.shape
+    same = experts == others and n == rows and 2 * half == GROUP * blocks
+    if (codes.dtype, scales.dtype) != ("u8", "u8") or not same:
         raise VerifyError(
             f"{name}: expected codes u8 [N, K/2] and scales u8 [N, K/{GROUP}], "
             f"found {codes} and {scales}"
         )
-    if gated and n % ROWS:
+    if gated and int(n) % ROWS:
         raise VerifyError(f"{name}: expected gate and up rows in eights, found {n} rows")
-    return _tiled(n, 2 * half)
+    return _tiled(int(n), 2 * int(half), *experts)
 
 
 def _ordered(x: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -75,6 +79,9 @@ def _half_words(codes: torch.Tensor) -> torch.Tensor:
 def _reference(
     codes: torch.Tensor, scales: torch.Tensor, *, gated: bool = False
 ) -> tuple[torch.Tensor, ...]:
+    if codes.ndim == 3:
+        each = [_reference(*expert, gated=gated) for expert in zip(codes, scales, strict=True)]
+        return tuple(map(torch.stack, zip(*each, strict=True)))
     down, across = -(-codes.shape[0] // ROWS), -(-2 * codes.shape[1] // COLUMNS)
     codes, scales = _ordered(codes, gated), _ordered(scales, gated)
     rows = down * ROWS - codes.shape[0]
@@ -100,6 +107,7 @@ mxfp4_fragments = Op(
     samples=(
         Sample((_type(32, 128), _type(32, 8)), {"gated": True}, high=256),
         Sample((_type(19, 48), _type(19, 3)), high=256),
+        Sample((_type(3, 32, 80), _type(3, 32, 5)), {"gated": True}, high=256),
     ),
 )
 
@@ -107,7 +115,11 @@ mxfp4_fragments = Op(
 def unpacked(
     codes: torch.Tensor, scales: torch.Tensor, n: int, k: int, gated: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `mxfp4_fragments` was given, codes u8 [n, k/2] and scales u8 [n, k/32]."""
+    """What `mxfp4_fragments` was given, codes u8 [..., n, k/2] and scales u8 [..., n, k/32]."""
+    if codes.ndim == 4:
+        each = [unpacked(*expert, n, k, gated) for expert in zip(codes, scales, strict=True)]
+        both = zip(*each, strict=True)
+        return torch.stack(next(both)), torch.stack(next(both))
     down, across = codes.shape[:2]
     parts = codes.view(down, across, 2, 8, 4, 4, 4).to(torch.int64)
     halves = parts[..., 0::2] | parts[..., 1::2] << 8  # low, high
@@ -127,8 +139,8 @@ def unpacked(
     return found[0], found[1]
 
 
-# ---- mxfp4_tiled: codes and scales in tiles -> numbers [rows, columns], as `mxfp4` of what
-# `mxfp4_fragments` was given
+# ---- mxfp4_tiled: codes and scales in tiles -> numbers [rows, columns], or [E, rows, columns], as
+# `mxfp4` of what `mxfp4_fragments` was given
 
 
 def _tiled_infer(
@@ -145,11 +157,12 @@ def _tiled_infer(
             f"mxfp4_tiled: expected a float dtype, columns in groups of {GROUP}, and gate and up "
             f"rows in eights, found {dtype!r}, {columns} columns and {rows} rows"
         )
-    expected = _tiled(rows, columns)
+    experts = codes.shape[:-3]
+    expected = _tiled(rows, columns, *experts[:1])
     if (codes, scales) != expected:
         shown = " and ".join(map(str, expected))
         raise VerifyError(f"mxfp4_tiled: expected {shown}, found {codes} and {scales}")
-    return (TensorType(dtype, (rows, columns)),)
+    return (TensorType(dtype, (*experts, rows, columns)),)
 
 
 def _tiled_reference(
@@ -170,10 +183,11 @@ mxfp4_tiled = Op(
     _tiled_reference,
     free,
     tuple(
-        Sample(_tiled(rows, columns), {"rows": rows, "columns": columns, **more}, high=251)
-        for rows, columns, more in (
-            (32, 256, {"dtype": "bf16", "gated": True}),
-            (19, 96, {"dtype": "f32"}),
+        Sample(_tiled(*sizes), {"rows": sizes[0], "columns": sizes[1], **more}, high=251)
+        for sizes, more in (
+            ((32, 256), {"dtype": "bf16", "gated": True}),
+            ((19, 96), {"dtype": "f32"}),
+            ((32, 160, 3), {"dtype": "bf16", "gated": True}),
         )
     ),
     stored=lambda node: node.types[0].with_dtype(f"mxfp4g{GROUP}"),

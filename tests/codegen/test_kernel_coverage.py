@@ -19,6 +19,7 @@ import pytest
 import torch
 import triton
 from attention_builds import empty, index
+from expert_cases import Case
 from ingot.codegen import select, templates
 from ingot.codegen.kernel_backend import KernelBackend, NoKernelError
 from ingot.codegen.kernel_source import PROGRAMMATIC, KernelSource
@@ -33,6 +34,7 @@ from ingot.compiler.ops.collective import all_gather
 from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.linear import linear
 from ingot.compiler.ops.mla import cached_mla_attention
+from ingot.compiler.ops.moe import experts
 from ingot.compiler.target import target_of
 from ingot.compiler.types import TensorType
 from kernel_checks import Given, Packed, Weight, check_node, graph_of_node, run_node
@@ -151,6 +153,7 @@ def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:
     yield from ((op, *arguments(op, sample, None)) for op, sample in CASES)
     bf16 = torch.bfloat16
     yield linear, (torch.randn(2, 64).to(bf16), Packed(torch.randn(32, 64).to(bf16))), {}
+    yield experts, *Case(dtype=bf16, width=64, inner=32, gate_up=32, down=32).call()
     paged = empty(bf16, 1024, 64, 8, 128)
     yield cached_attention, (empty(bf16, 1, 32, 128), paged, paged, *index(1)), {"scale": 0.1}
     routing = {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32", "logits": "f32"}
@@ -254,6 +257,7 @@ def test_kernels_for_amd_are_told_that_launches_do_not_overlap() -> None:
     found = sources("hip:gfx942")
     missing = launched().keys() - found.keys()
     assert missing == {
+        "expert_stream.expert_stream_kernel",
         "fragment_linear.fragment_kernel",
         "mxfp4_stream.stream_kernel",
         OF_NO_NODE,

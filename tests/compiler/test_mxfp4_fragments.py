@@ -23,6 +23,18 @@ def test_back_and_forth(n: int, k: int, gated: bool) -> None:
     assert torch.equal(back[1], scales)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_expert_lies_by_itself(gated: bool) -> None:
+    codes = torch.randint(0, 256, (3, 32, 80), dtype=torch.uint8)
+    scales = torch.randint(0, 256, (3, 32, 5), dtype=torch.uint8)
+    ordered = mxfp4_fragments.reference(codes, scales, gated=gated)
+    for e in range(3):
+        alone = mxfp4_fragments.reference(codes[e], scales[e], gated=gated)
+        assert all(torch.equal(a[e], b) for a, b in zip(ordered, alone, strict=True))
+    back = unpacked(*ordered, 32, 160, gated)
+    assert torch.equal(back[0], codes) and torch.equal(back[1], scales)
+
+
 def test_a_lane_holds_whole_groups() -> None:
     """Word g of lane 4r + q: columns 32g + 8q and on of row r, then of row r + 8."""
     codes = torch.zeros(16, 64, dtype=torch.uint8)

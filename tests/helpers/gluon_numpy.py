@@ -118,6 +118,7 @@ _DTYPES = {
     torch.float32: "f32",
     torch.uint8: "u8",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 _NUMPY = {
     "f32": np.float32,

@@ -167,6 +167,10 @@ def _instruction(machine: Machine, name: str, rest: str, registers: Any, live: A
         case ["add", "f32"]:
             a, b = (value(o).view(np.float32) for o in operands[1:])
             registers[operands[0]] = (a + b).view(np.uint32)
+        case ["mul", "rn", "bf16x2"]:
+            a, b = (_halves(value(o)).astype(np.float32) for o in operands[1:])
+            rounded = torch.from_numpy(a * b).bfloat16().view(torch.int16).numpy()
+            registers[operands[0]] = np.ascontiguousarray(rounded).view(np.uint32)[:, 0]
         case ["shfl", "sync", "bfly" | "idx" as kind, "b32"]:
             assert operands[3:] == [{"bfly": "31", "idx": "0x1c1f"}[kind], "0xffffffff"]
             lanes, by = np.arange(len(live)), value(operands[2]).astype(np.int64)

@@ -17,7 +17,7 @@ from pass_checks import applied, graph_of, ops, random_inputs
 
 STEP, NVIDIA = LayOutWeights(), target_of("cuda:sm_90")
 GRAPH = """
-    graph @block(%x: bf16[T, 64], %i: i64[T]) T=1..8 {{
+    graph @block(%x: bf16[T, 64], %i: i64[T], %chosen: i64[T, 2], %by: f32[T, 2]) T=1..8 {{
       {lines}
       return %r
     }} where {{
@@ -26,9 +26,19 @@ GRAPH = """
       @s16: u8[32, 4]
       @odd: u8[18, 32]
       @odd_s: u8[18, 2]
+      @up: u8[8, 64, 32]
+      @up_s: u8[8, 64, 2]
+      @up_s16: u8[8, 64, 4]
+      @even: u8[8, 32, 32]
+      @even_s: u8[8, 32, 2]
+      @down: u8[8, 64, 16]
+      @down_s: u8[8, 64, 1]
     }}"""
+SCALES = ("s", "s16", "odd_s", "up_s", "up_s16", "even_s", "down_s")
 WEIGHT = "%w = mxfp4(@w, @s, dtype='bf16')\n"
-NARROW = "%n = cast(%x, dtype='{}')\n"
+EXPERTS = """%u = mxfp4(@up, @up_s, dtype='bf16')
+%d = mxfp4(@down, @down_s, dtype='bf16')
+%r = experts(%x, %by, %chosen, %u, %d, activation='silu'"""
 
 
 def text(lines: str) -> str:
@@ -42,7 +52,7 @@ def laid_out(lines: str) -> Graph:
     held: dict[str, torch.Tensor] = {}
     for node in before.nodes():
         if node.op is constant:
-            low, high = (0, 256) if node.types[0].shape[-1] == 32 else (121, 128)
+            low, high = (121, 128) if node.attrs["name"] in SCALES else (0, 256)
             held[node.attrs["name"]] = random_tensor(node.types[0], high=high, low=low)
     weights = Weights.of(held)
     for tokens in (1, 3, 8):
@@ -76,7 +86,23 @@ def test_sources_are_those_of_the_weight() -> None:
     assert made.source == user.source
 
 
+def test_both_weights_of_experts(golden: Callable[[str], None]) -> None:
+    after = laid_out(f"{EXPERTS})")
+    golden(str(after))
+
+
+def test_experts_without_gates() -> None:
+    lines = EXPERTS.replace("@up, @up_s", "@even, @even_s").replace("'silu'", "'relu', gated=False")
+    after = laid_out(f"{lines})")
+    made = [n for n in after.nodes() if n.op is mxfp4_fragments]
+    assert len(made) == 2 and not any("gated" in n.attrs for n in made)
+
+
 OTHERS = {
+    "experts in groups of 16": (
+        EXPERTS.replace("@up_s", "@up_s16") + ")",
+        "the weight is bf16 in mxfp4g16",
+    ),
     "groups of 16": (
         "%w = mxfp4(@w, @s16, dtype='bf16')\n%r = linear(%x, %w)",
         "the weight is bf16 in mxfp4g16",
@@ -102,8 +128,18 @@ def test_weights_that_stay(name: str) -> None:
     assert reason in declined
 
 
+def test_experts_of_one_packed_weight_stay() -> None:
+    dense = EXPERTS.replace("%d = mxfp4(@down, @down_s, dtype='bf16')\n", "").replace(
+        "%d", "@dense"
+    )
+    lines = text(f"{dense})").replace("@down: ", "@dense: bf16[8, 64, 32]\n      @down: ")
+    before = graph_of(lines)
+    assert applied(STEP, before, NVIDIA)[0] is before
+
+
 @pytest.mark.parametrize("target", ["hip:gfx942", "cpu"])
-def test_other_targets_read_rows(target: str) -> None:
-    before = graph_of(text(f"{WEIGHT}%r = linear(%x, %w)"))
+@pytest.mark.parametrize("lines", [f"{WEIGHT}%r = linear(%x, %w)", f"{EXPERTS})"])
+def test_other_targets_read_rows(target: str, lines: str) -> None:
+    before = graph_of(text(lines))
     after, _ = applied(STEP, before, target_of(target))
     assert after is before

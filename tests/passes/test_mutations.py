@@ -275,6 +275,12 @@ MUTATIONS: dict[str, Mutation] = {
     "gate rows by turns, up rows not": Mutation(
         "llama", "weight-in-tiles", "mxfp4_tiled", without("gated"), BF16, True, NVIDIA
     ),
+    "tiles of other experts' scales": Mutation(
+        "qwen3_moe", "experts-in-tiles", "mxfp4_fragments", first_more(1), BF16, True, NVIDIA
+    ),
+    "gate and up rows of experts one after the other": Mutation(
+        "qwen3_moe", "experts-in-tiles", "mxfp4_tiled", without("gated"), BF16, True, NVIDIA
+    ),
     "appended one position on": Mutation(
         MLA, "fuse-kv-append", "mla_latent", first_more(6), target=NVIDIA
     ),

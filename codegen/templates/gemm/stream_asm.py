@@ -209,3 +209,33 @@ def folded(total, sums, scale, q, SET: gl.constexpr, T: gl.constexpr):
         result = (total[0] + a * upper, total[1] + b * upper)
         result = result + (total[2] + c * lower, total[3] + d * lower)
     return result
+
+
+@gluon.jit
+def copy_words(to, source, there, inside):
+    """Copy 16 bytes, or zeros where they are not `inside`, if they are `there`: part of the group
+    of copies that `copy_step` ends."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p, a; setp.ne.b32 p, $3, 0; setp.eq.b32 a, $4, 0;\n"
+        "@p cp.async.ca.shared.global [$1], [$2], 16, a; mov.b32 $0, 0; }",
+        "=r,r,l,r,r",
+        [to, source, there, inside],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def raised_pairs(words):
+    """Four words of two bf16, 2^64 times as large."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 c; mov.b32 c, 0x5F805F80;\n"
+        "mul.rn.bf16x2 $0, $4, c; mul.rn.bf16x2 $1, $5, c;\n"
+        "mul.rn.bf16x2 $2, $6, c; mul.rn.bf16x2 $3, $7, c; }",
+        "=&r,=&r,=&r,=&r,r,r,r,r",
+        words,
+        dtype=(gl.int32,) * 4,
+        is_pure=True,
+        pack=1,
+    )

@@ -48,7 +48,7 @@ def weight_of(
     packed = held.packed
     if packed is None:
         return Weight(Arg(position), None, n, k, 0, False, 0, halved, row, column, head)
-    tiles = int(packed.codes.shape[1]) if packed.fragments else 0
+    tiles = int(packed.codes.shape[-2]) if packed.fragments else 0
     scaled = query.target.scaled_conversions
     data, scales = Codes(position), Scales(position)
     return Weight(data, scales, n, k, packed.group, scaled, tiles, halved, row, column, head)

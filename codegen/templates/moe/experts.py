@@ -1,6 +1,7 @@
 """Mixtures of experts: launches for few tokens, which read what they chose, and for many, sorted.
 
-A weight may be dense, of x's dtype, or in MXFP4, each of the two by itself.
+A weight may be dense, of x's dtype, or in MXFP4, each of the two by itself. In fragments few
+tokens stream both.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from ....compiler.dtypes import DTYPES
 from ....compiler.target import Target
 from ....compiler.types import TensorType
 from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Result, Temp
-from ...prices import CHUNK_SECONDS, MULTIPLIED_PER_SECOND, unpacking_seconds
+from ...prices import (
+    CHUNK_SECONDS,
+    EXPERTS_BANDWIDTH,
+    MULTIPLIED_PER_SECOND,
+    STREAMED_PER_SECOND,
+    unpacking_seconds,
+)
 from ..gemm.epilogue import epilogue_of
 from ..gemm.product import Rows
 from ..gemm.weight import weight_of
+from .expert_stream import calls
 from .experts_kernels import (
     combine_kernel,
     count_kernel,
@@ -154,6 +162,8 @@ def few(query: KernelQuery) -> Candidate | Declined:
     if isinstance(have, Declined):
         return have
     held_in, held_out = query.args[3:5]
+    if any(held.packed and held.packed.fragments for held in (held_in, held_out)):
+        return Declined("few: a weight does not lie by rows")
     gate_up, down = _gemms(query, have)
     threads = {"num_warps": _THREADS // query.target.warp}
     tile = _gemv_tile(have.width, held_in)
@@ -194,6 +204,32 @@ def few(query: KernelQuery) -> Candidate | Declined:
         (hidden, summed),
         max(moved, computed) + 2 * query.target.launch_seconds,
         f"{have.choices} choices, each reads its expert",
+        {"hidden": TensorType(query.args[0].type.dtype, (have.choices, have.inner))},
+    )
+
+
+def stream(query: KernelQuery) -> Candidate | Declined:
+    """Two launches, as `few`, of weights in fragments."""
+    have = _read(query)
+    if isinstance(have, Declined):
+        return have
+    gate_up, down = _gemms(query, have)
+    alone: dict[str, Any] = {"weights": None, "bias": None}
+    out = epilogue_of(query, Result(0), have.width, residual=True)
+    summed = {"weights": Arg(1), "bias": query.ref("down_bias"), "epilogue": out}
+    for args in (gate_up, down):
+        del args["K"]
+    made = calls(query, {**gate_up, **alone}, {**down, **summed}, have.k)
+    if isinstance(made, Declined):
+        return made
+    weights = query.args[3:5]
+    read = _touched(have) * sum(map(_of_one, weights)) / query.target.bytes_per_second
+    codes = have.choices * sum(w.type.numel / have.count for w in weights)
+    return Candidate(
+        made,
+        max(read / EXPERTS_BANDWIDTH, codes / STREAMED_PER_SECOND)
+        + 2 * query.target.launch_seconds,
+        f"{have.choices} choices, each streams its expert",
         {"hidden": TensorType(query.args[0].type.dtype, (have.choices, have.inner))},
     )
 
@@ -288,10 +324,14 @@ def _tile_block(query: KernelQuery, weight: Operand, shape: Mapping[str, int]) -
     return 2 * block if wide and 2 * both <= query.target.shared_bytes else block
 
 
+def _touched(have: _Experts) -> float:
+    """How many experts the choices name, if all are equally likely."""
+    return have.count * (1 - (1 - 1 / have.count) ** have.choices)
+
+
 def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
     gate_up, down = query.args[3:5]
-    # How many experts the choices name, if all are equally likely.
-    touched = have.count * (1 - (1 - 1 / have.count) ** have.choices)
+    touched = _touched(have)
     # Of each expert's tiles the last is half full, if there are several.
     tiles = max(touched, have.choices / tokens + touched / 2)
     read = touched * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second
@@ -302,6 +342,6 @@ def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
     return max(read, unpacked, multiplied) + sorting + 5 * query.target.launch_seconds
 
 
-TEMPLATES = {"experts": (few, many)}
+TEMPLATES = {"experts": (few, stream, many)}
 # Operands that are read in packed form.
 PACKED_WEIGHTS = {"experts": ("gate_up", "down")}

@@ -190,6 +190,8 @@ def grouped_gemm_kernel(
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = column < N
     rows = expert * weight.N + column
+    # In fragments gate and up rows are numbered alike.
+    of_weight = expert * N + column if weight.TILES > 0 else rows
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     up = tl.zeros([ROWS, TOKENS], tl.float32)
     for start in range(0, WIDTH, BLOCK):
@@ -197,12 +199,12 @@ def grouped_gemm_kernel(
         mask = (at < WIDTH)[:, None] & live[None, :]
         value = tl.load(x.data + row[None, :] + at[:, None], mask=mask, other=0)
         w = weight_tile(
-            weight, weight.data, weight.scales, rows, inside, start, 0, DTYPE, ROWS, BLOCK
+            weight, weight.data, weight.scales, of_weight, inside, start, 0, DTYPE, ROWS, BLOCK
         )
         total = tl.dot(w, value, total, input_precision="ieee")
         if weight.HALVED:
             w = weight_tile(
-                weight, weight.data, weight.scales, rows, inside, start, 1, DTYPE, ROWS, BLOCK
+                weight, weight.data, weight.scales, of_weight, inside, start, 1, DTYPE, ROWS, BLOCK
             )
             up = tl.dot(w, value, up, input_precision="ieee")
     value = activate(epilogue, total, up, rows[:, None], inside[:, None], N)

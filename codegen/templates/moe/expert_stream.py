@@ -1,0 +1,368 @@
+"""Experts of few tokens whose MXFP4 weights lie in fragments: two streams (Gluon, NVIDIA).
+
+Every choice is a product of one row with its own expert's weight, as in gemm.mxfp4_stream for one
+token; there is no sort and no padding. The first launch makes the hidden rows of all choices, the
+second the sums of each token's choices.
+
+- The tiles of 16 rows of all results, one result after the other, are shared evenly by the
+  programs. A tile of a hidden row sums up PAIRS steps of 256 columns, one of a token's sum those of
+  all its choices. The steps of a program are dealt to its warps in turn; each leaves its 16 sums in
+  shared memory, and what they add up to in the end depends on the tile alone: not on how many
+  choices there are, nor on what the program computes besides.
+- Nothing is read before the wait: which experts there are is what the launch before wrote.
+- A step's columns of x come with its weights through the ring. A lane copies what it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+from typing import Any
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ...kernel_query import Arg, Call, Declined, KernelQuery
+from ..gemm.epilogue import finish
+from ..gemm.stream_asm import (
+    CODE_BYTES,
+    REST,
+    STEP_BYTES,
+    copy_step,
+    copy_words,
+    folded,
+    four_words,
+    group_sums,
+    number_at,
+    on_their_way,
+    put,
+    raised_pairs,
+    statement,
+    sum_over,
+    word_at,
+)
+from ..pdl import RESIDENT, pdl_wait
+
+# Bytes of a step in the ring: of the weight, and 256 columns of bf16.
+SLOT = gl.constexpr(2688)
+# Warps of a program, and steps in the ring of each.
+_WARPS, _DEPTH = 8, 4
+# Steps whose sums are in shared memory, twice: as many a pass as there may be, and rather not more
+# than.
+_MOST_STEPS, _STEPS = 208, 192
+# The most choices a token, which are summed within a warp.
+_MOST_CHOICES = 32
+
+
+@gluon.constexpr_function
+def lanes(count):
+    """The power of two that holds `count`."""
+    return triton.next_power_of_2(count)
+
+
+@gluon.constexpr_function
+def powers_below(limit):
+    return tuple(1 << i for i in range(limit.bit_length() - 1))
+
+
+@gluon.jit
+def _copy_turn(
+    x,
+    weight,
+    indices,
+    ring,
+    first,
+    n,
+    steps,
+    warp_lane,
+    EACH: gl.constexpr,
+    JOINED: gl.constexpr,
+    DOWN: gl.constexpr,
+    PAIRS: gl.constexpr,
+):
+    """Copy step `n` of the program to the lane's part of a slot, if there is one.
+
+    A tile sums up JOINED choices, and EACH choices share a row of x.
+    """
+    TILES: gl.constexpr = weight.TILES
+    there = n < steps
+    tile = first + n // (JOINED * PAIRS)
+    choice = tile // DOWN * JOINED + n // PAIRS % JOINED
+    expert = gl.load(indices + choice, mask=there, other=0).to(gl.int64)
+    pair = n % PAIRS
+    at = (expert * DOWN + (tile % DOWN).to(gl.int64)) * TILES + (pair * 2).to(gl.int64)
+    lane = warp_lane & 31
+    q = lane & 3
+    column = pair * 256 + (lane >> 2) * 32 + q * 8
+    row = (choice // EACH).to(gl.int64) * x.STEP + column.to(gl.int64)
+    copied = there.to(gl.int32)
+    inside = (column < weight.K).to(gl.int32)
+    copy_words(ring + STEP_BYTES, x.data.to(gl.int64) + row * 2, copied, inside)
+    parts = (pair * 2 + 1 < TILES).to(gl.int32) * 2 + 1
+    parts += (pair * 2 + (q >> 1) < TILES).to(gl.int32) * 4
+    of_lane = (q >> 1) * 64 + (lane >> 2) * 8 + (q & 1) * 4
+    copy_step(
+        ring,
+        ring + CODE_BYTES - lane * 12,
+        weight.data.to(gl.int64) + at * 1024 + (lane * 16).to(gl.int64),
+        weight.scales.to(gl.int64) + at * 64 + of_lane.to(gl.int64),
+        copied,
+        parts,
+        TILES % 2 != 0,
+    )
+
+
+@gluon.jit
+def expert_stream_kernel(
+    x,
+    indices,
+    weights,
+    weight,
+    bias,
+    epilogue,
+    N: gl.constexpr,
+    EACH: gl.constexpr,
+    JOINED: gl.constexpr,
+    RESULTS: gl.constexpr,
+    DOWN: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    W: gl.constexpr,
+    DEPTH: gl.constexpr,
+    MOST: gl.constexpr,
+    PROGRAMMATIC: gl.constexpr,
+):
+    """y [RESULTS, N]. Without `weights`: epilogue of the row of x, of every EACH choices one, times
+    the weight of the choice's expert. With them: sum over the JOINED choices of a token of weight ·
+    (the choice's row of x times its expert's weight + its bias); then the epilogue.
+
+    `x` are Rows; an expert's weight has DOWN times 16 rows. A program, of W warps with rings of
+    DEPTH steps, sums up MOST tiles in a pass, whose steps are a multiple of W.
+    """
+    pdl_wait(PROGRAMMATIC)
+    TILES: gl.constexpr = weight.TILES
+    ROWS: gl.constexpr = 8 if weight.HALVED else 16
+    PAIRS: gl.constexpr = (TILES + 1) // 2
+    STEPS: gl.constexpr = JOINED * PAIRS
+    RING: gl.constexpr = W * DEPTH * SLOT
+    PART: gl.constexpr = MOST * STEPS * 64
+    # Shared memory: the ring; of two passes the sums [tile, step, 16]; a line of no use.
+    LINES: gl.constexpr = (RING + 2 * PART + 128 * W - 1) // (128 * W) + 1
+    one_each: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
+    thread = gl.arange(0, 32 * W, layout=one_each)
+    memory = gl.allocate_shared_memory(
+        gl.int32, [LINES, 32 * W], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    # Without a use of Triton's own the symbol would not be there. It is the only allocation.
+    memory.index(LINES - 1).store(thread)
+    base = statement("mov.b32 $0, global_smem;", thread)
+    lane = thread & 31
+    warp = thread >> 5
+    r = lane >> 2
+    q = lane & 3
+    ring = base + warp * (DEPTH * SLOT) + lane * 16
+    # A lane's scales lie four bytes apart.
+    ring_scales = ring + CODE_BYTES - lane * 12
+    program = gl.program_id(0)
+    first = program * (RESULTS * DOWN) // PROGRAMS
+    last = (program + 1) * (RESULTS * DOWN) // PROGRAMS
+    steps = (last - first) * STEPS
+    for turn in gl.static_range(DEPTH):
+        _copy_turn(
+            x,
+            weight,
+            indices,
+            ring + turn * SLOT,
+            first,
+            warp + turn * W,
+            steps,
+            thread,
+            EACH,
+            JOINED,
+            DOWN,
+            PAIRS,
+        )
+    zero = gl.zeros([32 * W], gl.float32, layout=one_each)
+    none = (zero, zero, zero, zero, zero, zero, zero, zero)
+    statement(on_their_way(DEPTH - 1), thread)
+    upper0 = four_words(ring)
+    lower0 = four_words(ring + 512)
+    upper1 = four_words(ring + 1024)
+    lower1 = four_words(ring + 1536)
+    xs = raised_pairs(four_words(ring + STEP_BYTES))
+    scale = word_at(ring_scales)
+    n = warp
+    place = 0
+    side = 0
+    begin = first
+    while begin < last:
+        held = gl.minimum(last - begin, MOST)
+        of_pass = base + RING + side * PART
+        for _ in range((held * STEPS + W - 1) // W):
+            _copy_turn(
+                x,
+                weight,
+                indices,
+                ring + place * SLOT,
+                first,
+                n + DEPTH * W,
+                steps,
+                thread,
+                EACH,
+                JOINED,
+                DOWN,
+                PAIRS,
+            )
+            place += 1
+            if place == DEPTH:
+                place = 0
+            c = none
+            for g in gl.static_range(8):
+                # The group's columns of x are in the lanes of its r, the others' are zero.
+                mine = r == g
+                v = (
+                    gl.where(mine, xs[0], 0),
+                    gl.where(mine, xs[1], 0),
+                    gl.where(mine, xs[2], 0),
+                    gl.where(mine, xs[3], 0),
+                )
+                if g == 4:
+                    statement(on_their_way(DEPTH - 1), thread)
+                    upper0 = four_words(ring + place * SLOT)
+                    lower0 = four_words(ring + place * SLOT + 512)
+                if g < 4:
+                    c = group_sums(upper0[g], lower0[g], v, c)
+                else:
+                    c = group_sums(upper1[g - 4], lower1[g - 4], v, c)
+            total = folded((zero, zero, zero, zero), c, scale, q, 0, 1)
+            upper1 = four_words(ring + place * SLOT + 1024)
+            lower1 = four_words(ring + place * SLOT + 1536)
+            xs = raised_pairs(four_words(ring + place * SLOT + STEP_BYTES))
+            scale = word_at(ring_scales + place * SLOT)
+            to = of_pass + (n - (begin - first) * STEPS) * 64 + r * 4
+            mine = ((q == 0) & (n < steps)).to(gl.int32)
+            put(to, sum_over(total[0], (1, 2)), mine)
+            put(to + 32, sum_over(total[2], (1, 2)), mine)
+            n += W
+        statement("bar.sync 0; mov.b32 $0, 0;", thread)
+        if weights is None:
+            for i in gl.static_range((MOST * ROWS + 32 * W - 1) // (32 * W)):
+                at = i * (32 * W) + thread
+                of_tile = at // ROWS
+                j = at % ROWS
+                from_ = of_pass + gl.minimum(of_tile, MOST - 1) * (STEPS * 64) + j * 4
+                sum_ = zero
+                up = zero
+                for k in gl.static_range(STEPS):
+                    sum_ += number_at(from_ + k * 64)
+                    if weight.HALVED:
+                        up += number_at(from_ + k * 64 + 32)
+                tile = begin + of_tile
+                choice = tile // DOWN
+                column = tile % DOWN * ROWS + j
+                inside = (of_tile < held) & (column < N)
+                expert = gl.load(indices + choice, mask=inside, other=0).to(gl.int64)
+                row = expert * weight.N + column.to(gl.int64)
+                finish(
+                    epilogue,
+                    epilogue.y,
+                    sum_ * REST,
+                    up * REST,
+                    choice,
+                    column,
+                    row,
+                    inside,
+                    inside,
+                    N,
+                )
+        else:
+            # LANES, a power of two, have a choice of a row each.
+            LANES: gl.constexpr = lanes(JOINED)
+            for i in gl.static_range((MOST * 16 * LANES + 32 * W - 1) // (32 * W)):
+                at = i * (32 * W) + thread
+                of_tile = at // (16 * LANES)
+                j = at // LANES % 16
+                part = at % LANES
+                tile = begin + of_tile
+                token = tile // DOWN
+                column = tile % DOWN * 16 + j
+                inside = (of_tile < held) & (column < N)
+                live = inside & (part < JOINED)
+                from_ = of_pass + gl.minimum(of_tile, MOST - 1) * (STEPS * 64) + j * 4
+                from_ += gl.minimum(part, JOINED - 1) * (PAIRS * 64)
+                sum_ = zero
+                for k in gl.static_range(PAIRS):
+                    sum_ += number_at(from_ + k * 64)
+                sum_ *= REST
+                choice = token * JOINED + part
+                if bias is not None:
+                    expert = gl.load(indices + choice, mask=live, other=0).to(gl.int64)
+                    row = expert * N + column.to(gl.int64)
+                    sum_ += gl.load(bias + row, mask=live, other=0.0).to(gl.float32)
+                sum_ *= gl.load(weights + choice, mask=live, other=0.0).to(gl.float32)
+                sum_ = sum_over(gl.where(live, sum_, 0.0), powers_below(LANES))
+                alone = inside & (part == 0)
+                finish(epilogue, epilogue.y, sum_, sum_, token, column, column, alone, alone, N)
+        side = 1 - side
+        begin += MOST
+    memory._keep_alive()
+
+
+def constants(
+    results: int, joined: int, down: int, across: int, multiprocessors: int
+) -> dict[str, int] | Declined:
+    """How `results` of `down` tiles, each of `joined` choices and `across` tiles, are shared by
+    programs and warps."""
+    steps = joined * -(-across // 2)
+    needed = -(-results * down // multiprocessors)
+    # A pass that is not the last gives every warp as many steps.
+    even = _WARPS // gcd(_WARPS, steps)
+    most = min(needed, even * max(1, _STEPS // (steps * even)))
+    if most * steps > _MOST_STEPS:
+        return Declined(f"stream: the sums of {most} tiles of {steps} steps do not fit")
+    return {
+        "JOINED": joined,
+        "RESULTS": results,
+        "DOWN": down,
+        "PROGRAMS": multiprocessors,
+        "W": _WARPS,
+        "DEPTH": _DEPTH,
+        "MOST": most,
+    }
+
+
+def calls(
+    query: KernelQuery, hidden: Mapping[str, Any], summed: Mapping[str, Any], k: int
+) -> tuple[Call, Call] | Declined:
+    """The two launches; `hidden` and `summed` have what the kernel reads and writes: x, weights,
+    weight, bias, epilogue and N. Every token has `k` choices."""
+    x, indices, *held = (query.args[i] for i in (0, 2, 3, 4))
+    for weight in held:
+        if weight.packed is None or not weight.packed.fragments:
+            return Declined(f"stream: {weight.type} does not lie in fragments")
+    if not x.aligned or x.strides[0] % 8:
+        return Declined("stream: the rows of x do not begin at multiples of 16 bytes")
+    if k > _MOST_CHOICES:
+        return Declined(f"stream: {k} choices a token, expected at most {_MOST_CHOICES}")
+    made: list[Call] = []
+    tokens = indices.shape[0]
+    for args, weight, results, joined, each in (
+        (hidden, held[0], tokens * k, 1, k),
+        (summed, held[1], tokens, k, 1),
+    ):
+        assert weight.packed is not None
+        down, across = (int(d) for d in weight.packed.codes.shape[1:3])
+        shares = constants(results, joined, down, across, query.target.multiprocessors)
+        if isinstance(shares, Declined):
+            return shares
+        made.append(
+            Call(
+                expert_stream_kernel,
+                {**args, "indices": Arg(2), "EACH": each, **shares},
+                (shares["PROGRAMS"], 1, 1),
+                (args["epilogue"].y,),
+                num_warps=_WARPS,
+                resident=RESIDENT,
+            )
+        )
+    return made[0], made[1]
