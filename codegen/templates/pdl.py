@@ -14,9 +14,12 @@ What is computed is what launches one after the other compute:
   transitive reduction: it holds for reading what an earlier launch wrote and for overwriting what
   it reads. If all programs of a kernel returned without waiting, it would be complete too soon and
   let the next one in: `pdl_wait` is therefore the first statement, under no condition.
-- Only constants, which no launch writes, may be read before: fragment_linear reads its first
-  weights, and then waits by assembly of its own; dense_gemv does between `pdl_launch` and
-  `pdl_join`.
+- Only constants, which no launch writes, may be read before, with one exception: fragment_linear
+  reads its first weights, and then waits by assembly of its own; dense_gemv does between
+  `pdl_launch` and `pdl_join`.
+- The exception: what launches before the last one wrote may be read, past the L1, where the last
+  one lets this one begin only after its own wait, which says that they are complete. So the
+  second launch of expert_stream reads which experts were chosen.
 - A kernel that does not wait has full edges alone, on both sides.
 - launch_dependents orders nothing, so it may come first. Later programs start when all of this
   kernel's have started, so those that wait never hold the room of one that they wait for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from expert_cases import Case, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen import select
-from ingot.codegen.build import build_one
+from ingot.codegen.build import build_one, compiled
 from ingot.codegen.kernel_backend import NoKernelError, operand
 from ingot.codegen.kernel_query import Declined, Template
 from ingot.codegen.templates.gemm.epilogue import Epilogue
@@ -73,6 +74,7 @@ def launch(
         "N": n,
         "EACH": k if weights is None else 1,
         **constants,
+        "AHEAD": weights is not None,
         "PROGRAMMATIC": False,
         **more,
     }
@@ -271,6 +273,28 @@ REAL = {
     "DeepSeek-V2-Lite": Case(1, 6, 64, 2048, 1408),
     "DeepSeek-V3": Case(1, 8, 256, 7168, 2048),
 }
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="nothing runs")
+def test_the_second_launch_begins_when_the_experts_are_known() -> None:
+    """The first waits, then lets the second begin; the second reads experts and weights, and waits
+    before it reads anything else."""
+    target = target_of("cuda:sm_90")
+    case = replace(REAL["gpt-oss-20b"], count=4, width=288, inner=288)
+    texts = [compiled(s, target).asm["ptx"] for s in sources(experts, *held(case), target.name)]
+    hidden, summed = (re.sub("//.*", "", t[t.index(".entry") :]) for t in texts)
+    before, after = hidden.split("griddepcontrol.wait")
+    assert not re.search(r"launch_dependents|\bld\.(?!param)|\bcp\.|\bst\.global", before)
+    early, _ = after.split("griddepcontrol.launch_dependents")
+    assert not re.search(r"\bld\.|\bcp\.|\bbra\b", early)
+    before, after = summed.split("griddepcontrol.wait")
+    assert before.count("griddepcontrol.launch_dependents") == 1
+    assert set(re.findall(r"\bld\.(?!param)[\w.]+", before)) == {"ld.volatile.global.b64"}
+    depth = expert_stream.DEPTH
+    copies = r"cp\.async\.c[ag]\.shared\.global"
+    assert len(re.findall(copies, before)) == 5 * depth
+    assert not re.search(r"\bst\.global|\bbra\b", before)
+    assert "ld.volatile" not in after and "ld.volatile" not in hidden
 
 
 @pytest.mark.skipif(ON_DEVICE, reason="nothing runs")

@@ -198,7 +198,9 @@ class _Language:
     def pointer_type(self, element: str) -> str:
         return element
 
-    def load(self, at: Pointer, mask: Array | None = None, other: float = 0) -> Array:
+    def load(
+        self, at: Pointer, mask: Array | None = None, other: float = 0, volatile: bool = False
+    ) -> Array:
         live = np.True_ if mask is None else mask.values
         places, live = np.broadcast_arrays(at.offset, live)
         assert np.all((places >= 0) & (places < len(at.memory)) | ~live), "outside the tensor"

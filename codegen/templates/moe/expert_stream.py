@@ -9,7 +9,9 @@ second the sums of each token's choices.
   all its choices. The steps of a program are dealt to its warps in turn; each leaves its 16 sums in
   shared memory, and what they add up to in the end depends on the tile alone: not on how many
   choices there are, nor on what the program computes besides.
-- Nothing is read before the wait: which experts there are is what the launch before wrote.
+- The first launch reads nothing before the wait: which experts there are is what the launch before
+  wrote. It lets the second begin only then: so that one, too, knows them, and fills its rings
+  before its own wait.
 - A step's columns of x come with its weights through the ring. A lane copies what it reads.
 """
 
@@ -24,7 +26,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ...kernel_query import Arg, Call, Declined, KernelQuery
-from ..gemm.epilogue import finish
+from ..gemm.epilogue import activate
 from ..gemm.stream_asm import (
     CODE_BYTES,
     REST,
@@ -42,12 +44,12 @@ from ..gemm.stream_asm import (
     sum_over,
     word_at,
 )
-from ..pdl import RESIDENT, pdl_wait
+from ..pdl import RESIDENT
 
 # Bytes of a step in the ring: of the weight, and 256 columns of bf16.
 SLOT = gl.constexpr(2688)
 # Warps of a program, and steps in the ring of each.
-_WARPS, _DEPTH = 8, 4
+WARPS, DEPTH = 8, 4
 # Steps whose sums are in shared memory, twice: as many a pass as there may be, and rather not more
 # than.
 _MOST_STEPS, _STEPS = 208, 192
@@ -67,38 +69,35 @@ def powers_below(limit):
 
 
 @gluon.jit
-def _copy_turn(
-    x,
-    weight,
-    indices,
-    ring,
-    first,
-    n,
-    steps,
-    warp_lane,
-    EACH: gl.constexpr,
-    JOINED: gl.constexpr,
-    DOWN: gl.constexpr,
-    PAIRS: gl.constexpr,
-):
-    """Copy step `n` of the program to the lane's part of a slot, if there is one.
-
-    A tile sums up JOINED choices, and EACH choices share a row of x.
-    """
-    TILES: gl.constexpr = weight.TILES
-    there = n < steps
+def _turn(first, n, JOINED: gl.constexpr, DOWN: gl.constexpr, PAIRS: gl.constexpr):
+    """Of step `n` of a program: its choice, the tile of its expert, its pair of tiles across."""
     tile = first + n // (JOINED * PAIRS)
-    choice = tile // DOWN * JOINED + n // PAIRS % JOINED
-    expert = gl.load(indices + choice, mask=there, other=0).to(gl.int64)
-    pair = n % PAIRS
-    at = (expert * DOWN + (tile % DOWN).to(gl.int64)) * TILES + (pair * 2).to(gl.int64)
-    lane = warp_lane & 31
-    q = lane & 3
-    column = pair * 256 + (lane >> 2) * 32 + q * 8
+    return tile // DOWN * JOINED + n // PAIRS % JOINED, tile % DOWN, n % PAIRS
+
+
+@gluon.jit
+def _expert(indices, choice, there, AHEAD: gl.constexpr):
+    """i64; AHEAD of the wait past the L1, which may hold what was there before."""
+    return gl.load(indices + choice, mask=there, other=0, volatile=AHEAD).to(gl.int64)
+
+
+@gluon.jit
+def _copy_x(x, to, choice, pair, there, thread, EACH: gl.constexpr, WIDTH: gl.constexpr):
+    """The lane's eight columns of a step of x, of which EACH choices share a row."""
+    lane = thread & 31
+    column = pair * 256 + lane * 8
     row = (choice // EACH).to(gl.int64) * x.STEP + column.to(gl.int64)
-    copied = there.to(gl.int32)
-    inside = (column < weight.K).to(gl.int32)
-    copy_words(ring + STEP_BYTES, x.data.to(gl.int64) + row * 2, copied, inside)
+    inside = (column < WIDTH).to(gl.int32)
+    copy_words(to, x.data.to(gl.int64) + row * 2, there.to(gl.int32), inside)
+
+
+@gluon.jit
+def _copy_weight(weight, ring, expert, tile, pair, there, thread, DOWN: gl.constexpr):
+    """The lane's part of a step of the weight: the end of a group of copies."""
+    TILES: gl.constexpr = weight.TILES
+    lane = thread & 31
+    q = lane & 3
+    at = (expert * DOWN + tile.to(gl.int64)) * TILES + (pair * 2).to(gl.int64)
     parts = (pair * 2 + 1 < TILES).to(gl.int32) * 2 + 1
     parts += (pair * 2 + (q >> 1) < TILES).to(gl.int32) * 4
     of_lane = (q >> 1) * 64 + (lane >> 2) * 8 + (q & 1) * 4
@@ -107,7 +106,7 @@ def _copy_turn(
         ring + CODE_BYTES - lane * 12,
         weight.data.to(gl.int64) + at * 1024 + (lane * 16).to(gl.int64),
         weight.scales.to(gl.int64) + at * 64 + of_lane.to(gl.int64),
-        copied,
+        there.to(gl.int32),
         parts,
         TILES % 2 != 0,
     )
@@ -130,26 +129,38 @@ def expert_stream_kernel(
     W: gl.constexpr,
     DEPTH: gl.constexpr,
     MOST: gl.constexpr,
+    AHEAD: gl.constexpr,
     PROGRAMMATIC: gl.constexpr,
 ):
     """y [RESULTS, N]. Without `weights`: epilogue of the row of x, of every EACH choices one, times
-    the weight of the choice's expert. With them: sum over the JOINED choices of a token of weight ·
-    (the choice's row of x times its expert's weight + its bias); then the epilogue.
+    the weight of the choice's expert, and its bias. With them: sum over the JOINED choices of a
+    token of weight · (the choice's row of x times its expert's weight, and its bias), and the
+    residual.
 
     `x` are Rows; an expert's weight has DOWN times 16 rows. A program, of W warps with rings of
-    DEPTH steps, sums up MOST tiles in a pass, whose steps are a multiple of W.
+    DEPTH steps, sums up MOST tiles in a pass, whose steps are a multiple of W. AHEAD says that the
+    launch before lets this one begin when it has waited itself.
     """
-    pdl_wait(PROGRAMMATIC)
     TILES: gl.constexpr = weight.TILES
-    ROWS: gl.constexpr = 8 if weight.HALVED else 16
+    HALVED: gl.constexpr = weight.HALVED
+    ROWS: gl.constexpr = 8 if HALVED else 16
     PAIRS: gl.constexpr = (TILES + 1) // 2
     STEPS: gl.constexpr = JOINED * PAIRS
     RING: gl.constexpr = W * DEPTH * SLOT
     PART: gl.constexpr = MOST * STEPS * 64
     # Shared memory: the ring; of two passes the sums [tile, step, 16]; a line of no use.
     LINES: gl.constexpr = (RING + 2 * PART + 128 * W - 1) // (128 * W) + 1
+    # LANES, a power of two, have a choice of a row each.
+    LANES: gl.constexpr = lanes(JOINED)
+    ENDS: gl.constexpr = (MOST * ROWS * LANES + 32 * W - 1) // (32 * W)
     one_each: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
     thread = gl.arange(0, 32 * W, layout=one_each)
+    if PROGRAMMATIC:
+        if AHEAD:
+            statement("griddepcontrol.launch_dependents; mov.b32 $0, 0;", thread)
+        else:
+            statement("griddepcontrol.wait; mov.b32 $0, 0;", thread)
+            statement("griddepcontrol.launch_dependents; mov.b32 $0, 0;", thread)
     memory = gl.allocate_shared_memory(
         gl.int32, [LINES, 32 * W], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -167,21 +178,28 @@ def expert_stream_kernel(
     first = program * (RESULTS * DOWN) // PROGRAMS
     last = (program + 1) * (RESULTS * DOWN) // PROGRAMS
     steps = (last - first) * STEPS
+    experts = ()
     for turn in gl.static_range(DEPTH):
-        _copy_turn(
-            x,
-            weight,
-            indices,
-            ring + turn * SLOT,
-            first,
-            warp + turn * W,
-            steps,
-            thread,
-            EACH,
-            JOINED,
-            DOWN,
-            PAIRS,
-        )
+        n = warp + turn * W
+        choice, tile, pair = _turn(first, n, JOINED, DOWN, PAIRS)
+        experts = experts + (_expert(indices, choice, n < steps, AHEAD),)
+    for turn in gl.static_range(DEPTH):
+        n = warp + turn * W
+        choice, tile, pair = _turn(first, n, JOINED, DOWN, PAIRS)
+        to = ring + turn * SLOT
+        if not AHEAD:
+            _copy_x(x, to + STEP_BYTES, choice, pair, n < steps, thread, EACH, weight.K)
+        _copy_weight(weight, to, experts[turn], tile, pair, n < steps, thread, DOWN)
+    if AHEAD:
+        if PROGRAMMATIC:
+            statement("griddepcontrol.wait; mov.b32 $0, 0;", thread)
+        # In groups of their own: once one is there, so is every weight.
+        for turn in gl.static_range(DEPTH):
+            n = warp + turn * W
+            choice, tile, pair = _turn(first, n, JOINED, DOWN, PAIRS)
+            to = ring + turn * SLOT + STEP_BYTES
+            _copy_x(x, to, choice, pair, n < steps, thread, EACH, weight.K)
+            statement("cp.async.commit_group; mov.b32 $0, 0;", thread)
     zero = gl.zeros([32 * W], gl.float32, layout=one_each)
     none = (zero, zero, zero, zero, zero, zero, zero, zero)
     statement(on_their_way(DEPTH - 1), thread)
@@ -198,21 +216,40 @@ def expert_stream_kernel(
     while begin < last:
         held = gl.minimum(last - begin, MOST)
         of_pass = base + RING + side * PART
+        # What the ends of the pass add and multiply with is on its way meanwhile.
+        ends = ()
+        for i in gl.static_range(ENDS):
+            at = i * (32 * W) + thread
+            tile = begin + at // (ROWS * LANES)
+            column = tile % DOWN * ROWS + at // LANES % ROWS
+            live = (tile < begin + held) & (column < N) & (at % LANES < JOINED)
+            result = tile // DOWN
+            choice = result * JOINED + at % LANES
+            added = zero
+            of_up = zero
+            factor = zero
+            residual = zero
+            if bias is not None:
+                row = _expert(indices, choice, live, False) * weight.N + column.to(gl.int64)
+                added = gl.load(bias + row, mask=live, other=0.0).to(gl.float32)
+                if HALVED:
+                    of_up = gl.load(bias + row + N, mask=live, other=0.0).to(gl.float32)
+            if weights is not None:
+                factor = gl.load(weights + choice, mask=live, other=0.0).to(gl.float32)
+            if epilogue.residual is not None:
+                where = result.to(gl.int64) * epilogue.RESIDUAL_STEP + column.to(gl.int64)
+                alone = live & (at % LANES == 0)
+                residual = gl.load(epilogue.residual + where, mask=alone, other=0.0)
+                residual = residual.to(gl.float32)
+            ends = ends + ((added, of_up, factor, residual),)
         for _ in range((held * STEPS + W - 1) // W):
-            _copy_turn(
-                x,
-                weight,
-                indices,
-                ring + place * SLOT,
-                first,
-                n + DEPTH * W,
-                steps,
-                thread,
-                EACH,
-                JOINED,
-                DOWN,
-                PAIRS,
-            )
+            ahead = n + DEPTH * W
+            choice, tile, pair = _turn(first, ahead, JOINED, DOWN, PAIRS)
+            there = ahead < steps
+            to = ring + place * SLOT
+            expert = _expert(indices, choice, there, False)
+            _copy_x(x, to + STEP_BYTES, choice, pair, there, thread, EACH, weight.K)
+            _copy_weight(weight, to, expert, tile, pair, there, thread, DOWN)
             place += 1
             if place == DEPTH:
                 place = 0
@@ -245,64 +282,28 @@ def expert_stream_kernel(
             put(to + 32, sum_over(total[2], (1, 2)), mine)
             n += W
         statement("bar.sync 0; mov.b32 $0, 0;", thread)
-        if weights is None:
-            for i in gl.static_range((MOST * ROWS + 32 * W - 1) // (32 * W)):
-                at = i * (32 * W) + thread
-                of_tile = at // ROWS
-                j = at % ROWS
-                from_ = of_pass + gl.minimum(of_tile, MOST - 1) * (STEPS * 64) + j * 4
-                sum_ = zero
-                up = zero
-                for k in gl.static_range(STEPS):
-                    sum_ += number_at(from_ + k * 64)
-                    if weight.HALVED:
-                        up += number_at(from_ + k * 64 + 32)
-                tile = begin + of_tile
-                choice = tile // DOWN
-                column = tile % DOWN * ROWS + j
-                inside = (of_tile < held) & (column < N)
-                expert = gl.load(indices + choice, mask=inside, other=0).to(gl.int64)
-                row = expert * weight.N + column.to(gl.int64)
-                finish(
-                    epilogue,
-                    epilogue.y,
-                    sum_ * REST,
-                    up * REST,
-                    choice,
-                    column,
-                    row,
-                    inside,
-                    inside,
-                    N,
-                )
-        else:
-            # LANES, a power of two, have a choice of a row each.
-            LANES: gl.constexpr = lanes(JOINED)
-            for i in gl.static_range((MOST * 16 * LANES + 32 * W - 1) // (32 * W)):
-                at = i * (32 * W) + thread
-                of_tile = at // (16 * LANES)
-                j = at // LANES % 16
-                part = at % LANES
-                tile = begin + of_tile
-                token = tile // DOWN
-                column = tile % DOWN * 16 + j
-                inside = (of_tile < held) & (column < N)
-                live = inside & (part < JOINED)
-                from_ = of_pass + gl.minimum(of_tile, MOST - 1) * (STEPS * 64) + j * 4
-                from_ += gl.minimum(part, JOINED - 1) * (PAIRS * 64)
-                sum_ = zero
-                for k in gl.static_range(PAIRS):
-                    sum_ += number_at(from_ + k * 64)
-                sum_ *= REST
-                choice = token * JOINED + part
-                if bias is not None:
-                    expert = gl.load(indices + choice, mask=live, other=0).to(gl.int64)
-                    row = expert * N + column.to(gl.int64)
-                    sum_ += gl.load(bias + row, mask=live, other=0.0).to(gl.float32)
-                sum_ *= gl.load(weights + choice, mask=live, other=0.0).to(gl.float32)
-                sum_ = sum_over(gl.where(live, sum_, 0.0), powers_below(LANES))
-                alone = inside & (part == 0)
-                finish(epilogue, epilogue.y, sum_, sum_, token, column, column, alone, alone, N)
+        for i in gl.static_range(ENDS):
+            at = i * (32 * W) + thread
+            of_tile = at // (ROWS * LANES)
+            tile = begin + of_tile
+            column = tile % DOWN * ROWS + at // LANES % ROWS
+            live = (of_tile < held) & (column < N) & (at % LANES < JOINED)
+            from_ = of_pass + gl.minimum(of_tile, MOST - 1) * (STEPS * 64)
+            from_ += gl.minimum(at % LANES, JOINED - 1) * (PAIRS * 64) + at // LANES % ROWS * 4
+            sum_ = zero
+            up = zero
+            for k in gl.static_range(PAIRS):
+                sum_ += number_at(from_ + k * 64)
+                if HALVED:
+                    up += number_at(from_ + k * 64 + 32)
+            added, of_up, factor, residual = ends[i]
+            sum_ = sum_ * REST + added
+            if weights is not None:
+                sum_ = sum_over(gl.where(live, sum_ * factor, 0.0), powers_below(LANES))
+            value = activate(epilogue, sum_, up * REST + of_up, column, live, N) + residual
+            to = tile // DOWN * epilogue.STEP + column
+            stored = live & (at % LANES == 0)
+            gl.store(epilogue.y + to, value.to(epilogue.y.dtype.element_ty), mask=stored)
         side = 1 - side
         begin += MOST
     memory._keep_alive()
@@ -316,7 +317,7 @@ def constants(
     steps = joined * -(-across // 2)
     needed = -(-results * down // multiprocessors)
     # A pass that is not the last gives every warp as many steps.
-    even = _WARPS // gcd(_WARPS, steps)
+    even = WARPS // gcd(WARPS, steps)
     most = min(needed, even * max(1, _STEPS // (steps * even)))
     if most * steps > _MOST_STEPS:
         return Declined(f"stream: the sums of {most} tiles of {steps} steps do not fit")
@@ -325,8 +326,8 @@ def constants(
         "RESULTS": results,
         "DOWN": down,
         "PROGRAMS": multiprocessors,
-        "W": _WARPS,
-        "DEPTH": _DEPTH,
+        "W": WARPS,
+        "DEPTH": DEPTH,
         "MOST": most,
     }
 
@@ -358,10 +359,10 @@ def calls(
         made.append(
             Call(
                 expert_stream_kernel,
-                {**args, "indices": Arg(2), "EACH": each, **shares},
+                {**args, "indices": Arg(2), "EACH": each, **shares, "AHEAD": args is summed},
                 (shares["PROGRAMS"], 1, 1),
                 (args["epilogue"].y,),
-                num_warps=_WARPS,
+                num_warps=WARPS,
                 resident=RESIDENT,
             )
         )

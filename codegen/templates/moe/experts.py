@@ -214,12 +214,13 @@ def stream(query: KernelQuery) -> Candidate | Declined:
     if isinstance(have, Declined):
         return have
     gate_up, down = _gemms(query, have)
-    alone: dict[str, Any] = {"weights": None, "bias": None}
-    out = epilogue_of(query, Result(0), have.width, residual=True)
-    summed = {"weights": Arg(1), "bias": query.ref("down_bias"), "epilogue": out}
     for args in (gate_up, down):
         del args["K"]
-    made = calls(query, {**gate_up, **alone}, {**down, **summed}, have.k)
+    hidden = {"weights": None, "bias": query.ref("gate_up_bias")}
+    hidden["epilogue"] = gate_up["epilogue"]._replace(bias=None)
+    summed = {"weights": Arg(1), "bias": query.ref("down_bias")}
+    summed["epilogue"] = epilogue_of(query, Result(0), have.width, residual=True)
+    made = calls(query, {**gate_up, **hidden}, {**down, **summed}, have.k)
     if isinstance(made, Declined):
         return made
     weights = query.args[3:5]
