@@ -113,6 +113,8 @@ def cache_folder() -> Path:
 
 # Registers of a multiprocessor, and the most that a thread may have, on NVIDIA.
 _REGISTERS, _MOST_REGISTERS = 65536, 255
+# Shared memory that is lost for each block on a multiprocessor, in bytes, on NVIDIA.
+_SHARED_OF_BLOCK = 1024
 
 
 def _part_of_registers(source: KernelSource, target: Target) -> int:
@@ -122,10 +124,14 @@ def _part_of_registers(source: KernelSource, target: Target) -> int:
 
 
 def _part_of_shared(source: KernelSource, target: Target) -> int:
-    """The bytes of shared memory of which one program more than are to be resident does not fit."""
+    """The bytes of shared memory of which one program more than are to be resident does not fit;
+    of what spreads a second one."""
     if source.resident is None or not target.name.startswith("cuda"):
         return 0
-    return -(-target.shared_bytes // (128 * (source.resident + 1))) * 128
+    # The multiprocessor takes a kilobyte for each block itself.
+    whole = target.shared_bytes + _SHARED_OF_BLOCK
+    part = whole // (2 if source.spreads else source.resident + 1) - _SHARED_OF_BLOCK
+    return (part // 128 + 1) * 128
 
 
 def compiled(source: KernelSource, target: Target, registers: int | None = None) -> Any:

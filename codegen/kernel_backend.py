@@ -261,6 +261,7 @@ class KernelBackend:
             call.num_stages,
             call.overlaps and self.target.name.startswith("cuda"),
             call.resident,
+            call.spreads,
         )
 
 

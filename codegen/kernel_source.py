@@ -63,8 +63,8 @@ class KernelSource:
 
     An argument is an Argument (the kind of a run-time parameter and what is promised of it), a
     constant, or a NamedTuple of both. `programmatic` says that the kernel waits for the launches
-    before it by itself, `resident` how many programs a multiprocessor holds (kernel_query.Call).
-    Two sources are equal when they make equal code.
+    before it by itself, `resident` and `spreads` how many programs a multiprocessor holds
+    (kernel_query.Call). Two sources are equal when they make equal code.
     """
 
     function: Any = field(compare=False)
@@ -74,6 +74,7 @@ class KernelSource:
     programmatic: bool
     key: str
     resident: int | None = None
+    spreads: bool = False
 
     @classmethod
     def of(
@@ -84,6 +85,7 @@ class KernelSource:
         num_stages: int,
         programmatic: bool,
         resident: int | None = None,
+        spreads: bool = False,
     ) -> KernelSource:
         """ValueError where the parameters of `function` are not just those given.
 
@@ -108,6 +110,7 @@ class KernelSource:
             programmatic and PROGRAMMATIC in names,
             key,
             resident,
+            spreads,
         )
 
     def _leaves(self) -> Iterator[tuple[tuple[int, ...], str, Any]]:
@@ -136,7 +139,7 @@ class KernelSource:
     def hash(self, target: str) -> str:
         """The content hash of what would be built for `target`."""
         facts = (triton.__version__, target, self.function.__name__, self.key, self.arguments)
-        rest = (self.num_warps, self.num_stages, self.programmatic, self.resident)
+        rest = (self.num_warps, self.num_stages, self.programmatic, self.resident, self.spreads)
         return hashlib.sha256(repr((*facts, *rest)).encode()).hexdigest()
 
     def ast_source(self) -> ASTSource:

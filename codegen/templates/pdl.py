@@ -30,13 +30,18 @@ What is computed is what launches one after the other compute:
 
 Launches of few tokens overlap well where each has one program on every multiprocessor, which takes
 half of it: the next one's come beside those that work, and read ahead. Two programs of one launch
-on a multiprocessor, beside another that has none, would keep the whole launch waiting. So a launch
-of fewer programs than there are multiprocessors is filled up with some that only wait (`spread`),
-and takes its half even where it needs less (Call.resident). All these kernels want one
-division of the multiprocessor's memory (CudaApi.allow_shared): with another it would have to be
-idle before. On an H200 the four products of a layer of Qwen3-8B took 46 µs with the divisions that
-the driver chooses and 32 µs with one for all, and 48 µs again with a launch of six programs among
-them.
+on a multiprocessor, beside another that has none, keep the whole launch waiting, and so it stays:
+the launches that follow come where those before them leave. Therefore
+
+- a launch of fewer programs than there are multiprocessors is filled up with some that only wait
+  (`spread`), and takes its half even where it needs less (Call.resident);
+- now and then a launch is spread by force: of a gated product, which is long enough for the next
+  one to come beside it, a second program does not fit on a multiprocessor (Call.spreads);
+- all these kernels want one division of the multiprocessor's memory (CudaApi.allow_shared): for
+  another it would have to be idle.
+
+On an H200 the four products of a layer of Qwen3-8B took 46 µs with the divisions that the driver
+chooses and 32 µs with one for all, and 48 µs again with a launch of six programs among them.
 """
 
 from __future__ import annotations

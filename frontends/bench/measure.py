@@ -17,7 +17,7 @@ from ...runtime.serving.abi import ServingAbi
 from ...runtime.serving.sequence import Sequence
 from ...runtime.serving.session import Session
 from ..launches import PlannedEntry, op_and_place, sections
-from .parts import Part, parts_of, prefix_name, with_parts
+from .parts import Part, parts_of, prefix_name, with_own_integers, with_parts
 from .traffic import NOTHING, Traffic, traffic_by_label
 from .workload import Workload, step_inputs, symbols_for
 
@@ -123,6 +123,7 @@ def measure(
     A step is the median of `replays`, its parts that of a fifth of them. Each batch is served as
     well, at its smallest context. ValueError for a workload that the program cannot take.
     """
+    program = with_own_integers(program)
     abi = ServingAbi(program)
     step = program.functions[STEP]
     entries = [step.entry(symbols_for(abi, work)) for work in works]
@@ -185,6 +186,7 @@ def _parts(
 ) -> tuple[LaunchFigures, ...]:
     entry = planned.entry
     timed: list[tuple[Part, float]] = []
+    timer.milliseconds(STEP, entry, inputs, 1)  # indices that parts read are those of a step
     for part in parts_of(planned.program, entry):
         chain = timer.milliseconds(part.function, entry, inputs)
         timed.append((part, 1e3 * chain / part.chained))

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from ...runtime.program import STEP, Entry, Program
+from ...codegen.memory import aligned
+from ...compiler.dtypes import INTEGERS
+from ...runtime.program import STEP, Buffer, Entry, Program
 from ..launches import op_and_place
 
 # A chain of fewer launches is repeated: the start of a graph would be most of what is measured.
@@ -51,6 +53,38 @@ def parts_of(program: Program, entry: Entry) -> tuple[Part, ...]:
         )
         for n, ((op, kernel, grid), launches) in enumerate(kinds.items())
     )
+
+
+def with_own_integers(program: Program) -> Program:
+    """`program`, whose entries have memory of their own for integers: tokens, places, experts.
+
+    A launch that is timed by itself finds there what the last whole step left, which is an index
+    into something, and not what another launch has written over it.
+    """
+    sizes: dict[str, int] = {}
+    functions = program.functions.values()
+    for buffer in (b for f in functions for e in f.entries for b in e.buffers if _is_integer(b)):
+        sizes[buffer.name] = max(buffer.nbytes, sizes.get(buffer.name, 0))
+    at: dict[str, int] = {}
+    end = aligned(program.arena_bytes)
+    for name, nbytes in sizes.items():
+        at[name], end = end, end + aligned(nbytes)
+
+    def moved(entry: Entry) -> Entry:
+        buffers = tuple(
+            replace(b, offset=at[b.name]) if _is_integer(b) else b for b in entry.buffers
+        )
+        return replace(entry, buffers=buffers)
+
+    made = {
+        name: replace(function, entries=tuple(map(moved, function.entries)))
+        for name, function in program.functions.items()
+    }
+    return replace(program, functions=made, arena_bytes=end)
+
+
+def _is_integer(buffer: Buffer) -> bool:
+    return buffer.offset is not None and buffer.dtype in INTEGERS
 
 
 def prefix_name(entry: Entry, end: int) -> str:

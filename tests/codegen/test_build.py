@@ -87,13 +87,15 @@ def test_registers_are_bounded_where_a_number_is_given() -> None:
 def test_resident_programs_share_a_multiprocessor(
     warps: int, most: int | None, tmp_path: Path
 ) -> None:
-    """Two fit on it, by registers and shared memory, and a third does not, however small."""
+    """Two fit on it, by registers and shared memory, and a third does not; of what spreads one."""
     pair = replace(source(64), num_warps=warps, resident=2)
     text = build_module.compiled(pair, SM_90).asm["ptx"]
     assert (f".maxnreg {most}" in text) if most else (".maxnreg" not in text)
     (kernel,) = build([pair], SM_90, cache=tmp_path).values()
     # A block's own kilobyte is taken from the 228 as well.
     assert 2 * (kernel.shared + 1024) <= 228 << 10 < 3 * (kernel.shared + 1024)
+    (wide,) = build([replace(pair, spreads=True)], SM_90, cache=tmp_path).values()
+    assert kernel.shared + wide.shared + 2048 <= 228 << 10 < 2 * (wide.shared + 1024)
     (other,) = build([pair], target_of("hip:gfx942"), cache=tmp_path).values()
     assert other.shared == 0
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,13 +20,14 @@ import pytest
 import torch
 from fake_gpu import CUDA, FakeGpu, build_fake
 from ingot.codegen import price_table
+from ingot.compiler.dtypes import INTEGERS
 from ingot.compiler.ir import Graph
 from ingot.compiler.target import target_of
 from ingot.frontends import api, drivers
 from ingot.frontends.bench.explain import explain
 from ingot.frontends.bench.measure import decode_rate
 from ingot.frontends.bench.models import MODELS, config_of
-from ingot.frontends.bench.parts import parts_of, prefix_name, with_parts
+from ingot.frontends.bench.parts import parts_of, prefix_name, with_own_integers, with_parts
 from ingot.frontends.bench.plots import write_plots
 from ingot.frontends.bench.random_weights import RandomWeights
 from ingot.frontends.bench.run import Benchmark, run
@@ -144,6 +146,26 @@ def test_parts_are_every_launch_once_and_the_program_stays_valid(plan: Plan) -> 
         assert chain.dependencies == tuple((i, i + 1) for i in range(part.chained - 1))
     whole = made.functions[prefix_name(entry, len(entry.launches))].entries[0]
     assert (whole.launches, whole.dependencies) == (entry.launches, entry.dependencies)
+
+
+def test_integers_lie_where_nothing_else_does(plan: Plan) -> None:
+    made = with_own_integers(plan.program)
+    check_program(made)
+    for function, before in zip(
+        made.functions.values(), plan.program.functions.values(), strict=True
+    ):
+        for entry, old in zip(function.entries, before.entries, strict=True):
+            assert (entry.launches, entry.dependencies) == (old.launches, old.dependencies)
+            placed = sorted(
+                (b for b in entry.buffers if b.nbytes and b.offset is not None),
+                key=lambda b: b.offset or 0,
+            )
+            integers = [b for b in placed if b.dtype in INTEGERS]
+            assert {"tokens", "slots"} <= {b.name for b in integers}
+            assert placed[-len(integers) :] == integers
+            assert (integers[0].offset or 0) >= plan.program.arena_bytes
+            for one, other in pairwise(integers):
+                assert (one.offset or 0) + one.nbytes <= (other.offset or 0)
 
 
 def test_inputs_are_those_of_the_workload(plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Products of few tokens with an MXFP4 weight in fragments, which is a stream (Gluon, NVIDIA).
 
-The programs, as many as the device runs at once, share the rows of the weight evenly; each reads
-its part in the order in which it uses it. The code is SIMT: tensors have one element a thread, and
+The programs, one on every multiprocessor, share the rows of the weight evenly; each reads its part
+in the order in which it uses it. The code is SIMT: tensors have one element a thread, and
 PTX does the rest.
 
 - A step of a warp is 16 rows by 256 columns: two tiles of compiler.ops.mxfp4_fragments beside each
@@ -16,8 +16,8 @@ PTX does the rest.
   add to the same sums, and for one token a lane scales four sums a step instead of 32.
 - A weight that is a constant does not depend on the launches before: the ring is filled before the
   wait (templates.pdl), with at most PACE steps on their way, so that what the launch before reads
-  gets through. A program takes less than half of a multiprocessor: while one works, the next
-  launch's fills its ring.
+  gets through. A program takes half of a multiprocessor: while one works, the next launch's fills
+  its ring (templates.pdl).
 
 x is taken 2^64 times too large, as the codes are 2^126 too small; 2^62 is left for the end. (An x
 beyond 2^63 overflows.) A norm of x is taken along as in fragment_linear.
@@ -53,6 +53,8 @@ from .stream_asm import (
 
 # Steps on their way before the launch before has ended.
 _PACE = 2
+# Warps of a program: two programs are on a multiprocessor.
+_WARPS = 8
 # The most tokens, and the most tiles times tokens whose sums a pass holds.
 _MOST_TOKENS = 8
 _MOST_SUMS = 16
@@ -418,7 +420,8 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
             (shares["PROGRAMS"], 1, 1),
             (product.epilogue.y,),
             num_warps=shares["W"],
-            resident=RESIDENT * 8 // shares["W"],
+            resident=RESIDENT,
+            spreads=product.weight.HALVED,
         )
         yield GemmLaunch(call, "stream", "a stream of fragments for few tokens")
 
@@ -428,20 +431,17 @@ def constants(tokens: int, down: int, across: int, multiprocessors: int) -> dict
     columns = 1 << (tokens - 1).bit_length()
     # For several tokens two steps' x does not fit into the registers.
     steps = (2, 1) if columns == 1 else (1,)
-    shares = [(warps, held) for warps in (8, 4) for held in steps]
     # The fewest idle warps at the end of a row.
     pairs = -(-across // 2)
-    warps, held = min(shares, key=lambda share: -pairs % (share[0] * share[1]))
-    # Eight warps of a launch on each multiprocessor.
-    programs = min(multiprocessors * 8 // warps, down)
+    held = min(steps, key=lambda held: -pairs % (_WARPS * held))
     return {
         "TOKENS": tokens,
         "T": columns,
         "DOWN": down,
-        "PROGRAMS": programs,
-        "W": warps,
+        "PROGRAMS": multiprocessors,
+        "W": _WARPS,
         "S": held,
         "DEPTH": 4 if held == 2 else 5,
         "PACE": _PACE,
-        "MOST": min(-(-down // programs), _MOST_SUMS // columns),
+        "MOST": min(-(-down // multiprocessors), _MOST_SUMS // columns),
     }
