@@ -140,8 +140,8 @@ class Call:
     device to themselves. `priced` is under what the launch stands in a table of measured prices.
     `resident` is how many programs a multiprocessor of NVIDIA's holds at once, of launches that
     overlap too: each takes such a part of its registers and shared memory (see templates.pdl). None
-    leaves it to what the kernel needs. Of a launch that `spreads` a multiprocessor holds one program
-    alone, beside others': it takes more than half of the shared memory.
+    leaves it to what the kernel needs. Of a launch that `spreads` a multiprocessor holds only one
+    program, beside others': it takes more than half of the shared memory.
     """
 
     function: Any

@@ -13,6 +13,7 @@ from ....compiler.types import TensorType
 from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Ref, Result, Temp
 from ...prices import PICK_SECONDS, PROGRAM_BYTES, ROUND_TRIP_SECONDS, SHARED_BYTES
 from ..arrival import arrivals_of
+from ..pdl import spread
 from ..rowwise.norms import input_rows, rows_call
 from .choose import Choice
 from .gating_kernels import (
@@ -188,7 +189,8 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
         yield Declined(f"{gate.tokens} tokens, expected at most {_FEW}")
         return
     target, chunks = query.target, triton.cdiv(gate.width, _CHUNK)
-    grid = (gate.tokens, triton.cdiv(gate.count, 16), chunks)
+    sixteens = triton.cdiv(gate.count, 16)
+    programs, resident = spread(target, gate.tokens * sixteens * chunks)
     logits = Temp("logits")
     product = Call(
         token_partials_kernel,
@@ -203,10 +205,12 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
             "tokens": gate.tokens,
             "PARTS": chunks,
             "ROW_BLOCK": _ROW_BLOCK,
+            "AHEAD": gate.weight.constant,
         },
-        grid,
+        (programs, 1, 1),
         (logits, *gate.results_of_rows),
         num_stages=gate.stages,
+        resident=resident,
     )
     folded = {"choice": gate.choice, "arrivals": arrivals_of(target, "arrived")}
     whole = replace(
@@ -218,7 +222,7 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
     rows = len(gate.results_of_rows) * gate.width * 4 / PROGRAM_BYTES
     seconds = query.seconds(1) + rows + gate.seconds_to_choose + ROUND_TRIP_SECONDS
     temps = {"logits": TensorType("f32", (chunks, gate.tokens, gate.count))}
-    reason = f"the product in {grid[1]} x {chunks} parts a token"
+    reason = f"the product in {sixteens} x {chunks} parts a token"
     yield Candidate(
         (whole,),
         seconds + target.arrival_seconds,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..arrival import last_to_arrive
-from ..pdl import pdl_wait
+from ..pdl import pdl_join, pdl_launch, pdl_wait
 from ..rowwise.row_norm import normed, scales_of_row, store_row, summed
 from .choose import choose, experts_in_lanes
 
@@ -30,32 +30,38 @@ class Router(NamedTuple):
 
 
 @triton.jit
-def token_logits(
-    rows, token, post_scale, scale, n, s, router, expert, present, first, EXPERTS: tl.constexpr
-):
-    """f32 [EXPERTS]: one token's products with the experts' rows over the chunk of columns from
-    `first` on; stores n and s there, if they are given.
+def _weight(router, expert, present, start):
+    """[EXPERTS, BLOCK] of the experts' rows, from column `start` on; 0 outside."""
+    at = start + tl.arange(0, router.BLOCK)
+    mask = present[:, None] & (at < router.WIDTH)[None, :]
+    return tl.load(router.weight + expert[:, None] * router.WIDTH + at[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _add_products(total, w, rows, token, post_scale, scale, n, s, router, start):
+    """`total` and the products of a token with `w`, the experts' rows from column `start` on;
+    stores n and s there, if they are given.
 
     The token is one column of sixteen, which is what a matrix instruction takes.
     """
     K: tl.constexpr = router.WIDTH
-    BLOCK: tl.constexpr = router.BLOCK
-    column = tl.arange(0, 16)
-    total = tl.zeros([EXPERTS, 16], tl.float32)
-    for start in range(first, first + router.CHUNK, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < K
-        added = summed(rows, token, post_scale, at, inside)
-        if s is not None:
-            tl.store(s + token * K + at, added.to(s.dtype.element_ty), mask=inside)
-        value = normed(rows, added, scale, at, inside)
-        if n is not None:
-            tl.store(n + token * K + at, value, mask=inside)
-        tile = tl.where(column[None, :] == 0, value.to(tl.float32)[:, None], 0.0).to(router.DOT)
-        mask = present[:, None] & inside[None, :]
-        w = tl.load(router.weight + expert[:, None] * K + at[None, :], mask=mask, other=0)
-        total = tl.dot(w.to(router.DOT), tile, total, input_precision="ieee")
-    return tl.sum(tl.where(column[None, :] == 0, total, 0.0), 1)
+    at = start + tl.arange(0, router.BLOCK)
+    inside = at < K
+    added = summed(rows, token, post_scale, at, inside)
+    if s is not None:
+        tl.store(s + token * K + at, added.to(s.dtype.element_ty), mask=inside)
+    value = normed(rows, added, scale, at, inside)
+    if n is not None:
+        tl.store(n + token * K + at, value, mask=inside)
+    first = tl.arange(0, 16)[None, :] == 0
+    tile = tl.where(first, value.to(tl.float32)[:, None], 0.0).to(router.DOT)
+    return tl.dot(w.to(router.DOT), tile, total, input_precision="ieee")
+
+
+@triton.jit
+def _of_token(total):
+    """f32 [EXPERTS]: the column of `total` [EXPERTS, 16] that is the token's."""
+    return tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, total, 0.0), 1)
 
 
 @triton.jit
@@ -68,9 +74,11 @@ def gate_kernel(rows, router, choice, n, s, ROW_BLOCK: tl.constexpr, PROGRAMMATI
     expert, present = experts_in_lanes(choice)
     total = tl.zeros([LANES], tl.float32)
     for first in range(0, router.WIDTH, router.CHUNK):
-        total += token_logits(
-            rows, token, post_scale, scale, n, s, router, expert, present, first, LANES
-        )
+        part = tl.zeros([LANES, 16], tl.float32)
+        for start in range(first, first + router.CHUNK, router.BLOCK):
+            w = _weight(router, expert, present, start)
+            part = _add_products(part, w, rows, token, post_scale, scale, n, s, router, start)
+        total += _of_token(part)
     choose(total, choice, token)
 
 
@@ -99,31 +107,51 @@ def token_partials_kernel(
     tokens,
     PARTS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """partials f32 [PARTS, tokens, COUNT]: one token, sixteen experts, one chunk of the columns.
 
-    Every program takes the norm of its token for itself; those of the first experts store n and s.
-    With `arrivals` [tokens] the last of a token makes its choice.
+    Program (part · sixteens + sixteen) · tokens + token; those beyond do nothing. A router that is a
+    constant (AHEAD) is read before the launches before have ended. Every program takes the norm of
+    its token for itself; those of the first experts store n and s. With `arrivals` [tokens] the
+    last of a token makes its choice.
     """
-    pdl_wait(PROGRAMMATIC)
+    if AHEAD:
+        pdl_launch(PROGRAMMATIC)
+    else:
+        pdl_wait(PROGRAMMATIC)
     COUNT: tl.constexpr = router.COUNT
-    token = tl.program_id(0).to(tl.int64)
-    post_scale, scale = scales_of_row(rows, token, router.WIDTH, ROW_BLOCK)
-    first = tl.program_id(2) * router.CHUNK
-    expert = tl.program_id(1) * 16 + tl.arange(0, 16)
-    total = token_logits(
-        rows, token, post_scale, scale, None, None, router, expert, expert < COUNT, first, 16
-    )
-    at = (tl.program_id(2).to(tl.int64) * tokens + token) * COUNT + expert
-    tl.store(partials + at, total, mask=expert < COUNT)
-    if tl.program_id(1) == 0:
-        stop = first + router.CHUNK
-        store_row(rows, token, post_scale, scale, n, s, first, stop, router.WIDTH, router.BLOCK)
-    if arrivals is not None:
-        count = tl.num_programs(1) * PARTS
-        if last_to_arrive(arrivals, token, count):
-            _choose_by_parts(partials, choice, token, tokens, COUNT, PARTS)
+    BLOCK: tl.constexpr = router.BLOCK
+    BLOCKS: tl.constexpr = router.CHUNK // BLOCK
+    SIXTEENS: tl.constexpr = (COUNT + 15) // 16
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    sixteen = tl.program_id(0) // tokens % SIXTEENS
+    part = tl.program_id(0) // tokens // SIXTEENS
+    first = part * router.CHUNK
+    expert = sixteen * 16 + tl.arange(0, 16)
+    present = (expert < COUNT) & (part < PARTS)
+    weights = ()
+    for i in tl.static_range(BLOCKS):
+        weights = weights + (_weight(router, expert, present, first + i * BLOCK),)
+    if AHEAD:
+        pdl_join(PROGRAMMATIC)
+    if part < PARTS:
+        post_scale, scale = scales_of_row(rows, token, router.WIDTH, ROW_BLOCK)
+        total = tl.zeros([16, 16], tl.float32)
+        for i in tl.static_range(BLOCKS):
+            start = first + i * BLOCK
+            total = _add_products(
+                total, weights[i], rows, token, post_scale, scale, None, None, router, start
+            )
+        at = (part.to(tl.int64) * tokens + token) * COUNT + expert
+        tl.store(partials + at, _of_token(total), mask=present)
+        if sixteen == 0:
+            stop = first + router.CHUNK
+            store_row(rows, token, post_scale, scale, n, s, first, stop, router.WIDTH, BLOCK)
+        if arrivals is not None:
+            if last_to_arrive(arrivals, token, PARTS * SIXTEENS):
+                _choose_by_parts(partials, choice, token, tokens, COUNT, PARTS)
 
 
 @triton.jit
