@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from functools import cache
-from math import log2
+from math import hypot, log2
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta, structs
 
 _HERE = Path(__file__).with_name("measured")
-# No launch takes less: the gap between two.
+# No launch takes less: the gap between two. Of two that would the faster one stays so.
 _LEAST_MICROSECONDS = 1.0
 
 
@@ -76,7 +76,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             total += log2(p.rows * p.columns / p.microseconds) / squared
         if not weights:
             return None
-        return 1e-6 * max(of.rows * of.columns / 2 ** (total / weights), _LEAST_MICROSECONDS)
+        return 1e-6 * hypot(of.rows * of.columns / 2 ** (total / weights), _LEAST_MICROSECONDS)
 
     def with_points(self, points: Iterable[Point]) -> Table:
         """The table with `points` beside its own, in place of those of the same launches."""

@@ -33,7 +33,7 @@ class Target:
     elf: tuple[int, int] = (0, 0)
     scaled_conversions: bool = False
     mfma: int = 0
-    launch_seconds: float = 1e-6
+    launch_seconds: float = 2e-6
     arrival_seconds: float = 1e-6
     max_threads: int = 1024
     max_grid: tuple[int, int, int] = (2**31 - 1, 65535, 65535)
@@ -48,7 +48,9 @@ _MI300, _MI350 = "AMD Instinct MI300X, MI325X", "AMD Instinct MI350X, MI355X"
 CPU = Target("cpu", "any CPU, through the references")
 # Bandwidths and multiprocessors: NVIDIA H200 and B200 data sheets; AMD CDNA 3 and CDNA 4 data
 # sheets (MI300X, MI355X). Launches: on an H200 the gap between two nodes of a graph is 1.0-1.14 µs
-# measured, 0.6-0.7 where PDL hides it. AMD's is from others' reports on the MI300X, not measured.
+# measured, 0.6-0.7 where PDL hides it; with it a launch of next to no work, which reads what the
+# one before wrote, adds 2.3-2.7 µs to a step. AMD's is from others' reports on the MI300X, not
+# measured.
 # Arrivals are estimated: on NVIDIA a round trip to the L2; on AMD the L2 of an XCD is written back
 # before it as well.
 _AMD_LAUNCH, _AMD_ARRIVAL = 4.5e-6, 2e-6

@@ -172,7 +172,9 @@ def test_a_large_product_stays_after(group: int, monkeypatch: pytest.MonkeyPatch
     for most, count in ((size, 1), (size - size // 50, 2)):
         monkeypatch.setattr(prices, "NORM_WITHIN_BYTES", most)
         args = (torch.randn(2, 96).to(BF16), weight)
-        lowered = check_node(linear, args, normed(96, BF16), tolerance=ALLOWED[BF16])
+        named = normed(96, BF16)
+        # For sm_90 norms within were measured.
+        lowered = check_node(linear, args, named, "cuda:sm_100", tolerance=ALLOWED[BF16])
         assert launches(lowered) == count
 
 
@@ -184,7 +186,9 @@ def test_built_for_every_target(tokens: int, group: int) -> None:
     named = {"norm": of_norm, "gate": "silu", "eps": 1e-5}
     facts = build_everywhere(linear, (x, Packed(w) if group else Weight(w)), named)
     if group:
+        # As measured on sm_90, for 16 tokens a launch before is faster.
+        before = {"hip:gfx942", "hip:gfx950"} | ({"cuda:sm_90"} if tokens == 16 else set())
         counts = {target: len(found) for target, found in facts.items()}
-        assert counts == {target: 2 if target.startswith("hip") else 1 for target in facts}
+        assert counts == {target: 1 + (target in before) for target in facts}
         # A program of eight warps leaves room for another on the multiprocessor.
         assert tokens > 8 or facts["cuda:sm_90"][0]["registers"] <= 128

@@ -282,7 +282,8 @@ def _widest(job: Attention) -> Tile:
         return Tile(_FEW_ROWS, 16, 8 if width <= 256 else 16, 1)
     if _few(job) or rows <= _FEW_ROWS:
         if nvidia:
-            return Tile(_FEW_ROWS, 64, 8 if width > 128 else 4, 5)
+            # Two stages of keys of a latent, 576 wide, are half of a multiprocessor's memory.
+            return Tile(_FEW_ROWS, 64 if width <= 256 else 32, 8 if width > 128 else 4, 5)
         # The bounds of a window are scalars that wide tiles leave no registers for.
         if width > 256:
             return Tile(_FEW_ROWS, 16 if job.variant.WINDOW else 32, 4, 1)

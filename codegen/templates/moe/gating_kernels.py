@@ -112,9 +112,9 @@ def token_partials_kernel(
 ):
     """partials f32 [PARTS, tokens, COUNT]: one token, sixteen experts, one chunk of the columns.
 
-    Program (part · sixteens + sixteen) · tokens + token; those beyond do nothing. A router that is a
-    constant (AHEAD) is read before the launches before have ended. Every program takes the norm of
-    its token for itself; those of the first experts store n and s. With `arrivals` [tokens] the
+    Program (part · sixteens + sixteen) · tokens + token; those beyond do nothing. A router that is
+    a constant (AHEAD) is read before the launches before have ended. Every program takes the norm
+    of its token for itself; those of the first experts store n and s. With `arrivals` [tokens] the
     last of a token makes its choice.
     """
     if AHEAD:
@@ -150,7 +150,8 @@ def token_partials_kernel(
             stop = first + router.CHUNK
             store_row(rows, token, post_scale, scale, n, s, first, stop, router.WIDTH, BLOCK)
         if arrivals is not None:
-            if last_to_arrive(arrivals, token, PARTS * SIXTEENS):
+            last = last_to_arrive(arrivals, token, PARTS * SIXTEENS)
+            if last:
                 _choose_by_parts(partials, choice, token, tokens, COUNT, PARTS)
 
 
