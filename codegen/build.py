@@ -117,10 +117,13 @@ _REGISTERS, _MOST_REGISTERS = 65536, 255
 _SHARED_OF_BLOCK = 1024
 
 
-def _part_of_registers(source: KernelSource, target: Target) -> int:
-    """How many a thread may take, so that as many programs fit as are to be resident."""
-    threads = source.num_warps * target.warp * (source.resident or 1)
-    return min(_MOST_REGISTERS, _REGISTERS // threads) if source.resident else _MOST_REGISTERS
+def _part_of_registers(source: KernelSource, target: Target) -> int | None:
+    """How many a thread may take, so that as many programs fit as are to be resident. ptxas, if it
+    is not told, may take fewer, for programs that are not to come, and spill."""
+    if source.resident is None:
+        return None
+    threads = source.num_warps * target.warp * source.resident
+    return min(_MOST_REGISTERS, _REGISTERS // threads)
 
 
 def _part_of_shared(source: KernelSource, target: Target) -> int:
@@ -150,7 +153,7 @@ def compiled(source: KernelSource, target: Target, registers: int | None = None)
     if source.programmatic:
         options["launch_pdl"] = True
     most = registers or _part_of_registers(source, target)
-    if backend == "cuda" and most < _MOST_REGISTERS:
+    if backend == "cuda" and most:
         options["maxnreg"] = most
     name = source.function.__name__
     try:

@@ -156,6 +156,14 @@ class EntryBuilder:
         """The buffers that no launch writes."""
         return frozenset(self.folded.values())
 
+    @property
+    def early(self) -> frozenset[str]:
+        """The buffers that no launch so far writes: constants, and inputs, whose memory is nothing
+        else's before they are read."""
+        written = {name for names in self.writes for name in names}
+        inputs = {name for name, b in self.local.items() if b.kind == "input"}
+        return self.constants | (inputs - written)
+
     @cached_property
     def _output_names(self) -> Mapping[Value, str]:
         """The name of each value that is an output, its first where it has several."""

@@ -152,10 +152,11 @@ class KernelBackend:
             held = tuple(result for result in results if result)
             args = (*held, *args[len(held) :])
         types: list[Any] = list(bound.types)
+        early = builder.early
         query = KernelQuery(
             node.op,
             dict(bound.attrs),
-            tuple(operand(arg, builder.constants) for arg in args),
+            tuple(operand(arg, builder.constants, early) for arg in args),
             tuple(
                 operand(result) if result else Operand(type_, dense_strides(type_.shape))
                 for result, type_ in zip(results, types, strict=True)
@@ -167,7 +168,8 @@ class KernelBackend:
         chosen = select(query, self._prefer)
         if isinstance(chosen, Declined) and not all(a.dense for a in query.args):
             args = tuple(self._dense(a, builder, copying) for a in args)
-            query = replace(query, args=tuple(operand(arg, builder.constants) for arg in args))
+            operands = (operand(arg, builder.constants, early) for arg in args)
+            query = replace(query, args=tuple(operands))
             chosen = select(query, self._prefer)
         if isinstance(chosen, Declined):
             raise NoKernelError(f"{label}: {chosen.reason}")
@@ -273,19 +275,27 @@ def launch_label(node: Node) -> str:
     return f"{name}{'+kv_append' if node.appends else ''} {node.source}".strip()
 
 
-def operand(place: Place, constants: Container[str] = ()) -> Operand:
-    """How a template sees an argument or result; `constants` are buffers that no launch writes."""
+def operand(place: Place, constants: Container[str] = (), early: Container[str] = ()) -> Operand:
+    """How a template sees an argument or result; `constants` are buffers that no launch writes,
+    `early` those that none has written yet."""
     match place:
         case Slice():
             strides = place.strides or dense_strides(place.shape)
             type_ = TensorType(place.dtype, place.shape)
-            aligned = place.offset % _VECTOR == 0
-            return Operand(type_, strides, constant=place.buffer in constants, aligned=aligned)
+            return Operand(
+                type_,
+                strides,
+                constant=place.buffer in constants,
+                aligned=place.offset % _VECTOR == 0,
+                early=place.buffer in early,
+            )
         case PackedSlice():
             codes, scales = (TensorType(s.dtype, s.shape) for s in (place.codes, place.scales))
             packed = Packed(codes, scales, place.group, place.fragments)
             shape: Any = place.type.shape
-            return Operand(place.type, dense_strides(shape), None, packed, constant=True)
+            return Operand(
+                place.type, dense_strides(shape), None, packed, constant=True, early=True
+            )
         case bool():
             return Operand(TensorType("bool", ()), (), place)
         case int():

@@ -39,7 +39,8 @@ class Operand:
 
     `strides` are in elements. `value` is set for a literal: a number, no memory. `packed` is set
     for a weight that is held in MXFP4: then only its codes and scales are in memory. What no launch
-    writes is `constant`. `aligned` says that it begins at a multiple of 16 bytes.
+    writes is `constant`; what no launch of the entry writes before the node's is `early`. `aligned`
+    says that it begins at a multiple of 16 bytes.
     """
 
     type: TensorType
@@ -48,6 +49,7 @@ class Operand:
     packed: Packed | None = None
     constant: bool = False
     aligned: bool = True
+    early: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

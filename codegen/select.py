@@ -8,7 +8,7 @@ from dataclasses import replace
 from . import pointwise
 from .kernel_query import Candidate, Declined, KernelQuery, Template
 from .templates.attention import grouped_query as attention
-from .templates.attention import heads, mla, rope
+from .templates.attention import heads, mla, project_attention, rope
 from .templates.gemm import linear
 from .templates.moe import experts, gating
 from .templates.rowwise import copy, indexed, norms, reductions, rows
@@ -29,6 +29,7 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
         linear,
         mla,
         norms,
+        project_attention,
         rope,
         rows,
         reductions,
@@ -37,7 +38,9 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
 )
 # Operands that templates read in packed form, by op: what the modules' PACKED_WEIGHTS say.
 PACKED_WEIGHTS: Mapping[str, tuple[str, ...]] = {
-    op: names for m in (experts, heads, linear) for op, names in m.PACKED_WEIGHTS.items()
+    op: names
+    for m in (experts, heads, linear, project_attention)
+    for op, names in m.PACKED_WEIGHTS.items()
 }
 
 

@@ -27,6 +27,7 @@ from .serving.gather_logits import GatherLogits
 from .serving.insert_kv_cache import InsertKvCache
 from .serving.sample_on_device import SampleOnDevice
 from .target.fuse_elementwise import FuseElementwise
+from .target.fuse_heads_attention import FuseHeadsAttention
 from .target.fuse_kv_append import FuseKvAppend
 from .target.lay_out_weights import LayOutWeights
 from .transforms.absorb_mla import AbsorbMla
@@ -49,7 +50,12 @@ FUSIONS: tuple[Pass, ...] = (
     FuseNormLinear(),
 )
 # What a GPU wants of the final graph, whatever the passes before; the cpu interprets it without.
-TARGET: tuple[Pass, ...] = (LayOutWeights(), FuseKvAppend(), FuseElementwise())
+TARGET: tuple[Pass, ...] = (
+    LayOutWeights(),
+    FuseKvAppend(),
+    FuseHeadsAttention(),
+    FuseElementwise(),
+)
 
 
 def _moving(graph: Graph) -> Iterator[tuple[Node, str]]:

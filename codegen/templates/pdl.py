@@ -14,10 +14,14 @@ What is computed is what launches one after the other compute:
   transitive reduction: it holds for reading what an earlier launch wrote and for overwriting what
   it reads. If all programs of a kernel returned without waiting, it would be complete too soon and
   let the next one in: `pdl_wait` is therefore the first statement, under no condition.
-- Only constants, which no launch writes, may be read before, with one exception: fragment_linear
+- Only constants, which no launch writes, may be read before, with two exceptions: fragment_linear
   reads its first weights, and then waits by assembly of its own; dense_gemv does between
   `pdl_launch` and `pdl_join`.
-- The exception: what launches before the last one wrote may be read, past the L1, where the last
+- An input that no earlier launch of the entry writes (kernel_query.Operand.early) is what it was
+  when the replay began, and its memory nothing else's: attend_kernel reads which slots, positions
+  and pages there are. A later launch that overwrites it, as the feed of the next step does, has
+  waited for this one.
+- What launches before the last one wrote may be read, past the L1, where the last
   one lets this one begin only after its own wait, which says that they are complete. So the
   second launch of expert_stream reads which experts were chosen.
 - A kernel that does not wait has full edges alone, on both sides.
@@ -82,6 +86,6 @@ def pdl_launch(PROGRAMMATIC: tl.constexpr):
 
 @triton.jit
 def pdl_join(PROGRAMMATIC: tl.constexpr):
-    """The second half: wait for those before. Until then only constants may be read."""
+    """The second half: wait for those before. Until then only what they do not write is read."""
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()

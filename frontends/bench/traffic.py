@@ -53,7 +53,7 @@ def _traffic(node: Node, state: Set[Value], binding: Mapping[str, int], work: Wo
         if not value.node.is_constant and value not in state and value.type.dtype in FLOATS
     ]
     by_one = by_all = operands
-    if "page_table" in operands and not node.appends:
+    if "page_table" in operands and "scale" in attrs:
         # What one token sees counts for the arithmetic, what all new ones see for the bytes.
         window = attrs.get("window") or work.seen
         by_one = _seen(operands, work.batch, min(window, work.seen))

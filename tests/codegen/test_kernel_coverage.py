@@ -100,10 +100,11 @@ def test_what_ranks_exchange_is_refused() -> None:
 
 # ---- every kernel lets later launches begin and waits for those before, whatever it then does
 
-# They wait after their first loads of weights; the experts' first launch lets the second begin late
-# (see test_expert_stream).
+# They wait after their first loads of weights or of the index of a cache; the experts' first launch
+# lets the second begin late (see test_expert_stream).
 EXPERT_STREAM = "expert_stream.expert_stream_kernel"
 THEIR_OWN_WAY = [
+    "attend.attend_kernel",
     "dense_gemv.gemv_kernel",
     EXPERT_STREAM,
     "fragment_linear.fragment_kernel",

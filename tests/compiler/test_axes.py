@@ -13,6 +13,7 @@ from ingot.compiler.ir import Node, Op, Sample
 from ingot.compiler.ops import attention, heads, linear, mla, moe, pointwise, rope, shape
 from ingot.compiler.ops.aten import aten_op
 from ingot.compiler.ops.leaf import param
+from ingot.compiler.ops.project_attention import project_attention
 from ingot.compiler.types import TensorType, symbol
 from op_cases import Case as OpCase
 from op_cases import sampled_ops
@@ -85,11 +86,15 @@ def cached() -> Iterator[Case]:
         yield node, [*values[:at], *index, *values[at + len(index) :]]
     places = dict(zip(("slots", "positions", "page_table"), index_types, strict=True))
     k_and_v = {"cache_1": caches[0], "cache_2": caches[1], "heads": (3, 2, 2), "dims": (8, 8, 6)}
+    attends = {"k_cache": caches[0], "v_cache": caches[1], "heads": (4, 2, 2), "dims": (8, 8, 6)}
+    attends["scale"] = 0.3
     summed = {"norm": t(10), "delta": t(5, 10), "eps": 1e-5}
     row = (t(5, 14), t(10), t(5, 2), t(5, 2))
     for op, floats, named in (
         (heads.project_heads, (t(5, 10), t(52, 10)), k_and_v),
         (heads.project_heads, (t(5, 10), t(52, 10)), {**k_and_v, **summed}),
+        (project_attention, (t(5, 10), t(60, 10)), attends),
+        (project_attention, (t(5, 10), t(60, 10)), {**attends, **summed, "sinks": t(4)}),
         (mla.mla_latent, row, {"cache": latent[2], "eps": 1e-5, "form": "half"}),
     ):
         node, values = case(op, OpCase.of(op, Sample(floats, {**named, **places})))

@@ -99,8 +99,10 @@ def _without_pdl(function: Any, args: Mapping[str, Any]) -> dict[str, Any]:
 def _given(function: Any, args: Mapping[str, Any]) -> dict[str, Any]:
     """As the interpreter takes them: of aggregates it would make tensors of the constants, too."""
 
-    def field(leaf: Any) -> Any:
-        return interpreter._implicit_cvt(leaf) if isinstance(leaf, torch.Tensor) else leaf
+    def field(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return interpreter._implicit_cvt(value)
+        return whole(value)
 
     def whole(value: Any) -> Any:
         if not is_aggregate(value):

@@ -287,6 +287,16 @@ MUTATIONS: dict[str, Mutation] = {
     "keys in the cache of values": Mutation(
         "llama", "fuse-kv-append", "project_heads", exchanged("cache_1", "cache_2"), target=NVIDIA
     ),
+    "attention to values, of keys": Mutation(
+        "llama",
+        "fuse-heads-attention",
+        "project_attention",
+        exchanged("k_cache", "v_cache"),
+        target=NVIDIA,
+    ),
+    "attention of another scale": Mutation(
+        "llama", "fuse-heads-attention", "project_attention", one_more("scale"), target=NVIDIA
+    ),
     "another first step of a region": Mutation(
         "gemma2", "fuse-elementwise", "region", first_step("mul"), target=NVIDIA
     ),

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ..arrival import last_to_arrive
-from ..pdl import pdl_wait
+from ..pdl import pdl_join, pdl_launch, pdl_wait
+from .heads import head_rows
 
 _FAR = tl.constexpr(2**31 - 1)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -207,9 +208,51 @@ def joined(
 
 
 @triton.jit
+def _places(pages, splits, tokens, part, parts_each, BLOCK: tl.constexpr):
+    """[BLOCK] the rows of a cache (i64) that the first of `tokens` tokens have, -1 for those that
+    are not of this `part`'s splits and for padding."""
+    token = tl.arange(0, BLOCK)
+    slot = tl.load(pages.slots + token, mask=token < tokens, other=-1)
+    at = tl.load(pages.positions + token, mask=token < tokens, other=0)
+    split = at * 0
+    if splits.COUNT > 1:
+        index = tl.arange(0, splits.BLOCK)
+        begun = split_start(index, splits)[None, :] <= at[:, None]
+        split = tl.sum(begun.to(tl.int32), 1) - 1
+    here = (slot >= 0) & (split % parts_each == part)
+    page = tl.load(pages.table + slot * pages.PER_SLOT + at // pages.SIZE, mask=here, other=0)
+    return tl.where(here, page.to(tl.int64) * pages.SIZE + at % pages.SIZE, -1)
+
+
+@triton.jit
+def _append(heads, keys, values, kv_head, to):
+    """Write the keys and values of a head into rows `to` [BLOCK] of their caches, but for -1. All
+    that this program loads behind it sees them."""
+    row = tl.arange(0, heads.BLOCK)
+    head = row * 0 + kv_head
+    mine = to >= 0
+    token = tl.where(mine, row, 0).to(tl.int64)[:, None]
+    k = head_rows(heads.product, heads.key, heads.rotation, token, head, mine, None)
+    v = head_rows(heads.product, heads.value, heads.rotation, token, head, mine, None)
+    at = to[:, None]
+    d = tl.arange(0, keys.BLOCK)[None, :]
+    dtype: tl.constexpr = keys.data.dtype.element_ty
+    key = keys.data + at * keys.ROW + kv_head * keys.HEAD + d
+    tl.store(key, k.to(dtype), mask=mine[:, None] & (d < keys.D))
+    d = tl.arange(0, values.BLOCK)[None, :]
+    value = values.data + at * values.ROW + kv_head * values.HEAD + d
+    tl.store(value, v.to(dtype), mask=mine[:, None] & (d < values.D))
+    if heads.BY_WAVE:
+        stored: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0"
+        tl.inline_asm_elementwise(stored, "=v,~{memory}", [], tl.int32, False, 1)
+    tl.debug_barrier()
+
+
+@triton.jit
 def attend_kernel(
     query,
     query_rest,
+    heads,
     keys,
     values,
     pages,
@@ -229,6 +272,7 @@ def attend_kernel(
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """BLOCK_M rows of a key/value head over the contexts of their slots, with online softmax.
@@ -244,8 +288,15 @@ def attend_kernel(
     Otherwise what the splits make are `parts`, for combine_kernel or, with `arrivals`
     [blocks · heads · lanes], for the last program of a block and lane, which joins them: of M rows,
     the others being no tokens'.
+
+    With `heads` (heads.Heads) queries are not read but made, and so are the keys and values of the
+    step's tokens: each program writes those of its part's splits into the caches before it reads
+    any. All that do so write the same. AHEAD says that no launch of the step writes the index of
+    `pages` before this one: it is read before the launches before have ended.
     """
-    pdl_wait(PROGRAMMATIC)
+    pdl_launch(PROGRAMMATIC)
+    if not AHEAD:
+        pdl_join(PROGRAMMATIC)
     SPLITS: tl.constexpr = splits.COUNT
     WINDOW: tl.constexpr = variant.WINDOW
     V: tl.constexpr = keys.D if values is None else values.D
@@ -269,6 +320,16 @@ def attend_kernel(
     else:
         slot_of = tl.where(real, 0, -1)
         at = token + (context - tokens)
+    if heads is not None:
+        places = _places(pages, splits, tokens, part, parts_each, heads.BLOCK)
+    if AHEAD:
+        pdl_join(PROGRAMMATIC)
+    if heads is not None:
+        cached = slot_of >= 0
+        of = tl.where(cached, token, 0).to(tl.int64)[:, None]
+        q = head_rows(heads.product, heads.query, heads.rotation, of, head, cached, None)
+        q = q.to(keys.data.dtype.element_ty)
+        _append(heads, keys, values, kv_head, places)
     limit = at
     if not variant.CAUSAL:
         limit = at * 0 + (context - 1)
@@ -293,7 +354,8 @@ def attend_kernel(
             oldest = tl.min(tl.where(mine, at, _FAR), 0)
             first = tl.maximum(first, oldest - WINDOW + 1)
         token_at = token.to(tl.int64)
-        q = _part_of_queries(query, token_at, head, mine)
+        if heads is None:
+            q = _part_of_queries(query, token_at, head, mine)
         if query_rest is not None:
             q_rest = _part_of_queries(query_rest, token_at, head, mine)
 

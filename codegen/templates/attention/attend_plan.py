@@ -124,6 +124,7 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
         {
             "query": job.query,
             "query_rest": job.rest,
+            "heads": None,
             "keys": job.keys,
             "values": job.values,
             "pages": job.pages,
@@ -143,6 +144,7 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
             "SLOTS": 1 if slots == 1 else tile.m,
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
+            "AHEAD": job.pages is not None and _known(job.node),
         },
         (programs, 1, 1),
         (Result(0),),
@@ -181,6 +183,12 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
     counters = {"arrived": blocks * job.kv_heads * lanes}
     reason = f"{reason}, which the last joins"
     yield Candidate((once,), seconds + last, reason, temps, counters)
+
+
+def _known(query: KernelQuery) -> bool:
+    """Whether the index of the pages can be read before the launches before have ended."""
+    index = (query.operand(name) for name in ("slots", "positions", "page_table"))
+    return all(x is not None and x.early for x in index)
 
 
 def _not_joined(job: Attention, slots: int) -> str:

@@ -48,6 +48,19 @@ class Product(NamedTuple):
     EPS: Any
 
 
+class Heads(NamedTuple):
+    """HeadParts of queries, keys and values, for attention that makes them itself: a block of BLOCK
+    rows holds all tokens of a step. BY_WAVE as in arrival.Arrivals."""
+
+    product: Any
+    query: Any
+    key: Any
+    value: Any
+    rotation: Any
+    BLOCK: Any
+    BY_WAVE: Any
+
+
 @triton.jit
 def heads_kernel(product, part_0, part_1, part_2, rotation, pages, PROGRAMMATIC: tl.constexpr):
     """Up to three HeadParts of one token; program_id(1) counts through the blocks of one after the
@@ -75,42 +88,10 @@ def _part(product, part, rotation, row, token, block):
     """A block of heads of a HeadPart."""
     HEADS: tl.constexpr = part.HEADS
     D: tl.constexpr = part.D
-    NORM_OF: tl.constexpr = product.NORM_OF
-    EPS: tl.constexpr = product.EPS
-    START: tl.constexpr = rotation.START
-    HALF: tl.constexpr = rotation.HALF
-    FORM: tl.constexpr = rotation.FORM
-    norm = part.norm
-    NORMED: tl.constexpr = norm is not None
-    OF_PART: tl.constexpr = NORMED and NORM_OF == "part"
+    OF_PART: tl.constexpr = part.norm is not None and product.NORM_OF == "part"
     heads = block * part.BLOCK_HEADS + tl.arange(0, part.BLOCK_HEADS)
     d = tl.arange(0, part.BLOCK_D)
-    inside = (heads < HEADS)[:, None] & (d < D)[None, :]
-    # Where dim d's own value and its partner's are read: a turned pair is (a, b).
-    place = d - START
-    turned = (place >= 0) & (place < 2 * HALF) & (part.TURNED != 0)
-    if not part.TURNED:
-        pair = place * 0
-        is_b = place < 0
-        mine = d
-        other = d
-    elif FORM == "half":
-        pair = place % HALF
-        is_b = place >= HALF
-        mine = d
-        other = tl.where(is_b, d - HALF, d + HALF)
-    elif FORM == "interleaved":
-        pair = place // 2
-        is_b = place % 2 == 1
-        mine = d
-        other = tl.where(is_b, d - 1, d + 1)
-    else:
-        pair = place % HALF
-        is_b = place >= HALF
-        mine = START + 2 * pair + is_b.to(tl.int32)
-        other = START + 2 * pair + 1 - is_b.to(tl.int32)
-    mine = tl.where(turned, mine, d)
-    other = tl.where(turned, other, d)
+    scale = None
     if OF_PART:
         total = tl.zeros((), tl.float32)
         for first in range(0, HEADS * D, part.BLOCK_D):
@@ -118,31 +99,9 @@ def _part(product, part, rotation, row, token, block):
             ok = at < HEADS * D
             value = _values(product, part, token, at, ok)
             total += tl.sum(value * value, 0)
-        scale = tl.rsqrt(total / (HEADS * D) + EPS)
-    at_mine = heads[:, None] * D + mine[None, :]
-    at_other = heads[:, None] * D + other[None, :]
-    value = _values(product, part, token, at_mine, inside)
-    partner = _values(product, part, token, at_other, inside)
-    if OF_PART:
-        value *= tl.load(norm + at_mine, mask=inside, other=0.0).to(tl.float32)
-        partner *= tl.load(norm + at_other, mask=inside, other=0.0).to(tl.float32)
-        value *= scale
-        partner *= scale
-    if NORMED and NORM_OF == "head":
-        # The sum over a head is the same in whatever order its dims are read.
-        plain = _values(product, part, token, heads[:, None] * D + d[None, :], inside)
-        scales = tl.rsqrt(tl.sum(plain * plain, 1) / D + EPS)[:, None]
-        value *= scales * tl.load(norm + mine, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        partner *= scales * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    if part.TURNED:
-        table = token * rotation.STEP + pair
-        c = tl.load(rotation.cos + table, mask=turned, other=1.0).to(tl.float32)[None, :]
-        s = tl.load(rotation.sin + table, mask=turned, other=0.0).to(tl.float32)[None, :]
-        # (a, b) becomes (a·cos - b·sin, b·cos + a·sin).
-        value = value * c + tl.where(is_b, 1.0, -1.0)[None, :] * partner * s
-    if NORMED and NORM_OF == "rotated head":
-        scales = tl.rsqrt(tl.sum(value * value, 1) / D + EPS)[:, None]
-        value *= scales * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        scale = tl.rsqrt(total / (HEADS * D) + product.EPS)
+    value = head_rows(product, part, rotation, token, heads, heads < HEADS, scale)
+    inside = (heads < HEADS)[:, None] & (d < D)[None, :]
     at = heads[:, None] * D + d[None, :]
     if part.out is not None:
         to = part.out + token * (HEADS * D) + at
@@ -150,6 +109,78 @@ def _part(product, part, rotation, row, token, block):
     if part.cache is not None:
         to = part.cache + row * (HEADS * D) + at
         tl.store(to, value.to(part.cache.dtype.element_ty), mask=inside & (row >= 0))
+
+
+@triton.jit
+def head_rows(product, part, rotation, token, heads, mine, scale):
+    """[M, BLOCK_D] f32: the `heads` [M] of a HeadPart that are `mine` [M], normed and rotated; 0
+    beyond D dims. `token` (i64) is that of all, or [M, 1] that of each; `scale` is that of a norm
+    of the part (or None).
+
+    A norm sums the dims of a head in an order that BLOCK_D alone decides, where M · BLOCK_D are at
+    least four elements a thread.
+    """
+    D: tl.constexpr = part.D
+    NORM_OF: tl.constexpr = product.NORM_OF
+    EPS: tl.constexpr = product.EPS
+    START: tl.constexpr = rotation.START
+    HALF: tl.constexpr = rotation.HALF
+    FORM: tl.constexpr = rotation.FORM
+    norm = part.norm
+    NORMED: tl.constexpr = norm is not None
+    d = tl.arange(0, part.BLOCK_D)[None, :]
+    in_head = d < D
+    inside = mine[:, None] & in_head
+    # Where dim d's own value and its partner's are read: a turned pair is (a, b).
+    place = d - START
+    turned = (place >= 0) & (place < 2 * HALF) & (part.TURNED != 0)
+    if not part.TURNED:
+        pair = place * 0
+        is_b = place < 0
+        own = d
+        other = d
+    elif FORM == "half":
+        pair = place % HALF
+        is_b = place >= HALF
+        own = d
+        other = tl.where(is_b, d - HALF, d + HALF)
+    elif FORM == "interleaved":
+        pair = place // 2
+        is_b = place % 2 == 1
+        own = d
+        other = tl.where(is_b, d - 1, d + 1)
+    else:
+        pair = place % HALF
+        is_b = place >= HALF
+        own = START + 2 * pair + is_b.to(tl.int32)
+        other = START + 2 * pair + 1 - is_b.to(tl.int32)
+    own = tl.where(turned, own, d)
+    other = tl.where(turned, other, d)
+    at_own = heads[:, None] * D + own
+    at_other = heads[:, None] * D + other
+    value = _values(product, part, token, at_own, inside)
+    partner = _values(product, part, token, at_other, inside)
+    if NORMED and NORM_OF == "part":
+        value *= tl.load(norm + at_own, mask=inside, other=0.0).to(tl.float32)
+        partner *= tl.load(norm + at_other, mask=inside, other=0.0).to(tl.float32)
+        value *= scale
+        partner *= scale
+    if NORMED and NORM_OF == "head":
+        # The sum over a head is the same in whatever order its dims are read.
+        plain = _values(product, part, token, heads[:, None] * D + d, inside)
+        scales = tl.rsqrt(tl.sum(plain * plain, 1) / D + EPS)[:, None]
+        value *= scales * tl.load(norm + own, mask=in_head, other=0.0).to(tl.float32)
+        partner *= scales * tl.load(norm + other, mask=in_head, other=0.0).to(tl.float32)
+    if part.TURNED:
+        table = token * rotation.STEP + pair
+        c = tl.load(rotation.cos + table, mask=turned, other=1.0).to(tl.float32)
+        s = tl.load(rotation.sin + table, mask=turned, other=0.0).to(tl.float32)
+        # (a, b) becomes (a·cos - b·sin, b·cos + a·sin).
+        value = value * c + tl.where(is_b, 1.0, -1.0) * partner * s
+    if NORMED and NORM_OF == "rotated head":
+        scales = tl.rsqrt(tl.sum(value * value, 1) / D + EPS)[:, None]
+        value *= scales * tl.load(norm + d, mask=in_head, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -168,33 +199,45 @@ _PARTS = 3
 
 def project_heads(query: KernelQuery) -> Iterator[Candidate | Declined]:
     """project_heads: the product unrounded into scratch, then a launch for every three parts."""
-    tokens, n = query.args[0].shape[0], query.args[1].shape[0]
     parts = range(len(query.attrs["heads"]))
-    rest = tuple(_parts_call(query, parts[i : i + _PARTS], n) for i in parts[::_PARTS])
-    more = 8 * tokens * n / query.target.bytes_per_second + len(rest) * query.target.launch_seconds
+    rest = tuple(_parts_call(query, parts[i : i + _PARTS]) for i in parts[::_PARTS])
     into = ", written into the cache" if query.append else ""
-    epilogue = epilogue_of(query, Temp("y"), n)
     reason = f"the product in f32{{note}}; then norms and rotation of all heads{into}"
-    for found in normed_products(query, epilogue, sum_result=len(parts), reason=reason):
+    for found in products(query, reason):
         if isinstance(found, Declined):
             yield found
             continue
-        yield replace(
-            found,
-            calls=(*found.calls, *rest),
-            seconds=found.seconds + more,
-            temps={**found.temps, "y": TensorType("f32", (tokens, n))},
-        )
+        seconds = found.seconds + len(rest) * query.target.launch_seconds
+        yield replace(found, calls=(*found.calls, *rest), seconds=seconds)
 
 
-def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
-    """The launch for parts of the product [T, n], at most _PARTS."""
+def products(query: KernelQuery, reason: str) -> Iterator[Candidate | Declined]:
+    """Ways to make the product f32 [T, N] in the scratch `y`, with what it takes to write and read
+    that."""
+    tokens, n = query.args[0].shape[0], query.args[1].shape[0]
+    epilogue = epilogue_of(query, Temp("y"), n)
+    more = 8 * tokens * n / query.target.bytes_per_second
+    sum_result = len(query.attrs["heads"])
+    for found in normed_products(query, epilogue, sum_result=sum_result, reason=reason):
+        if isinstance(found, Declined):
+            yield found
+            continue
+        temps = {**found.temps, "y": TensorType("f32", (tokens, n))}
+        yield replace(found, seconds=found.seconds + more, temps=temps)
+
+
+def product_of(query: KernelQuery) -> Product:
+    """The product in the scratch `y`."""
+    attrs = query.attrs
+    eps = attrs.get("head_eps") or 0.0
+    n = query.args[1].shape[0]
+    return Product(Temp("y"), query.ref("bias"), n, attrs.get("norm_of", "head"), eps)
+
+
+def rotation_of(query: KernelQuery) -> Rotation:
     attrs = query.attrs
     table = query.operand("cos") if any(attrs.get("rotate") or ()) else None
-    held = [_head_part(query, part) for part in parts]
-    empty = HeadPart(None, None, None, 0, 1, 1, 0, False, 1, 1)
-    args = {f"part_{i}": p for i, p in enumerate((*held, *(empty,) * (_PARTS - len(held))))}
-    rotation = Rotation(
+    return Rotation(
         query.ref("cos"),
         query.ref("sin"),
         attrs.get("form", ""),
@@ -202,16 +245,21 @@ def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
         table.shape[1] if table else 0,
         table.strides[0] if table else 0,
     )
-    eps = attrs.get("head_eps") or 0.0
-    product = Product(Temp("y"), query.ref("bias"), n, attrs.get("norm_of", "head"), eps)
+
+
+def _parts_call(query: KernelQuery, parts: range) -> Call:
+    """The launch for parts of the product [T, N], at most _PARTS."""
+    held = [head_part(query, part) for part in parts]
+    empty = HeadPart(None, None, None, 0, 1, 1, 0, False, 1, 1)
+    args = {f"part_{i}": p for i, p in enumerate((*held, *(empty,) * (_PARTS - len(held))))}
     tokens, blocks = query.args[0].shape[0], sum(p.BLOCKS for p in held)
     programs, resident = spread(query.target, tokens * blocks)
     return Call(
         heads_kernel,
         {
-            "product": product,
+            "product": product_of(query),
             **args,
-            "rotation": rotation,
+            "rotation": rotation_of(query),
             "pages": append_pages(query),
         },
         (tokens, programs // tokens, 1),
@@ -220,12 +268,13 @@ def _parts_call(query: KernelQuery, parts: range, n: int) -> Call:
     )
 
 
-def _head_part(query: KernelQuery, part: int) -> HeadPart:
+def head_part(query: KernelQuery, part: int) -> HeadPart:
     attrs = query.attrs
     heads, size = attrs["heads"][part], attrs["dims"][part]
     out, cache = append_refs(query, part)
     block_d = triton.next_power_of_2(size)
-    block_heads = max(1, min(triton.next_power_of_2(heads), 1024 // block_d))
+    # As many rows for few heads as for many: so norms add up alike, see head_rows.
+    block_heads = max(1, 1024 // block_d)
     widths = [h * d for h, d in zip(attrs["heads"], attrs["dims"], strict=True)]
     return HeadPart(
         query.ref(f"norm_{part}"),

@@ -1,0 +1,176 @@
+"""Attention by heads out of one product: made by a launch of their own, or where they attend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import triton
+
+from ....compiler.ops.attention import cached_attention
+from ....compiler.types import TensorType
+from ...kernel_query import (
+    Append,
+    Arg,
+    Call,
+    Candidate,
+    Declined,
+    KernelQuery,
+    Operand,
+    Ref,
+    Result,
+    Temp,
+    dense_strides,
+)
+from ...kernel_source import map_leaves
+from ...prices import ROUND_TRIP_SECONDS
+from .attend import attend_kernel
+from .grouped_query import attention
+from .heads import Heads, head_part, product_of, products, project_heads, rotation_of
+
+# Tokens of a step, and rows of a block of the attention, whose heads its programs make, at most.
+_FEW_TOKENS = 8
+_FEW_ROWS = 16
+# Norms in a block of so few elements a thread would add up in another order than in heads_kernel.
+_THREAD_ELEMENTS = 4
+
+
+def project_attention(query: KernelQuery) -> Iterator[Candidate | Declined]:
+    """project_attention: the product, a launch that makes heads of it and appends keys and values,
+    and attention; or for few tokens the product, and attention that makes what it takes."""
+    assert query.append
+    attends: list[Candidate] = []
+    for each in _attention(query, query.append):
+        if isinstance(each, Declined):
+            yield each
+        else:
+            attends.append(each)
+    made = {Result(0): Temp("q")}
+    q = _queries(query).type
+    for heads in project_heads(query):
+        if isinstance(heads, Declined):
+            yield heads
+            continue
+        calls = tuple(_renamed(call, made) for call in heads.calls)
+        before = replace(heads, calls=calls, temps={**heads.temps, "q": q})
+        yield from (_joined(before, each) for each in attends)
+    fused: list[Candidate] = []
+    for each in attends:
+        within = _within(query, query.append, each)
+        if isinstance(within, Declined):
+            yield within
+        else:
+            fused.append(within)
+    if fused:
+        reason = "the product in f32{note}; heads where they attend, written into the cache"
+        for product in products(query, reason):
+            if isinstance(product, Candidate):
+                yield from (_joined(product, each) for each in fused)
+
+
+def _queries(query: KernelQuery) -> Operand:
+    """The queries [T, H, D], which are nobody's result."""
+    heads, dims = query.attrs["heads"][0], query.attrs["dims"][0]
+    shape = (query.args[0].shape[0], heads, dims)
+    return Operand(TensorType(query.args[0].type.dtype, shape), dense_strides(shape))
+
+
+def _attention(query: KernelQuery, append: Append) -> Iterator[Candidate | Declined]:
+    """Ways to attend, by queries in the scratch `q` and the caches as they are updated."""
+    caches = [Result(append.caches[part]) for part in (1, 2)]
+    index = (append.slots, append.positions, append.page_table)
+    refs: list[Ref] = [Temp("q"), *caches, *index]
+    args = [_queries(query), *(query.results[c.index] for c in caches)]
+    args += [query.args[ref.index] for ref in index]
+    sinks = query.ref("sinks")
+    if sinks:
+        refs.append(sinks)
+        args.append(query.args[sinks.index])
+    attrs = {
+        name: query.attrs[name] for name in ("scale", "window", "softcap") if name in query.attrs
+    }
+    given = ("sinks",) if sinks else ()
+    asked = KernelQuery(
+        cached_attention, attrs, tuple(args), query.results[:1], query.target, None, given
+    )
+    renamed: dict[Ref, Ref] = {Arg(i): ref for i, ref in enumerate(refs)}
+    answer = attention(asked)
+    for each in (answer,) if isinstance(answer, Declined) else answer:
+        if isinstance(each, Declined):
+            yield each
+        else:
+            yield replace(each, calls=tuple(_renamed(call, renamed) for call in each.calls))
+
+
+def _renamed(call: Call, refs: Mapping[Ref, Ref]) -> Call:
+    """The call with other references in place of `refs`."""
+
+    def new(leaf: Any) -> Any:
+        return refs.get(leaf, leaf) if isinstance(leaf, Ref) else leaf
+
+    args = {name: map_leaves(value, new) for name, value in call.args.items()}
+    return replace(call, args=args, writes=tuple(new(ref) for ref in call.writes))
+
+
+def _joined(first: Candidate, then: Candidate) -> Candidate:
+    """The launches of both."""
+    return Candidate(
+        (*first.calls, *then.calls),
+        first.seconds + then.seconds,
+        f"{first.reason}; {then.reason}",
+        {**first.temps, **then.temps},
+        {**first.counters, **then.counters},
+    )
+
+
+def _within(query: KernelQuery, append: Append, attends: Candidate) -> Candidate | Declined:
+    """Attention that makes heads itself."""
+    call = attends.calls[0]
+    assert call.function is attend_kernel
+    threads = call.num_warps * query.target.warp
+    if why := _not_within(query, append, call, threads):
+        return Declined(f"heads where they attend: {why}")
+    parts = [head_part(query, part) for part in range(3)]
+    rows = max(_FEW_TOKENS, _THREAD_ELEMENTS * threads // min(parts[1].D, parts[2].D))
+    heads = Heads(
+        product_of(query),
+        *(part._replace(out=None, cache=None) for part in parts),
+        rotation_of(query),
+        triton.next_power_of_2(rows),
+        query.target.name.startswith("hip"),
+    )
+    caches = (Result(append.caches[part]) for part in (1, 2))
+    empty = call.args["query"]._replace(data=None)
+    alone = replace(
+        call,
+        args={**call.args, "query": empty, "heads": heads},
+        writes=(*call.writes, *caches),
+    )
+    # The product's columns come at once where queries would, and what is appended is read again.
+    seconds = attends.seconds + ROUND_TRIP_SECONDS
+    return replace(attends, calls=(alone, *attends.calls[1:]), seconds=seconds)
+
+
+def _not_within(query: KernelQuery, append: Append, call: Call, threads: int) -> str:
+    """Why attention does not make heads itself; empty where it does."""
+    tokens, dims = query.args[0].shape[0], query.attrs["dims"]
+    normed = any(query.ref(f"norm_{part}") for part in range(3))
+    if tokens > _FEW_TOKENS:
+        return f"{tokens} tokens, expected at most {_FEW_TOKENS}"
+    if call.args["BLOCK_M"] > _FEW_ROWS:
+        return f"blocks of {call.args['BLOCK_M']} rows, expected at most {_FEW_ROWS}"
+    if append.kept & {1, 2}:
+        return "keys or values are read elsewhere"
+    if normed and query.attrs.get("norm_of") == "part":
+        return "a norm is of all heads together"
+    if any(d < 16 or d & (d - 1) for d in dims):
+        return f"expected dims of powers of two from 16 on, found {dims}"
+    if normed and call.args["BLOCK_M"] * dims[0] < _THREAD_ELEMENTS * threads:
+        return f"norms of {dims[0]} dims would add up in another order"
+    return ""
+
+
+TEMPLATES = {"project_attention": (project_attention,)}
+# Operands that are read in packed form.
+PACKED_WEIGHTS = {"project_attention": ("weight",)}
