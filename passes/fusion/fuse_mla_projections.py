@@ -1,7 +1,8 @@
-"""fuse-mla-projections: the down-projections of latent attention become one product.
+"""fuse-mla-projections: the products of latent attention with the hidden values become one.
 
-W_DQ, W_DKV and W_KR read the same hidden values (DeepSeek-V2, arXiv:2405.04434, section 2.1): their
-rows stand below each other in one weight, and what they gave are slices of its result.
+W_DQ (or W_Q, where the query has no low rank), W_DKV and W_KR read the same hidden values
+(DeepSeek-V2, arXiv:2405.04434, section 2.1): their rows stand below each other in one weight, and
+what they gave are slices of its result.
 """
 
 from __future__ import annotations
@@ -48,16 +49,12 @@ def _first_products(value: Value) -> list[Node]:
     return [product for a in _before(value) for product in _first_products(a)]
 
 
-def _products_of(x: Value, value: Value, inner: bool = False) -> list[Node]:
-    """The products of `x` that `value` is made of through further products; `inner` says that one
-    was passed. Decline where there is none in between.
-    """
+def _products_of(x: Value, value: Value) -> list[Node]:
+    """The products of `x` that `value` is made of, through further products or not."""
     if not is_plain(value.node):
-        return [p for a in _before(value) for p in _products_of(x, a, inner)]
+        return [p for a in _before(value) for p in _products_of(x, a)]
     if value.node.args[0] != x:
-        return _products_of(x, value.node.args[0], True)
-    if not inner:
-        raise Decline("no low rank of the query: it is a product of the hidden values themselves")
+        return _products_of(x, value.node.args[0])
     return [value.node]
 
 

@@ -498,7 +498,7 @@ def combine_kernel(
     parts, pages, variant, splits, join, out, HEADS: tl.constexpr, PROGRAMMATIC: tl.constexpr
 ):
     """Program (token, head, block of V): out [T, H, V] of the splits that the token sees; 0 for a
-    token of slot -1."""
+    token of slot -1. Blocks beyond V do nothing."""
     pdl_wait(PROGRAMMATIC)
     one = tl.arange(0, 1)
     token = tl.program_id(0) + one

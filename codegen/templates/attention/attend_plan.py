@@ -212,8 +212,10 @@ def _combine(job: Attention, splits: Splits, parts: Parts, join: Join) -> Call:
         "out": Result(0),
         "HEADS": job.heads,
     }
-    grid = (job.tokens, job.heads, triton.cdiv(job.v, join.V))
-    return Call(combine_kernel, args, grid, (Result(0),))
+    rows = job.tokens * job.heads
+    programs, resident = spread(job.node.target, rows * triton.cdiv(job.v, join.V))
+    grid = (job.tokens, job.heads, programs // rows)
+    return Call(combine_kernel, args, grid, (Result(0),), resident=resident)
 
 
 def _joining(job: Attention, join: Join, steps: int) -> float:
