@@ -149,6 +149,17 @@ def test_a_token_is_summed_alike_whatever_is_beside_it(summed: bool) -> None:
 
 
 @interpreted
+def test_passes_of_as_many_steps_for_every_warp() -> None:
+    """Nine choices of six steps do not come out even: a tile has two steps that are none."""
+    shares = expert_stream.constants(8, 9, 256, 11, multiprocessors=132)
+    assert not isinstance(shares, Declined) and (shares["STEPS"], shares["MOST"]) == (56, 3)
+    packed, indices = drawn(5, 48, 672), torch.randint(0, 5, (2, 3))
+    h, weights = torch.randn(6, 672).to(BF16), torch.rand(2, 3)
+    expected = launch(h, indices, packed, weights)
+    assert torch.equal(launch(h, indices, packed, weights, STEPS=16, MOST=1), expected)
+
+
+@interpreted
 def test_the_ends_of_the_scales() -> None:
     codes, scales = drawn(2, 32, 256)
     scales[:] = 0  # 2^-127

@@ -50,8 +50,7 @@ from ..pdl import RESIDENT
 SLOT = gl.constexpr(2688)
 # Warps of a program, and steps in the ring of each.
 WARPS, DEPTH = 8, 4
-# Steps whose sums are in shared memory, twice: as many a pass as there may be, and rather not more
-# than.
+# Steps whose sums are in shared memory, twice: at most, and as many as are enough for a pass.
 _MOST_STEPS, _STEPS = 208, 192
 # The most choices a token, which are summed within a warp.
 _MOST_CHOICES = 32
@@ -69,10 +68,20 @@ def powers_below(limit):
 
 
 @gluon.jit
-def _turn(first, n, JOINED: gl.constexpr, DOWN: gl.constexpr, PAIRS: gl.constexpr):
-    """Of step `n` of a program: its choice, the tile of its expert, its pair of tiles across."""
-    tile = first + n // (JOINED * PAIRS)
-    return tile // DOWN * JOINED + n // PAIRS % JOINED, tile % DOWN, n % PAIRS
+def _turn(
+    first,
+    last,
+    n,
+    JOINED: gl.constexpr,
+    DOWN: gl.constexpr,
+    PAIRS: gl.constexpr,
+    STEPS: gl.constexpr,
+):
+    """Of step `n` of a program: its choice, the tile of its expert, its pair of tiles across, and
+    whether there is such a step."""
+    tile, step = first + n // STEPS, n % STEPS
+    there = (tile < last) & (step < JOINED * PAIRS)
+    return tile // DOWN * JOINED + step // PAIRS, tile % DOWN, step % PAIRS, there
 
 
 @gluon.jit
@@ -125,6 +134,7 @@ def expert_stream_kernel(
     JOINED: gl.constexpr,
     RESULTS: gl.constexpr,
     DOWN: gl.constexpr,
+    STEPS: gl.constexpr,
     PROGRAMS: gl.constexpr,
     W: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -138,14 +148,14 @@ def expert_stream_kernel(
     residual.
 
     `x` are Rows; an expert's weight has DOWN times 16 rows. A program, of W warps with rings of
-    DEPTH steps, sums up MOST tiles in a pass, whose steps are a multiple of W. AHEAD says that the
+    DEPTH steps, sums up MOST tiles in a pass, each in STEPS, of which the last may be none; those
+    of a pass are a multiple of W. AHEAD says that the
     launch before lets this one begin when it has waited itself.
     """
     TILES: gl.constexpr = weight.TILES
     HALVED: gl.constexpr = weight.HALVED
     ROWS: gl.constexpr = 8 if HALVED else 16
     PAIRS: gl.constexpr = (TILES + 1) // 2
-    STEPS: gl.constexpr = JOINED * PAIRS
     RING: gl.constexpr = W * DEPTH * SLOT
     PART: gl.constexpr = MOST * STEPS * 64
     # Shared memory: the ring; of two passes the sums [tile, step, 16]; a line of no use.
@@ -177,28 +187,27 @@ def expert_stream_kernel(
     program = gl.program_id(0)
     first = program * (RESULTS * DOWN) // PROGRAMS
     last = (program + 1) * (RESULTS * DOWN) // PROGRAMS
-    steps = (last - first) * STEPS
     experts = ()
     for turn in gl.static_range(DEPTH):
         n = warp + turn * W
-        choice, tile, pair = _turn(first, n, JOINED, DOWN, PAIRS)
-        experts = experts + (_expert(indices, choice, n < steps, AHEAD),)
+        choice, tile, pair, there = _turn(first, last, n, JOINED, DOWN, PAIRS, STEPS)
+        experts = experts + (_expert(indices, choice, there, AHEAD),)
     for turn in gl.static_range(DEPTH):
         n = warp + turn * W
-        choice, tile, pair = _turn(first, n, JOINED, DOWN, PAIRS)
+        choice, tile, pair, there = _turn(first, last, n, JOINED, DOWN, PAIRS, STEPS)
         to = ring + turn * SLOT
         if not AHEAD:
-            _copy_x(x, to + STEP_BYTES, choice, pair, n < steps, thread, EACH, weight.K)
-        _copy_weight(weight, to, experts[turn], tile, pair, n < steps, thread, DOWN)
+            _copy_x(x, to + STEP_BYTES, choice, pair, there, thread, EACH, weight.K)
+        _copy_weight(weight, to, experts[turn], tile, pair, there, thread, DOWN)
     if AHEAD:
         if PROGRAMMATIC:
             statement("griddepcontrol.wait; mov.b32 $0, 0;", thread)
         # In groups of their own: once one is there, so is every weight.
         for turn in gl.static_range(DEPTH):
             n = warp + turn * W
-            choice, tile, pair = _turn(first, n, JOINED, DOWN, PAIRS)
+            choice, tile, pair, there = _turn(first, last, n, JOINED, DOWN, PAIRS, STEPS)
             to = ring + turn * SLOT + STEP_BYTES
-            _copy_x(x, to, choice, pair, n < steps, thread, EACH, weight.K)
+            _copy_x(x, to, choice, pair, there, thread, EACH, weight.K)
             statement("cp.async.commit_group; mov.b32 $0, 0;", thread)
     zero = gl.zeros([32 * W], gl.float32, layout=one_each)
     none = (zero, zero, zero, zero, zero, zero, zero, zero)
@@ -243,9 +252,9 @@ def expert_stream_kernel(
                 residual = residual.to(gl.float32)
             ends = ends + ((added, of_up, factor, residual),)
         for _ in range((held * STEPS + W - 1) // W):
-            ahead = n + DEPTH * W
-            choice, tile, pair = _turn(first, ahead, JOINED, DOWN, PAIRS)
-            there = ahead < steps
+            choice, tile, pair, there = _turn(
+                first, last, n + DEPTH * W, JOINED, DOWN, PAIRS, STEPS
+            )
             to = ring + place * SLOT
             expert = _expert(indices, choice, there, False)
             _copy_x(x, to + STEP_BYTES, choice, pair, there, thread, EACH, weight.K)
@@ -277,7 +286,7 @@ def expert_stream_kernel(
             xs = raised_pairs(four_words(ring + place * SLOT + STEP_BYTES))
             scale = word_at(ring_scales + place * SLOT)
             to = of_pass + (n - (begin - first) * STEPS) * 64 + r * 4
-            mine = ((q == 0) & (n < steps)).to(gl.int32)
+            mine = ((q == 0) & (n < (last - first) * STEPS)).to(gl.int32)
             put(to, sum_over(total[0], (1, 2)), mine)
             put(to + 32, sum_over(total[2], (1, 2)), mine)
             n += W
@@ -314,17 +323,24 @@ def constants(
 ) -> dict[str, int] | Declined:
     """How `results` of `down` tiles, each of `joined` choices and `across` tiles, are shared by
     programs and warps."""
-    steps = joined * -(-across // 2)
+    least = joined * -(-across // 2)
     needed = -(-results * down // multiprocessors)
-    # A pass that is not the last gives every warp as many steps.
-    even = WARPS // gcd(WARPS, steps)
-    most = min(needed, even * max(1, _STEPS // (steps * even)))
-    if most * steps > _MOST_STEPS:
-        return Declined(f"stream: the sums of {most} tiles of {steps} steps do not fit")
+    if least > _MOST_STEPS:
+        return Declined(f"stream: {least} steps a tile, expected at most {_MOST_STEPS}")
+    steps, most = least, needed
+    if needed * least > _STEPS:
+        # All warps have as many steps of a pass, of which there are several.
+        steps, even = next(
+            (steps, even)
+            for steps in range(least, least + WARPS)
+            if (even := WARPS // gcd(WARPS, steps)) * steps <= _MOST_STEPS
+        )
+        most = min(needed, even * max(1, _STEPS // (steps * even)))
     return {
         "JOINED": joined,
         "RESULTS": results,
         "DOWN": down,
+        "STEPS": steps,
         "PROGRAMS": multiprocessors,
         "W": WARPS,
         "DEPTH": DEPTH,

@@ -224,7 +224,10 @@ def stream(query: KernelQuery) -> Candidate | Declined:
     if isinstance(made, Declined):
         return made
     weights = query.args[3:5]
-    read = _touched(have) * sum(map(_of_one, weights)) / query.target.bytes_per_second
+    # What choices at the same time read of the same expert is read once.
+    turns = max(1.0, have.choices / query.target.multiprocessors)
+    touched = turns * _touched(have.count, have.choices / turns)
+    read = touched * sum(map(_of_one, weights)) / query.target.bytes_per_second
     codes = have.choices * sum(w.type.numel / have.count for w in weights)
     return Candidate(
         made,
@@ -325,14 +328,14 @@ def _tile_block(query: KernelQuery, weight: Operand, shape: Mapping[str, int]) -
     return 2 * block if wide and 2 * both <= query.target.shared_bytes else block
 
 
-def _touched(have: _Experts) -> float:
-    """How many experts the choices name, if all are equally likely."""
-    return have.count * (1 - (1 - 1 / have.count) ** have.choices)
+def _touched(count: int, choices: float) -> float:
+    """How many of `count` experts the choices name, if all are equally likely."""
+    return count * (1 - (1 - 1 / count) ** choices)
 
 
 def _seconds_of_tiles(query: KernelQuery, have: _Experts, tokens: int) -> float:
     gate_up, down = query.args[3:5]
-    touched = _touched(have)
+    touched = _touched(have.count, have.choices)
     # Of each expert's tiles the last is half full, if there are several.
     tiles = max(touched, have.choices / tokens + touched / 2)
     read = touched * (_of_one(gate_up) + _of_one(down)) / query.target.bytes_per_second
