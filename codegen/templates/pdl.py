@@ -39,8 +39,9 @@ the launches that follow come where those before them leave. Therefore
 
 - a launch of fewer programs than there are multiprocessors is filled up with some that only wait
   (`spread`), and takes its half even where it needs less (Call.resident);
-- now and then a launch is spread by force: of a gated product, which is long enough for the next
-  one to come beside it, a second program does not fit on a multiprocessor (Call.spreads);
+- now and then a launch is spread by force: of a gated product, or the experts' first, which are
+  long enough for the next one to come beside them, a second program does not fit on a
+  multiprocessor (Call.spreads);
 - all these kernels want one division of the multiprocessor's memory (CudaApi.allow_shared): for
   another it would have to be idle.
 

@@ -315,7 +315,9 @@ def test_the_second_launch_begins_when_the_experts_are_known() -> None:
 def test_two_launches_fit_on_a_multiprocessor(name: str, tokens: int, target: str) -> None:
     made = sources(experts, *held(replace(REAL[name], tokens=tokens)), target)
     assert [s.function.__name__ for s in made] == ["expert_stream_kernel"] * 2
-    for source in made:
-        facts = build_one(source, target_of(target)).facts
-        assert facts["spills"] == 0 and facts["registers"] * 512 <= 65536
-        assert 2 * (facts["shared"] + 1024) <= target_of(target).shared_bytes
+    built = [build_one(source, target_of(target)).facts for source in made]
+    assert all(f["spills"] == 0 and f["registers"] * 512 <= 65536 for f in built)
+    # Each beside the other, and the second beside itself.
+    whole = target_of(target).shared_bytes - 1024
+    hidden, summed = (f["shared"] for f in built)
+    assert max(hidden, summed) + summed <= whole < 2 * hidden

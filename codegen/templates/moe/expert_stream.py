@@ -380,6 +380,7 @@ def calls(
                 (args["epilogue"].y,),
                 num_warps=WARPS,
                 resident=RESIDENT,
+                spreads=args is hidden,
             )
         )
     return made[0], made[1]
