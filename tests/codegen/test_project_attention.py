@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from attention_builds import empty, index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen import select
-from ingot.codegen.build import build_one
+from ingot.codegen.build import build_one, compiled
 from ingot.codegen.kernel_query import Candidate, Declined, KernelQuery
 from ingot.codegen.lower import lower
 from ingot.codegen.templates.attention import project_attention as template
@@ -244,3 +245,36 @@ def test_built(name: str, target: str) -> None:
     assert "heads_kernel" not in names
     facts = build_one(names["attend_kernel"], target_of(target)).facts
     assert not facts["spills"] and not facts.get("scalar_spills"), facts
+
+
+def norm_sums(source: Any, target: str) -> set[tuple[str, ...]]:
+    """How the dims of a head are shared out where they are added up: elements a thread, threads and
+    warps along them."""
+    text = compiled(source, target_of(target)).asm["ttgir"]
+    field = r"(\w+) = \[\d+, (\d+)\]"
+    layouts = {
+        name: tuple(n for _, n in re.findall(field, body)[:3])
+        for name, body in re.findall(r"(#\w+) = #ttg\.blocked<\{(.*?)\}>", text)
+    }
+    sums = re.findall(
+        r'%scales\w* = "tt.reduce".*?: \(tensor<\d+x\d+xf32, (#\w+)>', text, re.DOTALL
+    )
+    return {layouts[name] for name in sums}
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "qwen3-8b of eight tokens", "gemma", "one head each"])
+@pytest.mark.parametrize("target", ["cuda:sm_90", "hip:gfx942"])
+def test_norms_add_up_in_one_order(name: str, target: str) -> None:
+    """The order of sums is the same wherever a token's heads are made."""
+    x, named = BUILT[name]
+    sums: list[set[tuple[str, ...]]] = []
+    for tokens in (len(x[0]), 16):
+        (h, g, _), (d, *_) = named["heads"], named["dims"]
+        given = sized((h, g), d, tokens, **norms(d))
+        _, _, _, backend = lowered(given, target_of(target))
+        kernels = {s.function.__name__: s for s in backend.sources.values()}
+        kernel = "heads_kernel" if tokens == 16 else "attend_kernel"
+        assert ("heads_kernel" in kernels) == (tokens == 16)
+        sums.append(norm_sums(kernels[kernel], target))
+    within, alone = sums
+    assert len(alone) == 1 and within == alone

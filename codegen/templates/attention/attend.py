@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..arrival import last_to_arrive
 from ..pdl import pdl_join, pdl_launch, pdl_wait
-from .heads import head_rows
+from .heads import finish_heads, read_heads
 
 _FAR = tl.constexpr(2**31 - 1)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -225,24 +225,36 @@ def _places(pages, splits, tokens, part, parts_each, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _append(heads, keys, values, kv_head, to):
-    """Write the keys and values of a head into rows `to` [BLOCK] of their caches, but for -1. All
-    that this program loads behind it sees them."""
+def _made(heads, token, head, mine, kv_head, to, dtype: tl.constexpr):
+    """The queries of rows (token, head) that are `mine`, and the keys and values of a head for the
+    tokens that have a row `to` [BLOCK]. All is read before anything is waited for."""
+    of = tl.where(mine, token, 0).to(tl.int64)[:, None]
+    new = to >= 0
     row = tl.arange(0, heads.BLOCK)
-    head = row * 0 + kv_head
-    mine = to >= 0
-    token = tl.where(mine, row, 0).to(tl.int64)[:, None]
-    k = head_rows(heads.product, heads.key, heads.rotation, token, head, mine, None)
-    v = head_rows(heads.product, heads.value, heads.rotation, token, head, mine, None)
+    each = tl.where(new, row, 0).to(tl.int64)[:, None]
+    same = row * 0 + kv_head
+    q = read_heads(heads.product, heads.query, heads.rotation, of, head, mine)
+    k = read_heads(heads.product, heads.key, heads.rotation, each, same, new)
+    v = read_heads(heads.product, heads.value, heads.rotation, each, same, new)
+    k = finish_heads(heads.product, heads.key, heads.rotation, k, None).to(dtype)
+    v = finish_heads(heads.product, heads.value, heads.rotation, v, None).to(dtype)
+    q = finish_heads(heads.product, heads.query, heads.rotation, q, None).to(dtype)
+    return q, k, v
+
+
+@triton.jit
+def _append(k, v, keys, values, kv_head, to, BY_WAVE: tl.constexpr):
+    """Write keys and values of a head into rows `to` of their caches, but for -1. All that this
+    program loads behind it sees them."""
+    new = (to >= 0)[:, None]
     at = to[:, None]
     d = tl.arange(0, keys.BLOCK)[None, :]
-    dtype: tl.constexpr = keys.data.dtype.element_ty
     key = keys.data + at * keys.ROW + kv_head * keys.HEAD + d
-    tl.store(key, k.to(dtype), mask=mine[:, None] & (d < keys.D))
+    tl.store(key, k, mask=new & (d < keys.D))
     d = tl.arange(0, values.BLOCK)[None, :]
     value = values.data + at * values.ROW + kv_head * values.HEAD + d
-    tl.store(value, v.to(dtype), mask=mine[:, None] & (d < values.D))
-    if heads.BY_WAVE:
+    tl.store(value, v, mask=new & (d < values.D))
+    if BY_WAVE:
         stored: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0"
         tl.inline_asm_elementwise(stored, "=v,~{memory}", [], tl.int32, False, 1)
     tl.debug_barrier()
@@ -325,11 +337,9 @@ def attend_kernel(
     if AHEAD:
         pdl_join(PROGRAMMATIC)
     if heads is not None:
-        cached = slot_of >= 0
-        of = tl.where(cached, token, 0).to(tl.int64)[:, None]
-        q = head_rows(heads.product, heads.query, heads.rotation, of, head, cached, None)
-        q = q.to(keys.data.dtype.element_ty)
-        _append(heads, keys, values, kv_head, places)
+        dtype: tl.constexpr = keys.data.dtype.element_ty
+        q, new_k, new_v = _made(heads, token, head, slot_of >= 0, kv_head, places, dtype)
+        _append(new_k, new_v, keys, values, kv_head, places, heads.BY_WAVE)
     limit = at
     if not variant.CAUSAL:
         limit = at * 0 + (context - 1)

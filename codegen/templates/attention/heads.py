@@ -115,23 +115,19 @@ def _part(product, part, rotation, row, token, block):
 def head_rows(product, part, rotation, token, heads, mine, scale):
     """[M, BLOCK_D] f32: the `heads` [M] of a HeadPart that are `mine` [M], normed and rotated; 0
     beyond D dims. `token` (i64) is that of all, or [M, 1] that of each; `scale` is that of a norm
-    of the part (or None).
+    of the part (or None)."""
+    read = read_heads(product, part, rotation, token, heads, mine)
+    return finish_heads(product, part, rotation, read, scale)
 
-    A norm sums the dims of a head in an order that BLOCK_D alone decides, where M · BLOCK_D are at
-    least four elements a thread.
-    """
-    D: tl.constexpr = part.D
-    NORM_OF: tl.constexpr = product.NORM_OF
-    EPS: tl.constexpr = product.EPS
+
+@triton.jit
+def _pairs(part, rotation):
+    """Of dims d [1, BLOCK_D]: d, where d's own value and its partner's are read, the number of the
+    pair, whether d is the second of it, and whether it is rotated. A pair is (a, b)."""
     START: tl.constexpr = rotation.START
     HALF: tl.constexpr = rotation.HALF
     FORM: tl.constexpr = rotation.FORM
-    norm = part.norm
-    NORMED: tl.constexpr = norm is not None
     d = tl.arange(0, part.BLOCK_D)[None, :]
-    in_head = d < D
-    inside = mine[:, None] & in_head
-    # Where dim d's own value and its partner's are read: a turned pair is (a, b).
     place = d - START
     turned = (place >= 0) & (place < 2 * HALF) & (part.TURNED != 0)
     if not part.TURNED:
@@ -143,43 +139,86 @@ def head_rows(product, part, rotation, token, heads, mine, scale):
         pair = place % HALF
         is_b = place >= HALF
         own = d
-        other = tl.where(is_b, d - HALF, d + HALF)
+        other = tl.where(turned, tl.where(is_b, d - HALF, d + HALF), d)
     elif FORM == "interleaved":
         pair = place // 2
         is_b = place % 2 == 1
         own = d
-        other = tl.where(is_b, d - 1, d + 1)
+        other = tl.where(turned, tl.where(is_b, d - 1, d + 1), d)
     else:
         pair = place % HALF
         is_b = place >= HALF
-        own = START + 2 * pair + is_b.to(tl.int32)
-        other = START + 2 * pair + 1 - is_b.to(tl.int32)
-    own = tl.where(turned, own, d)
-    other = tl.where(turned, other, d)
+        own = tl.where(turned, START + 2 * pair + is_b.to(tl.int32), d)
+        other = tl.where(turned, START + 2 * pair + 1 - is_b.to(tl.int32), d)
+    return d, own, other, pair, is_b, turned
+
+
+@triton.jit
+def read_heads(product, part, rotation, token, heads, mine):
+    """All that head_rows reads, for finish_heads; one in another's place where it reads less.
+
+    Tiles are [M, BLOCK_D] throughout: a row that all have, a norm's, would be brought into the
+    layout of the others through shared memory, behind a barrier that waits for it.
+    """
+    D: tl.constexpr = part.D
+    NORM_OF: tl.constexpr = product.NORM_OF
+    NORMED: tl.constexpr = part.norm is not None
+    d, own, other, pair, _, turned = _pairs(part, rotation)
+    inside = mine[:, None] & (d < D)
     at_own = heads[:, None] * D + own
     at_other = heads[:, None] * D + other
     value = _values(product, part, token, at_own, inside)
-    partner = _values(product, part, token, at_other, inside)
+    partner = value
+    plain = value
+    gain = value
+    other_gain = value
+    c = value
+    s = value
+    if part.TURNED:
+        partner = _values(product, part, token, at_other, inside)
+        table = token * rotation.STEP + pair
+        c = tl.load(rotation.cos + table, mask=turned, other=1.0).to(tl.float32)
+        s = tl.load(rotation.sin + table, mask=turned, other=0.0).to(tl.float32)
+        if NORMED and NORM_OF == "head" and rotation.FORM == "deinterleaved":
+            plain = _values(product, part, token, heads[:, None] * D + d, inside)
+    if NORMED:
+        row = heads[:, None] * (D if NORM_OF == "part" else 0)
+        at = row + (d if NORM_OF == "rotated head" else own)
+        gain = tl.load(part.norm + at, mask=inside, other=0.0).to(tl.float32)
+        if part.TURNED and NORM_OF != "rotated head":
+            other_gain = tl.load(part.norm + row + other, mask=inside, other=0.0).to(tl.float32)
+    return value, partner, plain, gain, other_gain, c, s
+
+
+@triton.jit
+def finish_heads(product, part, rotation, read, scale):
+    """What head_rows gives, of what read_heads does.
+
+    A norm sums the dims of a head in an order that BLOCK_D alone decides, where M · BLOCK_D are at
+    least THREAD_ELEMENTS a thread.
+    """
+    D: tl.constexpr = part.D
+    NORM_OF: tl.constexpr = product.NORM_OF
+    EPS: tl.constexpr = product.EPS
+    NORMED: tl.constexpr = part.norm is not None
+    value, partner, plain, gain, other_gain, c, s = read
+    _, _, _, _, is_b, _ = _pairs(part, rotation)
     if NORMED and NORM_OF == "part":
-        value *= tl.load(norm + at_own, mask=inside, other=0.0).to(tl.float32)
-        partner *= tl.load(norm + at_other, mask=inside, other=0.0).to(tl.float32)
+        value *= gain
+        partner *= other_gain
         value *= scale
         partner *= scale
     if NORMED and NORM_OF == "head":
         # The sum over a head is the same in whatever order its dims are read.
-        plain = _values(product, part, token, heads[:, None] * D + d, inside)
         scales = tl.rsqrt(tl.sum(plain * plain, 1) / D + EPS)[:, None]
-        value *= scales * tl.load(norm + own, mask=in_head, other=0.0).to(tl.float32)
-        partner *= scales * tl.load(norm + other, mask=in_head, other=0.0).to(tl.float32)
+        value *= scales * gain
+        partner *= scales * other_gain
     if part.TURNED:
-        table = token * rotation.STEP + pair
-        c = tl.load(rotation.cos + table, mask=turned, other=1.0).to(tl.float32)
-        s = tl.load(rotation.sin + table, mask=turned, other=0.0).to(tl.float32)
         # (a, b) becomes (a·cos - b·sin, b·cos + a·sin).
         value = value * c + tl.where(is_b, 1.0, -1.0) * partner * s
     if NORMED and NORM_OF == "rotated head":
         scales = tl.rsqrt(tl.sum(value * value, 1) / D + EPS)[:, None]
-        value *= scales * tl.load(norm + d, mask=in_head, other=0.0).to(tl.float32)
+        value *= scales * gain
     return value
 
 
@@ -193,8 +232,10 @@ def _values(product, part, token, at, inside):
     return value
 
 
-# What one launch of heads_kernel takes.
-_PARTS = 3
+# What one launch of heads_kernel takes, and its warps.
+_PARTS, _WARPS = 3, 4
+# Dims that a thread adds up by itself: the 16 bytes of f16 or bf16 that it loads or stores at once.
+THREAD_ELEMENTS = 8
 
 
 def project_heads(query: KernelQuery) -> Iterator[Candidate | Declined]:
@@ -264,6 +305,7 @@ def _parts_call(query: KernelQuery, parts: range) -> Call:
         },
         (tokens, programs // tokens, 1),
         tuple(ref for p in held for ref in (p.out, p.cache) if ref is not None),
+        num_warps=_WARPS,
         resident=resident,
     )
 
@@ -274,7 +316,7 @@ def head_part(query: KernelQuery, part: int) -> HeadPart:
     out, cache = append_refs(query, part)
     block_d = triton.next_power_of_2(size)
     # As many rows for few heads as for many: so norms add up alike, see head_rows.
-    block_heads = max(1, 1024 // block_d)
+    block_heads = max(1, THREAD_ELEMENTS * _WARPS * query.target.warp // block_d)
     widths = [h * d for h, d in zip(attrs["heads"], attrs["dims"], strict=True)]
     return HeadPart(
         query.ref(f"norm_{part}"),

@@ -27,13 +27,19 @@ from ...kernel_source import map_leaves
 from ...prices import ROUND_TRIP_SECONDS
 from .attend import attend_kernel
 from .grouped_query import attention
-from .heads import Heads, head_part, product_of, products, project_heads, rotation_of
+from .heads import (
+    THREAD_ELEMENTS,
+    Heads,
+    head_part,
+    product_of,
+    products,
+    project_heads,
+    rotation_of,
+)
 
 # Tokens of a step, and rows of a block of the attention, whose heads its programs make, at most.
 _FEW_TOKENS = 8
 _FEW_ROWS = 16
-# Norms in a block of so few elements a thread would add up in another order than in heads_kernel.
-_THREAD_ELEMENTS = 4
 
 
 def project_attention(query: KernelQuery) -> Iterator[Candidate | Declined]:
@@ -132,7 +138,7 @@ def _within(query: KernelQuery, append: Append, attends: Candidate) -> Candidate
     if why := _not_within(query, append, call, threads):
         return Declined(f"heads where they attend: {why}")
     parts = [head_part(query, part) for part in range(3)]
-    rows = max(_FEW_TOKENS, _THREAD_ELEMENTS * threads // min(parts[1].D, parts[2].D))
+    rows = max(_FEW_TOKENS, THREAD_ELEMENTS * threads // min(parts[1].D, parts[2].D))
     heads = Heads(
         product_of(query),
         *(part._replace(out=None, cache=None) for part in parts),
@@ -166,7 +172,7 @@ def _not_within(query: KernelQuery, append: Append, call: Call, threads: int) ->
         return "a norm is of all heads together"
     if any(d < 16 or d & (d - 1) for d in dims):
         return f"expected dims of powers of two from 16 on, found {dims}"
-    if normed and call.args["BLOCK_M"] * dims[0] < _THREAD_ELEMENTS * threads:
+    if normed and call.args["BLOCK_M"] * dims[0] < THREAD_ELEMENTS * threads:
         return f"norms of {dims[0]} dims would add up in another order"
     return ""
 
