@@ -20,7 +20,7 @@ What is computed is what launches one after the other compute:
 - An input that no earlier launch of the entry writes (kernel_query.Operand.early) is what it was
   when the replay began, and its memory nothing else's: attend_kernel reads which slots, positions
   and pages there are. A later launch that overwrites it, as the feed of the next step does, has
-  waited for this one.
+  waited for this one. Keys and values it asks for into the L2 alone, which sees what is written.
 - What launches before the last one wrote may be read, past the L1, where the last
   one lets this one begin only after its own wait, which says that they are complete. So the
   second launch of expert_stream reads which experts were chosen.

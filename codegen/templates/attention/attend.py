@@ -261,6 +261,56 @@ def _append(k, v, keys, values, kv_head, to, BY_WAVE: tl.constexpr):
 
 
 @triton.jit
+def _span(rank, this, slot_of, at, limit, variant, splits, part, parts_each):
+    """Of the rows of rank `this`: which they are, their slot, the first and the last position that
+    they see, and the first split of this part and the end of the splits that hold those."""
+    mine = rank == this
+    slot = tl.max(tl.where(mine, slot_of, -1), 0)
+    last = tl.max(tl.where(mine, limit, -1), 0)
+    first = last * 0
+    if variant.WINDOW:
+        oldest = tl.min(tl.where(mine, at, _FAR), 0)
+        first = tl.maximum(first, oldest - variant.WINDOW + 1)
+    low = first * 0
+    high = first * 0 + 1
+    if splits.COUNT > 1:
+        index = tl.arange(0, splits.BLOCK)
+        low = tl.sum((split_start(index + 1, splits) <= first).to(tl.int32), 0)
+        high = tl.sum((split_start(index, splits) <= last).to(tl.int32), 0)
+        low += (part - low % parts_each + parts_each) % parts_each
+    return mine, slot, first, last, low, high
+
+
+@triton.jit
+def _prefetch(keys, values, pages, splits, kv_head, slot, first, last, low, high, N: tl.constexpr):
+    """Bring the first N keys and values that split `low` has into the L2. There all see what is
+    written later, so they may be written yet."""
+    begin = tl.maximum(first // N * N, split_start(low, splits))
+    some = (slot >= 0) & (low < high)
+    at = pages.table + slot * pages.PER_SLOT + begin // pages.SIZE
+    page = tl.load(at, mask=some, other=0)
+    row = page.to(tl.int64) * pages.SIZE + begin % pages.SIZE
+    tile = tl.arange(0, N)
+    written = some & (begin + tile <= last)
+    _touch(keys, kv_head, row + tile, written)
+    if values is not None:
+        _touch(values, kv_head, row + tile, written)
+
+
+@triton.jit
+def _touch(keys, kv_head, row, mine):
+    """Prefetch the lines of rows `row` [N] of a head that are `mine`."""
+    LINE: tl.constexpr = 128 * 8 // keys.data.dtype.element_ty.primitive_bitwidth
+    line = tl.arange(0, max(keys.BLOCK // LINE, 1)) * LINE
+    to = keys.data + (row * keys.ROW + kv_head * keys.HEAD)[:, None] + line[None, :]
+    wanted = (mine[:, None] & (line < keys.D)[None, :]).to(tl.int32)
+    asm: tl.constexpr = (
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
+    )
+    tl.inline_asm_elementwise(asm, "=r,l,r", [to.to(tl.int64), wanted], tl.int32, False, 1)
+
+
+@triton.jit
 def attend_kernel(
     query,
     query_rest,
@@ -332,17 +382,37 @@ def attend_kernel(
     else:
         slot_of = tl.where(real, 0, -1)
         at = token + (context - tokens)
+    limit = at
+    if not variant.CAUSAL:
+        limit = at * 0 + (context - 1)
+    rank = tl.where(slot_of < 0, -1, 0)
+    if SLOTS > 1:
+        rank = _ranks(slot_of, BLOCK_M)
     if heads is not None:
         places = _places(pages, splits, tokens, part, parts_each, heads.BLOCK)
+    if SLOTS == 1 or AHEAD:
+        nearest = _span(rank, lane, slot_of, at, limit, variant, splits, part, parts_each)
     if AHEAD:
+        if PROGRAMMATIC:
+            _, slot_0, first_0, last_0, low_0, high_0 = nearest
+            _prefetch(
+                keys,
+                values,
+                pages,
+                splits,
+                kv_head,
+                slot_0,
+                first_0,
+                last_0,
+                low_0,
+                high_0,
+                BLOCK_N,
+            )
         pdl_join(PROGRAMMATIC)
     if heads is not None:
         dtype: tl.constexpr = keys.data.dtype.element_ty
         q, new_k, new_v = _made(heads, token, head, slot_of >= 0, kv_head, places, dtype)
         _append(new_k, new_v, keys, values, kv_head, places, heads.BY_WAVE)
-    limit = at
-    if not variant.CAUSAL:
-        limit = at * 0 + (context - 1)
     place = (token.to(tl.int64) * HEADS + head) * SPLITS
     dim_v = tl.arange(0, BLOCK_V)
     inside_v = (dim_v < V)[None, :]
@@ -352,31 +422,20 @@ def attend_kernel(
         padding = (real & (slot_of < 0) & (lane == 0))[:, None] & inside_v
         tl.store(out + place[:, None] * V + dim_v[None, :], zeros, mask=padding)
 
-    rank = tl.where(slot_of < 0, -1, 0)
-    if SLOTS > 1:
-        rank = _ranks(slot_of, BLOCK_M)
     for this in range(lane, tl.max(rank, 0) + 1, lanes):
-        mine = rank == this
-        slot = tl.max(tl.where(mine, slot_of, -1), 0)
-        last = tl.max(tl.where(mine, limit, -1), 0)
-        first = last * 0
-        if WINDOW:
-            oldest = tl.min(tl.where(mine, at, _FAR), 0)
-            first = tl.maximum(first, oldest - WINDOW + 1)
+        # The splits [low, high) hold what the rows see; every `parts_each`-th is this part's.
+        if SLOTS == 1:
+            mine, slot, first, last, low, high = nearest
+        else:
+            mine, slot, first, last, low, high = _span(
+                rank, this, slot_of, at, limit, variant, splits, part, parts_each
+            )
         token_at = token.to(tl.int64)
         if heads is None:
             q = _part_of_queries(query, token_at, head, mine)
         if query_rest is not None:
             q_rest = _part_of_queries(query_rest, token_at, head, mine)
 
-        # The splits [low, high) hold what the rows see; every `parts_each`-th is this part's.
-        low = first * 0
-        high = first * 0 + 1
-        if SPLITS > 1:
-            index = tl.arange(0, splits.BLOCK)
-            low = tl.sum((split_start(index + 1, splits) <= first).to(tl.int32), 0)
-            high = tl.sum((split_start(index, splits) <= last).to(tl.int32), 0)
-            low += (part - low % parts_each + parts_each) % parts_each
         for split in range(low, high, parts_each):
             begin = first // BLOCK_N * BLOCK_N
             end = last + 1
