@@ -34,8 +34,8 @@ _FEW_ROWS = 16
 # Programs that keep every compute unit of AMD's devices busy; more would mostly be of slots and
 # splits that a batch has not, and would leave again after a microsecond or two.
 _PROGRAMS = 512
-# Positions in a first split. They double after every so many splits; see attend.split_start.
-_SPLIT, _STEADY = 64, 32
+# Splits double their length after every so many; see attend.split_start.
+_STEADY = 32
 # Numbers of splits that a thread loads at once where it joins them, and splits at most.
 _JOINED, _MOST_AT_ONCE = 64, 16
 # Positions of a context by which joining is priced: what a step of decoding mostly has.
@@ -117,7 +117,7 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
         "tops": TensorType("f32", shape),
         "totals": TensorType("f32", shape),
     }
-    held = Splits(splits, _SPLIT, _STEADY, triton.next_power_of_2(splits))
+    held = Splits(splits, _split(job), _STEADY, triton.next_power_of_2(splits))
     made = Parts(*map(Temp, temps), job.v)
     whole = Call(
         attend_kernel,
@@ -222,7 +222,7 @@ def _joining(job: Attention, join: Join, steps: int) -> float:
     """Seconds that a program waits for tops, and then for splits, so many at once in each of its
     steps, of a short context. A long one takes longer."""
     context = min(job.context, _SHORT_CONTEXT)
-    splits = splits_of(context, _SPLIT, _STEADY)
+    splits = splits_of(context, _split(job), _STEADY)
     return (1 + steps * triton.cdiv(splits, join.AT_ONCE)) * ROUND_TRIP_SECONDS
 
 
@@ -233,9 +233,19 @@ def padded(size: int) -> int:
 
 def _few(job: Attention) -> bool:
     """Whether blocks are small and contexts split."""
-    splits = splits_of(job.context, _SPLIT, _STEADY)
+    splits = splits_of(job.context, _split(job), _STEADY)
     small = 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES
     return job.pages is not None and job.tokens <= _FEW_TOKENS and small
+
+
+def _split(job: Attention) -> int:
+    """Positions in a first split: on NVIDIA a latent's are one key/value head, in short tiles."""
+    return 32 if _wide_latent(job) and job.node.target.name.startswith("cuda") else 64
+
+
+def _wide_latent(job: Attention) -> bool:
+    """Whether values are dims of keys that are wide, as MLA's latent is."""
+    return job.values is None and padded(job.keys.D) > 256
 
 
 def _most_programs(job: Attention) -> int:
@@ -246,7 +256,7 @@ def _most_programs(job: Attention) -> int:
 
 def _splits(job: Attention) -> int:
     """How many splits; 1 where the context stays whole."""
-    return splits_of(job.context, _SPLIT, _STEADY) if _few(job) else 1
+    return splits_of(job.context, _split(job), _STEADY) if _few(job) else 1
 
 
 def _slots(job: Attention, tile: Tile) -> int:
@@ -292,8 +302,10 @@ def _widest(job: Attention) -> Tile:
         return Tile(_FEW_ROWS, 16, 8 if width <= 256 else 16, 1)
     if _few(job) or rows <= _FEW_ROWS:
         if nvidia:
-            # Two stages of keys of a latent, 576 wide, are half of a multiprocessor's memory.
-            return Tile(_FEW_ROWS, 64 if width <= 256 else 32, 8 if width > 128 else 4, 5)
+            # Of a latent only short tiles leave half of the multiprocessor (Call.resident).
+            if _wide_latent(job):
+                return Tile(_FEW_ROWS, 16, 4, 5)
+            return Tile(_FEW_ROWS, 64, 8 if width > 128 else 4, 5)
         # The bounds of a window are scalars that wide tiles leave no registers for.
         if width > 256:
             return Tile(_FEW_ROWS, 16 if job.variant.WINDOW else 32, 4, 1)
