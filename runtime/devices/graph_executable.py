@@ -264,18 +264,21 @@ class GpuExecutable:
             self._check_replay(name, function.entries)
 
     def _load_kernels(self) -> dict[str, int]:
-        """Functions by kernel id; kernels of one binary share a module."""
+        """Functions by kernel id; kernels of one binary share a module, and its functions."""
         modules: dict[bytes, int] = {}
         functions: dict[str, int] = {}
+        shared: dict[tuple[bytes, str], int] = {}
         for kernel in self._program.kernels.values():
             image = kernel.binary
             assert isinstance(image, bytes)
             if image not in modules:
                 modules[image] = self._api.load_module(image)
                 self._owned.callback(self._api.unload_module, modules[image])
-            function = self._api.get_function(modules[image], kernel.symbol.encode())
-            self._api.allow_shared(function, kernel.shared)
-            functions[kernel.id] = function
+            functions[kernel.id] = self._api.get_function(modules[image], kernel.symbol.encode())
+            # What is allowed is of the function, not of a launch.
+            of = image, kernel.symbol
+            shared[of] = max(kernel.shared, shared.get(of, 0))
+            self._api.allow_shared(functions[kernel.id], shared[of])
         return functions
 
     def _build_graph(self, entry: Entry, functions: Mapping[str, int]) -> int:

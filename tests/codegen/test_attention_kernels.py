@@ -278,7 +278,8 @@ def test_heads_of_512_dims_build_for_every_target() -> None:
 @pytest.mark.parametrize("target", ALL_TARGETS)
 @pytest.mark.parametrize("d", [512, 1024])
 def test_tiles_are_as_long_as_shared_memory_allows(target: str, d: int) -> None:
-    """Keys and values of their own take twice what rows that are both take."""
+    """Keys and values of their own take twice what rows that are both take. On NVIDIA tiles of
+    latents are short, so that two programs are on a multiprocessor."""
     tiles: list[tuple[int, int]] = []
     for op, caches in ((cached_attention, 2), (cached_mla_attention, 1)):
         q = empty(torch.bfloat16, 1, 16, d)
@@ -293,9 +294,11 @@ def test_tiles_are_as_long_as_shared_memory_allows(target: str, d: int) -> None:
         constants = dict(source.constants)
         tiles.append((constants["BLOCK_M"], constants["BLOCK_N"]))
     (m, own), (_, shared) = tiles
-    assert m == 16 and 16 <= own <= shared <= 64
+    assert m == 16
     if target.startswith("cuda"):
-        assert (own, shared) == {512: (32, 64), 1024: (16, 16)}[d]
+        assert (own, shared) == {512: (32, 16), 1024: (16, 16)}[d]
+    else:
+        assert 16 <= own <= shared <= 64
 
 
 def test_pages_that_are_no_power_of_two_are_told() -> None:

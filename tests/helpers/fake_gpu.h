@@ -494,6 +494,10 @@ static int load_module(const char *call, const void *image, int machine, Object 
 }
 
 static int make_function(Object *module, const Kernel *kernel, Object **out) {
+    /* A module has each function once: what is allowed of it is so for all who ask for it. */
+    for (*out = objects; *out; *out = (*out)->next)
+        if ((*out)->kind == FUNCTION && (*out)->owner == module && (*out)->live
+            && !strcmp((*out)->kernel->name, kernel->name)) return OK;
     *out = new_object(FUNCTION, module);
     (*out)->kernel = kernel, (*out)->shared_allowed = ASKED_SHARED;
     return OK;

@@ -741,3 +741,20 @@ def test_much_shared_memory_is_asked_for(
     assert {launch["shared"] for launch in gpu.take_launches()} == {0, nbytes}
     executable.close()
     assert (gpu.complaints, gpu.outstanding) == ("", [])
+
+
+def test_kernels_of_one_binary_have_the_most_shared_memory_of_all(
+    built: dict[str, FakeGpu],
+) -> None:
+    gpu = built["cuda"]
+    gpu.reset()
+    program = sum_program(CUDA)
+    much, less = (replace(program.kernels["add"], shared=n << 10) for n in (100, 60))
+    program = replace(
+        program, kernels={**program.kernels, "add": much, "less": replace(less, id="less")}
+    )
+    executable = gpu.load(with_launch(program, 1, kernel="less"), WEIGHTS)
+    np.testing.assert_array_equal(executable.run("step", {}, {"x": X})["out"], expected())
+    assert {launch["shared"] for launch in gpu.take_launches()} == {0, 60 << 10, 100 << 10}
+    executable.close()
+    assert (gpu.complaints, gpu.outstanding) == ("", [])
