@@ -12,7 +12,7 @@ import numpy as np
 from ...compiler.ir import Graph
 from ...runtime.devices.graph_executable import GpuDriver, GpuExecutable
 from ...runtime.driver import Array, WeightLoader
-from ...runtime.program import STEP, Entry, Program, Slice
+from ...runtime.program import STEP, BufferKind, Entry, Launch, Program, Slice
 from ...runtime.serving.abi import ServingAbi
 from ...runtime.serving.sequence import Sequence
 from ...runtime.serving.session import Session
@@ -191,11 +191,10 @@ def _parts(
         chain = timer.milliseconds(part.function, entry, inputs)
         timed.append((part, 1e3 * chain / part.chained))
     total = sum(each * len(part.launches) for part, each in timed)
-    readers = _readers(planned.program, entry)
+    moving = bytes_by_launch(planned.program, entry, traffic)
     found: list[LaunchFigures] = []
     for part, each in timed:
-        labels = {entry.launches[i].label for i in part.launches if i in readers}
-        moved = sum(traffic.get(label, NOTHING).bytes for label in labels)
+        moved = round(sum(moving[i] for i in part.launches))
         time = each * len(part.launches)
         found.append(
             LaunchFigures(
@@ -213,14 +212,34 @@ def _parts(
     return tuple(found)
 
 
-def _readers(program: Program, entry: Entry) -> set[int]:
-    """Of the launches of each op the one that is given most of its weights and caches."""
-    best: dict[str, tuple[int, int]] = {}
+def bytes_by_launch(
+    program: Program, entry: Entry, traffic: Mapping[str, Traffic]
+) -> dict[int, float]:
+    """What each launch moves of the traffic of its op.
+
+    It reads the weights that it is given or, of experts, such a part of them as all of the op's
+    launches do. The rest is of the launch that is given most of the caches, or else of the weights.
+    """
+    by_label: dict[str, list[int]] = {}
     for i, launch in enumerate(entry.launches):
-        given = {arg.buffer for arg in launch.args if isinstance(arg, Slice)}
-        held = sum(program.buffers[name].nbytes for name in given if name in program.buffers)
-        best[launch.label] = max(best.get(launch.label, (-1, 0)), (held, -i))
-    return {-place for _, place in best.values()}
+        by_label.setdefault(launch.label, []).append(i)
+    found: dict[int, float] = {}
+    for label, launches in by_label.items():
+        total = traffic.get(label, NOTHING).bytes
+        held = {i: _held(program, entry.launches[i], "weight") for i in launches}
+        part = min(1.0, total / (sum(held.values()) or 1))
+        found |= {i: part * nbytes for i, nbytes in held.items()}
+        caches = {i: _held(program, entry.launches[i], "state") for i in launches}
+        rest = max(launches, key=lambda i: (caches[i], held[i], -i))
+        found[rest] += total - sum(found[i] for i in launches)
+    return found
+
+
+def _held(program: Program, launch: Launch, kind: BufferKind) -> int:
+    """Bytes of the buffers of a kind that a launch is given."""
+    given = {arg.buffer for arg in launch.args if isinstance(arg, Slice)}
+    buffers = [program.buffers[name] for name in given if name in program.buffers]
+    return sum(buffer.nbytes for buffer in buffers if buffer.kind == kind)
 
 
 def _step(

@@ -25,7 +25,7 @@ from ingot.compiler.ir import Graph
 from ingot.compiler.target import target_of
 from ingot.frontends import api, drivers
 from ingot.frontends.bench.explain import explain
-from ingot.frontends.bench.measure import decode_rate
+from ingot.frontends.bench.measure import bytes_by_launch, decode_rate
 from ingot.frontends.bench.models import MODELS, config_of
 from ingot.frontends.bench.parts import parts_of, prefix_name, with_own_integers, with_parts
 from ingot.frontends.bench.plots import write_plots
@@ -127,6 +127,23 @@ def test_a_window_bounds_what_is_seen_of_the_cache(tmp_path: Path) -> None:
         found = traffic_by_label(graph, Workload(1, new, context)).items()
         read = [t.bytes for label, t in found if label.startswith("cached_attention")]
         assert read == [token * positions[kind] for kind in config.layer_types]
+
+
+def test_launches_of_an_op_share_its_bytes(plan: Plan) -> None:
+    """What each is given of the weights, and the caches where attention is."""
+    program, graph = plan.program, plan.graph()
+    traffic = traffic_by_label(graph, DECODE)
+    entry = program.functions[STEP].entry(symbols_for(ServingAbi(program), DECODE))
+    found = bytes_by_launch(program, entry, traffic)
+    assert found.keys() == {*range(len(entry.launches))}
+    by_label: dict[str, float] = {}
+    for i, launch in enumerate(entry.launches):
+        by_label[launch.label] = by_label.get(launch.label, 0) + found[i]
+    assert by_label == {n: pytest.approx(traffic.get(n, NOTHING).bytes) for n in by_label}
+    experts = [i for i, launch in enumerate(entry.launches) if launch.label.startswith("experts")]
+    for hidden, summed in zip(experts[::2], experts[1::2], strict=True):
+        # Gate and up rows are twice the down rows.
+        assert found[hidden] == pytest.approx(2 * found[summed], rel=1e-3)
 
 
 # ---- launches as functions of their own
