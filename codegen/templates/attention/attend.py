@@ -366,16 +366,22 @@ def attend_kernel(
     # The last rows have the longest contexts: they begin first.
     program = tl.program_id(0)
     block = blocks - 1 - program % blocks
-    groups = blocks * (HEADS // GROUP) * lanes
-    group = program % groups
+    group = program
+    part = program * 0
+    # Of a whole context there is one part; a division less leaves registers for its tiles.
+    if SPLITS > 1:
+        groups = blocks * (HEADS // GROUP) * lanes
+        group = program % groups
+        part = program // groups
     kv_head = group // blocks // lanes
     lane = group // blocks % lanes
-    part = program // groups
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
-    real = (token < tokens) & (part < parts_each)
+    real = token < tokens
+    if SPLITS > 1:
+        real = real & (part < parts_each)
     if pages is not None:
         slot_of = tl.load(pages.slots + token, mask=real, other=-1)
         at = tl.load(pages.positions + token, mask=real, other=0)

@@ -110,7 +110,9 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
     most = _most_programs(job)
     lanes = max(1, min(slots, most // (blocks * job.kv_heads)))
     parts = max(1, min(splits, most // (blocks * job.kv_heads * lanes)))
-    programs, resident = spread(job.node.target, blocks * job.kv_heads * lanes * parts)
+    programs, resident = blocks * job.kv_heads * lanes * parts, None
+    if splits > 1:
+        programs, resident = spread(job.node.target, programs)
     shape = (job.tokens, job.heads, splits)
     temps = {
         "sums": TensorType("f32", (*shape, job.v)),
