@@ -167,7 +167,8 @@ def build_one(source: KernelSource, target: Target) -> Built:
     """Device code for `target`; BuildError where Triton fails or a limit is passed.
 
     ptxas spills a little where one more block then fits on a multiprocessor. Such a kernel is built
-    again with all registers, and what spills less is taken.
+    again with all registers, and what spills less is taken. Of a `resident` source fewer programs
+    fit then than were asked for: its registers, which `ingot inspect --kernels` shows, tell.
     """
     built = _build(source, target)
     if not target.name.startswith("cuda") or not built.facts["spills"]:

@@ -41,7 +41,7 @@ the launches that follow come where those before them leave. Therefore
   (`spread`), and takes its half even where it needs less (Call.resident);
 - now and then a launch is spread by force: of a gated product, or the experts' first, which are
   long enough for the next one to come beside them, a second program does not fit on a
-  multiprocessor (Call.spreads);
+  multiprocessor (Call.spreads; what that brings has not been timed yet);
 - all these kernels want one division of the multiprocessor's memory (CudaApi.allow_shared): for
   another it would have to be idle.
 

@@ -149,8 +149,8 @@ def expert_stream_kernel(
 
     `x` are Rows; an expert's weight has DOWN times 16 rows. A program, of W warps with rings of
     DEPTH steps, sums up MOST tiles in a pass, each in STEPS, of which the last may be none; those
-    of a pass are a multiple of W. AHEAD says that the
-    launch before lets this one begin when it has waited itself.
+    of a pass are a multiple of W. AHEAD says that the launch before lets this one begin when it has
+    waited itself.
     """
     TILES: gl.constexpr = weight.TILES
     HALVED: gl.constexpr = weight.HALVED
