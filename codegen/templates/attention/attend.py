@@ -366,22 +366,16 @@ def attend_kernel(
     # The last rows have the longest contexts: they begin first.
     program = tl.program_id(0)
     block = blocks - 1 - program % blocks
-    group = program
-    part = program * 0
-    # Of a whole context there is one part; a division less leaves registers for its tiles.
-    if SPLITS > 1:
-        groups = blocks * (HEADS // GROUP) * lanes
-        group = program % groups
-        part = program // groups
+    groups = blocks * (HEADS // GROUP) * lanes
+    group = program % groups
+    part = program // groups
     kv_head = group // blocks // lanes
     lane = group // blocks % lanes
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
-    real = token < tokens
-    if SPLITS > 1:
-        real = real & (part < parts_each)
+    real = (token < tokens) & (part < parts_each)
     if pages is not None:
         slot_of = tl.load(pages.slots + token, mask=real, other=-1)
         at = tl.load(pages.positions + token, mask=real, other=0)
@@ -442,7 +436,9 @@ def attend_kernel(
         if query_rest is not None:
             q_rest = _part_of_queries(query_rest, token_at, head, mine)
 
-        for split in range(low, high, parts_each):
+        # Of a whole context there is one: no loop, whose bounds would cost the tiles registers.
+        WHOLE: tl.constexpr = SPLITS == 1
+        for split in range(0 if WHOLE else low, 1 if WHOLE else high, 1 if WHOLE else parts_each):
             begin = first // BLOCK_N * BLOCK_N
             end = last + 1
             if SPLITS > 1:
