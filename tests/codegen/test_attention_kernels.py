@@ -15,12 +15,8 @@ from ingot.codegen.kernel_backend import NoKernelError
 from ingot.codegen.kernel_query import Candidate, Declined, KernelQuery
 from ingot.codegen.lower import lower
 from ingot.codegen.templates.attention import grouped_query
-from ingot.codegen.templates.attention.attend import (
-    Splits,
-    attend_kernel,
-    split_start,
-    splits_of,
-)
+from ingot.codegen.templates.attention.attend import attend_kernel
+from ingot.codegen.templates.attention.splits import Splits, split_start, splits_of
 from ingot.compiler.ops.attention import attention, cached_attention
 from ingot.compiler.ops.mla import cached_mla_attention
 from ingot.compiler.target import target_of

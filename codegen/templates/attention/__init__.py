@@ -1,6 +1,7 @@
 """Attention over a paged KV cache, and what heads need before it.
 
-`attend` holds the attention kernels and `attend_plan` their launches, for `grouped_query` (keys and
-values a head) and `mla` (latent rows). `heads` norms and rotates the heads of a q‖k‖v product,
-`project_attention` does where they attend; `rope` is the rotary embedding alone.
+`attend` holds the attention kernel, `splits` what joins the splits of a context, and `attend_plan`
+the launches of both, for `grouped_query` (keys and values a head) and `mla` (latent rows). `heads`
+norms and rotates the heads of a q‖k‖v product; `heads_within` does where they attend, which
+`project_attention` chooses; `rope` is the rotary embedding alone.
 """

@@ -1,4 +1,4 @@
-"""Attention of blocks of query rows over a context, whole or in splits, and what joins the splits.
+"""Attention of blocks of query rows over a context, whole or in splits.
 
 The rows of a key/value head are its (token, query head) pairs, token by token, GROUP heads each:
 they share every load of keys and values. Contexts are walked in tiles that begin at multiples of
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from ..arrival import last_to_arrive
-from ..pdl import pdl_join, pdl_launch, pdl_wait
-from .heads import finish_heads, read_heads
+from ..pdl import pdl_join, pdl_launch
+from .heads_within import append, make_heads, places_of
+from .splits import LOG2E, joined, split_start
 
 _FAR = tl.constexpr(2**31 - 1)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Query(NamedTuple):
@@ -54,52 +54,6 @@ class Variant(NamedTuple):
     sinks: Any
 
 
-class Splits(NamedTuple):
-    """COUNT parts of a context, for split-K (BLOCK: the power of 2 that holds them): they are SPLIT
-    positions long, and after every STEADY of them their length doubles. So there are enough for
-    every multiprocessor at short contexts, and not too many at long ones."""
-
-    COUNT: Any
-    SPLIT: Any
-    STEADY: Any
-    BLOCK: Any
-
-
-class Parts(NamedTuple):
-    """What the splits of a context made: f32 `sums` of weighted values [T, H, splits, V], and of
-    their weights `totals`, and the greatest scores `tops` (log2) [T, H, splits]."""
-
-    sums: Any
-    tops: Any
-    totals: Any
-    V: Any
-
-
-class Join(NamedTuple):
-    """How splits are joined: M rows, V dims of each, and AT_ONCE splits at once."""
-
-    M: Any
-    V: Any
-    AT_ONCE: Any
-
-
-@triton.jit
-def split_start(index, splits):
-    """The first position of split `index` (i32)."""
-    STEADY: tl.constexpr = splits.STEADY
-    length = (index * 0 + splits.SPLIT) << (index // STEADY)
-    return length * (index % STEADY + STEADY) - splits.SPLIT * STEADY
-
-
-def splits_of(context: int, split: int, steady: int) -> int:
-    """How many splits a context of `context` positions has."""
-    count, start = 0, 0
-    while start < context:
-        start += split << (count // steady)
-        count += 1
-    return count
-
-
 @triton.jit
 def _ranks(slots, M: tl.constexpr):
     """[M] how many different slots of `slots` [M] lie below each; -1 for slot -1."""
@@ -133,131 +87,10 @@ def _softcapped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores in units of log2, scaled and bounded."""
     if SOFTCAP > 0:
         x = scores * (SCALE / SOFTCAP)
-        scores = (1 - 2 / (tl.exp(2 * x) + 1)) * (SOFTCAP * _LOG2E)
+        scores = (1 - 2 / (tl.exp(2 * x) + 1)) * (SOFTCAP * LOG2E)
     else:
-        scores = scores * (SCALE * _LOG2E)
+        scores = scores * (SCALE * LOG2E)
     return scores
-
-
-@triton.jit
-def joined(
-    parts,
-    variant,
-    splits,
-    join,
-    out,
-    token,
-    head,
-    at,
-    mine,
-    padding,
-    first,
-    HEADS: tl.constexpr,
-):
-    """Dims from `first` on of rows of `out` [T, H, V], of the splits that each row sees: `token`,
-    `head`, position `at` and whether a row is `mine`, all [M]. Those of `padding` [M] are 0.
-
-    Splits are loaded some at once and added up one after the other, so that a row's sum depends on
-    its own position alone.
-    """
-    V: tl.constexpr = parts.V
-    dim = first + tl.arange(0, join.V)
-    inside = (dim < V)[None, :]
-    place = token.to(tl.int64) * HEADS + head
-    index = tl.arange(0, splits.BLOCK)
-    seen = mine[:, None] & (split_start(index, splits)[None, :] <= at[:, None])
-    if variant.WINDOW:
-        oldest = at - variant.WINDOW + 1
-        seen = seen & (split_start(index + 1, splits)[None, :] > oldest[:, None])
-    where = place[:, None] * splits.COUNT + index[None, :]
-    top = tl.load(parts.tops + where, mask=seen, other=float("-inf"), cache_modifier=".cg")
-    base = tl.max(top, 1)
-    if variant.sinks is not None:
-        sink = tl.load(variant.sinks + head, mask=mine, other=0.0).to(tl.float32) * _LOG2E
-        base = tl.maximum(base, sink)
-    # A row of others has no top: its weights are 0, not NaN.
-    base = tl.where(base == float("-inf"), 0.0, base)
-    whole = base * 0
-    acc = tl.zeros([join.M, join.V], tl.float32)
-    low = tl.min(tl.where(seen, index[None, :], splits.COUNT), 1)
-    high = tl.max(tl.where(seen, index[None, :] + 1, 0), 1)
-    for some in range(tl.min(low, 0), tl.max(high, 0), join.AT_ONCE):
-        scores = ()
-        weights = ()
-        values = ()
-        for i in tl.static_range(join.AT_ONCE):
-            here = (low <= some + i) & (some + i < high)
-            to = place * splits.COUNT + some + i
-            to_value = to[:, None] * V + dim[None, :]
-            mask = here[:, None] & inside
-            score = tl.load(parts.tops + to, mask=here, other=float("-inf"), cache_modifier=".cg")
-            total = tl.load(parts.totals + to, mask=here, other=0.0, cache_modifier=".cg")
-            value = tl.load(parts.sums + to_value, mask=mask, other=0.0, cache_modifier=".cg")
-            scores = scores + (score,)
-            weights = weights + (total,)
-            values = values + (value,)
-        for i in tl.static_range(join.AT_ONCE):
-            weight = tl.exp2(scores[i] - base)
-            whole += weights[i] * weight
-            acc += values[i] * weight[:, None]
-    if variant.sinks is not None:
-        whole += tl.exp2(sink - base)
-    result = tl.where(padding[:, None], 0.0, acc / whole[:, None]).to(out.dtype.element_ty)
-    stored = (mine | padding)[:, None] & inside
-    tl.store(out + place[:, None] * V + dim[None, :], result, mask=stored)
-
-
-@triton.jit
-def _places(pages, splits, tokens, part, parts_each, BLOCK: tl.constexpr):
-    """[BLOCK] the rows of a cache (i64) that the first of `tokens` tokens have, -1 for those that
-    are not of this `part`'s splits and for padding."""
-    token = tl.arange(0, BLOCK)
-    slot = tl.load(pages.slots + token, mask=token < tokens, other=-1)
-    at = tl.load(pages.positions + token, mask=token < tokens, other=0)
-    split = at * 0
-    if splits.COUNT > 1:
-        index = tl.arange(0, splits.BLOCK)
-        begun = split_start(index, splits)[None, :] <= at[:, None]
-        split = tl.sum(begun.to(tl.int32), 1) - 1
-    here = (slot >= 0) & (split % parts_each == part)
-    page = tl.load(pages.table + slot * pages.PER_SLOT + at // pages.SIZE, mask=here, other=0)
-    return tl.where(here, page.to(tl.int64) * pages.SIZE + at % pages.SIZE, -1)
-
-
-@triton.jit
-def _made(heads, token, head, mine, kv_head, to, dtype: tl.constexpr):
-    """The queries of rows (token, head) that are `mine`, and the keys and values of a head for the
-    tokens that have a row `to` [BLOCK]. All is read before anything is waited for."""
-    of = tl.where(mine, token, 0).to(tl.int64)[:, None]
-    new = to >= 0
-    row = tl.arange(0, heads.BLOCK)
-    each = tl.where(new, row, 0).to(tl.int64)[:, None]
-    same = row * 0 + kv_head
-    q = read_heads(heads.product, heads.query, heads.rotation, of, head, mine)
-    k = read_heads(heads.product, heads.key, heads.rotation, each, same, new)
-    v = read_heads(heads.product, heads.value, heads.rotation, each, same, new)
-    k = finish_heads(heads.product, heads.key, heads.rotation, k, None).to(dtype)
-    v = finish_heads(heads.product, heads.value, heads.rotation, v, None).to(dtype)
-    q = finish_heads(heads.product, heads.query, heads.rotation, q, None).to(dtype)
-    return q, k, v
-
-
-@triton.jit
-def _append(k, v, keys, values, kv_head, to, BY_WAVE: tl.constexpr):
-    """Write keys and values of a head into rows `to` of their caches, but for -1. All that this
-    program loads behind it sees them."""
-    new = (to >= 0)[:, None]
-    at = to[:, None]
-    d = tl.arange(0, keys.BLOCK)[None, :]
-    key = keys.data + at * keys.ROW + kv_head * keys.HEAD + d
-    tl.store(key, k, mask=new & (d < keys.D))
-    d = tl.arange(0, values.BLOCK)[None, :]
-    value = values.data + at * values.ROW + kv_head * values.HEAD + d
-    tl.store(value, v, mask=new & (d < values.D))
-    if BY_WAVE:
-        stored: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0"
-        tl.inline_asm_elementwise(stored, "=v,~{memory}", [], tl.int32, False, 1)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -351,7 +184,7 @@ def attend_kernel(
     [blocks · heads · lanes], for the last program of a block and lane, which joins them: of M rows,
     the others being no tokens'.
 
-    With `heads` (heads.Heads) queries are not read but made, and so are the keys and values of the
+    With `heads` (heads_within.Heads) queries are not read but made, and so are the keys and values of the
     step's tokens: each program writes those of its part's splits into the caches before it reads
     any. All that do so write the same. AHEAD says that no launch of the step writes the index of
     `pages` before this one: it is read before the launches before have ended.
@@ -389,7 +222,7 @@ def attend_kernel(
     if SLOTS > 1:
         rank = _ranks(slot_of, BLOCK_M)
     if heads is not None:
-        places = _places(pages, splits, tokens, part, parts_each, heads.BLOCK)
+        places = places_of(pages, splits, tokens, part, parts_each, heads.BLOCK)
     if SLOTS == 1 or AHEAD:
         nearest = _span(rank, lane, slot_of, at, limit, variant, splits, part, parts_each)
     if AHEAD:
@@ -411,8 +244,8 @@ def attend_kernel(
         pdl_join(PROGRAMMATIC)
     if heads is not None:
         dtype: tl.constexpr = keys.data.dtype.element_ty
-        q, new_k, new_v = _made(heads, token, head, slot_of >= 0, kv_head, places, dtype)
-        _append(new_k, new_v, keys, values, kv_head, places, heads.BY_WAVE)
+        q, new_k, new_v = make_heads(heads, token, head, slot_of >= 0, kv_head, places, dtype)
+        append(new_k, new_v, keys, values, kv_head, places, heads.BY_WAVE)
     place = (token.to(tl.int64) * HEADS + head) * SPLITS
     dim_v = tl.arange(0, BLOCK_V)
     inside_v = (dim_v < V)[None, :]
@@ -491,7 +324,7 @@ def attend_kernel(
             if SPLITS == 1:
                 if variant.sinks is not None:
                     sink = (
-                        tl.load(variant.sinks + head, mask=mine, other=0.0).to(tl.float32) * _LOG2E
+                        tl.load(variant.sinks + head, mask=mine, other=0.0).to(tl.float32) * LOG2E
                     )
                     base = tl.maximum(top, sink)
                     fade = tl.exp2(top - base)
@@ -562,19 +395,3 @@ def _join_rows(
     padding = real & (slot < 0) & (lane == 0)
     for v in tl.static_range(0, V, join.V):
         joined(parts, variant, splits, join, out, token, head, at, mine, padding, v, HEADS)
-
-
-@triton.jit
-def combine_kernel(
-    parts, pages, variant, splits, join, out, HEADS: tl.constexpr, PROGRAMMATIC: tl.constexpr
-):
-    """Program (token, head, block of V): out [T, H, V] of the splits that the token sees; 0 for a
-    token of slot -1. Blocks beyond V do nothing."""
-    pdl_wait(PROGRAMMATIC)
-    one = tl.arange(0, 1)
-    token = tl.program_id(0) + one
-    head = tl.program_id(1) + one
-    slot = tl.load(pages.slots + token)
-    at = tl.load(pages.positions + token)
-    first = tl.program_id(2) * join.V
-    joined(parts, variant, splits, join, out, token, head, at, slot >= 0, slot < 0, first, HEADS)

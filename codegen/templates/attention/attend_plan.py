@@ -14,17 +14,8 @@ from ...prices import ROUND_TRIP_SECONDS
 from ..arrival import arrivals_of
 from ..pdl import spread
 from ..rowwise.rows import Pages
-from .attend import (
-    Join,
-    Keys,
-    Parts,
-    Query,
-    Splits,
-    Variant,
-    attend_kernel,
-    combine_kernel,
-    splits_of,
-)
+from .attend import Keys, Query, Variant, attend_kernel
+from .splits import Join, Parts, Splits, combine_kernel, splits_of
 
 # Up to so many tokens contexts are split and rows go in blocks of 16, so that every bucket of
 # decoding sums alike; above, and where the splits' sums take more memory, blocks fill the device.
@@ -34,7 +25,7 @@ _FEW_ROWS = 16
 # Programs that keep every compute unit of AMD's devices busy; more would mostly be of slots and
 # splits that a batch has not, and would leave again after a microsecond or two.
 _PROGRAMS = 512
-# Splits double their length after every so many; see attend.split_start.
+# Splits double their length after every so many; see splits.split_start.
 _STEADY = 32
 # Numbers of splits that a thread loads at once where it joins them, and splits at most.
 _JOINED, _MOST_AT_ONCE = 64, 16

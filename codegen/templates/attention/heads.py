@@ -48,19 +48,6 @@ class Product(NamedTuple):
     EPS: Any
 
 
-class Heads(NamedTuple):
-    """HeadParts of queries, keys and values, for attention that makes them itself: a block of BLOCK
-    rows holds all tokens of a step. BY_WAVE as in arrival.Arrivals."""
-
-    product: Any
-    query: Any
-    key: Any
-    value: Any
-    rotation: Any
-    BLOCK: Any
-    BY_WAVE: Any
-
-
 @triton.jit
 def heads_kernel(product, part_0, part_1, part_2, rotation, pages, PROGRAMMATIC: tl.constexpr):
     """Up to three HeadParts of one token; program_id(1) counts through the blocks of one after the

@@ -29,13 +29,13 @@ from .attend import attend_kernel
 from .grouped_query import attention
 from .heads import (
     THREAD_ELEMENTS,
-    Heads,
     head_part,
     product_of,
     products,
     project_heads,
     rotation_of,
 )
+from .heads_within import Heads
 
 # Tokens of a step, and rows of a block of the attention, whose heads its programs make, at most.
 _FEW_TOKENS = 8
