@@ -20,6 +20,7 @@ from time import perf_counter
 import ingot
 import numpy as np
 from ingot import MXFP4
+from ingot.frontends.text.model_tokenizer import open_tokenizer
 from ingot.frontends.text.tokenizer import Tokenizer
 from rich.console import Console
 from rich.progress import Progress
@@ -65,7 +66,8 @@ def windows(
 
     Each begins as the tokenizer begins a text; between texts stands the end-of-text token.
     """
-    first, end = tokenizer.encode(""), list(tokenizer.stop_token_ids[:1])
+    eos = tokenizer.eos_token_id
+    first, end = tokenizer.encode(""), [] if eos is None else [eos]
     stream: list[int] = []
     for text in texts:
         stream += end + tokenizer.encode(text, special_tokens=False)
@@ -196,7 +198,7 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=110)  # columns stay whole in a file or a pipe
 
-    tokenizer = Tokenizer.open(args.model)
+    tokenizer = open_tokenizer(args.model)
     if tokenizer is None:
         parser.error(f"{args.model} has no tokenizer.json")
     documents = read_corpus(args.stdlib)

@@ -29,7 +29,7 @@ from .progress import Progress
 from .text.calibration import TextCalibration
 from .text.generation_config import not_taken
 from .text.special_tokens import read_json
-from .text.tokenizer import Tokenizer, read_files, stop_tokens
+from .text.tokenizer import Tokenizer, stop_tokens
 from .weight_report import PackingErrors, weight_reports
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def lower_language_model(
     """
     from .import_check import check_import  # needs transformers, which is an extra
     from .importers.huggingface import import_hugging_face
+    from .text.model_tokenizer import tokenizer_files
 
     count = options.tensor_parallel
     if count > 1 and target.is_gpu:
@@ -141,7 +142,7 @@ def lower_language_model(
             sample=target.is_gpu,
         )
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
-    files = read_files(directory) if directory else {}
+    files, notes = tokenizer_files(directory) if directory else ({}, ())
     tokenizer = Tokenizer.of(files, str(directory))
     calibration = TextCalibration(tokenizer, model.max_tokens, progress)
     errors = PackingErrors()
@@ -178,13 +179,17 @@ def lower_language_model(
     every = [of_rank[2] for of_rank in ranks]
     graphs = graphs_by_stage(model.graph, results)
     final = graphs["final"]
-    stops = {*stop_tokens(files, str(directory)), *(tokenizer.stop_token_ids if tokenizer else ())}
+    stops = stop_tokens(files, str(directory))
+    defaults = set[int]()  # of classes: what the model lacks does not come
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        defaults.add(tokenizer.eos_token_id)
     if directory is None:
         stops |= _eos(source, model.config)
-    elif "generation_config.json" not in files:  # the defaults of the config's class count then
-        vocab = range(lowered.program.meta["vocab_size"])
-        stops |= {id_ for id_ in _eos(None, model.config) if id_ in vocab}
-    departures = (*model.notes, *not_taken(_generation_config(source, files)))
+    elif "generation_config.json" not in files:
+        defaults |= _eos(None, model.config)
+    vocab = range(lowered.program.meta["vocab_size"])
+    stops |= {id_ for id_ in defaults if id_ in vocab}
+    departures = (*model.notes, *notes, *not_taken(_generation_config(source, files)))
     exportable = Exportable(
         lowered,
         final,

@@ -24,7 +24,7 @@ _DECODER = "added_tokens_decoder"
 _EXTRA = "extra_special_tokens"
 _ADDITIONAL = "additional_special_tokens"
 # The names that every tokenizer knows, in the order in which transformers adds their tokens.
-_STANDARD = (
+STANDARD_NAMES = (
     "bos_token",
     "eos_token",
     "unk_token",
@@ -41,6 +41,12 @@ Token = str | AddedToken
 def read_json(files: Mapping[str, bytes], name: str, place: str) -> dict[str, Any]:
     """The object in a JSON file of a model directory, empty when there is no file."""
     return json_object(files[name], f"{place}/{name}") if name in files else {}
+
+
+def listed_tokens(config: Mapping[str, Any]) -> list[Any]:
+    """The entries of the lists of extra tokens in tokenizer_config.json."""
+    given = [config.get(name) for name in (_EXTRA, _ADDITIONAL)]
+    return [token for tokens in given if isinstance(tokens, list | dict) for token in tokens]
 
 
 def add_special_tokens(
@@ -66,7 +72,7 @@ def add_special_tokens(
         found.standard.setdefault("pad_token", str(backend.padding["pad_token"]))
 
     by_text = {token.content: token for token in listed.values()}
-    standard = {n: found.standard[n] for n in _STANDARD if n in found.standard}
+    standard = {n: found.standard[n] for n in STANDARD_NAMES if n in found.standard}
     named = {name: by_text.get(_text(token), token) for name, token in standard.items()}
     named |= {**found.objects, **found.texts}
     names = {name: _text(token) for name, token in named.items()}
@@ -143,7 +149,7 @@ class _Found:
         for name, entry in content.items():
             if entry is None:
                 self.standard.pop(name, None)
-            elif name in _STANDARD:
+            elif name in STANDARD_NAMES:
                 self.standard[name] = _token(entry, f"{where}: {name}", special)
             elif name.endswith("_token") and isinstance(entry, str | Mapping):
                 self.objects[name] = _token(entry, f"{where}: {name}", special)

@@ -6,19 +6,15 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from ...runtime.artifact.reader import TEMPLATES, TOKENIZER_FILES
-from ..importers.side_files import read_file
 from ..importers.source_error import SourceError
 from .chat import ChatTemplate, chat_template_of
 from .special_tokens import CONFIG, add_special_tokens, read_json
 
-_FILE = "tokenizer.json"
-_MOST_BYTES = 1 << 27
+TOKENIZER = "tokenizer.json"
 # Stands for bytes that are no character, and for the start of one whose rest has not come yet.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -27,18 +23,13 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """The tokenizer of a model directory.
 
-    `stop_token_ids` end a completion: every eos token that the files name. `chat_template` is None
-    where the model has none.
+    `eos_token_id` ends a completion, beside the ids of `stop_tokens`. It and `chat_template` are
+    None where the model has none.
     """
 
     backend: tokenizers.Tokenizer
-    stop_token_ids: tuple[int, ...]
+    eos_token_id: int | None
     chat_template: ChatTemplate | None
-
-    @classmethod
-    def open(cls, directory: str | Path) -> Tokenizer | None:
-        """The tokenizer of a directory, None when it has no tokenizer.json. SourceError as `of`."""
-        return cls.of(read_files(Path(directory)), str(directory))
 
     @classmethod
     def of(cls, files: Mapping[str, bytes], place: str) -> Tokenizer | None:
@@ -47,19 +38,18 @@ class Tokenizer:
         Tokens are added, and the file's own post-processor used, as transformers does for the same
         directory. SourceError names a file of `place` that cannot be read.
         """
-        if _FILE not in files:
+        if TOKENIZER not in files:
             return None
-        with _library_errors(f"{place}/{_FILE} is no tokenizer of the tokenizers library"):
-            backend = tokenizers.Tokenizer.from_buffer(files[_FILE])
-        with _library_errors(f"{place}: its tokens cannot be added"):
+        with library_errors(f"{place}/{TOKENIZER} is no tokenizer of the tokenizers library"):
+            backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
+        with library_errors(f"{place}: its tokens cannot be added"):
             names = add_special_tokens(backend, files, place)
         backend.no_truncation()
         backend.no_padding()
         config = read_json(files, CONFIG, place)
         backend.encode_special_tokens = config.get("split_special_tokens") is True
-        named = backend.token_to_id(names.get("eos_token", ""))
-        stops = {*stop_tokens(files, place), *(() if named is None else (named,))}
-        return cls(backend, tuple(sorted(stops)), chat_template_of(files, config, names))
+        eos = backend.token_to_id(names.get("eos_token", ""))
+        return cls(backend, eos, chat_template_of(files, config, names))
 
     @property
     def vocab_size(self) -> int:
@@ -71,12 +61,12 @@ class Tokenizer:
 
         `special_tokens=False` is for text that has them already, as a chat template's.
         """
-        with _library_errors("the tokenizer cannot encode this text"):
+        with library_errors("the tokenizer cannot encode this text"):
             return self.backend.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens and ids that the tokenizer lacks are left out."""
-        with _library_errors("the tokenizer cannot decode these ids"):
+        with library_errors("the tokenizer cannot decode these ids"):
             return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def hidden_text(self, token: int) -> str:
@@ -162,17 +152,6 @@ class IncrementalDetokenizer:
         self._boundary = len(self._ids)
 
 
-def read_files(directory: Path) -> dict[str, bytes]:
-    """Tokenizer, chat templates and configs that are there, by their path in `directory`.
-
-    SourceError for one that cannot be read, or has more bytes than any tokenizer's files.
-    """
-    paths = [directory / name for name in (*TOKENIZER_FILES, "config.json")]
-    paths += sorted((directory / TEMPLATES).glob("*.jinja"))
-    there = [path for path in paths if path.is_file()]
-    return {path.relative_to(directory).as_posix(): read_file(path, _MOST_BYTES) for path in there}
-
-
 def stop_tokens(files: Mapping[str, bytes], place: str) -> set[int]:
     """Every `eos_token_id` of generation_config.json and config.json; SourceError for no id."""
     found: set[int] = set()
@@ -192,7 +171,7 @@ def stop_tokens(files: Mapping[str, bytes], place: str) -> set[int]:
 
 
 @contextmanager
-def _library_errors(what: str) -> Generator[None]:
+def library_errors(what: str) -> Generator[None]:
     """SourceError for any error of the tokenizers library: it raises bare Exceptions, and where its
     Rust code panics PanicException, which is no Exception."""
     try:
@@ -202,4 +181,4 @@ def _library_errors(what: str) -> Generator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise SourceError(f"{what}: {error}") from error
+        raise SourceError(f"{what}: {' '.join(str(error).split())[:300]}") from error

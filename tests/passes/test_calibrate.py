@@ -25,7 +25,7 @@ from ingot.compiler.weights import Entry, Weights
 from ingot.frontends.progress import Progress
 from ingot.frontends.text import calibration
 from ingot.frontends.text.calibration import TextCalibration
-from ingot.frontends.text.tokenizer import Tokenizer
+from ingot.frontends.text.model_tokenizer import open_tokenizer
 from ingot.passes.transforms.calibrate import Calibrated, calibrate, count_matrices
 from ingot.passes.transforms.mxfp4_policy import MXFP4
 from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
@@ -314,7 +314,7 @@ def test_auto_takes_the_smaller_error() -> None:
 def standard_library(held_out: bool, sequences: int, length: int) -> list[list[int]]:
     """Token ids of sources that Pico was trained on or not (see train_pico.Document.held_out)."""
     library = Path(sysconfig.get_path("stdlib"))
-    tokenizer = Tokenizer.open(PICO)
+    tokenizer = open_tokenizer(PICO)
     assert tokenizer
     found: list[list[int]] = []
     for file in sorted(library.glob("*.py")):

@@ -88,7 +88,7 @@ def _streamed(
     from ....compiler.torch_types import torch_dtype
     from ...import_check import TOLERANCES, compare_streamed
     from ...importers.huggingface import import_hugging_face
-    from ...text.tokenizer import Tokenizer
+    from ...text.model_tokenizer import open_tokenizer
     from ..model_check import F32_TOLERANCE, prompt_ids
 
     if options.quantize is not None:
@@ -104,7 +104,7 @@ def _streamed(
     if tolerance is None:
         tolerance = F32_TOLERANCE if options.dtype == "f32" else TOLERANCES[imported.dtype]
     vocabulary = imported.config.get_text_config().vocab_size
-    ids = prompt_ids(Tokenizer.open(directory), vocabulary, imported.max_tokens, texts)
+    ids = prompt_ids(open_tokenizer(directory), vocabulary, imported.max_tokens, texts)
     chosen = ids if texts else [max(ids, key=len)]  # each reads the whole checkpoint
     with Console(stderr=True).status("comparing"):
         errors = compare_streamed(imported, directory, chosen)
