@@ -184,10 +184,10 @@ def attend_kernel(
     [blocks · heads · lanes], for the last program of a block and lane, which joins them: of M rows,
     the others being no tokens'.
 
-    With `heads` (heads_within.Heads) queries are not read but made, and so are the keys and values of the
-    step's tokens: each program writes those of its part's splits into the caches before it reads
-    any. All that do so write the same. AHEAD says that no launch of the step writes the index of
-    `pages` before this one: it is read before the launches before have ended.
+    With `heads` (heads_within.Heads) queries are not read but made, and so are the keys and values
+    of the step's tokens: each program writes those of its part's splits into the caches before it
+    reads any. All that do so write the same. AHEAD says that no launch of the step writes the index
+    of `pages` before this one: it is read before the launches before have ended.
     """
     pdl_launch(PROGRAMMATIC)
     if not AHEAD:
