@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from ..program import Size, Strict, Text
 from .strict_json import IngotError, read_json, typed
 
 MAX_HEADER = 100_000_000  # as the format's own library
+MAX_TENSORS = 1 << 18  # in one file; a model with more of them has shards
+_MAX_KEYS = 1 << 21  # in one header: four for each tensor, and metadata
 _METADATA = "__metadata__"
 _ALIGNMENT = 64  # of the data in the files that are written
 _NAMES = {dtype.safetensors: name for name, dtype in DTYPES.items() if dtype.safetensors}
@@ -54,14 +57,9 @@ def read_spans(
     length = int.from_bytes(read(0, 8), "little")
     if length > (most := min(MAX_HEADER, size - 8)):
         raise IngotError(f"{where}: expected a header of at most {most} bytes, found {length}")
-    header = read_json(read(8, 8 + length), where, MAX_HEADER)
-    if not isinstance(header, dict):
-        raise IngotError(f"{where}: expected an object, found another kind of JSON")
-    typed(header.pop(_METADATA, {}), dict[str, str], f"{where}: {_METADATA}")
     found: dict[str, Span] = {}
-    for name, value in header.items():
+    for name, given in _described(bytes(read(8, 8 + length)), where).items():
         place = f"{where}: {name[:80]!r}"
-        given = typed(value, _Described, place)
         start, end = given.data_offsets
         if given.dtype not in _NAMES:
             if foreign and end >= start:
@@ -92,6 +90,49 @@ def read_spans(
             f"{where}: expected {at - 8 - length} bytes of tensors, found {size - 8 - length}"
         )
     return found
+
+
+def _described(header: bytes, where: str) -> dict[str, _Described]:
+    """What `header` says of each tensor; its metadata must be strings. IngotError as read_spans.
+
+    A header may have 100 MB: it is decoded straight into structs, a small part of whose time
+    Python's own decoder would take for its objects.
+    """
+    counts = [header.count(f'"{field}"'.encode()) for field in _Described.__struct_fields__]
+    if counts[0] > MAX_TENSORS:
+        raise IngotError(f"{where}: expected at most {MAX_TENSORS} tensors, found more")
+    if header.count(b":") > _MAX_KEYS:
+        raise IngotError(f"{where}: expected at most {_MAX_KEYS} keys of JSON, found more")
+    try:
+        values = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+    except (ValueError, RecursionError) as error:
+        raise IngotError(f"{where}: expected an object of JSON, found none: {error}") from error
+    metadata = values.pop(_METADATA, msgspec.Raw(b"{}"))
+    decoder = msgspec.json.Decoder(_Described)
+    found: dict[str, _Described] = {}
+    for name, raw in values.items():
+        try:
+            found[name] = decoder.decode(raw)
+        except (ValueError, RecursionError):  # again, for the words
+            place = f"{where}: {name[:80]!r}"
+            found[name] = typed(read_json(raw, place, len(header)), _Described, place)
+    texts = _metadata(metadata, where)
+    # In a text they would be escaped: each is a key, or as a whole a name or an item of metadata.
+    for field, count in zip(_Described.__struct_fields__, counts, strict=True):
+        others = (field in found) + texts.count(field)
+        if count != len(found) + others:
+            raise IngotError(f"{where}: expected every key once, found one of an object twice")
+    return found
+
+
+def _metadata(raw: msgspec.Raw, where: str) -> list[str]:
+    """The texts of a file's metadata, keys and values."""
+    place = f"{where}: {_METADATA}"
+    try:
+        items = msgspec.json.decode(raw, type=dict[str, str])
+    except (ValueError, RecursionError):  # again, for the words
+        items = typed(read_json(raw, place, len(raw)), dict[str, str], place)
+    return [*items, *items.values()]
 
 
 @dataclass(frozen=True)

@@ -682,6 +682,57 @@ def test_safetensors_of_the_library(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name].array(), array)
 
 
+EMPTY = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+TWICE = "x: expected every key once, found one of an object twice"
+HEADERS: dict[str, tuple[Callable[[], str], str]] = {
+    "tensors": (
+        lambda: ",".join(f'"{i}":{EMPTY}' for i in range(1 << 18 | 1)),
+        "x: expected at most 262144 tensors, found more",
+    ),
+    "metadata": (
+        lambda: '"__metadata__":{' + ",".join(f'"{i}":"1"' for i in range(3 << 20)) + "}",
+        "x: expected at most 2097152 keys of JSON, found more",
+    ),
+    "numbers": (
+        lambda: ",".join(f'"{i}":1' for i in range(3 << 20)),
+        "x: expected at most 2097152 keys of JSON, found more",
+    ),
+    "sizes": (
+        lambda: f'"a":{EMPTY.replace("[0],", "[" + "0," * (40 << 20) + "0],")}',
+        "x: 'a': expected at most 8388608 values of JSON, found more",
+    ),
+    "depth": (
+        lambda: '"a":' + "[" * (90 << 20),
+        "x: expected an object of JSON, found none: maximum recursion depth exceeded",
+    ),
+    "a name twice": (lambda: f'"a":{EMPTY},"a":{EMPTY}', TWICE),
+    "a field twice": (
+        lambda: f'"a":{EMPTY.replace("{", "{" + chr(34) + "shape" + chr(34) + ":[1],")}',
+        TWICE,
+    ),
+    "metadata of numbers": (
+        lambda: '"__metadata__":{"a":1}',
+        "x: __metadata__: [...]: expected str, found int",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_are_read_in_seconds(case: str) -> None:
+    make, words = HEADERS[case]
+    text = f"{{{make()}}}".encode()
+    data = memoryview(len(text).to_bytes(8, "little") + text)
+    start = time.process_time()
+    assert refusal(lambda: read_tensors(data, "x")).startswith(words)
+    assert time.process_time() - start < 10  # 30 and more in Python's objects
+
+
+def test_words_of_the_format_are_names_and_metadata_too() -> None:
+    held = {name: np.zeros(2, np.uint8) for name in ("dtype", "shape", 'a"dtype"', "a:b")}
+    data = save(held, {"dtype": "shape", "data_offsets": '"dtype"', "k": "dtype"})
+    assert read_tensors(memoryview(bytearray(data)), "x").keys() == held.keys()
+
+
 # ---- writing
 
 
