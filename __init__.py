@@ -14,7 +14,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .frontends.api import MXFP4, Completion, IngotError, Model, compile, compile_to, load
+    from .frontends.api import (
+        MXFP4,
+        Completion,
+        IngotError,
+        Model,
+        NGram,
+        compile,
+        compile_to,
+        load,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,13 +31,14 @@ __all__ = [
     "Completion",
     "IngotError",
     "Model",
+    "NGram",
     "__version__",
     "compile",
     "compile_to",
     "load",
 ]
 # What serves an ingot for a GPU, and must not bring torch.
-_LIGHT = ("IngotError", "load")
+_LIGHT = ("IngotError", "NGram", "load")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,8 @@ through the passes to a program) with `import_check` (the imported graph against
 what they give (`model`, `weight_report`; `module` for what is no language model, over
 `module_inputs`), `aot` (a lowered model to an ingot), `loading` (an ingot to
 tokens; for GPUs without torch) with `cpu_ingot` (the program of one for the cpu),
-`drivers` (which target is run by what) and `progress`. What people look at: `layers` (of a graph),
+`speculate` (how tokens are drafted, and what it brought), `drivers` (which target is run by what)
+and `progress`. What people look at: `layers` (of a graph),
 `launches` (of a program) and `show` (numbers). Folders: `cli` (the command line over `api`),
 `bench` (speed on the device that is here), `importers` (a model to a graph), `checkpoints`
 (weights, read and written) and `text` (tokens to text and back).

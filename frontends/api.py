@@ -19,7 +19,6 @@ from ..passes.transforms.mxfp4_policy import MXFP4
 from ..runtime.artifact.atomic_write import check_free
 from ..runtime.devices.graph_executable import GpuDriver
 from ..runtime.driver import Driver
-from ..runtime.serving.session import Session
 from .aot import export
 from .bench.tune import tune
 from .compilation import ALL, LoweredModel, lower_language_model
@@ -37,6 +36,7 @@ from .options import (
     keywords_of,
 )
 from .progress import Progress
+from .speculate import NGram, Speculation, open_session
 from .text.completion import Completion, TextEvent
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def compile(
                 raise NotYetError("tune: this version times the kernels of language models only")
             if ranks > 1:
                 raise NotYetError("tensor_parallel: this version splits language models only")
+            if chosen.speculation is not None:
+                raise ValueError("speculate: a module has no tokens to draft")
             if example_inputs is None:
                 raise ValueError("an nn.Module needs example_inputs=(tensor, …) to be traced with")
             if not isinstance(example_inputs, list | tuple):
@@ -115,7 +117,7 @@ def compile(
             _tune(model, chosen, driver, progress)
         lowered = lower_language_model(model, chosen, target, progress)
         held = () if isinstance(model, str | Path) else (*model.parameters(), *model.buffers())
-        return _open(lowered, driver, progress, held)
+        return _open(lowered, driver, progress, held, chosen.speculation)
 
 
 @keywords_of(CompileOptions)
@@ -232,7 +234,11 @@ def _language_model(source: Any, *, given: bool = False) -> str | Path | PreTrai
 
 
 def _open(
-    model: LoweredModel, driver: Driver, progress: Progress, held: Sequence[torch.Tensor]
+    model: LoweredModel,
+    driver: Driver,
+    progress: Progress,
+    held: Sequence[torch.Tensor],
+    speculation: Speculation | None,
 ) -> Model:
     """Load the weights of `model` and make it ready to serve.
 
@@ -256,7 +262,7 @@ def _open(
             executable = driver.load(programs[0], loaders[0])
         else:
             executable = CpuDriver().load_ranks(programs, loaders)
-    session, exportable = Session(programs[0], executable), model.exportable
+    session, exportable = open_session(programs[0], executable, speculation), model.exportable
     stops = exportable.stop_tokens
     return Model(session, model.tokenizer, stops, exportable, model.graphs, model.report())
 
@@ -271,6 +277,7 @@ __all__ = [
     "IngotError",
     "LoadedModel",
     "Model",
+    "NGram",
     "NotYetError",
     "TextEvent",
     "WrittenIngot",

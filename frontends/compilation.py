@@ -157,7 +157,11 @@ def lower_language_model(
             raise ValueError(f"a serving pipeline has {InsertKvCache.name}, found none in passes=")
         assert context.weights is not None
         with progress.timed("lower"):
-            bindings = serving_bindings(meta["max_sequences"], meta["max_tokens_per_sequence"])
+            bindings = serving_bindings(
+                meta["max_sequences"],
+                meta["max_tokens_per_sequence"],
+                rows=options.rows(meta["max_sequences"]),
+            )
             only = None
             if plan_only and entry != ALL:
                 only = chosen_entry(list(map(entry_name, bindings)), entry)

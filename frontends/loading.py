@@ -7,13 +7,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.artifact.manifest import Manifest
+from ..runtime.artifact.manifest import MANIFEST, Manifest
 from ..runtime.artifact.reader import FINAL_GRAPH, Artifact, open_ingot
 from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import Driver
-from ..runtime.serving.session import Session
 from .drivers import driver_for
 from .importers.source_error import SourceError
+from .options import NotYetError, speculation_of
+from .speculate import NGram, Speculation, check_rows, open_session
 from .text.text_model import TextModel
 from .text.tokenizer import Tokenizer
 
@@ -52,16 +53,21 @@ class LoadedModel(TextModel):
         return parse(self.graph_text, trusted=False)
 
 
-def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
+def load(
+    path: str | Path, *, driver: Driver | None = None, speculate: str | NGram | None = None
+) -> LoadedModel:
     """Load the ingot at `path`, a directory or a zip, and make it ready to serve.
 
     Every file is validated first; IngotError, one line, names an invalid one. `driver` is by
     default that of the ingot's target, and raises its own error if the machine has no such device.
+    `speculate` is an NGram, or text for one, in place of what the ingot was compiled with, or
+    "none" (see CompileOptions): ValueError where a step gives fewer results than a draft needs.
 
     Device code from an untrusted ingot is untrusted code: hashes detect corruption, not origin.
     """
     if not isinstance(path, str | PathLike):
         raise TypeError(f"path: expected the path of an ingot, found a {type(path).__name__}")
+    speculation = speculation_of(speculate)
     artifact = open_ingot(path)
     manifest = artifact.manifest
     driver = driver or driver_for(manifest.target)
@@ -74,9 +80,22 @@ def load(path: str | Path, *, driver: Driver | None = None) -> LoadedModel:
     else:
         program = artifact.program
         weights = artifact.weights(program.buffers)
-    session = Session(program, driver.load(program, weights))
+    if speculate is None:
+        speculation = _recorded(manifest)
+    else:
+        check_rows(speculation, program)
+    session = open_session(program, driver.load(program, weights), speculation)
     text = artifact.graphs[FINAL_GRAPH]
     return LoadedModel(session, tokenizer, frozenset(manifest.stop_tokens), manifest, text)
+
+
+def _recorded(manifest: Manifest) -> Speculation | None:
+    """The way to draft that an ingot was compiled with."""
+    given = manifest.options.get("speculate")
+    try:
+        return speculation_of(given)
+    except (NotYetError, TypeError, ValueError) as error:
+        raise IngotError(f"{MANIFEST}: options: {error}") from error
 
 
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..runtime.artifact.manifest import Manifest
 from ..runtime.program import Program
 from .aot import Exportable, export
 from .show import show_bytes
+from .speculate import SpeculationReport
 from .text.text_model import TextModel
 from .weight_report import WeightReport
 
@@ -32,6 +33,7 @@ class Report:
     those were built now, and `kernels_cached` came from the cache. `departures` say in which way
     the model is not what it or its caller asked for (a lowered limit, tokens that its generation
     config forbids), `import_check` what of its import was checked, and `notes` are both.
+    `speculation` is there for a model that drafts tokens: what it did until now.
     """
 
     model_type: str
@@ -50,6 +52,7 @@ class Report:
     kernels_cached: int = 0
     departures: tuple[str, ...] = ()
     import_check: str = ""
+    speculation: SpeculationReport | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -76,6 +79,7 @@ class Report:
             f"{self.model_type} for {self.target} in {self.dtype}, compiled in {total:.1f} s",
             ", ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items()),
             *self.notes,
+            *(self.speculation.lines() if self.speculation else ()),
         ]
         if self.choices:
             built, cached = self.kernels_built, self.kernels_cached
@@ -118,7 +122,12 @@ class Model(TextModel, Compiled):
 
     exportable: Exportable
     graphs: Mapping[str, Graph]
-    report: Report
+    compilation: Report
+
+    @property
+    def report(self) -> Report:
+        """What the compiler did, and what speculation does until now."""
+        return replace(self.compilation, speculation=self.speculation)
 
     @property
     def asked_tokens(self) -> int:

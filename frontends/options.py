@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ..compiler.target import target_of
 from ..runtime.serving.sampling import Sampling
+from .speculate import LATER, NONE, NGram, Speculation, parsed, rows
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class CompileKeywords(TypedDict, total=False):
 
     target: str
     quantize: str | MXFP4 | None
-    speculate: str | None
+    speculate: str | NGram | None
     tensor_parallel: int
     max_sequences: int
     max_tokens_per_sequence: int
@@ -70,7 +71,9 @@ class CompileOptions:
     `max_tokens_per_sequence` tokens (less where the model was made for less). `target` "auto" is
     the first GPU of this machine, or the cpu. `dtype` None keeps the checkpoint's; weights are
     converted as they are loaded. `quantize` "mxfp4", or an MXFP4 with options, packs the weights of
-    products; those options that need a text (GPTQ) run the model over it. `tensor_parallel` N
+    products; those options that need a text (GPTQ) run the model over it. `speculate` NGram(), or
+    "ngram:4:2", drafts tokens and verifies several in a step: sequences get the tokens that they
+    get without, sooner (see NGram); an ingot records it, and "none" is off. `tensor_parallel` N
     splits a language model over N ranks, threads of one process on the cpu target. `passes`
     replaces the pipeline. `verify` runs every rewritten region, before and after, on sampled
     inputs. `unused` "allow" leaves out tensors of a checkpoint that the model does not read, which
@@ -82,7 +85,7 @@ class CompileOptions:
 
     ValueError, or TypeError for another kind of value, names the option, what was expected and what
     came; NotYetError what this version lacks. Equal options are normalized to the same values:
-    "mxfp4" to MXFP4(), dtypes to "bf16" …
+    "mxfp4" to MXFP4(), "ngram" to NGram(), dtypes to "bf16" …
     """
 
     target: str = field(default=AUTO, metadata=_flag("Target, or auto; see `ingot doctor`."))
@@ -90,7 +93,10 @@ class CompileOptions:
         default=None,
         metadata=_flag("mxfp4 packs the weights of products (4.25 bits each).", type=str | None),
     )
-    speculate: str | None = None
+    speculate: str | NGram | None = field(
+        default=None,
+        metadata=_flag("ngram[:k[:min_match]] drafts tokens to verify, or none.", type=str | None),
+    )
     tensor_parallel: int = 1
     max_sequences: int = field(default=8, metadata=_flag("Sequences that are served at once."))
     max_tokens_per_sequence: int = field(
@@ -126,10 +132,8 @@ class CompileOptions:
             raise TypeError(f"target: expected a name, found {self.target!r:.80}")
         if self.target != AUTO:
             target_of(self.target)
-        if self.speculate is not None:
-            raise NotYetError(
-                f"speculate={self.speculate!r}: this version supports only speculate=None"
-            )
+        if self.speculate != NONE:  # which is not the same as nothing where an ingot is loaded
+            object.__setattr__(self, "speculate", speculation_of(self.speculate))
         for name in ("tensor_parallel", "max_sequences", "max_tokens_per_sequence"):
             _at_least(name, getattr(self, name), 1)
         for name in ("verify", "check_import", "tune", "progress"):
@@ -162,6 +166,15 @@ class CompileOptions:
         assert not isinstance(self.quantize, str)
         return self.quantize
 
+    @property
+    def speculation(self) -> Speculation | None:
+        """The way to draft that `speculate` says."""
+        return speculation_of(self.speculate)
+
+    def rows(self, sequences: int) -> int:
+        """How many results a step needs for so many sequences."""
+        return rows(self.speculation, sequences)
+
     def keywords(self) -> CompileKeywords:
         """The options as keywords of `compile`."""
         found: Any = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -177,6 +190,7 @@ class CompileOptions:
         if self.packing:
             texts = hashlib.sha256(json.dumps(self.packing.calibrate).encode()).hexdigest()
             found["quantize"] = {**asdict(self.packing), "calibrate": texts}
+        found["speculate"] = str(self.speculation) if self.speculation else None
         if self.passes is not None:
             found["passes"] = [str(step) for step in self.passes]
         return json.loads(json.dumps(found))
@@ -278,6 +292,17 @@ def _stops(given: Any) -> tuple[str | int, ...]:
 def _at_least(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: expected at least {least}, found {value!r}")
+
+
+def speculation_of(given: Any) -> Speculation | None:
+    """The way to draft that a value of `speculate` says; TypeError, ValueError and NotYetError."""
+    if given is None or isinstance(given, NGram):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(f"speculate: expected an NGram, text or None, found {given!r:.80}")
+    if given.partition(":")[0] in LATER:
+        raise NotYetError(f"speculate={given!r:.80}: this version drafts with 'ngram' only")
+    return parsed(given)
 
 
 def _passes(given: Any) -> tuple[Pass, ...]:

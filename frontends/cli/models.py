@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,10 +44,10 @@ def open_model(source: Path, options: CompileOptions, usual: CompileOptions) -> 
         model = compile_model(source, options)
         _note(model.report.departures)
         return model
-    check_options(source, options, usual)
+    check_options(source, replace(options, speculate=usual.speculate), usual)
     from ..loading import load
 
-    loaded = load(source)
+    loaded = load(source, speculate=options.speculate)
     asked, limit = loaded.asked_tokens, loaded.session.meta.max_tokens_per_sequence
     if asked is not None and asked > limit:
         _note([f"max_tokens_per_sequence: {asked} was lowered to {limit}, the limit of the model"])

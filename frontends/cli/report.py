@@ -53,6 +53,7 @@ def report_data(model: Model | WrittenIngot | Plan) -> dict[str, Any]:
         "one_token": moved[-1],
         "unused": dict(report.unused),
         "notes": list(report.notes),
+        "speculation": report.speculation and asdict(report.speculation),
         "seconds": dict(report.seconds),
     }
 

@@ -33,7 +33,7 @@ class TextEvent:
     """One streaming event of prompt number `index`.
 
     `text` is new text (maybe none yet), `token` the new token (None when the prompt ended without
-    one), `finish_reason` not None at its last event.
+    one), `finish_reason` not None at its last event, which alone has the prompt's `stats`.
     """
 
     index: int
@@ -42,6 +42,7 @@ class TextEvent:
     logprob: float | None = None
     finish_reason: FinishReason | None = None
     message: str = ""
+    stats: SequenceStats | None = None
 
 
 class StopStringChecker:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...runtime.serving.sequence import Request
 from ...runtime.serving.session import Session
 from ..options import GenerateKeywords, GenerateOptions, keywords_of
+from ..speculate import SpeculationReport
 from .completion import Completion, StopStringChecker, TextEvent
 from .prompts import prompts_of, token_ids_of
 from .tokenizer import Tokenizer
@@ -47,6 +48,11 @@ class TextModel:
         """The max_tokens_per_sequence that was asked for, where it is known: the model may have
         been made for less."""
         return None
+
+    @property
+    def speculation(self) -> SpeculationReport | None:
+        """What speculation did until now; None for a model that drafts no tokens."""
+        return SpeculationReport.of(self.session)
 
     def logits(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
         """The logits float32 [T, vocab] after each of T tokens of one sequence."""
@@ -171,7 +177,8 @@ class _Run:
                 elif reason is not None:
                     text += checker.finish()
                     reason = "stop" if checker.stopped else reason
-                yield TextEvent(i, text, event.token, event.logprob, reason, event.message)
+                stats = None if reason is None else event.sequence.stats
+                yield TextEvent(i, text, event.token, event.logprob, reason, event.message, stats)
 
     def completion(self, i: int) -> Completion:
         """The completion of prompt number `i`, after all events."""

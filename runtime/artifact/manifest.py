@@ -53,7 +53,8 @@ class Manifest(Strict, frozen=True, kw_only=True):
     `made_with` is the compiler's torch version; `symbols` has the first and last value of each
     symbol; `meta` is that of the program; `stop_tokens` end a completion; `generation` has the
     sampling defaults of generation_config.json (temperature, top_k, ...), which callers may use;
-    `options` are those that the model was compiled with, which nothing depends on.
+    `options` are those that the model was compiled with; nothing but `speculate`, which says how a
+    session drafts tokens, matters for what is served.
     """
 
     format: Literal["ingot"] = FORMAT

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from time import perf_counter
 
+from .adaptive import Adaptive
 from .batch import Batch, Chunk, Row
 from .kv_cache import CacheFullError, KVCache
 from .sequence import Sequence
@@ -19,19 +21,33 @@ class Scheduler:
     the youngest running sequence loses its own and waits again, before all others, to be
     recomputed. Hence every running sequence is older than every waiting one, and the oldest always
     advances. What a drafter proposes takes only tokens, rows and pages that nobody else wants.
+    `draft_seconds` counts the time of drafting, by `clock`.
     """
 
     def __init__(
-        self, cache: KVCache, *, tokens: int, rows: int, drafter: Drafter | None = None
+        self,
+        cache: KVCache,
+        *,
+        tokens: int,
+        rows: int,
+        drafter: Drafter | None = None,
+        adaptive: Adaptive | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """A step takes at most `tokens` tokens and gives at most `rows` rows."""
+        """A step takes at most `tokens` tokens and gives at most `rows` rows.
+
+        `adaptive` chooses what is verified of the drafts; without it all of them are.
+        """
         self.cache = cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._tokens = tokens
         self._rows = rows
+        self.draft_seconds = 0.0
         self._drafter = drafter
+        self._adaptive = adaptive
+        self._clock = clock
         # With no more sequences than tokens, decoding leaves a token for whoever is in prefill.
         self._sequences = min(rows, tokens, cache.slots)
 
@@ -63,14 +79,13 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
             counts[sequence] = min(sequence.pending, tokens)
             tokens -= counts[sequence]
-        rows = self._rows - sum(count == s.pending for s, count in counts.items())
+        ending = [sequence for sequence, count in counts.items() if count == sequence.pending]
+        drafts = self._drafts(ending, sum(counts.values()), min(tokens, self._rows - len(ending)))
         chunks: list[Chunk] = []
         wanted: list[Row] = []
         for sequence, count in counts.items():
             end = sequence.cached_length + count
-            drafted = self._draft(sequence, min(tokens, rows)) if end == sequence.length else []
-            tokens -= len(drafted)
-            rows -= len(drafted)
+            drafted = drafts.get(sequence, [])
             made = (*sequence.history[sequence.cached_length : end], *drafted)
             if not made:
                 continue
@@ -83,12 +98,13 @@ class Scheduler:
         """The step behind one that is under way, before its results are known.
 
         None unless it is the same sequences, one token each: all of them decode and none is known
-        to end, nobody joins them, and there are pages for their tokens, which it takes.
+        to end, nobody joins them, and there are pages for their tokens, which it takes. With a
+        drafter, too, unless it has something now that is worth a step that the host waits for.
         """
         cache = self.cache
         sequences = [chunk.sequence for chunk in batch.chunks]
         decode = len(sequences) == batch.tokens == len(batch.rows)
-        if self._drafter is not None or not decode or sequences != self.running:
+        if not decode or sequences != self.running:
             return None
         for row in batch.rows:
             if row.step + 1 >= row.sequence.request.max_new_tokens:
@@ -98,6 +114,10 @@ class Scheduler:
         if max(ends) > cache.tokens_per_slot or more > cache.free_pages:
             return None
         if self._admits(cache.free_pages - more):
+            return None
+        if self._drafter is not None and (
+            self._adaptive is None or self._chosen(sequences, len(sequences), self._left(sequences))
+        ):
             return None
         for sequence, end in zip(sequences, ends, strict=True):
             assert sequence.slot is not None, sequence.id
@@ -171,17 +191,50 @@ class Scheduler:
         cache.resize(sequence.slot, sequence.length)
         return True
 
+    def _left(self, ending: list[Sequence]) -> int:
+        """How many drafted tokens a step takes beside one token of each of `ending`."""
+        return min(self._tokens, self._rows) - len(ending)
+
+    def _drafts(self, ending: list[Sequence], tokens: int, most: int) -> dict[Sequence, list[int]]:
+        """Drafted tokens behind the histories of `ending`, `most` in all, with pages for them."""
+        if self._drafter is None:
+            return {}
+        begin = self._clock()
+        drafts: dict[Sequence, list[int]] = {}
+        for sequence, drafted in self._chosen(ending, tokens, most).items():
+            assert sequence.slot is not None, sequence.id
+            room = self.cache.room(sequence.slot) - sequence.length
+            drafts[sequence] = drafted[:room]
+            self.cache.resize(sequence.slot, sequence.length + len(drafts[sequence]))
+        if self._adaptive is not None and any(drafts.values()):
+            self._adaptive.planned()
+        self.draft_seconds += self._clock() - begin
+        return drafts
+
+    def _chosen(self, ending: list[Sequence], tokens: int, most: int) -> dict[Sequence, list[int]]:
+        """What is drafted for a step of `tokens` tokens that has a result for each of `ending`;
+        `most` tokens in all."""
+        drafts = {sequence: self._draft(sequence, most) for sequence in ending}
+        if self._adaptive is not None:
+            counts = self._adaptive.choose(drafts, tokens, most)
+        else:
+            counts = {sequence: len(drafted) for sequence, drafted in drafts.items()}
+        chosen: dict[Sequence, list[int]] = {}
+        for sequence, count in counts.items():
+            if count := min(count, most):
+                chosen[sequence] = drafts[sequence][:count]
+                most -= count
+        return chosen
+
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
-        """Up to `most` drafted tokens behind the history of `sequence`, with pages for them."""
-        if self._drafter is None or sequence.slot is None:
-            return []
+        """Up to `most` drafted tokens behind the history of `sequence`, as far as it may go."""
+        assert self._drafter is not None and sequence.slot is not None, sequence.id
         room = self.cache.room(sequence.slot) - sequence.length
         # The row behind the last drafted token gives one more.
         most = min(most, room, sequence.request.max_new_tokens - sequence.generated - 1)
         drafted = list(self._drafter.draft(sequence, most)) if most > 0 else []
         if len(drafted) > max(most, 0):
             raise ValueError(f"draft: expected at most {most} tokens, found {len(drafted)}")
-        self.cache.resize(sequence.slot, sequence.length + len(drafted))
         return drafted
 
     def _preempt_youngest(self) -> None:

@@ -51,6 +51,12 @@ class SequenceStats:
     than one of its tokens was missing from the cache (also when recomputed after preemption) or its
     first token was awaited, decode otherwise.
     `time_to_first_token` runs from submission; None before the first token.
+
+    Of speculation: `verified_steps` counts the steps that verified drafted tokens,
+    `verified_tokens` what came of them, `verify_seconds` their durations and `draft_seconds` that
+    of drafting. `drafted` and `accepted` count drafted tokens by their place in a draft.
+    `plain_seconds` is what the tokens of decoding steps would have taken in steps without drafts,
+    as far as those have been measured, else what they took; 0 without a drafter.
     """
 
     prompt_tokens: int = 0
@@ -60,6 +66,44 @@ class SequenceStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     time_to_first_token: float | None = None
+    verified_steps: int = 0
+    verified_tokens: int = 0
+    drafted: list[int] = field(default_factory=list[int])
+    accepted: list[int] = field(default_factory=list[int])
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    plain_seconds: float = 0.0
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens a step that verified drafts: the accepted ones and one more. None without any."""
+        return self.verified_tokens / self.verified_steps if self.verified_steps else None
+
+    @property
+    def acceptance_rates(self) -> tuple[float, ...]:
+        """For each place in a draft, which share of the tokens drafted there was accepted."""
+        pairs = zip(self.accepted, self.drafted, strict=True)
+        return tuple(accepted / drafted for accepted, drafted in pairs)
+
+    @property
+    def speedup(self) -> float | None:
+        """How much faster decoding was than in steps without drafts, drafting included.
+
+        None without a drafter, and before decoding.
+        """
+        taken = self.decode_seconds + self.draft_seconds
+        return self.plain_seconds / taken if self.plain_seconds and taken else None
+
+    def count_draft(self, drafted: int, accepted: int, tokens: int) -> None:
+        """Count what came of the draft of one step."""
+        self.verified_steps += 1
+        self.verified_tokens += tokens
+        missing = [0] * (drafted - len(self.drafted))
+        self.drafted += missing
+        self.accepted += missing
+        for place in range(drafted):
+            self.drafted[place] += 1
+            self.accepted[place] += place < accepted
 
     def count_step(self, decode: bool, seconds: float) -> None:
         """Count one replay."""
@@ -76,8 +120,9 @@ class SessionStats(SequenceStats):
 
     `prompt_tokens` counts the prompts that were computed to their end, `generated_tokens` every
     token handed out. A step (one replay) with any prefill in it counts to `prefill_seconds`,
-    otherwise to `decode_seconds`. `time_to_first_token` is the mean over the sequences that got
-    one; None before that. `Session.logits` counts nowhere.
+    otherwise to `decode_seconds`. A step in which any draft is verified counts to
+    `verify_seconds`, each draft in it to `verified_steps`. `time_to_first_token` is the mean over
+    the sequences that got one; None before that. `Session.logits` counts nowhere.
     """
 
     sequences: int = 0

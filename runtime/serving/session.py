@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, groupby
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..driver import Array, DeviceFailedError, Executable
 from ..program import Program
 from .abi import ServingAbi
+from .adaptive import Adaptive, StepTimes
 from .batch import Batch, Chunk, Row
 from .kv_cache import KVCache
 from .row_sampling import RowSampler
@@ -71,13 +72,17 @@ class Session:
         *,
         pages: int | None = None,
         drafter: Drafter | None = None,
+        adapt: bool = False,
         ahead: bool = True,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         """`executable` is `program`, loaded; it is closed with the session.
 
         `pages` uses fewer of the program's KV pages than there are. What `drafter` proposes is
         verified in the rows that a step has left, and changes nothing but how many tokens a step
-        gives; with one, or without `ahead`, no step is launched before the one before has ended.
+        gives. All of it is, and no step is launched before the one before has ended; with `adapt`
+        only what is expected to pay (see `adaptive`), and steps are launched ahead while nothing
+        is. Without `ahead` none ever are. `clock` gives seconds.
 
         ValueError when the program is no serving program or `pages` is out of range.
         """
@@ -92,8 +97,16 @@ class Session:
             slots=self.meta.max_sequences,
             tokens_per_slot=self.meta.max_tokens_per_sequence,
         )
+        self.drafter = drafter
+        self._times = None if drafter is None else StepTimes()
+        self.adaptive = Adaptive(self._times, self._entry) if adapt and self._times else None
         self._scheduler = Scheduler(
-            self._cache, tokens=self._abi.tokens, rows=self._abi.rows, drafter=drafter
+            self._cache,
+            tokens=self._abi.tokens,
+            rows=self._abi.rows,
+            drafter=drafter,
+            adaptive=self.adaptive,
+            clock=clock,
         )
         self._sampler = RowSampler(self.meta.vocab_size, self._abi.candidates)
         self._turns = Turns(self._cancel_given_up)
@@ -106,8 +119,10 @@ class Session:
         self._ended = ""
         self._closed = False
         self._executable = executable
-        self._steps = Steps(self._abi, executable, self._cache, self._sampler)
+        self._steps = Steps(self._abi, executable, self._cache, self._sampler, clock)
         self._ahead = ahead
+        self._clock = clock
+        self._drafting = 0.0  # of the drafting that the steps so far took
         self._taken = 0.0  # when the last step had ended
 
     def __enter__(self) -> Session:
@@ -120,7 +135,9 @@ class Session:
     def stats(self) -> SessionStats:
         """The figures so far."""
         with self._turns.held():
-            return replace(self._stats, preemptions=self._scheduler.preemptions)
+            stats = self._stats
+            lists = {"drafted": [*stats.drafted], "accepted": [*stats.accepted]}
+            return replace(stats, preemptions=self._scheduler.preemptions, **lists)
 
     @property
     def idle(self) -> bool:
@@ -352,11 +369,58 @@ class Session:
         for chunk, outcome in zip(chunks, outcomes, strict=True):
             if chunk in by_chunk:
                 self._report(chunk.sequence, outcome)
-        ended = perf_counter()
+        ended = self._clock()
         seconds, self._taken = ended - max(step.launched, self._taken), ended
         for sequence, decode in zip(sequences, decoding, strict=True):
             sequence.stats.count_step(decode, seconds)
         self._stats.count_step(all(decoding), seconds)
+        if self._times is not None:
+            given = [
+                (chunk, max(len(by_chunk.get(chunk, ())) - 1, 0), [c.token for c in o.choices])
+                for chunk, o in zip(chunks, outcomes, strict=True)
+            ]
+            self._count_drafts(self._times, step, seconds, given, decoding)
+
+    def _entry(self, tokens: int, rows: int) -> int:
+        """The tokens of the entry that takes so many tokens and rows."""
+        return self._abi.smallest(tokens, rows)["T"]
+
+    def _count_drafts(
+        self,
+        times: StepTimes,
+        step: Step,
+        seconds: float,
+        given: list[tuple[Chunk, int, list[int]]],
+        decoding: list[bool],
+    ) -> None:
+        """Count a step of `seconds` that gave each chunk, with so many drafted tokens, tokens."""
+        drafting = self._scheduler.draft_seconds - self._drafting
+        self._drafting = self._scheduler.draft_seconds
+        times.add(step.symbols["T"], seconds + drafting, fed=step.fed)
+        count, total = len(given), self._stats
+        plain: float | None = None  # what one token of each would have taken instead
+        any_draft = any(drafted for _, drafted, _ in given)
+        if any_draft and all(decoding):
+            plain = times.plain(self._entry(count, count))
+        for (chunk, drafted, tokens), decode in zip(given, decoding, strict=True):
+            stats = chunk.sequence.stats
+            if drafted:
+                proposed = chunk.tokens[-drafted:]
+                pairs = zip(tokens, proposed, strict=False)
+                accepted = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+                accepted = min(len(tokens), drafted) if accepted is None else accepted
+                for counted in (stats, total):
+                    counted.count_draft(drafted, accepted, len(tokens))
+                stats.verify_seconds += seconds
+            if decode:
+                stats.draft_seconds += drafting
+                stats.plain_seconds += seconds if plain is None else len(tokens) * plain
+        total.draft_seconds += drafting
+        if any_draft:
+            total.verify_seconds += seconds
+        if all(decoding):
+            made = sum(len(tokens) for *_, tokens in given) / max(count, 1)
+            total.plain_seconds += seconds if plain is None else made * plain
 
     def _take_apart(self, batch: Batch, why: str) -> None:
         """Take a step that failed sequence by sequence: none ends for what another asked."""
@@ -382,7 +446,7 @@ class Session:
         if sequence.generated == len(choices):
             total.prompt_tokens += len(sequence.prompt)
             if choices:
-                stats.time_to_first_token = perf_counter() - sequence.submitted
+                stats.time_to_first_token = self._clock() - sequence.submitted
                 self._first_tokens += 1
                 mean = total.time_to_first_token or 0.0
                 mean += (stats.time_to_first_token - mean) / self._first_tokens
@@ -431,7 +495,7 @@ class Session:
         """Submit to the scheduler; the events go to `queue`, or are for `step`."""
         self._check_open()
         for sequence in sequences:
-            sequence.submitted = perf_counter()
+            sequence.submitted = self._clock()
             self._stats.sequences += 1
             if queue is not None:
                 self._queues[sequence] = queue

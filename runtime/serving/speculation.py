@@ -40,6 +40,13 @@ def accept(rows: Iterable[Row], choices: Iterable[Choice], cache: KVCache) -> Ou
     matching prefix of the draft, and one token more. Each is sampled by its own draw whatever was
     drafted, hence exactly as without a drafter; choices behind the prefix are not asked for. A
     ValueError of a choice ends the sequence.
+
+    This is the rejection sampling of Leviathan et al. (2023), "Fast Inference from Transformers via
+    Speculative Decoding", and Chen et al. (2023), "Accelerating Large Language Model Decoding with
+    Speculative Sampling", for drafts that are single tokens: a drafted x is all of the draft's
+    distribution q, so it is accepted with min(1, p(x) / q(x)) = p(x), and else a token is drawn
+    from max(p - q, 0), which is p without x, normalized. One draw from p that is compared with x
+    does both; and, being the draw that the token has without a draft, it gives the same token.
     """
     outcome = Outcome()
     try:

@@ -15,7 +15,7 @@ is launched behind one of a sequence that has ended, so none has the page table 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -29,7 +29,10 @@ from .row_sampling import RowSampler
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A batch that was launched in an entry, fed by the step before or by the host."""
+    """A batch that was launched in an entry, fed by the step before or by the host.
+
+    `launched` is when its launch began.
+    """
 
     batch: Batch
     symbols: Mapping[str, int]
@@ -46,21 +49,28 @@ class Steps:
     """
 
     def __init__(
-        self, abi: ServingAbi, executable: Executable, cache: KVCache, sampler: RowSampler
+        self,
+        abi: ServingAbi,
+        executable: Executable,
+        cache: KVCache,
+        sampler: RowSampler,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.under_way: deque[Step] = deque()
         self._abi, self._executable, self._cache, self._sampler = abi, executable, cache, sampler
+        self._clock = clock
         self._last: Step | None = None  # what the device is ready to feed on
         self._table = 0  # the state of the page table that the device has
 
     def launch(self, batch: Batch, outputs: list[str]) -> None:
         """Launch `batch` in the smallest entry that takes it, with `outputs` by name."""
+        begin = self._clock()
         symbols = self._abi.smallest(batch.tokens, len(batch.rows))
         inputs: dict[str, Array] = {
             **batch.inputs(symbols["T"], symbols["L"], self._cache.page_table),
             **self._sampler.inputs(symbols["L"], batch.rows),
         }
-        self._start(batch, symbols, inputs, outputs, fed=False)
+        self._start(batch, symbols, inputs, outputs, begin, fed=False)
 
     @property
     def room(self) -> Batch | None:
@@ -75,7 +85,8 @@ class Steps:
         assert self._last is not None
         moved = self._cache.changes != self._table
         inputs = {"page_table": self._cache.page_table} if moved else {}
-        self._start(batch, self._last.symbols, inputs, self._last.outputs, fed=True)
+        last = self._last
+        self._start(batch, last.symbols, inputs, last.outputs, self._clock(), fed=True)
 
     def wait(self) -> tuple[Step, dict[str, Array]]:
         """The first step under way, and its outputs by name, its rows of each; errors as those of
@@ -96,11 +107,12 @@ class Steps:
         symbols: Mapping[str, int],
         inputs: Mapping[str, Array],
         outputs: list[str],
+        begin: float,
         *,
         fed: bool,
     ) -> None:
         self._last, table = None, self._cache.changes
         running = self._executable.launch(STEP, symbols, inputs, outputs)
-        step = Step(batch, symbols, outputs, fed, running, perf_counter())
+        step = Step(batch, symbols, outputs, fed, running, begin)
         self.under_way.append(step)
         self._last, self._table = step, table

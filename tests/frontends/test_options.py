@@ -28,6 +28,12 @@ WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
     "target": (CompileOptions, "tpu", ValueError, "unknown target 'tpu'"),
     "quantize": (CompileOptions, "int4", ValueError, "expected 'mxfp4'.*found 'int4'"),
     "speculate": (CompileOptions, "mtp", NotYetError, "speculate='mtp'"),
+    "speculate of another kind": (CompileOptions, 4, TypeError, "an NGram, text or None, found 4"),
+    "speculate by an unknown way": (CompileOptions, "guess", ValueError, "'none'.*found 'guess'"),
+    "speculate by too many numbers": (CompileOptions, "ngram:4:2:1", ValueError, "'ngram:4:2:1'"),
+    "speculate by no number": (CompileOptions, "ngram:", ValueError, "found 'ngram:'"),
+    "speculate by k": (CompileOptions, "ngram:65", ValueError, "k: expected.* 1 to 64, found 65"),
+    "speculate by min_match": (CompileOptions, "ngram:4:0", ValueError, "min_match.*found 0"),
     "tensor_parallel": (CompileOptions, 0, ValueError, "at least 1, found 0"),
     "max_sequences": (CompileOptions, 1.5, ValueError, "at least 1, found 1.5"),
     "max_tokens_per_sequence": (CompileOptions, True, ValueError, "at least 1, found True"),
@@ -52,13 +58,14 @@ WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_values_name_the_option(name: str) -> None:
     type_, value, error, message = WRONG[name]
+    name, *_ = name.split()
     with pytest.raises(error, match=message) as raised:
         type_(**{name: value})
     assert name in str(raised.value)
 
 
 def test_every_option_is_checked() -> None:
-    checked = {(type_, name) for name, (type_, *_) in WRONG.items()}
+    checked = {(type_, name.split()[0]) for name, (type_, *_) in WRONG.items()}
     every = {(t, f.name) for t in (CompileOptions, GenerateOptions) for f in fields(t)}
     assert every - checked == {(CompileOptions, "passes")}  # any sequence of passes
 
@@ -78,6 +85,11 @@ def test_equal_options_are_equal_keys() -> None:
         assert given == same and hash(given) == hash(same)
     assert CompileOptions(**same.keywords()) == same
     assert CompileOptions(unused="allow").data() == CompileOptions().data()
+    assert CompileOptions(speculate="ngram") == CompileOptions(speculate=ingot.NGram())
+    assert CompileOptions(speculate="ngram:3:5").speculation == ingot.NGram(3, min_match=5)
+    for off in (None, "none"):
+        assert CompileOptions(speculate=off).data() == CompileOptions().data()
+        assert CompileOptions(speculate=off).speculation is None
     assert GenerateOptions(stop="a") == GenerateOptions(stop=["a"])
     both = GenerateOptions(stop=["a", 7])
     assert both.stop_strings == ["a"] and both.stop_tokens == [7]
@@ -91,6 +103,8 @@ def test_data_is_json_and_tells_options_apart() -> None:
         CompileOptions(quantize="mxfp4"),
         CompileOptions(passes=RAISING),
         CompileOptions(passes=()),
+        CompileOptions(speculate="ngram"),
+        CompileOptions(speculate="ngram:3"),
         *(CompileOptions(quantize=text) for text in texts),
     ]
     found = [json.dumps(one.data()) for one in given]
@@ -178,6 +192,7 @@ def doors(model: PreTrainedModel, module: torch.nn.Module, x: torch.Tensor, one:
     assert_type(ingot.compile("directory", dtype="bf16"), ingot.Model)
     assert_type(ingot.compile(Path("directory"), quantize=ingot.MXFP4(group=16)), ingot.Model)
     assert_type(ingot.compile(model, max_sequences=2), ingot.Model)
+    assert_type(ingot.compile(model, speculate=ingot.NGram(k=3)), ingot.Model)
     assert_type(ingot.compile(module, example_inputs=(x,)), CompiledModule)
     assert_type(ingot.compile_to("directory", "path", overwrite=True), WrittenIngot)
     loaded = ingot.load("path")

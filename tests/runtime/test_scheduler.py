@@ -219,7 +219,7 @@ def test_a_batch_with_drafts() -> None:
         (second, 4, 0, None),
     ]
     assert batch.rows[1].history == [1, 2, 41]
-    assert drafter.asked == [1]
+    assert drafter.asked == [1, 1]
     scheduler.commit(batch, [[41, 5], [6]])
     assert (first.history, first.cached_length) == ([1, 2, 41, 5], 3)
     assert (second.history[-1], second.cached_length) == (6, 5)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -167,16 +168,23 @@ def known(asked: Sequence[Asked], count: int) -> Coming:
     shape=shapes,
     spare=st.sampled_from([0, 1, 3, 100]),
     kind=st.sampled_from(KINDS),
+    adapt=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_nothing_changes_but_the_number_of_steps(
-    asked: list[Asked], shape: dict[str, Any], spare: int, kind: str, seed: int
+    asked: list[Asked], shape: dict[str, Any], spare: int, kind: str, adapt: bool, seed: int
 ) -> None:
+    """Whatever steps take, by which the drafts that pay are chosen."""
     pages = -(-max(len(a.prompt) for a in asked) // shape["page_size"]) + spare
     program = serving_program(**shape, pages=1000)
 
+    draw = Random(seed)
+    times = accumulate(iter(lambda: draw.choice((0.0, 0.1, 1.0, 7.0)), None))
+
     def opened(drafter: Drafter | None) -> Session:
-        return session_of(program, pages=pages, drafter=drafter)
+        return session_of(
+            program, pages=pages, drafter=drafter, adapt=adapt, clock=lambda: next(times)
+        )
 
     expected, _ = serve(opened(None), asked)
     found, _ = serve(opened(OracleDrafter(kind, known(asked, 40), VOCAB, seed)), asked)

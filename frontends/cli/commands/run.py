@@ -15,6 +15,7 @@ from ..models import open_model
 from ..output import print_json, visible
 
 if TYPE_CHECKING:
+    from ....runtime.serving.sequence import SequenceStats
     from ...text.completion import TextEvent
     from ...text.text_model import TextModel
 
@@ -95,6 +96,7 @@ def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: st
     pieces: list[str] = []
     tokens: list[int] = []
     reason, message = "", ""
+    stats: SequenceStats | None = None
     if echo is not None and not as_json:
         typer.secho(echo, dim=True, nl=False)
     for event in events:
@@ -107,12 +109,14 @@ def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: st
             sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
         reason, message = event.finish_reason or reason, event.message or message
+        stats = event.stats or stats
     decode = times[-1] - times[0] if len(times) > 1 else 0.0
     figures = {
         "tokens": len(tokens),
         "seconds": perf_counter() - start,
         "time_to_first_token": times[0] if times else None,
         "tokens_per_second": (len(times) - 1) / decode if decode else None,
+        **(_speculation(stats) if stats else {}),
     }
     if as_json:
         text = "".join(pieces).rstrip() if as_ids else "".join(pieces)
@@ -125,9 +129,27 @@ def stream(events: Iterator[TextEvent], *, as_json: bool, as_ids: bool, echo: st
     return "".join(pieces)
 
 
+def _speculation(stats: SequenceStats) -> dict[str, Any]:
+    """Figures of a sequence that had drafted tokens verified; none of another."""
+    if stats.acceptance_length is None:
+        return {}
+    return {
+        "verified_steps": stats.verified_steps,
+        "acceptance_length": stats.acceptance_length,
+        "acceptance_rates": list(stats.acceptance_rates),
+        "draft_seconds": stats.draft_seconds,
+        "verify_seconds": stats.verify_seconds,
+        "speedup": stats.speedup,
+    }
+
+
 def _figures_line(figures: dict[str, Any], reason: str) -> str:
     first, rate = figures["time_to_first_token"], figures["tokens_per_second"]
     parts = [f"{figures['tokens']} tokens"]
     parts += [f"{rate:.1f} tokens/s"] if rate else []
     parts += [f"first token after {first * 1000:.0f} ms"] if first is not None else []
+    if length := figures.get("acceptance_length"):
+        parts.append(f"{length:.2f} tokens in each of {figures['verified_steps']} verified steps")
+    if speedup := figures.get("speedup"):
+        parts.append(f"decoding {speedup:.2f}x as fast as without drafts")
     return ", ".join([*parts, f"ended by {reason}"])
