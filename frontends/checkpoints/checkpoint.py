@@ -8,7 +8,7 @@ one source tensor in memory beside it. A weight in MXFP4 is two entries, codes a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -22,6 +22,7 @@ from ...compiler.torch_types import torch_dtype, type_of
 from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, Entry, Weights, within
 from ..importers.meta_model import MetaModel, named_tensors, read_config, refuse_quantized
+from ..importers.prediction_layer import PredictionLayer, predicts, under_prefix
 from ..importers.source_error import SourceError
 from .conversions import Conversion, Destination, dense, destinations
 from .dequantize import Dequantized
@@ -56,10 +57,15 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    directory: str | Path, meta: MetaModel, *, allow_unused: bool = False
+    directory: str | Path,
+    meta: MetaModel,
+    *,
+    layer: PredictionLayer | None = None,
+    allow_unused: bool = False,
 ) -> Checkpoint:
     """The weights of `meta` from model.safetensors or its shards; no tensor is read.
 
+    With `layer` also the weights of that, under its prefix; SourceError where there are none.
     Names and layouts are converted as transformers does when it loads; a tensor stored in another
     float dtype than the model's is cast when it is loaded. SourceError names what is missing, of
     another shape, truncated, not in the format that config.json declares, a pickle, or outside the
@@ -80,20 +86,67 @@ def open_checkpoint(
     rotated, matrices = rotated_modules(scheme.rotations, meta.model, stored, parameters)
     entries, packed = _entries(sources, targets, meta)
     _resolve_ties(entries, packed, meta)
-    held = entries.keys() | packed.keys()
-    if missing := [name for name in meta.stored_names() if name not in held]:
-        raise SourceError(f"{directory}: no tensor for {listed(missing)}")
+    _check_held(meta, entries.keys() | packed.keys(), directory)
     rest = [name for name, target in targets.items() if target is None and name not in matrices]
+    if layer is not None:
+        own, own_packed, read = _prediction(sources, foreign, layer, directory)
+        entries |= under_prefix(own)
+        packed |= under_prefix(own_packed)
+        rest = [name for name in rest if name not in read]
     return Checkpoint(
         weights=Weights(entries).merged(
             Weights.of(meta.buffers, origin="computed from the config")
         ),
         packed=packed,
         rotated=rotated,
-        unused=reasons(rest, meta, scheme, allow=allow_unused, where=directory),
+        unused=reasons(
+            rest,
+            meta,
+            scheme,
+            predicting=layer is not None,
+            allow=allow_unused,
+            where=directory,
+        ),
         files=tuple(file.path for file in files),
         total_bytes=sum(tensor.nbytes for tensor in stored.values()),
     )
+
+
+def _prediction(
+    sources: Mapping[str, Source],
+    foreign: Mapping[str, str],
+    layer: PredictionLayer,
+    directory: Path,
+) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]], set[str]]:
+    """Entries and permutations of `layer` by its own names, and the stored names that it reads."""
+    config = layer.trunk.config
+    names = predicts([*sources, *foreign], config)
+    if not names:
+        raise SourceError(
+            f"{directory}: speculate=MTP(...) needs a layer of multi-token prediction, and the "
+            f"checkpoint has none behind the {config.get_text_config().num_hidden_layers} layers "
+            "of the model"
+        )
+    targets = {name: target for name, target in destinations(names, layer) if target}
+    if unread := next((name for name in foreign if name in targets), None):
+        raise SourceError(
+            f"{directory}: {unread} is stored as {foreign[unread]}: expected a dtype of "
+            f"{', '.join(DTYPES)}"
+        )
+    entries, packed = _entries(sources, targets, layer)
+    try:
+        _check_held(layer, entries.keys() | packed.keys(), directory)
+    except SourceError as error:
+        stored = listed(sorted(names))
+        raise SourceError(
+            f"{error} of the layer of multi-token prediction, among the stored {stored}"
+        ) from error
+    return entries, packed, set(targets)
+
+
+def _check_held(meta: MetaModel, held: Collection[str], directory: Path) -> None:
+    if missing := [name for name in meta.stored_names() if name not in held]:
+        raise SourceError(f"{directory}: no tensor for {listed(missing)}")
 
 
 def stored_tensors(directory: Path) -> tuple[dict[str, Stored], list[File]]:

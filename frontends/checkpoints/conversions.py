@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -47,8 +46,8 @@ def destinations(
     stored: Iterable[str], meta: MetaModel
 ) -> Iterator[tuple[str, Destination | None]]:
     """Each stored name, in natural order, and its destination; None if the model has none."""
-    parameters = meta.model.state_dict()
-    transforms = get_model_conversion_mapping(meta.model)
+    parameters = {n: t for n, t in meta.types().items() if n not in meta.buffers}
+    transforms = meta.transforms()
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     converter_of = {pattern: c for c in converters for pattern in c.source_patterns}

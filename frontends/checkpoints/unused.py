@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..importers.meta_model import MetaModel
+from ..importers.prediction_layer import predicts
 from ..importers.source_error import SourceError
 from .quantization_config import QuantizationScheme
 from .safetensors_files import listed
@@ -25,9 +26,6 @@ _ACTIVATIONS = (
     "prob_scale",
 )
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
-# What only the extra layers of multi-token prediction have.
-_MTP = ("eh_proj", "enorm", "hnorm", "shared_head")
-_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 # What a product multiplies or adds: without it, its numbers are others.
 _NEEDED = (
     "pre_quant_scale",
@@ -46,20 +44,24 @@ _NEEDED = (
 )
 
 
-_LAYER = re.compile(r"((?:^|.*\.)layers\.(\d+))\.(.*)")
-
-
 def reasons(
-    names: Sequence[str], meta: MetaModel, scheme: QuantizationScheme, *, allow: bool, where: object
+    names: Sequence[str],
+    meta: MetaModel,
+    scheme: QuantizationScheme,
+    *,
+    predicting: bool = False,
+    allow: bool,
+    where: object,
 ) -> dict[str, str]:
-    """Why the model needs none of the stored `names`.
+    """Why the model needs none of the stored `names`; `predicting`, when its prediction layer is
+    read.
 
     SourceError, which begins with `where`, for one that changes what a module computes, and, unless
     `allow`, for those without a known reason.
     """
     found: dict[str, str] = {}
     unknown: list[str] = []
-    known = _Known.of(names, meta, scheme)
+    known = _Known.of(names, meta, scheme, predicting)
     for name in names:
         if reason := known.reason(name):
             found[name] = reason
@@ -81,35 +83,30 @@ def reasons(
 @dataclass(frozen=True)
 class _Known:
     """What is known of the tensors of a checkpoint: `ignored` patterns are transformers' own,
-    `extra` the layers behind the last one of the model that predict further tokens."""
+    `extra` the names of layers that predict further tokens, `served` whether one of them does."""
 
     ignored: tuple[re.Pattern[str], ...]
     extra: frozenset[str]
+    served: bool
     scheme: QuantizationScheme
 
     @classmethod
-    def of(cls, names: Sequence[str], meta: MetaModel, scheme: QuantizationScheme) -> _Known:
-        config = meta.model.config.get_text_config()
-        layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-        declared = max(int(getattr(config, count, 0) or 0) for count in _MTP_COUNTS)
-        found: set[str] = set()
-        for match in filter(None, map(_LAYER.fullmatch, names)):
-            layer, index, rest = match[1], int(match[2]), match[3]
-            if layers <= index < layers + declared or (
-                index >= layers and rest.partition(".")[0] in _MTP
-            ):
-                found.add(layer)
+    def of(
+        cls, names: Sequence[str], meta: MetaModel, scheme: QuantizationScheme, served: bool
+    ) -> _Known:
         ignored = meta.model._keys_to_ignore_on_load_unexpected or ()
-        return cls(tuple(map(re.compile, sorted(ignored))), frozenset(found), scheme)
+        extra = frozenset(predicts(names, meta.model.config))
+        return cls(tuple(map(re.compile, sorted(ignored))), extra, served, scheme)
 
     def reason(self, name: str) -> str:
         """Why the model does not need it, "" where that is not known."""
         module, _, leaf = name.rpartition(".")
-        layer = _LAYER.fullmatch(name)
-        if (layer and layer[1] in self.extra) or any(
-            part == "mtp" or part.startswith("mtp_") for part in name.split(".")
-        ):
-            return "multi-token prediction, which is not served"
+        if name in self.extra:
+            if not self.served:
+                return "multi-token prediction, which is not served"
+            if leaf == "weight" and module.endswith(("embed_tokens", "shared_head.head")):
+                return "multi-token prediction's copy of the model's own, which it shares"
+            return "multi-token prediction, of which one layer drafts"
         if leaf in _ROTARY:
             return "rotary frequencies, which follow from the config"
         if leaf == "position_ids":

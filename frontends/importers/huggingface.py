@@ -8,7 +8,7 @@ operator is token-wise.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from .meta_model import (
     read_config,
 )
 from .online_rotations import rotate_activations
+from .prediction_layer import Predicting, PredictionLayer, prediction_layer, under_prefix
 from .refusals import (
     ENCODER_DECODER,
     NOT_THE_INTERFACE,
@@ -73,6 +74,10 @@ class HuggingFaceModel:
     the checkpoint that the graph does not read (an MTP layer, say), and why; `packed` names the
     weights in MXFP4 and `rotated` the activations that are turned (see Checkpoint). `notes` say in
     which way the model is not what was asked for.
+
+    One that also predicts the token behind the next has, beside `tokens` and `positions`, the
+    parameter `following` i32[T], for each token the one that follows it, and the outputs logits,
+    hidden [T, H], predicted logits [T, vocab] and predicted hidden [T, H]: see prediction_layer.
     """
 
     graph: Graph
@@ -99,20 +104,26 @@ class _Logits(torch.nn.Module):
         return output.logits
 
 
-def trace(model: PreTrainedModel, max_tokens: int, offset: int = 0) -> ExportedProgram:
+def trace(
+    model: PreTrainedModel,
+    max_tokens: int,
+    offset: int = 0,
+    layer: PredictionLayer | None = None,
+) -> ExportedProgram:
     """The functional program of a model: ids and positions [1, T] -> logits [1, T, V].
 
-    `offset` is added to the positions. ImportFailure and UnsupportedModel say why it has none.
+    With `layer` it is what Predicting says. `offset` is added to the positions. ImportFailure and
+    UnsupportedModel say why it has none.
     """
     ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device=model.device)
+    traced = _Logits(model, offset) if layer is None else Predicting(layer, offset)
+    inputs = [ids.clone() for _ in range(2 if layer is None else 3)]
     tokens = Dim("T", min=1, max=max(max_tokens, _SAMPLE_TOKENS))
     try:
         with torch.no_grad(), described_masks(max_tokens), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # torch's own
             program = export(
-                _Logits(model, offset),
-                (ids, ids.clone()),
-                dynamic_shapes=({1: tokens}, {1: tokens}),
+                traced, tuple(inputs), dynamic_shapes=tuple({1: tokens} for _ in inputs)
             )
             return program.run_decompositions({})
     except UnsupportedModel:
@@ -127,23 +138,29 @@ def _token_input(name: str, traced: TensorType) -> tuple[Value, Value]:
     return declared, view(cast(declared, dtype=traced.dtype), shape=traced.shape)
 
 
-def _import_traced(meta: MetaModel, name: str, max_tokens: int, offset: int) -> Imported:
+def _import_traced(
+    meta: MetaModel,
+    name: str,
+    max_tokens: int,
+    offset: int,
+    layer: PredictionLayer | None = None,
+) -> Imported:
     imported = import_program(
-        trace(meta.model, max_tokens, offset),
+        trace(meta.model, max_tokens, offset, layer),
         name,
         symbols={"T": range(1, max_tokens + 1)},
         inputs={
             "input_ids": lambda t: _token_input("tokens", t),
             "position_ids": lambda t: _token_input("positions", t),
+            "following": lambda t: _token_input("following", t),
         },
         strip="model.",
     )
     graph = imported.graph
-    (logits,) = graph.outputs
-    rows = view(logits, shape=logits.type.shape[1:])
-    if rows.type.dtype == "f64":
-        rows = cast(rows, dtype="f32")  # the widest in which logits are served
-    graph = Graph(graph.name, graph.params, (rows,), graph.symbols)
+    outputs = [view(output, shape=output.type.shape[1:]) for output in graph.outputs]
+    if outputs[0].type.dtype == "f64":
+        outputs[0] = cast(outputs[0], dtype="f32")  # the widest in which logits are served
+    graph = Graph(graph.name, graph.params, tuple(outputs), graph.symbols)
     return Imported(graph, imported.constants, imported.referenced)
 
 
@@ -166,9 +183,9 @@ def _with_packed(graph: Graph, packed: Mapping[str, tuple[int, ...]], weights: W
     return rebuild(graph, swap)
 
 
-def _count_expert_modules(model: PreTrainedModel) -> int:
+def _count_expert_modules(modules: Iterable[torch.nn.Module]) -> int:
     """Modules that hold their experts' weights as one 3-D stack."""
-    stacks = (getattr(m, "down_proj", None) for _, m in language_modules(model))
+    stacks = (getattr(m, "down_proj", None) for m in modules)
     return sum(isinstance(s, torch.nn.Parameter) and s.ndim == 3 for s in stacks)
 
 
@@ -181,7 +198,9 @@ def _is_cacheable(graph: Graph) -> bool:
     return True
 
 
-def _check(meta: MetaModel, imported: Imported, in_memory: bool) -> dict[str, str]:
+def _check(
+    meta: MetaModel, imported: Imported, in_memory: bool, layer: PredictionLayer | None
+) -> dict[str, str]:
     """The parameters of other parts than the language model, and why text does not need them.
 
     ImportFailure where the trace has not all attention, experts and parameters of that. Of a model
@@ -191,6 +210,7 @@ def _check(meta: MetaModel, imported: Imported, in_memory: bool) -> dict[str, st
     found = [n.op for n in imported.graph.nodes()]
     layers = model.config.get_text_config().num_hidden_layers
     layers -= len(cross_attention_layers(model))
+    layers += layer is not None
     seen = found.count(attention)
     if seen != layers and not (in_memory and 0 < seen < layers and _is_cacheable(imported.graph)):
         if getattr(model.config, "is_encoder_decoder", False):
@@ -199,7 +219,8 @@ def _check(meta: MetaModel, imported: Imported, in_memory: bool) -> dict[str, st
             f"{kind}: expected one attention node for each of {layers} layers, found {seen}; "
             f"{NOT_THE_INTERFACE}"
         )
-    stacks = _count_expert_modules(model)
+    stacks = _count_expert_modules(m for _, m in language_modules(model))
+    stacks += 0 if layer is None else _count_expert_modules(layer.model.modules())
     if (seen := found.count(experts)) < stacks:  # layers may share one module
         raise ImportFailure(
             f"{kind}: expected one experts node for each of {stacks} MoE layers, found {seen}; the "
@@ -209,7 +230,10 @@ def _check(meta: MetaModel, imported: Imported, in_memory: bool) -> dict[str, st
     used = {meta.tied.get(n, n) for n in imported.referenced}
     unused = [n for n in parameters if meta.tied.get(n, n) not in used]
     language = language_parameters(model)
-    if absent := [n for n in unused if n in language]:
+    absent = [n for n in unused if n in language]
+    if layer is not None:
+        absent += [n for n in under_prefix(layer.types()) if n not in imported.referenced]
+    if absent:
         raise ImportFailure(
             f"{kind}: {len(absent)} parameters take no part in the traced program: "
             f"{', '.join(absent[:5])}"
@@ -237,6 +261,7 @@ def import_hugging_face(
     max_tokens: int,
     weightless: bool = False,
     allow_unused: bool = False,
+    predict: bool = False,
 ) -> HuggingFaceModel:
     """Trace and import a causal language model; no weight is read.
 
@@ -245,8 +270,9 @@ def import_hugging_face(
     checkpoint's: that of config.json, or else of most stored values. `max_tokens`, or less where
     the model was made for less, bounds T. With `weightless` a directory may hold no weights: then
     they only have types. `allow_unused` leaves out stored tensors that the model does not read,
-    whatever they are, and an adapter beside the model. SourceError (see meta_model) or
-    ImportFailure for an unsupported model.
+    whatever they are, and an adapter beside the model. With `predict` the model also predicts the
+    token behind the next, by the first layer that its checkpoint has for it. SourceError (see
+    meta_model) or ImportFailure for an unsupported model.
     """
     register()
     in_memory = isinstance(source, PreTrainedModel)
@@ -255,10 +281,16 @@ def import_hugging_face(
         ((n, r) for r, n in length_limits(config).items()), default=(max_tokens, "")
     )
     notes: tuple[str, ...] = ()
+    layer: PredictionLayer | None = None
     if limit < max_tokens:
         notes = (f"max_tokens_per_sequence: {max_tokens} is lowered to {limit}, the {reason}",)
         max_tokens = limit
     if in_memory:
+        if predict:
+            raise SourceError(
+                f"{type(source).__name__}: a model in memory has no layer of multi-token "
+                "prediction, which transformers leaves in the checkpoint; give its directory"
+            )
         if source.training:
             notes += ("the model is in training mode: compiled as in eval mode, without dropout",)
         meta = traceable_model(source, dtype)
@@ -272,10 +304,16 @@ def import_hugging_face(
         if dtype is None and named is None and not absent:
             dtype = stored_dtype(source)
         meta = build_meta_model(config, dtype or named)
+        layer = prediction_layer(meta, meta.model.dtype) if predict else None
         opened = without_weights if absent else open_checkpoint
-        checkpoint = opened(source, meta, allow_unused=allow_unused)
+        checkpoint = opened(source, meta, layer=layer, allow_unused=allow_unused)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
         rotated = checkpoint.rotated
+        if layer is not None and rotated:
+            raise SourceError(
+                f"{source}: its online rotations ({rotated[0].module}) are not applied to a layer "
+                "of multi-token prediction; compile it without speculate=MTP(...)"
+            )
         rotate_activations(meta.model, rotated)
     refuse_unsupported_layers(meta.model)
     try:
@@ -286,8 +324,8 @@ def import_hugging_face(
     except UnsupportedModel:
         _import_traced(meta, config.model_type, max_tokens, 0)  # what fails here names the line
         raise
-    imported = _import_traced(meta, config.model_type, max_tokens, offset)
-    unused = {**unused, **_check(meta, imported, in_memory)}
+    imported = _import_traced(meta, config.model_type, max_tokens, offset, layer)
+    unused = {**unused, **_check(meta, imported, in_memory, layer)}
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)
     return HuggingFaceModel(

@@ -30,6 +30,7 @@ try:
         PreTrainedConfig,
         PreTrainedModel,
     )
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.auto.auto_factory import _get_model_class
     from transformers.models.auto.modeling_auto import (
@@ -72,6 +73,10 @@ class MetaModel:
     def types(self) -> dict[str, TensorType]:
         """The type of every parameter and buffer by name, tied names included."""
         return {name: type_of(tensor) for name, tensor in named_tensors(self.model)}
+
+    def transforms(self) -> list[Any]:
+        """How transformers makes its tensors of stored ones: renamings and converters, in order."""
+        return get_model_conversion_mapping(self.model)
 
     def stored_names(self) -> list[str]:
         """The names that a checkpoint must supply: parameters and persistent buffers, none tied."""
@@ -301,9 +306,12 @@ def _fix_scale(module: Any) -> None:
     module.rope_init_fn = fixed
 
 
-def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the modules that `model` keeps in float32 that dtype, as from_pretrained does."""
-    patterns = [glob.replace("*", ".*") for glob in model._get_dtype_plan(dtype)]
+def keep_in_float32(
+    model: PreTrainedModel, dtype: torch.dtype, *, like: PreTrainedModel | None = None
+) -> None:
+    """Give the modules that `model` keeps in float32 that dtype, as from_pretrained does; `like`
+    is the model that says which, another one."""
+    patterns = [glob.replace("*", ".*") for glob in (like or model)._get_dtype_plan(dtype)]
     if not patterns:
         return
     kept = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))

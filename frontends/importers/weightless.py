@@ -15,13 +15,18 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import MXFP4, quantization_scheme
 from ..checkpoints.rotations import rotated_modules
 from .meta_model import MetaModel, read_config
+from .prediction_layer import PredictionLayer, under_prefix
 from .source_error import SourceError
 
 _GROUP = 32  # elements per scale in gpt-oss
 
 
 def without_weights(
-    directory: str | Path, meta: MetaModel, *, allow_unused: bool = False
+    directory: str | Path,
+    meta: MetaModel,
+    *,
+    layer: PredictionLayer | None = None,
+    allow_unused: bool = False,
 ) -> Checkpoint:
     """`open_checkpoint` of a `directory` that has no weights: entries with types only.
 
@@ -30,7 +35,7 @@ def without_weights(
     """
     directory = Path(directory)
     missing = _missing(directory)
-    types = meta.types()
+    types = meta.types() | under_prefix({} if layer is None else layer.types())
     packed = _packed(directory, types)
     entries: dict[str, Entry] = {}
     for name, type_ in types.items():
@@ -41,7 +46,7 @@ def without_weights(
             entries[f"{name}{end}"] = Entry(part, missing, f"{directory}: config.json alone")
     buffers = Weights.of(meta.buffers, origin="computed from the config")
     rotations = quantization_scheme(read_config(directory), directory).rotations
-    rotated, _ = rotated_modules(rotations, meta.model, {}, {name: name for name in types})
+    rotated, _ = rotated_modules(rotations, meta.model, {}, {name: name for name in meta.types()})
     return Checkpoint(Weights(entries).merged(buffers), packed, rotated, {}, (), 0)
 
 

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from ingot.frontends.importers import huggingface
 from ingot.frontends.importers.meta_model import MetaModel
+from ingot.frontends.importers.prediction_layer import PredictionLayer
 from ingot.frontends.importers.torch_export import Imported
 
 # What a config says of where and how the model was saved.
@@ -60,7 +61,15 @@ def _seen(meta: MetaModel) -> tuple[Any, ...] | None:
     return tuple(seen)
 
 
-def _traced_once(meta: MetaModel, name: str, max_tokens: int, offset: int) -> Imported:
+def _traced_once(
+    meta: MetaModel,
+    name: str,
+    max_tokens: int,
+    offset: int,
+    layer: PredictionLayer | None = None,
+) -> Imported:
+    if layer is not None:
+        return _import_traced(meta, name, max_tokens, offset, layer)
     seen = _seen(meta)
     asked = _Asked(meta, seen or (), name, max_tokens, offset)
     return asked.imported() if seen is None else _shared(asked)
