@@ -20,8 +20,9 @@ from .fusion.fuse_qkv_rope import FuseQkvRope
 from .fusion.fuse_shared_experts import FuseSharedExperts
 from .fusion.fuse_swiglu import FuseSwiglu
 from .moves import is_projection
-from .raising.canonicalize import Canonicalize
+from .raising.canonicalize import Canonicalize, MergeEqual
 from .raising.raise_ops import RaiseOps
+from .serving.draft_next_tokens import DraftNextTokens
 from .serving.feed_next_step import FeedNextStep
 from .serving.gather_logits import GatherLogits
 from .serving.insert_kv_cache import InsertKvCache
@@ -96,21 +97,27 @@ def causal_lm(
     quantize: MXFP4 | None = None,
     shard: ShardTensorParallel | None = None,
     sample: bool = False,
+    draft: int = 0,
 ) -> tuple[Pass, ...]:
     """From a traced causal language model to one that serves from a paged cache.
 
     With `sample` it also chooses the next tokens, so that no logits need to leave the device, and
-    feeds them to the step behind it.
+    feeds them to the step behind it. `draft` is how many tokens a model that predicts further ones
+    drafts behind each that it samples, which it then does.
     """
+    sampling = (SampleOnDevice(),) if sample or draft else ()
     return (
         *RAISING,
         *(() if shard is None else (shard,)),
         AbsorbMla(),
         *(() if quantize is None else (QuantizeMxfp4(quantize),)),
         InsertKvCache(max_sequences, max_tokens_per_sequence, pages=pages),
+        # Before the end of the network is gathered and fused: what drafts is like what is served.
+        *((*sampling, DraftNextTokens(draft)) if draft else ()),
         GatherLogits(),
         *FUSIONS,
-        *((SampleOnDevice(), FeedNextStep()) if sample else ()),
+        *((MergeEqual(),) if draft else sampling),
+        *((FeedNextStep(),) if sampling else ()),
     )
 
 

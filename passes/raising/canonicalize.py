@@ -443,3 +443,14 @@ class Canonicalize:
         if again := list(unit_dims_dropped(dropped)):  # of slices of copies
             dropped = simplified(context.log.apply(dropped, again), context.log)
         return dropped if count_nodes(dropped) <= nodes else simplified(graph, context.log)
+
+
+@dataclass(frozen=True)
+class MergeEqual:
+    """Nodes that compute the same become one: the weights, too, that fusions made several times of
+    a layer that is computed several times."""
+
+    name: ClassVar[str] = "merge-equal"
+
+    def __call__(self, graph: Graph, context: PassContext) -> Graph:
+        return common_subexpressions(graph, context.log)

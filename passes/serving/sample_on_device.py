@@ -18,20 +18,27 @@ from ...compiler.rewrite import Applied
 from ...compiler.types import Dim, TensorType
 
 # What the outputs of a serving graph are called; the first alone where the host samples, and no
-# top ones where the op has no candidates.
+# top ones where the op has no candidates. Behind them stands what is drafted, where something is.
 OUTPUTS = ("logits", "token", "logprob", "top_tokens", "top_logprobs")
+DRAFT = "draft"
+# The parameter that says which token follows each, of a model that predicts the one behind it.
+FOLLOWING = "following"
 
 
 def output_names(graph: Graph) -> Sequence[str]:
     """The names of a serving graph's outputs, in order; ValueError where it has too many."""
-    if not 1 <= len(graph.outputs) <= len(OUTPUTS):
+    node = _sampling(graph)
+    sampled = len(OUTPUTS) if node is None else 1 + len(node.types)
+    names = (*OUTPUTS[:sampled], DRAFT)
+    if not 1 <= len(graph.outputs) <= (len(OUTPUTS) if node is None else len(names)):
         raise ValueError(f"expected 1 to {len(OUTPUTS)} outputs, found {len(graph.outputs)}")
-    return OUTPUTS[: len(graph.outputs)]
+    return names[: len(graph.outputs)]
 
 
 @dataclass(frozen=True)
 class SampleOnDevice:
-    """Beside its logits [L, V] a graph gives what `sample` chooses from them.
+    """Beside its logits [L, V] a graph gives what `sample` chooses from them. What a model gives
+    beside its logits to predict further tokens (see draft_next_tokens) comes behind.
 
     New parameters: those of the op, under its names for them (temperature, top_k, top_p, min_p,
     penalty, draw, seen and top). `candidates` is how many most likely tokens a row can be asked
@@ -49,9 +56,10 @@ class SampleOnDevice:
         if node := _sampling(graph):
             context.log.decline(self.name, node, "the graph samples already")
             return graph
-        logits = graph.outputs[0]
+        logits, *others = graph.outputs
         vocab = logits.type.shape[-1] if logits.type.rank == 2 else None
-        if len(graph.outputs) != 1 or not isinstance(vocab, int) or logits.type.dtype not in FLOATS:
+        alone = not others or any(p.attrs["name"] == FOLLOWING for p in graph.params)
+        if not alone or not isinstance(vocab, int) or logits.type.dtype not in FLOATS:
             outputs = ", ".join(str(o.type) for o in graph.outputs)
             context.log.decline(self.name, logits.node, f"expected logits [L, V], found {outputs}")
             return graph
@@ -61,9 +69,8 @@ class SampleOnDevice:
         given.append(_param("top", "i32", rows))
         chosen = sample.all(logits, *given, candidates=min(self.candidates, vocab))
         context.log.counts[self.name] += 1
-        after = Graph(
-            graph.name, (*graph.params, *given), (logits, *chosen), graph.symbols, graph.updates
-        )
+        outputs = (logits, *chosen, *others)
+        after = Graph(graph.name, (*graph.params, *given), outputs, graph.symbols, graph.updates)
         reason = "parameters and outputs are new"
         return context.log.declare(graph, after, reason, claims=_claims(after))
 
@@ -71,7 +78,8 @@ class SampleOnDevice:
 def _claims(after: Graph) -> tuple[Applied, ...]:
     """At temperature 0 and without penalties the token is a most likely one, and no others are
     given where none are asked for."""
-    logits, token, logprob, *top = after.outputs
+    logits = after.outputs[0]
+    token, logprob, *top = next(n for n in after.nodes() if n.op is sample).results
     one: dict[Value, Any] = {after.param(n): "zeros" for n in ("temperature", "seen", "top")}
     likely = log(softmax(cast(logits, dtype="f32"), dim=1))
     largest = amax(likely, dim=1, keepdim=False)

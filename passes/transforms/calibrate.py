@@ -311,12 +311,17 @@ class _Calibration:
 
 
 def _input(node: Node, ids: Sequence[int]) -> torch.Tensor:
-    """One sequence as the parameter `tokens`, or its `positions`."""
+    """One sequence as the parameter `tokens`, its `positions`, or the tokens `following` each, of
+    which the last is taken for its own."""
     name = node.attrs["name"]
-    if name not in ("tokens", "positions"):
-        raise ValueError(f"calibration runs over tokens and positions, found parameter %{name}")
-    content = ids if name == "tokens" else range(len(ids))
-    return torch.tensor(list(content), dtype=torch_dtype(node.types[0].dtype))
+    content = {
+        "tokens": ids,
+        "positions": range(len(ids)),
+        "following": (*ids[1:], ids[-1]),
+    }
+    if name not in content:
+        raise ValueError(f"calibration runs over {', '.join(content)}, found parameter %{name}")
+    return torch.tensor(list(content[name]), dtype=torch_dtype(node.types[0].dtype))
 
 
 def _trace(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.transforms.mxfp4_policy import MXFP4
 from ingot.passes.transforms.shard_tensor_parallel import ShardTensorParallel
-from tiny_models import tiny_model
+from mtp_checkpoints import write_mtp
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
@@ -31,21 +31,26 @@ TESTS = {
     ("sample-on-device", "parameters and outputs are new"): (
         "test_sample_on_device.py::test_the_logits_stay_and_the_rest_is_the_op"
     ),
+    ("draft-next-tokens", "what was predicted is drafted"): (
+        "test_draft_next_tokens.py::test_what_was_there_stays_and_drafts_are_the_layer_s"
+    ),
     ("feed-next-step", "inputs are updated"): (
         "test_feed_next_step.py::test_the_outputs_stay_and_the_inputs_are_the_op_s"
     ),
 }
 
 
-def test_every_declared_change_has_a_test() -> None:
+def test_every_declared_change_has_a_test(tmp_path: Path) -> None:
     """The pipeline with everything that may be asked for declares these changes and no others."""
-    graph = import_hugging_face(tiny_model("llama"), dtype=None, max_tokens=64).graph
+    write_mtp(tmp_path, "glm4_moe")
+    graph = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=True).graph
     steps = causal_lm(
         max_sequences=2,
         max_tokens_per_sequence=64,
         quantize=MXFP4(group=16),
         shard=ShardTensorParallel(2, 0),
         sample=True,
+        draft=2,
     )
     results = run_pipeline(graph, steps, check=RewriteCheck())
     assert {(r.name, reason) for r in results for reason in r.unchecked} == TESTS.keys()

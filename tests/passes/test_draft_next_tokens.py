@@ -1,0 +1,148 @@
+"""draft-next-tokens: what it makes, when it declines, and what of the whole graph is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from ingot.compiler.interpret import interpret
+from ingot.compiler.ir import Graph
+from ingot.compiler.ops.draft import accept, follow
+from ingot.compiler.pipeline import PassError, run_pipeline
+from ingot.compiler.text import parse
+from ingot.compiler.validate import RewriteCheck
+from ingot.passes.serving.draft_next_tokens import DraftNextTokens
+from ingot.passes.serving.insert_kv_cache import InsertKvCache
+from ingot.passes.serving.sample_on_device import SampleOnDevice
+from pass_checks import applied, graph_of, ops, random_inputs, random_weights
+
+# A model of one layer, and a layer that predicts; of both the hidden states and the logits.
+GRAPH = """
+    graph @both(%tokens: i32[T], %positions: i32[T], %following: i32[T]) T=1..9 {
+      %x = embedding(%tokens, @embed)
+      %q = view(%x, shape=[T, 2, 4])
+      %a = attention(%q, %q, %q, scale=0.5)
+      %y = view(%a, shape=[T, 8])
+      %hidden = add(%x, %y)
+      %logits = linear(%hidden, @head)
+      %e = embedding(%following, @embed)
+      %both = cat(%e, %hidden, dim=1)
+      %z = linear(%both, @eh_proj)
+      %p = view(%z, shape=[T, 2, 4])
+      %b = attention(%p, %p, %p, scale=0.5)
+      %w = view(%b, shape=[T, 8])
+      %state = add(%z, %w)
+      %predicted = linear(%state, @head)
+      return %logits, %hidden, %predicted, %state
+    } where {
+      @embed: f32[12, 8]
+      @head: f32[12, 8]
+      @eh_proj: f32[8, 16]
+    }"""
+SERVING = (InsertKvCache(2, 16, page_size=8), SampleOnDevice(candidates=0))
+
+
+def sampling() -> Graph:
+    return run_pipeline(graph_of(GRAPH), SERVING)[-1].graph
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_what_it_makes(golden: Callable[[str], None], tokens: int) -> None:
+    after, log = applied(DraftNextTokens(tokens), sampling())
+    assert log.matches["draft-next-tokens"] == 1
+    assert str(parse(str(after))) == str(after)
+    golden(str(after))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_what_was_there_stays_and_drafts_are_the_layer_s(tokens: int) -> None:
+    """The first drafted token is the likeliest of what the graph before predicts, with the sampled
+    tokens for those that follow; logits, tokens and the model's own cache are the same."""
+    before = sampling()
+    after, _ = applied(DraftNextTokens(tokens), before)
+    weights = random_weights(before)
+    for seed in range(5):
+        sizes = {"T": 7, "L": 3}
+        inputs = random_inputs(after, sizes, seed, high=2)
+        inputs |= {
+            "tokens": torch.randint(12, (7,), dtype=torch.int32),
+            "positions": torch.tensor([4, 5, 6, 0, 1, 2, 0], dtype=torch.int32),
+            "slots": torch.tensor([0, 0, 0, 1, 1, 1, -1], dtype=torch.int32),
+            "page_table": torch.tensor([[2, 3], [0, 1]], dtype=torch.int32),
+            "logit_rows": torch.tensor([1, 2, 5], dtype=torch.int32),
+            "following": torch.tensor([3, -1, -1, 7, 8, -1, -1], dtype=torch.int32),
+        }
+        found = interpret(after, inputs, weights)
+        logits, token, logprob, draft = found.outputs
+        filled = follow.reference(inputs["following"], inputs["logit_rows"], token)[0]
+        mine = {p.attrs["name"]: inputs[p.attrs["name"]] for p in before.params}
+        expected = interpret(before, {**mine, "following": filled}, weights)
+        for a, b in zip((logits, token, logprob), expected.outputs, strict=False):
+            assert torch.equal(a, b)
+        assert torch.equal(draft[:, 0], expected.outputs[4].argmax(1).int())
+        assert draft.shape == (3, tokens)
+        for name in ("k_cache.0", "v_cache.0"):
+            assert torch.equal(found.updates[name], expected.updates[name])
+        if tokens == 1:
+            continue
+        # The next is what a step gives that takes the row where the draft goes on, one position
+        # on, with the layer's own state for the model's: which no input says, so of the op alone.
+        given = [inputs[n] for n in ("tokens", "positions", "slots", "logit_rows")]
+        slots, positions, *_ = accept.reference(*given, token, inputs["room"], steps=1)
+        moved = (found.updates["k_cache.1"] != expected.updates["k_cache.1"]).any((2, 3)).nonzero()
+        table, size = inputs["page_table"], 8
+        places = {
+            (int(table[s, (p + i) // size]), (p + i) % size)
+            for s, p, r in zip(
+                slots.tolist(), positions.tolist(), inputs["room"].tolist(), strict=True
+            )
+            for i in range(min(tokens - 1, r))
+            if s >= 0
+        }
+        assert {(int(page), int(at)) for page, at in moved} == places
+
+
+def test_only_what_predicts_drafts() -> None:
+    text = GRAPH.replace("return %logits, %hidden, %predicted, %state", "return %logits")
+    text = text.replace(", %following: i32[T]", "").replace("%following", "%tokens")
+    plain = run_pipeline(graph_of(text), SERVING)[-1].graph
+    for graph, reason in (
+        (plain, "it predicts nothing behind the tokens that it samples"),
+        (run_pipeline(graph_of(GRAPH), SERVING[:1])[-1].graph, "it does not sample"),
+    ):
+        after, log = applied(DraftNextTokens(), graph)
+        assert after is graph
+        assert DraftNextTokens().expected(graph) == 0
+        (declined,) = log.declined
+        assert declined.endswith(reason)
+
+
+def test_it_drafts_once() -> None:
+    assert DraftNextTokens().expected(sampling()) == 1
+    once, _ = applied(DraftNextTokens(3), sampling())
+    twice, _ = applied(DraftNextTokens(3), once)
+    assert twice is once
+    assert ops(twice)["likeliest"] == 3
+
+
+def test_refuses_a_layer_that_reads_the_model_s_tokens() -> None:
+    text = GRAPH.replace(
+        "%b = attention(%p, %p, %p,",
+        "%u = embedding(%tokens, @embed)\n"
+        "%v = view(%u, shape=[T, 2, 4])\n%b = attention(%p, %p, %v,",
+    )
+    graph = run_pipeline(graph_of(text), SERVING)[-1].graph
+    applied(DraftNextTokens(1), graph)
+    with pytest.raises(PassError, match="expected a prediction layer that reads the hidden state"):
+        run_pipeline(graph, (DraftNextTokens(2),))
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_how_many(tokens: int) -> None:
+    with pytest.raises(PassError, match=f"expected 1 to 4 tokens, found {tokens}"):
+        run_pipeline(sampling(), (DraftNextTokens(tokens),))
+
+
+def test_the_claims_hold() -> None:
+    run_pipeline(sampling(), (DraftNextTokens(3),), check=RewriteCheck())
