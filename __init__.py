@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .frontends.api import (
+        MTP,
         MXFP4,
         Completion,
         IngotError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "MTP",
     "MXFP4",
     "Completion",
     "IngotError",
@@ -38,7 +40,7 @@ __all__ = [
     "load",
 ]
 # What serves an ingot for a GPU, and must not bring torch.
-_LIGHT = ("IngotError", "NGram", "load")
+_LIGHT = ("MTP", "IngotError", "NGram", "load")
 
 
 def __getattr__(name: str) -> Any:

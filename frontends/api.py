@@ -36,7 +36,7 @@ from .options import (
     keywords_of,
 )
 from .progress import Progress
-from .speculate import NGram, Speculation, open_session
+from .speculate import MTP, NGram, Speculation, open_session
 from .text.completion import Completion, TextEvent
 
 if TYPE_CHECKING:
@@ -269,6 +269,7 @@ def _open(
 
 __all__ = [
     "ALL",
+    "MTP",
     "MXFP4",
     "CompileOptions",
     "CompiledModule",

@@ -127,6 +127,7 @@ def lower_language_model(
             max_tokens=options.max_tokens_per_sequence,
             weightless=plan_only,
             allow_unused=options.unused == "allow",
+            predict=options.predicted > 0,
         )
     checked = ""
     if options.check_import and not plan_only:
@@ -140,6 +141,7 @@ def lower_language_model(
             quantize=options.packing,
             shard=ShardTensorParallel(count, 0) if count > 1 else None,
             sample=target.is_gpu,
+            draft=options.predicted,
         )
     directory = None if isinstance(source, torch.nn.Module) else Path(source)
     files, notes = tokenizer_files(directory) if directory else ({}, ())

@@ -11,10 +11,11 @@ from ..runtime.artifact.manifest import MANIFEST, Manifest
 from ..runtime.artifact.reader import FINAL_GRAPH, Artifact, open_ingot
 from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import Driver
+from ..runtime.program import Program
 from .drivers import driver_for
 from .importers.source_error import SourceError
 from .options import NotYetError, speculation_of
-from .speculate import NGram, Speculation, check_rows, open_session
+from .speculate import MTP, NGram, Speculation, check_rows, open_session
 from .text.text_model import TextModel
 from .text.tokenizer import Tokenizer
 
@@ -54,14 +55,15 @@ class LoadedModel(TextModel):
 
 
 def load(
-    path: str | Path, *, driver: Driver | None = None, speculate: str | NGram | None = None
+    path: str | Path, *, driver: Driver | None = None, speculate: str | NGram | MTP | None = None
 ) -> LoadedModel:
     """Load the ingot at `path`, a directory or a zip, and make it ready to serve.
 
     Every file is validated first; IngotError, one line, names an invalid one. `driver` is by
     default that of the ingot's target, and raises its own error if the machine has no such device.
-    `speculate` is an NGram, or text for one, in place of what the ingot was compiled with, or
-    "none" (see CompileOptions): ValueError where a step gives fewer results than a draft needs.
+    `speculate` is an NGram or an MTP, or text for one, in place of what the ingot was compiled
+    with, or "none" (see CompileOptions): ValueError where a step gives fewer results than a draft
+    needs, or does not draft as an MTP does.
 
     Device code from an untrusted ingot is untrusted code: hashes detect corruption, not origin.
     """
@@ -81,7 +83,7 @@ def load(
         program = artifact.program
         weights = artifact.weights(program.buffers)
     if speculate is None:
-        speculation = _recorded(manifest)
+        speculation = _recorded(manifest, program)
     else:
         check_rows(speculation, program)
     session = open_session(program, driver.load(program, weights), speculation)
@@ -89,11 +91,13 @@ def load(
     return LoadedModel(session, tokenizer, frozenset(manifest.stop_tokens), manifest, text)
 
 
-def _recorded(manifest: Manifest) -> Speculation | None:
-    """The way to draft that an ingot was compiled with."""
+def _recorded(manifest: Manifest, program: Program) -> Speculation | None:
+    """The way to draft that an ingot was compiled with; its program can."""
     given = manifest.options.get("speculate")
     try:
-        return speculation_of(given)
+        speculation = speculation_of(given)
+        check_rows(speculation, program)
+        return speculation
     except (NotYetError, TypeError, ValueError) as error:
         raise IngotError(f"{MANIFEST}: options: {error}") from error
 

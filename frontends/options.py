@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ..compiler.target import target_of
 from ..runtime.serving.sampling import Sampling
-from .speculate import LATER, NONE, NGram, Speculation, parsed, rows
+from .speculate import LATER, MTP, NONE, NGram, Speculation, parsed, rows
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class CompileKeywords(TypedDict, total=False):
 
     target: str
     quantize: str | MXFP4 | None
-    speculate: str | NGram | None
+    speculate: str | NGram | MTP | None
     tensor_parallel: int
     max_sequences: int
     max_tokens_per_sequence: int
@@ -72,8 +72,9 @@ class CompileOptions:
     the first GPU of this machine, or the cpu. `dtype` None keeps the checkpoint's; weights are
     converted as they are loaded. `quantize` "mxfp4", or an MXFP4 with options, packs the weights of
     products; those options that need a text (GPTQ) run the model over it. `speculate` NGram(), or
-    "ngram:4:2", drafts tokens and verifies several in a step: sequences get the tokens that they
-    get without, sooner (see NGram); an ingot records it, and "none" is off. `tensor_parallel` N
+    "ngram:4:2", or MTP(), or "mtp:1", drafts tokens and verifies several in a step: sequences get
+    the tokens that they get without, sooner (see NGram and MTP); an ingot records it, and "none" is
+    off. `tensor_parallel` N
     splits a language model over N ranks, threads of one process on the cpu target. `passes`
     replaces the pipeline. `verify` runs every rewritten region, before and after, on sampled
     inputs. `unused` "allow" leaves out tensors of a checkpoint that the model does not read, which
@@ -93,9 +94,9 @@ class CompileOptions:
         default=None,
         metadata=_flag("mxfp4 packs the weights of products (4.25 bits each).", type=str | None),
     )
-    speculate: str | NGram | None = field(
+    speculate: str | NGram | MTP | None = field(
         default=None,
-        metadata=_flag("ngram[:k[:min_match]] drafts tokens to verify, or none.", type=str | None),
+        metadata=_flag("Draft tokens by ngram[:k[:min_match]] or mtp[:k]; none.", type=str | None),
     )
     tensor_parallel: int = 1
     max_sequences: int = field(default=8, metadata=_flag("Sequences that are served at once."))
@@ -170,6 +171,11 @@ class CompileOptions:
     def speculation(self) -> Speculation | None:
         """The way to draft that `speculate` says."""
         return speculation_of(self.speculate)
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens the model itself drafts behind each."""
+        return self.speculation.k if isinstance(self.speculation, MTP) else 0
 
     def rows(self, sequences: int) -> int:
         """How many results a step needs for so many sequences."""
@@ -296,12 +302,12 @@ def _at_least(name: str, value: Any, least: int) -> None:
 
 def speculation_of(given: Any) -> Speculation | None:
     """The way to draft that a value of `speculate` says; TypeError, ValueError and NotYetError."""
-    if given is None or isinstance(given, NGram):
+    if given is None or isinstance(given, NGram | MTP):
         return given
     if not isinstance(given, str):
-        raise TypeError(f"speculate: expected an NGram, text or None, found {given!r:.80}")
+        raise TypeError(f"speculate: expected an NGram, an MTP, text or None, found {given!r:.80}")
     if given.partition(":")[0] in LATER:
-        raise NotYetError(f"speculate={given!r:.80}: this version drafts with 'ngram' only")
+        raise NotYetError(f"speculate={given!r:.80}: this version drafts with 'ngram' and 'mtp'")
     return parsed(given)
 
 

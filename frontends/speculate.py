@@ -8,7 +8,8 @@ from typing import Any
 
 from ..runtime.driver import Executable
 from ..runtime.program import Program
-from ..runtime.serving.abi import ServingAbi
+from ..runtime.serving.abi import MOST_DRAFTED, ServingAbi
+from ..runtime.serving.device_drafts import DeviceDrafter
 from ..runtime.serving.ngram import NGramDrafter
 from ..runtime.serving.session import Session
 from ..runtime.serving.speculation import Drafter
@@ -16,7 +17,7 @@ from ..runtime.serving.speculation import Drafter
 # In place of a way to draft: none, whatever an ingot was compiled with.
 NONE = "none"
 # Ways to draft that the option will take, and this version does not.
-LATER = ("mtp", "draft", "eagle3")
+LATER = ("draft", "eagle3")
 # The most rows that speculation adds to an entry: their logits and samples take memory, and a step
 # of so many tokens is no longer bound by what it reads.
 _ROWS = 256
@@ -55,21 +56,55 @@ class NGram:
         return NGramDrafter(self.k, self.min_match)
 
 
+@dataclass(frozen=True)
+class MTP:
+    """Drafts `k` tokens (1 to 4) a step by the model's own layer of multi-token prediction.
+
+    The checkpoint has one behind the layers of the model (DeepSeek-V3, GLM-4.5). It runs within
+    each step, over the hidden states of the model, and for k > 1 again over its own; it is
+    quantized, fused and cached like any other layer, and shares embedding and head with the model.
+
+    ValueError says what was expected and what came.
+    """
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        given: Any = self.k
+        if not _is_whole(given) or not 1 <= given <= MOST_DRAFTED:
+            raise ValueError(
+                f"speculate: k: expected an integer from 1 to {MOST_DRAFTED}, found {given!r:.80}"
+            )
+        object.__setattr__(self, "k", int(given))
+
+    def __str__(self) -> str:
+        """As the option takes it, and as an ingot records it."""
+        return f"mtp:{self.k}"
+
+    def drafter(self) -> Drafter:
+        """What drafts so for one session."""
+        return DeviceDrafter(self.k)
+
+
 # What is drafted with; more kinds will join.
-Speculation = NGram
+Speculation = NGram | MTP
+# By what their text begins with: the kind, and how many numbers it takes.
+_KINDS: dict[str, tuple[type[Speculation], int]] = {"ngram": (NGram, 2), "mtp": (MTP, 1)}
 
 
 def parsed(text: str) -> Speculation | None:
-    """The way to draft that `text` says, ngram[:k[:min_match]]; None for "none". ValueError."""
+    """The way to draft that `text` says, ngram[:k[:min_match]] or mtp[:k]; None for "none".
+    ValueError."""
     kind, *numbers = text.split(":")
     if text == NONE:
         return None
-    if kind != "ngram" or len(numbers) > 2 or not all(map(_is_number, numbers)):
+    made, most = _KINDS.get(kind, (NGram, -1))
+    if len(numbers) > most or not all(map(_is_number, numbers)):
         raise ValueError(
-            f"speculate: expected an NGram, 'ngram[:k[:min_match]]', 'none' or None, "
-            f"found {text!r:.80}"
+            "speculate: expected an NGram, 'ngram[:k[:min_match]]', an MTP, 'mtp[:k]', 'none' or "
+            f"None, found {text!r:.80}"
         )
-    return NGram(*map(int, numbers))
+    return made(*map(int, numbers))
 
 
 def _is_whole(value: object) -> bool:
@@ -94,7 +129,14 @@ def check_rows(speculation: Speculation | None, program: Program) -> None:
     """ValueError where a step has not the rows to verify a whole draft of one sequence."""
     if speculation is None:
         return
-    needed, found = speculation.k + 1, ServingAbi(program).rows
+    abi = ServingAbi(program)
+    if isinstance(speculation, MTP) and abi.drafts < speculation.k:
+        raise ValueError(
+            f"speculate: {speculation} needs a program that drafts {speculation.k} tokens behind "
+            f"each, and this one drafts {abi.drafts}: compile it with "
+            f"speculate={str(speculation)!r}"
+        )
+    needed, found = speculation.k + 1, abi.rows
     if found < needed:
         raise ValueError(
             f"speculate: {speculation} needs {needed} results a step, and this program gives "

@@ -26,6 +26,14 @@ takes them that has the same rows, each with its own token in its place, one pos
 those of `sampling.uniform` for the row's `seed` and the number of the token that is drawn, which
 its position and the tokens in its `prompt` say. Of several rows of one place the first is fed.
 Rows of padding stay what they are, and so do broken ones.
+
+A program that samples may draft too, k ≤ 4 tokens behind each row. Then it has besides
+
+    following i32[T]  and, where k > 1, room i32[L]  →  draft i32[L, k]
+
+The token behind each, -1 for one that this replay samples, and the positions behind a row that its
+slot has pages for. draft[j, 0] is drafted behind the token of row j; the further ones are drafts
+where the first tokens that are sampled otherwise than they were drafted end with row j.
 """
 
 from __future__ import annotations
@@ -45,6 +53,8 @@ from ..program import STEP, Function, Program, Spec, entry_name
 SEEN_BITS = 32
 # What a step that samples leaves for the next.
 FED = ("tokens", "positions", "draw", "seen")
+# The most tokens that a step drafts behind a row.
+MOST_DRAFTED = 4
 # What outputs in narrower floats are when they reach the host.
 _ON_HOST = {"bf16": "f32", "f16": "f32"}
 
@@ -83,7 +93,9 @@ class ServingAbi:
         step = program.functions[STEP]
         # How many most likely tokens the device can give; None where it does not sample.
         self.candidates = _candidates_of(step)
-        _check_signature(step, self.meta, self.candidates)
+        # How many tokens the device drafts behind each row.
+        self.drafts = _drafts_of(step)
+        _check_signature(step, self.meta, self.candidates, self.drafts)
         self._entries = sorted((_checked(entry.symbols) for entry in step.entries), key=_size)
         # The most tokens and the most rows of one replay: the largest entry takes any batch.
         if self._entries:
@@ -133,7 +145,7 @@ class ServingAbi:
 
     def check_outputs(self, symbols: Mapping[str, int], found: Mapping[str, Array]) -> None:
         """DeviceFailedError for an output of a replay that is not as the program says."""
-        expected = serving_outputs(self.meta, self.candidates)
+        expected = serving_outputs(self.meta, self.candidates, self.drafts)
         for name, array in found.items():
             dtype = DTYPES[expected[name].dtype].numpy
             shape = expected[name].bound(symbols)
@@ -155,7 +167,13 @@ def sampling_inputs(vocab: int) -> dict[str, Spec]:
     }
 
 
-def serving_outputs(meta: ServingMeta, candidates: int | None) -> dict[str, Spec]:
+def drafting_inputs(drafts: int) -> dict[str, Spec]:
+    """The inputs by which a device drafts so many tokens, by name."""
+    inputs = {"following": Spec("i32", ("T",))} if drafts else {}
+    return inputs | ({"room": Spec("i32", ("L",))} if drafts > 1 else {})
+
+
+def serving_outputs(meta: ServingMeta, candidates: int | None, drafts: int = 0) -> dict[str, Spec]:
     """Every output, by name, as it reaches the host."""
     expected = {"logits": Spec("f32", ("L", meta.vocab_size))}
     if candidates is not None:
@@ -163,7 +181,7 @@ def serving_outputs(meta: ServingMeta, candidates: int | None) -> dict[str, Spec
     if candidates:
         shape = ("L", candidates)
         expected |= {"top_tokens": Spec("i32", shape), "top_logprobs": Spec("f32", shape)}
-    return expected
+    return expected | ({"draft": Spec("i32", ("L", drafts))} if drafts else {})
 
 
 def _size(symbols: Mapping[str, int]) -> tuple[int, int]:
@@ -178,16 +196,26 @@ def _candidates_of(step: Function) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _check_signature(step: Function, meta: ServingMeta, candidates: int | None) -> None:
+def _drafts_of(step: Function) -> int:
+    """How many tokens `step` drafts behind each row."""
+    *_, count = step.outputs["draft"].shape if "draft" in step.outputs else (0,)
+    if not isinstance(count, int) or ("draft" in step.outputs and not 1 <= count <= MOST_DRAFTED):
+        raise ValueError(f"{STEP}: expected draft i32[L, 1 to {MOST_DRAFTED}], found {count}")
+    return count
+
+
+def _check_signature(
+    step: Function, meta: ServingMeta, candidates: int | None, drafts: int
+) -> None:
     inputs = {name: Spec("i32", ("T",)) for name in ("tokens", "positions", "slots")}
     inputs["page_table"] = Spec("i32", (meta.max_sequences, meta.pages_per_slot))
     inputs["logit_rows"] = Spec("i32", ("L",))
     if candidates is not None:
-        inputs |= sampling_inputs(meta.vocab_size)
+        inputs |= sampling_inputs(meta.vocab_size) | drafting_inputs(drafts)
     outputs = {n: replace(s, dtype=_ON_HOST.get(s.dtype, s.dtype)) for n, s in step.outputs.items()}
     for what, found, expected in (
         ("inputs", step.inputs, inputs),
-        ("outputs", outputs, serving_outputs(meta, candidates)),
+        ("outputs", outputs, serving_outputs(meta, candidates, drafts)),
     ):
         if found != expected:
             raise ValueError(f"{STEP}: expected {what} {_shown(expected)}, found {_shown(found)}")

@@ -49,6 +49,10 @@ class KVCache:
         """The physical pages of an open slot, in the order of the positions they hold."""
         return tuple(self.page_table[slot, : self._pages_held(slot)].tolist())
 
+    def held(self, slot: int) -> int:
+        """How many positions from 0 on an open slot may use, by the pages that it holds."""
+        return min(self._pages_held(slot) * self.page_size, self.tokens_per_slot)
+
     def open(self) -> int:
         """Take a slot that holds no page yet; CacheFullError when all are taken."""
         if not self._free_slots:

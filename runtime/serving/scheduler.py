@@ -32,11 +32,13 @@ class Scheduler:
         rows: int,
         drafter: Drafter | None = None,
         adaptive: Adaptive | None = None,
+        reach: int = 0,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         """A step takes at most `tokens` tokens and gives at most `rows` rows.
 
-        `adaptive` chooses what is verified of the drafts; without it all of them are.
+        `adaptive` chooses what is verified of the drafts; without it all of them are. A step itself
+        drafts over `reach` positions behind its own, where there are pages for them.
         """
         self.cache = cache
         self.waiting: deque[Sequence] = deque()
@@ -48,6 +50,8 @@ class Scheduler:
         self._drafter = drafter
         self._adaptive = adaptive
         self._clock = clock
+        self._reach = reach
+        self._reached: set[Sequence] = set()  # who holds pages for that, to be given back
         # With no more sequences than tokens, decoding leaves a token for whoever is in prefill.
         self._sequences = min(rows, tokens, cache.slots)
 
@@ -92,6 +96,11 @@ class Scheduler:
             chunks.append(Chunk(sequence, sequence.cached_length, made))
             if end == sequence.length:
                 wanted += (Row(chunks[-1], i) for i in range(count - 1, len(made)))
+        for row in wanted if self._reach else ():
+            slot, end = row.sequence.slot, row.chunk.end + self._reach
+            assert slot is not None, row.sequence.id
+            self.cache.resize(slot, min(end, self.cache.room(slot)))
+            self._reached.add(row.sequence)
         return Batch(tuple(chunks), tuple(wanted))
 
     def ahead(self, batch: Batch) -> Batch | None:
@@ -122,6 +131,7 @@ class Scheduler:
         for sequence, end in zip(sequences, ends, strict=True):
             assert sequence.slot is not None, sequence.id
             cache.resize(sequence.slot, end)
+            self._reached.discard(sequence)
         return batch.next()
 
     def expects(self, chunk: Chunk) -> bool:
@@ -140,8 +150,9 @@ class Scheduler:
             kept = sequence.length + max(len(tokens) - 1, 0)
             sequence.cached_length = min(chunk.end, kept)
             sequence.history += tokens
-            if sequence.slot is not None and chunk.end > kept:
+            if sequence.slot is not None and (chunk.end > kept or sequence in self._reached):
                 self.cache.resize(sequence.slot, kept)
+            self._reached.discard(sequence)
 
     def borrow(self, sequence: Sequence) -> None:
         """Give a sequence that is not queued a slot and pages, preempting the youngest as needed.
@@ -156,6 +167,7 @@ class Scheduler:
         if sequence.slot is not None:
             self.cache.close(sequence.slot)
             sequence.slot = None
+        self._reached.discard(sequence)
         sequence.cached_length = 0
 
     def _reserve(self) -> None:

@@ -19,6 +19,7 @@ from ..program import Program
 from .abi import ServingAbi
 from .adaptive import Adaptive, StepTimes
 from .batch import Batch, Chunk, Row
+from .device_drafts import DeviceDrafter
 from .kv_cache import KVCache
 from .row_sampling import RowSampler
 from .scheduler import Scheduler
@@ -84,13 +85,20 @@ class Session:
         only what is expected to pay (see `adaptive`), and steps are launched ahead while nothing
         is. Without `ahead` none ever are. `clock` gives seconds.
 
-        ValueError when the program is no serving program or `pages` is out of range.
+        ValueError when the program is no serving program, `pages` is out of range, or the program
+        does not draft what a DeviceDrafter is to propose.
         """
         self._abi = ServingAbi(program)
         self.meta = self._abi.meta
         pages = self.meta.pages if pages is None else pages
         if not 1 <= pages <= self.meta.pages:
             raise ValueError(f"pages: expected 1 to {self.meta.pages}, found {pages}")
+        if isinstance(drafter, DeviceDrafter) and drafter.k > self._abi.drafts:
+            raise ValueError(
+                f"drafter: expected a program that drafts {drafter.k} tokens behind each, found "
+                f"one that drafts {self._abi.drafts}"
+            )
+        self._device_drafter = drafter if isinstance(drafter, DeviceDrafter) else None
         self._cache = KVCache(
             pages=pages,
             page_size=self.meta.page_size,
@@ -106,6 +114,7 @@ class Session:
             rows=self._abi.rows,
             drafter=drafter,
             adaptive=self.adaptive,
+            reach=max(self._abi.drafts - 1, 0) if self._device_drafter else 0,
             clock=clock,
         )
         self._sampler = RowSampler(self.meta.vocab_size, self._abi.candidates)
@@ -325,7 +334,8 @@ class Session:
     def _begin(self, batch: Batch) -> None:
         """Launch one batch; where that fails, what came of it is put into queues."""
         try:
-            self._launch(batch, self._sampler.outputs(batch.rows))
+            drafts = ["draft"] if self._device_drafter and batch.rows else []
+            self._launch(batch, [*self._sampler.outputs(batch.rows), *drafts])
         except SessionEndedError:
             return
         except StepFailedError as error:
@@ -366,6 +376,11 @@ class Session:
         outcomes = [self._accept(by_chunk.get(chunk, []), found) for chunk in chunks]
         batch = replace(step.batch, chunks=chunks)
         self._scheduler.commit(batch, [[c.token for c in o.choices] for o in outcomes])
+        if self._device_drafter and "draft" in found:
+            for chunk, outcome in zip(chunks, outcomes, strict=True):
+                if outcome.choices:
+                    at, _ = by_chunk[chunk][len(outcome.choices) - 1]
+                    self._device_drafter.note(chunk.sequence, found["draft"][at].tolist())
         for chunk, outcome in zip(chunks, outcomes, strict=True):
             if chunk in by_chunk:
                 self._report(chunk.sequence, outcome)

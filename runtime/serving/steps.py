@@ -23,6 +23,7 @@ from ..driver import LAUNCHES, Array, Executable, Running
 from ..program import STEP
 from .abi import ServingAbi
 from .batch import Batch
+from .device_drafts import following, room
 from .kv_cache import KVCache
 from .row_sampling import RowSampler
 
@@ -70,6 +71,9 @@ class Steps:
             **batch.inputs(symbols["T"], symbols["L"], self._cache.page_table),
             **self._sampler.inputs(symbols["L"], batch.rows),
         }
+        if self._abi.drafts:
+            inputs["following"] = following(batch.chunks, symbols["T"])
+        inputs |= self._room(batch, symbols)
         self._start(batch, symbols, inputs, outputs, begin, fed=False)
 
     @property
@@ -84,8 +88,9 @@ class Steps:
         """Launch `batch`, the rows of `room` one position on."""
         assert self._last is not None
         moved = self._cache.changes != self._table
-        inputs = {"page_table": self._cache.page_table} if moved else {}
         last = self._last
+        inputs = {"page_table": self._cache.page_table} if moved else {}
+        inputs |= self._room(batch, last.symbols)
         self._start(batch, last.symbols, inputs, last.outputs, self._clock(), fed=True)
 
     def wait(self) -> tuple[Step, dict[str, Array]]:
@@ -100,6 +105,12 @@ class Steps:
     def drop(self) -> None:
         """Forget what is under way."""
         self.under_way.clear()
+
+    def _room(self, batch: Batch, symbols: Mapping[str, int]) -> dict[str, Array]:
+        """The input that says how far a step may draft, where it takes that."""
+        if self._abi.drafts < 2:
+            return {}
+        return {"room": room(batch.rows, symbols["L"], self._cache)}
 
     def _start(
         self,

@@ -27,12 +27,19 @@ ROOT = Path(__file__).parents[2]
 WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
     "target": (CompileOptions, "tpu", ValueError, "unknown target 'tpu'"),
     "quantize": (CompileOptions, "int4", ValueError, "expected 'mxfp4'.*found 'int4'"),
-    "speculate": (CompileOptions, "mtp", NotYetError, "speculate='mtp'"),
-    "speculate of another kind": (CompileOptions, 4, TypeError, "an NGram, text or None, found 4"),
+    "speculate": (CompileOptions, "eagle3", NotYetError, "speculate='eagle3'"),
+    "speculate of another kind": (
+        CompileOptions,
+        4,
+        TypeError,
+        "an NGram, an MTP, text or.* found 4",
+    ),
     "speculate by an unknown way": (CompileOptions, "guess", ValueError, "'none'.*found 'guess'"),
     "speculate by too many numbers": (CompileOptions, "ngram:4:2:1", ValueError, "'ngram:4:2:1'"),
     "speculate by no number": (CompileOptions, "ngram:", ValueError, "found 'ngram:'"),
     "speculate by k": (CompileOptions, "ngram:65", ValueError, "k: expected.* 1 to 64, found 65"),
+    "speculate by two numbers": (CompileOptions, "mtp:1:2", ValueError, "found 'mtp:1:2'"),
+    "speculate by k of a layer": (CompileOptions, "mtp:5", ValueError, "k: .* 1 to 4, found 5"),
     "speculate by min_match": (CompileOptions, "ngram:4:0", ValueError, "min_match.*found 0"),
     "tensor_parallel": (CompileOptions, 0, ValueError, "at least 1, found 0"),
     "max_sequences": (CompileOptions, 1.5, ValueError, "at least 1, found 1.5"),
@@ -87,6 +94,9 @@ def test_equal_options_are_equal_keys() -> None:
     assert CompileOptions(unused="allow").data() == CompileOptions().data()
     assert CompileOptions(speculate="ngram") == CompileOptions(speculate=ingot.NGram())
     assert CompileOptions(speculate="ngram:3:5").speculation == ingot.NGram(3, min_match=5)
+    assert CompileOptions(speculate="mtp").speculation == ingot.MTP()
+    assert CompileOptions(speculate="mtp:3").predicted == 3
+    assert CompileOptions(speculate="ngram:3").predicted == CompileOptions().predicted == 0
     for off in (None, "none"):
         assert CompileOptions(speculate=off).data() == CompileOptions().data()
         assert CompileOptions(speculate=off).speculation is None
