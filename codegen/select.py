@@ -12,7 +12,7 @@ from .templates.attention import heads, mla, project_attention, rope
 from .templates.gemm import linear
 from .templates.moe import experts, gating
 from .templates.rowwise import copy, indexed, norms, reductions, rows
-from .templates.sampling import feed
+from .templates.sampling import draft, feed
 from .templates.sampling import sample as sampling
 
 _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
@@ -21,6 +21,7 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
         pointwise,
         attention,
         copy,
+        draft,
         experts,
         feed,
         gating,

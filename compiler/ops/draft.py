@@ -138,7 +138,7 @@ accept = Op(
 )
 
 
-# ---- likeliest: logits [L, V] -> i32 [L], the first of the largest; any where one is NaN
+# ---- likeliest: logits [L, V] -> i32 [L], the first of the largest, NaN as -inf
 
 
 def _likeliest_infer(logits: TensorType) -> Types:
@@ -148,8 +148,8 @@ def _likeliest_infer(logits: TensorType) -> Types:
 
 
 def _likeliest_reference(logits: torch.Tensor) -> torch.Tensor:
-    largest = logits.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
-    return (logits >= largest).to(torch.int32).argmax(1).to(torch.int32)
+    numbers = torch.where(logits.isnan(), -torch.inf, logits)
+    return (numbers >= numbers.amax(1, keepdim=True)).int().argmax(1).int()
 
 
 likeliest = Op(

@@ -191,7 +191,11 @@ def test_quantized_like_any_other_layer(directory: Path) -> None:
     """Its weights are packed, and the tokens are those of the quantized model without it."""
     lowered = program(directory, 2, 16)
     packed = PACKED[directory]
-    trunk = {name.removeprefix("layers.1.") for name in packed if name.startswith("layers.1.")}
+    trunk = {
+        name.removeprefix("model.layers.1.")
+        for name in packed
+        if name.startswith("model.layers.1.")
+    }
     layer = {n.removeprefix("mtp.layers.0.mtp_block.") for n in packed if n.startswith("mtp.")}
     assert layer >= {*trunk, "mtp.layers.0.eh_proj.weight"} and len(trunk) > 5
     with opened(program(directory, 0, 16)) as session:
