@@ -15,6 +15,7 @@ from ..compiler.text import ParseError, parse
 from ..compiler.torch_types import torch_dtype
 from ..compiler.types import VerifyError
 from ..compiler.verify import verify
+from ..passes.serving.sample_on_device import output_names
 from ..runtime.artifact.reader import FOLDED_GRAPH, Artifact
 from ..runtime.artifact.strict_json import IngotError
 from ..runtime.driver import WeightLoader
@@ -57,7 +58,9 @@ def read_cpu_program(artifact: Artifact) -> Program:
             raise IngotError(f"expected symbols {dict(manifest.symbols)}, found {ranges}")
         if made := [n.op.name for n in graph.constants() if n.op not in (constant, literal)]:
             raise IngotError(f"expected weights in place of what they make, found {made[0]}")
-        program = cpu_program(graph, manifest.symbols, ["logits"], structs.asdict(manifest.meta))
+        program = cpu_program(
+            graph, manifest.symbols, output_names(graph), structs.asdict(manifest.meta)
+        )
         ServingAbi(program)
     except _BROKEN as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

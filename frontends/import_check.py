@@ -7,7 +7,7 @@ real weights, in the dtype in which the model will compute. The others are left 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -80,9 +80,11 @@ def check_import(imported: HuggingFaceModel, source: str | Path | PreTrainedMode
     shortest window where that is near, with positions that the model makes itself. ImportMismatch
     where more than a tenth of the tokens differ by more than the tolerance of the dtype. In a
     narrow dtype a rounding may move a router's choice: there it is an error only if the model in
-    f32 says so too, and tokens at which the model differs from that itself count for us, twice.
+    f32 says so too, and tokens at which the model differs from that itself count for us, twice. A
+    layer that predicts further tokens is left out: it changes no token.
     """
     began = perf_counter()
+    imported = replace(imported, graph=_model_alone(imported.graph))
     chosen = _chosen_layers(imported)
     if isinstance(chosen, str):
         return ImportCheck(reason=chosen)
@@ -111,6 +113,12 @@ def check_import(imported: HuggingFaceModel, source: str | Path | PreTrainedMode
     error = max(float(token_errors(ours[path], theirs[path]).max()) for path in theirs)
     same = "; its online rotations are our own on both sides" if imported.rotated else ""
     return ImportCheck(len(ids), tuple(kept), error, perf_counter() - began, same)
+
+
+def _model_alone(graph: Graph) -> Graph:
+    """Logits from tokens and positions, without what predicts further tokens."""
+    params = tuple(p for p in graph.params if p.attrs["name"] in ("tokens", "positions"))
+    return Graph(graph.name, params, graph.outputs[:1], graph.symbols)
 
 
 def _first_wrong(
