@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -17,6 +18,7 @@ from ...runtime.serving.abi import ServingAbi
 from ...runtime.serving.sequence import Sequence
 from ...runtime.serving.session import Session
 from ..launches import PlannedEntry, op_and_place, sections
+from ..speculate import Speculation, SpeculationReport, open_session
 from .parts import Part, parts_of, prefix_name, with_own_integers, with_parts
 from .traffic import NOTHING, Traffic, traffic_by_label
 from .workload import Workload, step_inputs, symbols_for
@@ -90,12 +92,16 @@ class StepFigures:
 @dataclass(frozen=True)
 class Serving:
     """A session that is given `batch` prompts at once, host included: when the first token of any
-    comes, and the rate while all of them decode (None where one ends before another begins)."""
+    comes, and the rate while all of them decode (None where one ends before another begins).
+
+    `speculation` is there where it drafts: what came of it, measured beside steps without drafts.
+    """
 
     batch: int
     prompt: int
     first_token_milliseconds: float
     tokens_per_second: float | None
+    speculation: SpeculationReport | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +123,13 @@ def measure(
     *,
     replays: int,
     timeline: bool,
+    speculation: Speculation | None = None,
 ) -> Measured:
     """Load `program`, whose step is `graph`, and time every workload, the first on a timeline.
 
     A step is the median of `replays`, its parts that of a fifth of them. Each batch is served as
-    well, at its smallest context. ValueError for a workload that the program cannot take.
+    well, at its smallest context, with drafts where `speculation` says how. ValueError for a
+    workload that the program cannot take.
     """
     program = with_own_integers(program)
     abi = ServingAbi(program)
@@ -139,7 +147,7 @@ def measure(
     loaded = perf_counter() - begin
     timer = _Timer(executable, max(1, replays // 5))
     figures: list[StepFigures] = []
-    with Session(program, executable) as session:
+    with closing(executable):
         for work, entry, given in zip(works, entries, inputs, strict=True):
             planned = PlannedEntry(program, entry)
             traffic = traffic_by_label(graph, work)
@@ -148,7 +156,10 @@ def measure(
             milliseconds = timer.milliseconds(STEP, entry, given, replays)
             figures.append(_step(work, planned, milliseconds, traffic, rates, parts, spans))
         decoded = {w.batch: w for w in sorted(works, key=lambda w: -w.context) if w.decodes}
-        served = tuple(_served(session, abi, work) for _, work in sorted(decoded.items()))
+        served = tuple(
+            _served(open_session(program, executable, speculation), abi, work)
+            for _, work in sorted(decoded.items())
+        )
     return Measured(loaded, tuple(figures), served)
 
 
@@ -297,7 +308,8 @@ def _served(session: Session, abi: ServingAbi, work: Workload) -> Serving:
         rates.append(decode_rate([*times.values()]))
     rated = [rate for rate in rates[1:] if rate is not None]
     first = 1e3 * median(firsts[1:])
-    return Serving(work.batch, work.context, first, median(rated) if rated else None)
+    rate = median(rated) if rated else None
+    return Serving(work.batch, work.context, first, rate, SpeculationReport.of(session))
 
 
 def decode_rate(times: Collection[list[float]]) -> float | None:

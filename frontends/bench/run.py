@@ -16,6 +16,7 @@ from ...runtime.devices.graph_executable import GpuDriver
 from ...runtime.driver import WeightLoader
 from ...runtime.program import Program
 from .. import api
+from ..speculate import Speculation, check_rows
 from .device_rates import READ_BYTES, bytes_per_second, gemm_flops_per_second
 from .measure import Measured, Rates, measure
 from .models import config_of
@@ -29,7 +30,8 @@ _PEER_TOKENS = 64
 @dataclass(frozen=True)
 class Benchmark:
     """What is measured: steps of a model, and peers. With `timeline` the launches of the first step
-    are put on a timeline, which takes a replay of every prefix."""
+    are put on a timeline, which takes a replay of every prefix. Serving drafts as `speculate` says.
+    """
 
     model: str
     works: tuple[Workload, ...]
@@ -38,6 +40,7 @@ class Benchmark:
     peers: tuple[str, ...] = ()
     replays: int = 100
     timeline: bool = True
+    speculate: Speculation | None = None
 
     @property
     def sequences(self) -> int:
@@ -86,6 +89,7 @@ def run(benchmark: Benchmark, driver: GpuDriver, read_bytes: int = READ_BYTES) -
             entry=api.ALL,
             target=driver.target,
             quantize=benchmark.quantize,
+            speculate=benchmark.speculate,
             max_sequences=benchmark.sequences,
             max_tokens_per_sequence=benchmark.tokens,
         )
@@ -102,6 +106,7 @@ def _of_ingot(benchmark: Benchmark, driver: GpuDriver, read_bytes: int) -> Resul
     artifact = open_ingot(Path(benchmark.model))
     if artifact.program is None:
         raise ValueError(f"bench: expected an ingot for {driver.target}, found one for the cpu")
+    check_rows(benchmark.speculate, artifact.program)
     graph = parse(artifact.graphs[FINAL_GRAPH], trusted=False)
     weights = artifact.weights(artifact.program.buffers)
     return _measured(benchmark, artifact.program, graph, driver, weights, read_bytes)
@@ -125,6 +130,7 @@ def _measured(
         rates,
         replays=benchmark.replays,
         timeline=benchmark.timeline,
+        speculation=benchmark.speculate,
     )
     return Result(
         benchmark.model,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from ..bench.measure import StepFigures
+from ..bench.measure import Serving, StepFigures
 from ..bench.run import Result
 from .output import table
 
@@ -43,12 +43,35 @@ def result_tables(result: Result) -> Iterator[Table]:
         yield table(
             "Served, host included", ["prompts", "first token, ms", "tokens/s"], rows, right=(1, 2)
         )
+        if any(s.speculation for s in served):
+            yield _speculation_table(served)
     if result.peers:
         rows = [
             [name, f"{found['tokens_per_second']:,.1f}" if "error" not in found else found["error"]]
             for name, found in result.peers.items()
         ]
         yield table("Peers, batch 1", ["", "tokens/s"], rows, right=(1,))
+
+
+def _speculation_table(served: Sequence[Serving]) -> Table:
+    """What drafting brought each batch."""
+    rows = [
+        [
+            str(s.batch),
+            "" if (r.acceptance_length is None) else f"{r.acceptance_length:.2f}",
+            "  ".join(f"{rate:.0%}" for rate in r.acceptance_rates),
+            f"{r.verified} of {r.verified + r.declined}",
+            f"{r.draft_seconds:.3f}",
+            f"{r.verify_seconds:.3f}",
+            "" if r.speedup is None else f"{r.speedup:.2f}",
+            r.decision,
+        ]
+        for s in served
+        if (r := s.speculation)
+    ]
+    heads = ["batch", "tokens a verified step", "accepted by place", "drafts verified"]
+    heads += ["drafting, s", "verifying, s", "speed-up", "last decision"]
+    return table("Speculation", heads, rows, right=(0, 1, 4, 5, 6))
 
 
 def _launch_table(step: StepFigures) -> Table:

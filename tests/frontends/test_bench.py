@@ -40,6 +40,7 @@ from ingot.frontends.cli.main import app
 from ingot.frontends.drivers import NoDriverError
 from ingot.frontends.launches import PlannedEntry
 from ingot.frontends.model import Plan
+from ingot.frontends.speculate import NGram
 from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import STEP
 from ingot.runtime.serving.abi import ServingAbi
@@ -274,6 +275,7 @@ def test_bench_times_steps_launches_and_serving(device: FakeGpu, tmp_path: Path)
     assert len(first.timeline) == first.launches and not any(o.timeline for o in others)
     assert [s.batch for s in found.measured.serving] == [1, 2]
     assert all(s.tokens_per_second for s in found.measured.serving)
+    assert not any(s.speculation for s in found.measured.serving)
     json.dumps(dataclasses.asdict(found))
     write_plots(found, tmp_path / "plots")
     assert (tmp_path / "plots" / "bandwidth.png").stat().st_size > 10_000
@@ -303,6 +305,19 @@ def test_an_ingot_is_measured_with_its_own_weights(device: FakeGpu, tmp_path: Pa
             run(dataclasses.replace(asked, **more), device.driver())
     with pytest.raises(ValueError, match="context 256: expected at most 2 sequences of 256 tokens"):
         run(dataclasses.replace(asked, works=(Workload(1, 1, 256),)), device.driver(), 8 << 20)
+
+
+def test_serving_may_draft(device: FakeGpu, tmp_path: Path) -> None:
+    tiny_config("llama", dtype="bfloat16").save_pretrained(tmp_path)
+    asked = Benchmark(str(tmp_path), (DECODE,), replays=2, timeline=False, speculate=NGram(k=3))
+    found = run(asked, device.driver(), read_bytes=8 << 20)
+    (served,) = found.measured.serving
+    # The device gives token 0 whatever it is given: a text that repeats itself.
+    assert served.speculation is not None and served.speculation.kind == "ngram:3:2"
+    assert served.speculation.verified + served.speculation.declined > 10
+    *_, title = (str(shown.title) for shown in result_tables(found))
+    assert title == "Speculation"
+    json.dumps(dataclasses.asdict(found))
 
 
 @pytest.mark.parametrize(

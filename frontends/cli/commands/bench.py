@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...options import AUTO
+from ...options import AUTO, speculation_of
 from ..flags import UsageError
 from ..output import Shown
 
@@ -39,6 +39,10 @@ def command(
     ] = None,
     replays: Annotated[int, typer.Option(min=1, help="Of each step; the median counts.")] = 100,
     target: Annotated[str, typer.Option(help="Target, or auto; see `ingot doctor`.")] = AUTO,
+    speculate: Annotated[
+        str | None,
+        typer.Option(help="Serving drafts tokens: ngram[:k[:min_match]], or none."),
+    ] = None,
 ) -> Shown:
     """Time decoding and prefill on the GPU that is here: each launch, and the whole step.
 
@@ -67,6 +71,7 @@ def command(
         peers,
         replays,
         timeline=plots is not None,
+        speculate=speculation_of(speculate),
     )
     result = run(benchmark, gpu_here(target))
     if plots is not None:
