@@ -186,9 +186,9 @@ def redraws_from_all(row: Row, found: Mapping[str, Array], at: int, choice: Choi
 def test_the_distribution(count: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Continuations are drawn as the model says, with drafts and without; by a rule that accepts
     too much, or one that does not take the rejected token out, they are not."""
-    source = tiny_model("llama", vocab_size=VOCAB)
+    source = tiny_model("llama", vocab_size=VOCAB, max_position_embeddings=1024)
     options: dict[str, Any] = dict(
-        max_sequences=64, max_tokens_per_sequence=256, progress=False, check_import=False
+        max_sequences=100, max_tokens_per_sequence=1024, progress=False, check_import=False
     )
     plain = ingot.compile(source, **options)
     drafting = ingot.compile(source, speculate=ingot.NGram(k=3, min_match=1), **options)
