@@ -39,14 +39,16 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._samples: dict[tuple[bool, int], deque[float]] = {}
-        self._known: dict[bool, dict[int, float]] = {False: {}, True: {}}
+        self._medians: dict[bool, dict[int, float]] = {False: {}, True: {}}
+        self._added: set[tuple[bool, int]] = set()  # since the medians were taken
 
     def add(self, tokens: int, seconds: float, *, fed: bool = False) -> None:
         """A step of an entry of `tokens` took `seconds`."""
-        samples = self._samples.setdefault((fed, tokens), deque(maxlen=_TIMES))
-        samples.append(seconds)
-        if len(samples) >= _ENOUGH:
-            self._known[fed][tokens] = median(samples)
+        key = fed, tokens
+        if key not in self._samples:
+            self._samples[key] = deque(maxlen=_TIMES)
+        self._samples[key].append(seconds)
+        self._added.add(key)
 
     def of(self, tokens: int, *, fed: bool = False) -> float | None:
         """What a step of an entry of `tokens` takes; None as long as nothing is known.
@@ -54,7 +56,7 @@ class StepTimes:
         An entry that was not measured takes what lies between those beside it, or what the next
         smaller one takes: as little as it may, so that it is tried.
         """
-        known = self._known[fed]
+        known = self._known(fed)
         if tokens in known or not known:
             return known.get(tokens)
         sizes = sorted(known)
@@ -71,7 +73,14 @@ class StepTimes:
     def plain(self, tokens: int) -> float | None:
         """What a step of decoding without drafts takes, one that is fed where there are such; None
         where that was not measured."""
-        return self._known[True].get(tokens) or self._known[False].get(tokens)
+        return self._known(True).get(tokens) or self._known(False).get(tokens)
+
+    def _known(self, fed: bool) -> dict[int, float]:
+        for key in self._added:
+            if len(samples := self._samples[key]) >= _ENOUGH:
+                self._medians[key[0]][key[1]] = median(samples)
+        self._added.clear()
+        return self._medians[fed]
 
 
 @dataclass
@@ -174,10 +183,12 @@ class Adaptive:
             ),
             key=lambda pair: -pair[0],
         )
+        if not likely:
+            return {}
         count, decode = len(drafts), tokens == len(drafts)
         size = self.entry(tokens, count)
         plain = self.times.plain(size) if decode else self.times.of(size)
-        if not likely or plain is None:
+        if plain is None:
             return {}
         most: Decision | None = None
         gained, taken = float(count), 0
