@@ -24,11 +24,11 @@ from ..compiler.pipeline import run_pipeline
 from ..compiler.rewrite import rebuild
 from ..compiler.torch_types import torch_dtype
 from ..passes.pipelines import RAISING
-from .importers.in_memory import shared_copy
 from .importers.meta_model import build_meta_model
+from .importers.module_tensors import shared_copy
 from .importers.online_rotations import rotate_activations
 from .importers.streamed_model import dense_weight, skip_layers, stream_layers
-from .importers.torch_export import ImportFailure
+from .importers.torch_export import ImportFailure, ImportMismatch
 from .layers import graph_sections
 
 if TYPE_CHECKING:
@@ -44,10 +44,6 @@ _TOKENS, _BEHIND_WINDOW, _MOST_TOKENS = 32, 24, 160
 # Weights of more bytes than this are not read for a check; under the other, all layers are run.
 LARGEST, _SMALL = 4 * 2**30, 64 * 2**20
 _LOGITS = "the logits"
-
-
-class ImportMismatch(ImportFailure):
-    """The imported graph computes other numbers than the model; names the first module."""
 
 
 @dataclass(frozen=True)

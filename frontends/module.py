@@ -22,14 +22,16 @@ from ..compiler.ir import Graph
 from ..compiler.pipeline import PassContext, PassResult
 from ..compiler.target import Target
 from ..compiler.torch_types import torch_dtype
-from ..compiler.weights import Weights
 from ..passes.pipelines import module
 from ..runtime.driver import Driver, Executable
 from ..runtime.program import STEP
 from .compilation import graphs_by_stage, kernel_backend, run_passes
+from .held_weights import HeldWeights
+from .importers.module_tensors import shared_copy
 from .importers.torch_export import ImportFailure, import_program
 from .importers.tracing import one_at_a_time
 from .model import Compiled
+from .module_check import check_module
 from .module_inputs import module_input
 from .options import CompileOptions
 from .progress import Progress
@@ -37,12 +39,14 @@ from .progress import Progress
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What the compiler did: the passes, and wall seconds by stage."""
+    """What the compiler did: the passes, wall seconds by stage, and what of the import was
+    checked."""
 
     name: str
     target: str
     passes: tuple[PassResult, ...]
     seconds: Mapping[str, float]
+    import_check: str = ""
 
 
 @dataclass(eq=False)
@@ -56,7 +60,7 @@ class CompiledModule(Compiled):
 
     graphs: Mapping[str, Graph]
     report: ModuleReport
-    weights: Weights
+    tensors: HeldWeights
     target: Target
     driver: Driver
     backend: Callable[[], Backend | None]
@@ -68,7 +72,7 @@ class CompiledModule(Compiled):
     def __call__(self, *inputs: torch.Tensor | NDArray[Any]) -> Any:
         """What the module gives for `inputs`, tensors or numpy arrays (see `module_input`).
 
-        ValueError when they do not fit.
+        ValueError when they do not fit, and for weights that were changed (see `HeldWeights`).
         """
         graph = self.graph()
         if len(inputs) != len(graph.params):
@@ -82,6 +86,7 @@ class CompiledModule(Compiled):
         key = tuple(symbols.values())
         arrays: dict[str, Any] = {**named}
         with self.lock:
+            self.tensors.check(building=key not in self.programs)
             if key not in self.programs:
                 self.programs[key] = self._build(graph, symbols)
             results = self.programs[key].run(STEP, binding, arrays)
@@ -97,8 +102,9 @@ class CompiledModule(Compiled):
         ends = [{**{n: r[end] for n, r in graph.symbols.items()}, **symbols} for end in (0, -1)]
         bindings = ends[: 1 if self.target.is_gpu else 2]
         backend = self.backend()
-        lowered = lower(graph, self.weights, self.target, bindings, names, backend=backend)
-        return self.driver.load(lowered.program, lowered.load_weight)
+        weights = self.tensors.weights
+        lowered = lower(graph, weights, self.target, bindings, names, backend=backend)
+        return self.driver.load(lowered.program, self.tensors.loader(lowered.load_weight))
 
 
 def _output_names(graph: Graph) -> Sequence[str]:
@@ -116,26 +122,23 @@ def compile_module(
 ) -> CompiledModule:
     """Trace `source` with torch.export, to which `dynamic_shapes` goes, and run the passes.
 
-    It is traced in eval mode, and its modules come out in the modes in which they were.
-    ImportFailure where torch.export cannot.
+    A copy in eval mode is traced, which shares its tensors: `source` is not touched. ImportFailure
+    where torch.export cannot, and unless the graph computes what the module does, call after call;
+    SourceError for a module that cannot be copied.
     """
-    training = [part for part in source.modules() if part.training]
+    copy = shared_copy(source)
     try:
         quiet = warnings.catch_warnings()
         with progress.timed("trace"), one_at_a_time(), torch.no_grad(), quiet:
             warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # torch's own
-            program = export_program(
-                source.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes
-            )
+            warnings.filterwarnings("ignore", r".*was assigned during export")  # checked below
+            program = export_program(copy, tuple(example_inputs), dynamic_shapes=dynamic_shapes)
             program = program.run_decompositions({})
     except Exception as error:  # the module's own code runs here, and may fail in any way
         raise ImportFailure(
             f"{type(source).__name__}: torch.export cannot trace it: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-    finally:
-        for part in training:
-            part.training = True
     with progress.timed("import"):
         imported = import_program(program, type(source).__name__, symbols=_bounds(program))
         held = {n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
@@ -143,14 +146,19 @@ def compile_module(
         if not target.is_gpu:  # who changes the module later would change what is not folded
             copies = {id(tensor): tensor.clone() for tensor in held.values()}
             held = {name: copies[id(tensor)] for name, tensor in held.items()}
-        weights = Weights.of(held, "the module")
+        tensors = HeldWeights(held)
+        weights = tensors.weights
+    checked = ""
+    if options.check_import:
+        with progress.timed("check import"):
+            checked = check_module(imported.graph, weights, source, example_inputs)
     passes = module() if options.passes is None else options.passes
     context = PassContext(target, weights)
     results = run_passes(imported.graph, passes, context, options, progress)
     return CompiledModule(
         graphs_by_stage(imported.graph, results),
-        ModuleReport(imported.graph.name, target.name, tuple(results), progress.seconds),
-        weights,
+        ModuleReport(imported.graph.name, target.name, tuple(results), progress.seconds, checked),
+        tensors,
         target,
         driver,
         partial(kernel_backend, target, progress),

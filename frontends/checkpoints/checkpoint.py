@@ -21,7 +21,8 @@ from ...compiler.dtypes import DTYPES, FLOATS
 from ...compiler.torch_types import torch_dtype, type_of
 from ...compiler.types import TensorType
 from ...compiler.weights import Bounds, Entry, Weights, within
-from ..importers.meta_model import MetaModel, named_tensors, read_config, refuse_quantized
+from ..importers.meta_model import MetaModel, read_config, refuse_quantized
+from ..importers.module_tensors import named_tensors
 from ..importers.prediction_layer import PredictionLayer, predicts, under_prefix
 from ..importers.source_error import SourceError
 from .conversions import Conversion, Destination, dense, destinations

@@ -5,6 +5,7 @@ as a model on the meta device) and `in_memory` (a model that is traced as it is)
 (attention and experts as custom ops), `prediction_layer` (which predicts the token behind the
 next), `attention_masks` (masks as causality and a window),
 `default_positions` (the positions that a model makes itself),
+`module_tensors` (and a copy that shares them),
 `online_rotations` (of activations, for weights that count on them),
 `torch_export` (an exported program to a graph) with `aten_rules` (the translation of each
 operator) and `indexing` (of indices that are tensors). `tracing`: one thread at a time;

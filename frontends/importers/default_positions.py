@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
 from .attention_masks import described_masks
-from .meta_model import PreTrainedModel, owner_of
+from .meta_model import PreTrainedModel
+from .module_tensors import owner_of
 from .source_error import UnsupportedModel
 
 _TOKENS = 24

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -21,13 +20,12 @@ from .meta_model import (
     MetaModel,
     PreTrainedModel,
     keep_in_float32,
-    named_tensors,
-    owner_of,
     refuse_dynamic_rope,
     refuse_quantized,
     short_rope_of,
     tied_names,
 )
+from .module_tensors import named_tensors, owner_of, shared_copy
 from .source_error import SourceError
 
 
@@ -52,26 +50,6 @@ def unwrapped(source: Any) -> PreTrainedModel:
             "PreTrainedModel, or a module and example_inputs; give the model inside of it"
         )
     return model
-
-
-def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` in eval mode that shares its parameters and buffers.
-
-    Its parameters want no gradient. SourceError where an attribute of a module cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for _, tensor in named_tensors(model):
-        shared: torch.Tensor = tensor.detach()
-        if isinstance(tensor, torch.nn.Parameter):
-            shared = torch.nn.Parameter(shared, requires_grad=False)
-        memo.setdefault(id(tensor), shared)
-    try:
-        return deepcopy(model, memo).eval()
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise SourceError(
-            f"{type(model).__name__} cannot be copied to be traced: a module holds something that "
-            f"copy.deepcopy refuses: {error}"
-        ) from error
 
 
 def traceable_model(model: PreTrainedModel, dtype: torch.dtype | None) -> MetaModel:

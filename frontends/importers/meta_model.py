@@ -7,7 +7,7 @@ checkpoint stores, and the tied names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from ...compiler.torch_types import type_of
 from ...compiler.types import TensorType
 from .config_bounds import check_config_file
+from .module_tensors import named_tensors, owner_of
 from .source_error import SourceError
 from .tracing import one_at_a_time
 
@@ -216,18 +217,6 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         f"{type(model).__name__} holds quantized weights in memory ({method!r}), in a layout of "
         "transformers' own; give the directory that it was loaded from instead"
     )
-
-
-def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer under each of its names: persistent or not, shared or not."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that holds the tensor called `name`, and the tensor's name in it."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
 
 
 def refuse_dynamic_rope(model: torch.nn.Module) -> None:

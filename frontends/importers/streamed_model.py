@@ -10,7 +10,8 @@ import torch
 from ...compiler.ops.mxfp4 import mxfp4
 from ...compiler.torch_types import dtype_name
 from ...compiler.weights import Weights
-from .meta_model import MetaModel, PreTrainedModel, named_tensors, owner_of
+from .meta_model import MetaModel, PreTrainedModel
+from .module_tensors import named_tensors, owner_of
 
 
 def stream_layers(

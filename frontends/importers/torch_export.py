@@ -32,6 +32,10 @@ class ImportFailure(Exception):
     """The program cannot be expressed in the IR; names the operator and its source line."""
 
 
+class ImportMismatch(ImportFailure):
+    """The imported graph computes other numbers than the model; names where, as far as known."""
+
+
 @dataclass(frozen=True)
 class Imported:
     """A graph, the constants of the program, and the names of all weights that it reads."""
