@@ -30,6 +30,7 @@ from .importers.online_rotations import rotate_activations
 from .importers.streamed_model import dense_weight, skip_layers, stream_layers
 from .importers.torch_export import ImportFailure, ImportMismatch
 from .layers import graph_sections
+from .quantization_check import check_quantization
 
 if TYPE_CHECKING:
     from .importers.huggingface import HuggingFaceModel
@@ -77,9 +78,12 @@ def check_import(imported: HuggingFaceModel, source: str | Path | PreTrainedMode
     where more than a tenth of the tokens differ by more than the tolerance of the dtype. In a
     narrow dtype a rounding may move a router's choice: there it is an error only if the model in
     f32 says so too, and tokens at which the model differs from that itself count for us, twice. A
-    layer that predicts further tokens is left out: it changes no token.
+    layer that predicts further tokens is left out: it changes no token. Of a quantized checkpoint
+    keys and tensors are counted before (`quantization_check`).
     """
     began = perf_counter()
+    if not isinstance(source, torch.nn.Module):
+        check_quantization(imported, Path(source))
     imported = replace(imported, graph=_model_alone(imported.graph))
     chosen = _chosen_layers(imported)
     if isinstance(chosen, str):

@@ -17,7 +17,8 @@ import torch
 from transformers.modeling_layers import MtpModel
 
 from ...compiler.types import TensorType
-from .meta_model import MetaModel, PreTrainedModel, keep_in_float32, named_tensors
+from .meta_model import MetaModel, PreTrainedModel, keep_in_float32
+from .module_tensors import named_tensors
 from .source_error import SourceError
 from .tracing import one_at_a_time
 
