@@ -73,8 +73,8 @@ def tokenizer_files(directory: Path) -> tuple[dict[str, bytes], tuple[str, ...]]
             theirs: Any = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-    except SourceError:
-        if "auto_map" not in config:
+    except SourceError as error:
+        if "trust_remote_code" not in str(error.__cause__):
             raise
         note = f"its class is code beside the checkpoint, not run: {TOKENIZER} is taken as it is"
         return files, (f"tokenizer: {note}",)

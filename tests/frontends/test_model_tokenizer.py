@@ -145,6 +145,48 @@ def test_tokenizers_that_no_file_repeats(tmp_path: Path) -> None:
         open_tokenizer(tmp_path)
 
 
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "class of another kind": ({"tokenizer_class": 5}, "transformers cannot load its tokenizer: "),
+    "map that is a text": ({"auto_map": "x.Y"}, "transformers cannot load its tokenizer: "),
+    "map that is a number": ({"auto_map": 3}, "transformers cannot load its tokenizer: "),
+    "token of another kind": ({"eos_token": {"content": [1]}}, "eos_token: expected a token"),
+    "flags of another kind": (
+        {"added_tokens_decoder": {"1": {"content": "<x>", "lstrip": {}, "more": 1}}},
+        "transformers cannot load its tokenizer: ",
+    ),
+    "arguments of classes": (
+        {"init_inputs": ["/dev/zero", 3], "tokenizer_object": "x"},
+        "transformers cannot load its tokenizer: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_configs_are_refused_in_a_line(case: str, tmp_path: Path) -> None:
+    given, words = HOSTILE[case]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **given}
+    save(tmp_path, byte_level(), tokenizer_config=config)
+    with pytest.raises(SourceError, match=words) as caught:
+        open_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gguf_file": "/dev/zero", "vocab_file": "/dev/zero", "tokenizer_file": "/dev/zero"},
+        {"fast_tokenizer_files": ["../x.json"]},
+        {"added_tokens_decoder": {"9" * 40: {"content": "<x>"}}, "chat_template": 5},
+    ],
+    ids=["files of others", "files of versions", "an id beyond all"],
+)
+def test_odd_configs_are_taken_as_transformers_takes_them(given: Any, tmp_path: Path) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **given}
+    save(tmp_path, byte_level(), tokenizer_config=config)
+    ours, theirs = open_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours is not None and [ours.encode(t) for t in MANY] == [theirs.encode(t) for t in MANY]
+
+
 def test_code_beside_the_checkpoint_is_not_run(tmp_path: Path) -> None:
     config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     save(tmp_path, byte_level(), tokenizer_config=config, config={"model_type": "own"})
