@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.modeling_layers import MtpModel
 
-MODELS = ("deepseek_v3", "glm4_moe")
+MODELS = ("deepseek_v3", pytest.param("glm4_moe", marks=pytest.mark.slow))
 VOCAB, SEQUENCES, LENGTH, NEW = 8, 3, 96, 40
 # Of so few tokens a layer of random weights drafts one right now and then.
 PROMPTS = ([5, 6, 7], [3, 4, 5, 6, 7] * 4, [7])

@@ -50,7 +50,7 @@ def test_every_declared_change_has_a_test(tmp_path: Path) -> None:
         quantize=MXFP4(group=16),
         shard=ShardTensorParallel(2, 0),
         sample=True,
-        draft=2,
+        draft=1,
     )
     results = run_pipeline(graph, steps, check=RewriteCheck())
     assert {(r.name, reason) for r in results for reason in r.unchecked} == TESTS.keys()
