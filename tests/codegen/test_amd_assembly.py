@@ -59,9 +59,10 @@ def moe(tokens: int, kernels: tuple[str, ...], mfma: bool) -> Case:
 
 def attending(tokens: int, size: int) -> Case:
     cache = bf16(1024, 64, 8, size)
+    kernel = "decode_kernel" if tokens == 1 else "attend_kernel"
     index = [TensorType("i32", shape) for shape in ((tokens,), (tokens,), (8, 128))]
     args = (bf16(tokens, 32, size), cache, cache, *index)
-    return Case(cached_attention, args, (("scale", 0.1),), ("attend_kernel",), packed=False)
+    return Case(cached_attention, args, (("scale", 0.1),), (kernel,), packed=False)
 
 
 FEW, MANY = ("mfma_kernel",), ("product_kernel",)

@@ -17,7 +17,7 @@ from ingot.codegen import select
 from ingot.codegen.build import compiled
 from ingot.codegen.kernel_query import Candidate, Declined, KernelQuery, Template
 from ingot.codegen.lower import lower
-from ingot.codegen.templates.attention import attend, grouped_query, mla
+from ingot.codegen.templates.attention import decode, grouped_query, mla
 from ingot.codegen.templates.moe import gating, gating_kernels
 from ingot.compiler.ir import Op
 from ingot.compiler.ops.attention import cached_attention
@@ -77,8 +77,8 @@ class Folded:
 
 
 NODES = {
-    "attention": Folded(cached_attention, grouped_query.attention, attend),
-    "mla": Folded(cached_mla_attention, mla.mla_attention, attend),
+    "attention": Folded(cached_attention, grouped_query.attention, decode),
+    "mla": Folded(cached_mla_attention, mla.mla_attention, decode),
     "gate": Folded(moe_gating, gating.few_tokens, gating_kernels),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from ingot.codegen import select
 from ingot.codegen.kernel_backend import NoKernelError
 from ingot.codegen.kernel_query import Candidate, Declined, KernelQuery
 from ingot.codegen.lower import lower
-from ingot.codegen.templates.attention import grouped_query
-from ingot.codegen.templates.attention.attend import attend_kernel
-from ingot.codegen.templates.attention.splits import Splits, split_start, splits_of
+from ingot.codegen.templates.attention import attend_plan, grouped_query
+from ingot.codegen.templates.attention.decode import decode_kernel
 from ingot.compiler.ops.attention import attention, cached_attention
 from ingot.compiler.ops.mla import cached_mla_attention
 from ingot.compiler.target import target_of
@@ -37,7 +35,7 @@ def _args(
 
 @pytest.fixture(params=[True, False], ids=["one launch", "two launches"])
 def joined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A split context by each form in turn, whatever it costs."""
+    """A context in parts by each form in turn, whatever it costs."""
 
     def template(query: KernelQuery) -> list[Candidate | Declined]:
         answer = grouped_query.attention(query)
@@ -116,20 +114,20 @@ def test_padding_alone_gives_zeros() -> None:
     assert not found.any()
 
 
-@pytest.mark.parametrize("last", [2047, 2048, 5000])
-def test_contexts_in_which_splits_grow(last: int) -> None:
-    args = _args(batch([(0, last), (0, 77)], 1024, 5), 1, 1, 16, 16, torch.float32)
-    lowered = check_node(cached_attention, args, {"scale": 0.3})
-    assert lowered.choices[0].kernels == ("attend_kernel",)
-
-
-@given(st.integers(1, 200_000), st.sampled_from([(64, 32), (128, 32), (16, 4)]))
-def test_splits_meet_and_cover_every_context(context: int, sizes: tuple[int, int]) -> None:
-    count = splits_of(context, *sizes)
-    starts = [split_start.fn(i, Splits(count, *sizes, 0)) for i in range(count + 1)]
-    lengths = [b - a for a, b in pairwise(starts)]
-    assert starts[0] == 0 and starts[count - 1] < context <= starts[count]
-    assert lengths == [sizes[0] << (i // sizes[1]) for i in range(count)]
+@pytest.mark.usefixtures("joined")
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("window", [0, 1, 40, 500])
+@pytest.mark.parametrize("last", [63, 64, 319, 700])
+def test_parts_of_several_tiles(
+    parts: int, window: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window may begin in a later part than the one in which it ends."""
+    monkeypatch.setattr(attend_plan, "_MOST_PARTS", parts)
+    places = [(0, last), (0, last - 1), (1, 77)]
+    args = _args(batch(places, 64, 11, slots=2), 2, 1, 16, 16, torch.bfloat16)
+    lowered = check_node(cached_attention, args, {"scale": 0.3, "window": window})
+    assert f"{parts} parts" in lowered.choices[0].reason
+    assert lowered.choices[0].kernels[0] == "decode_kernel"
 
 
 @pytest.mark.parametrize("window", [0, 70])
@@ -141,9 +139,9 @@ def test_a_token_sums_alike_whatever_is_beside_it(window: int) -> None:
     attrs = {"scale": 0.3, "window": window}
     (together,), _, _ = run_node(cached_attention, (q, *caches, *whole.index), attrs)
     for token in (2, 4, 8):
-        args = (q[token : token + 1], *caches, *whole.only([token]).index)
+        args = (q, *caches, *whole.beside_nothing(token).index)
         (alone,), _, _ = run_node(cached_attention, args, attrs)
-        assert torch.equal(alone[0], together[token])
+        assert torch.equal(alone[token], together[token])
 
 
 @settings(max_examples=12)
@@ -286,9 +284,9 @@ def test_tiles_are_as_long_as_shared_memory_allows(target: str, d: int) -> None:
         graph, weights, _, _ = graph_of_node(op, (q, *more, *rows, *index(1)), {"scale": 0.1})
         backend = InterpretedBackend(target_of(target))
         lower(graph, weights, backend.target, [{}], ["out0"], backend=backend)
-        (source,) = (s for s in backend.sources.values() if s.function is attend_kernel)
+        (source,) = (s for s in backend.sources.values() if s.function is decode_kernel)
         constants = dict(source.constants)
-        tiles.append((constants["BLOCK_M"], constants["BLOCK_N"]))
+        tiles.append((constants["BLOCK_M"], constants["parts.TILE"]))
     (m, own), (_, shared) = tiles
     assert m == 16
     if target.startswith("cuda"):

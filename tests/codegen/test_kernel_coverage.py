@@ -106,7 +106,7 @@ def test_what_ranks_exchange_is_refused() -> None:
 # lets the second begin late (see test_expert_stream).
 EXPERT_STREAM = "expert_stream.expert_stream_kernel"
 THEIR_OWN_WAY = [
-    "attend.attend_kernel",
+    "decode.decode_kernel",
     "dense_gemv.gemv_kernel",
     EXPERT_STREAM,
     "fragment_linear.fragment_kernel",
@@ -166,7 +166,7 @@ def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:
     routing = {"k": 2, "score": "softmax", "normalize": True, "dtype": "f32", "logits": "f32"}
     yield moe_gating, (torch.randn(1, 64), Weight(torch.randn(8, 64))), routing
     yield kv_append, (paged, empty(bf16, 4, 8, 128), *index(4)), {}
-    # A launch of its own joins splits: on AMD within a window, on NVIDIA where there are many.
+    # A launch of its own joins parts: on AMD within a window, on NVIDIA where there are many.
     windowed = {"scale": 0.1, "window": 512}
     yield cached_attention, (empty(bf16, 4, 32, 128), paged, paged, *index(4)), windowed
     query = (empty(bf16, 1, 128, 512), empty(bf16, 1, 128, 64))
@@ -265,7 +265,7 @@ def test_a_cache_is_indexed_ahead_of_the_wait_where_no_launch_writes_its_index(a
     graph = parse(INDEXED.format(at=at))
     with patch.object(KernelBackend, "kernels", return_value={}):
         lower(graph, Weights({}), backend.target, [{}], ["y", "p"], backend=backend)
-    (source,) = (s for s in backend.sources.values() if s.function.__name__ == "attend_kernel")
+    (source,) = (s for s in backend.sources.values() if s.function.__name__ == "decode_kernel")
     ahead = at == "%positions"
     assert dict(source.constants)["AHEAD"] is ahead
     ptx = triton.compile(source.ast_source(), target=GPUTarget("cuda", 90, 32)).asm["ptx"]

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from attention_builds import empty, index
+from attention_builds import check_spills, empty, index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot.codegen import select
@@ -28,7 +28,7 @@ from paged_batches import Batch, batch, chunks
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="candidates are forced where they are not run")
 
 BF16 = torch.bfloat16
-# Fewer programs, which have more splits each: the interpreter runs one after the other.
+# Fewer programs, which have more tiles each: the interpreter runs one after the other.
 SMALL = replace(target_of("cuda:sm_90"), multiprocessors=12)
 Named = dict[str, Any]
 Node = tuple[tuple[Any, ...], Named]
@@ -96,7 +96,7 @@ def check(given: Node, within: bool = True) -> list[torch.Tensor]:
 
 def alike(given: Node, joined: bool | None = None) -> None:
     """Heads made where they attend give what the reference does, and the bits that heads made by a
-    launch of their own give. Splits are joined by the last program, or by a launch, or as is
+    launch of their own give. Parts are joined by the last program, or by a launch, or as is
     cheapest."""
 
     def chosen(query: KernelQuery, within: bool) -> list[Candidate | Declined]:
@@ -151,7 +151,7 @@ def test_variants(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a window", "sinks"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_splits_joined_by_the_last_program_or_a_launch(name: str, joined: bool) -> None:
+def test_parts_joined_by_the_last_program_or_a_launch(name: str, joined: bool) -> None:
     alike(node(batch(PLACES, 16, 10), **VARIANTS[name]), joined)
 
 
@@ -171,7 +171,7 @@ def test_splits_joined_by_the_last_program_or_a_launch(name: str, joined: bool) 
 def test_places(
     places: list[tuple[int, int]], window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens of one slot see one another, whatever their order; across borders of pages and splits;
+    """Tokens of one slot see one another, whatever their order; across borders of pages and parts;
     and padding alone."""
     alike(node(batch(places, 16, 8, slots=2), window=window))
 
@@ -243,8 +243,7 @@ def test_built(name: str, target: str) -> None:
     _, _, _, backend = lowered(BUILT[name], target_of(target))
     names = {s.function.__name__: s for s in backend.sources.values()}
     assert "heads_kernel" not in names
-    facts = build_one(names["attend_kernel"], target_of(target)).facts
-    assert not facts["spills"] and not facts.get("scalar_spills"), facts
+    check_spills(build_one(names["decode_kernel"], target_of(target)), target)
 
 
 def norm_sums(source: Any, target: str) -> set[tuple[str, ...]]:
@@ -273,7 +272,7 @@ def test_norms_add_up_in_one_order(name: str, target: str) -> None:
         given = sized((h, g), d, tokens, **norms(d))
         _, _, _, backend = lowered(given, target_of(target))
         kernels = {s.function.__name__: s for s in backend.sources.values()}
-        kernel = "heads_kernel" if tokens == 16 else "attend_kernel"
+        kernel = "heads_kernel" if tokens == 16 else "decode_kernel"
         assert ("heads_kernel" in kernels) == (tokens == 16)
         sums.append(norm_sums(kernels[kernel], target))
     within, alone = sums

@@ -20,7 +20,7 @@ from pass_checks import for_target
 from tiny_models import tiny_model
 
 # Heads are made where they attend, but for those of latent attention.
-ATTENTION = {"attend": 1}
+ATTENTION = {"decode": 1}
 EXPERTS = {"gate": 1, "expert_gemv": 1, "expert_sum": 1}
 # What NVIDIA has for the last two.
 STREAMED = {"expert_stream": 2}

@@ -38,10 +38,11 @@ class Batch:
             cache[page * self.page_size + seen % self.page_size] = torch.randn(len(seen), *row)
         return cache.view(pages, self.page_size, *row).to(dtype)
 
-    def only(self, tokens: Sequence[int]) -> Batch:
-        """The same slots with `tokens` of this batch alone."""
-        chosen = list(tokens)
-        return Batch(self.slots[chosen], self.positions[chosen], self.page_table, self.page_size)
+    def beside_nothing(self, token: int) -> Batch:
+        """The same batch with all tokens but one made padding."""
+        slots = torch.full_like(self.slots, -1)
+        slots[token] = self.slots[token]
+        return Batch(slots, self.positions, self.page_table, self.page_size)
 
 
 def batch(

@@ -1,7 +1,8 @@
 """Attention over a paged KV cache, and what heads need before it.
 
-`attend` holds the attention kernel, `splits` what joins the splits of a context, and `attend_plan`
-the launches of both, for `grouped_query` (keys and values a head) and `mla` (latent rows). `heads`
-norms and rotates the heads of a q‖k‖v product; `heads_within` does where they attend, which
-`project_attention` chooses; `rope` is the rotary embedding alone.
+`attend` holds the kernel for whole contexts, `decode` that for parts of contexts (flash decoding),
+`parts` what joins them, and `attend_plan` the launches of all, for `grouped_query` (keys and values
+a head) and `mla` (latent rows). `heads` norms and rotates the heads of a q‖k‖v product;
+`heads_within` does where they attend, which `project_attention` chooses; `rope` is the rotary
+embedding alone.
 """

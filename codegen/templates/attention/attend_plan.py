@@ -1,9 +1,10 @@
-"""Launches of the attention kernels: how rows are blocked, contexts split, and slots shared out."""
+"""Launches of the attention kernels: blocks of rows, parts of contexts, and slots shared out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import triton
 
@@ -15,19 +16,18 @@ from ..arrival import arrivals_of
 from ..pdl import spread
 from ..rowwise.rows import Pages
 from .attend import Keys, Query, Variant, attend_kernel
-from .splits import Join, Parts, Splits, combine_kernel, splits_of
+from .decode import decode_kernel
+from .parts import Join, Parts, combine_kernel
 
-# Up to so many tokens contexts are split and rows go in blocks of 16, so that every bucket of
-# decoding sums alike; above, and where the splits' sums take more memory, blocks fill the device.
+# Up to so many tokens rows go in blocks of 16 and contexts in parts; above, blocks fill the device.
 _FEW_TOKENS = 64
-_SPLIT_BYTES = 256 << 20
 _FEW_ROWS = 16
 # Programs that keep every compute unit of AMD's devices busy; more would mostly be of slots and
-# splits that a batch has not, and would leave again after a microsecond or two.
+# parts that a batch has not, and would leave again after a microsecond or two.
 _PROGRAMS = 512
-# Splits double their length after every so many; see splits.split_start.
-_STEADY = 32
-# Numbers of splits that a thread loads at once where it joins them, and splits at most.
+# Parts of a context, at most: their sums are written and read again.
+_MOST_PARTS = 128
+# Numbers of parts that a thread loads at once where it joins them, and parts at most.
 _JOINED, _MOST_AT_ONCE = 64, 16
 # Positions of a context by which joining is priced: what a step of decoding mostly has.
 _SHORT_CONTEXT = 1024
@@ -83,99 +83,121 @@ class Attention:
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of a program: rows, context positions, warps, stages of the pipeline."""
+    """Sizes of a program: rows, context positions, warps, stages of the pipeline, and how many
+    warps walk contexts by themselves (1: all together)."""
 
     m: int
     n: int
     warps: int
     stages: int
+    walks: int = 1
 
 
 def plan(job: Attention) -> Iterator[Candidate | Declined]:
-    """One launch; where the context is split, two, or one whose last programs join the splits."""
-    splits = _splits(job)
+    """One launch; where contexts are in parts, two, or one whose last programs join the parts."""
     tile = _tile(job)
     blocks = triton.cdiv(job.tokens * job.group, tile.m)
     slots = _slots(job, tile)
     # A program for every slot that a block may meet, while that does not crowd the device.
     most = _most_programs(job)
     lanes = max(1, min(slots, most // (blocks * job.kv_heads)))
-    parts = max(1, min(splits, most // (blocks * job.kv_heads * lanes)))
-    programs, resident = blocks * job.kv_heads * lanes * parts, None
-    if splits > 1:
-        programs, resident = spread(job.node.target, programs)
-    shape = (job.tokens, job.heads, splits)
+    args = {
+        "query": job.query,
+        "query_rest": job.rest,
+        "keys": job.keys,
+        "values": job.values,
+        "pages": job.pages,
+        "variant": job.variant,
+        "out": Result(0),
+        "tokens": job.tokens,
+        "lanes": lanes,
+        "HEADS": job.heads,
+        "GROUP": job.group,
+        "SLOTS": 1 if slots == 1 else tile.m,
+        "BLOCK_M": tile.m,
+    }
+    seconds = _seconds(job) + job.node.target.launch_seconds
+    reason = f"blocks of {tile.m} rows and {tile.n} positions"
+    tiles = triton.cdiv(job.context, tile.n)
+    count = max(1, min(most // (blocks * job.kv_heads * lanes), tiles, _MOST_PARTS))
+    if _few(job):
+        yield from _in_parts(job, tile, count, blocks, args, seconds, reason)
+        return
+    whole = Call(
+        attend_kernel,
+        {**args, "context": job.context, "BLOCK_N": tile.n},
+        (blocks, job.kv_heads * lanes, 1),
+        (Result(0),),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        overlaps=tile.m <= _FEW_ROWS,
+    )
+    yield Candidate((whole,), seconds, f"{reason}, contexts whole")
+
+
+def _in_parts(
+    job: Attention,
+    tile: Tile,
+    count: int,
+    blocks: int,
+    given: Mapping[str, Any],
+    seconds: float,
+    reason: str,
+) -> Iterator[Candidate | Declined]:
+    """Contexts in `count` parts, joined by a launch of their own or by the last program; one part
+    is the result."""
+    target = job.node.target
+    shape = (job.tokens, job.heads, count)
     temps = {
         "sums": TensorType("f32", (*shape, job.v)),
         "tops": TensorType("f32", shape),
         "totals": TensorType("f32", shape),
     }
-    held = Splits(splits, _split(job), _STEADY, triton.next_power_of_2(splits))
-    made = Parts(*map(Temp, temps), job.v)
+    sizes = (job.v, count, tile.n, triton.next_power_of_2(count))
+    groups = blocks * job.kv_heads * given["lanes"]
+    programs, resident = spread(target, groups * count)
+    made = {"heads": None, "arrivals": None, "join": None, "blocks": blocks}
+    made |= {"parts": Parts(None, None, None, *sizes)}
     whole = Call(
-        attend_kernel,
-        {
-            "query": job.query,
-            "query_rest": job.rest,
-            "heads": None,
-            "keys": job.keys,
-            "values": job.values,
-            "pages": job.pages,
-            "variant": job.variant,
-            "splits": held,
-            "out": Result(0),
-            "parts": None,
-            "arrivals": None,
-            "join": None,
-            "tokens": job.tokens,
-            "context": job.context,
-            "blocks": blocks,
-            "lanes": lanes,
-            "parts_each": parts,
-            "HEADS": job.heads,
-            "GROUP": job.group,
-            "SLOTS": 1 if slots == 1 else tile.m,
-            "BLOCK_M": tile.m,
-            "BLOCK_N": tile.n,
-            "AHEAD": job.pages is not None and _known(job.node),
-        },
+        decode_kernel,
+        {**given, **made, "WALKS": tile.walks, "AHEAD": _known(job.node)},
         (programs, 1, 1),
         (Result(0),),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        overlaps=tile.m <= _FEW_ROWS,
-        resident=resident if tile.m <= _FEW_ROWS else None,
+        resident=resident,
     )
-    target = job.node.target
-    seconds = _seconds(job) + target.launch_seconds
-    reason = f"blocks of {tile.m} rows and {tile.n} positions"
-    if splits == 1:
+    if count == 1:
         yield Candidate((whole,), seconds, f"{reason}, contexts whole")
         return
-    reason = f"{reason}, {splits} splits in {parts} parts"
-    # The sinks of a split context come where the splits are joined.
-    written = tuple(map(Temp, temps))
-    alone = {"variant": job.variant._replace(sinks=None), "out": None, "parts": made}
-    attend = replace(whole, args={**whole.args, **alone}, writes=written)
+    parts = Parts(*map(Temp, temps), *sizes)
+    # The sinks of a context in parts come where the parts are joined.
+    alone = {"out": None, "variant": job.variant._replace(sinks=None), "parts": parts}
+    attend = replace(whole, args={**whole.args, **alone}, writes=tuple(map(Temp, temps)))
     v = min(128, triton.next_power_of_2(job.v))
-    by_row = Join(1, v, min(_MOST_AT_ONCE, held.BLOCK))
-    combine = _combine(job, held, made, by_row)
+    by_row = Join(1, v, min(_MOST_AT_ONCE, parts.BLOCK))
+    combine = _combine(job, parts, by_row)
+    reason = f"{reason}, {count} parts"
     # First a small launch waits for its index.
-    small = target.launch_seconds + ROUND_TRIP_SECONDS + _joining(job, by_row, 1)
+    small = target.launch_seconds + ROUND_TRIP_SECONDS + _joining(job, parts, by_row, 1)
     yield Candidate((attend, combine), seconds + small, reason, temps)
-    if why := _not_joined(job, slots):
-        yield Declined(f"splits joined by the last program: {why}")
+    if why := _not_joined(job, given["SLOTS"]):
+        yield Declined(f"parts joined by the last program: {why}")
         return
     rows = min(tile.m, triton.next_power_of_2(job.tokens * job.group))
     fit = max(1, _JOINED * tile.warps * target.warp // (rows * v))
     most = min(by_row.AT_ONCE, 8) if target.name.startswith("hip") else by_row.AT_ONCE
     join = Join(rows, v, min(fit, most))
-    folded = {"parts": made, "arrivals": arrivals_of(target, "arrived"), "join": join}
-    once = replace(whole, args={**whole.args, **folded}, writes=(Result(0), *written))
-    last = target.arrival_seconds + _joining(job, join, triton.cdiv(job.v, v))
-    counters = {"arrived": blocks * job.kv_heads * lanes}
+    folded = {
+        "out": Result(0),
+        "variant": job.variant,
+        "arrivals": arrivals_of(target, "arrived"),
+        "join": join,
+    }
+    once = replace(attend, args={**attend.args, **folded}, writes=(Result(0), *attend.writes))
+    last = target.arrival_seconds + _joining(job, parts, join, triton.cdiv(job.v, v))
     reason = f"{reason}, which the last joins"
-    yield Candidate((once,), seconds + last, reason, temps, counters)
+    yield Candidate((once,), seconds + last, reason, temps, {"arrived": groups})
 
 
 def _known(query: KernelQuery) -> bool:
@@ -185,7 +207,7 @@ def _known(query: KernelQuery) -> bool:
 
 
 def _not_joined(job: Attention, slots: int) -> str:
-    """Why no program that attends joins splits too; empty where one may."""
+    """Why no program that attends joins parts too; empty where one may."""
     wide = max(job.keys.D, job.v) > 256 and job.values is not None
     bounds = job.variant.WINDOW and (slots > 1 or job.rest is not None)
     if job.node.target.name.startswith("hip") and (wide or bounds):
@@ -193,14 +215,13 @@ def _not_joined(job: Attention, slots: int) -> str:
     return ""
 
 
-def _combine(job: Attention, splits: Splits, parts: Parts, join: Join) -> Call:
-    """The launch that joins splits, a program for each row and some of its dims."""
+def _combine(job: Attention, parts: Parts, join: Join) -> Call:
+    """The launch that joins parts, a program for each row and some of its dims."""
     assert job.pages
     args = {
         "parts": parts,
         "pages": job.pages._replace(table=None),
         "variant": job.variant,
-        "splits": splits,
         "join": join,
         "out": Result(0),
         "HEADS": job.heads,
@@ -211,12 +232,11 @@ def _combine(job: Attention, splits: Splits, parts: Parts, join: Join) -> Call:
     return Call(combine_kernel, args, grid, (Result(0),), resident=resident)
 
 
-def _joining(job: Attention, join: Join, steps: int) -> float:
-    """Seconds that a program waits for tops, and then for splits, so many at once in each of its
+def _joining(job: Attention, parts: Parts, join: Join, steps: int) -> float:
+    """Seconds that a program waits for tops, and then for parts, so many at once in each of its
     steps, of a short context. A long one takes longer."""
-    context = min(job.context, _SHORT_CONTEXT)
-    splits = splits_of(context, _split(job), _STEADY)
-    return (1 + steps * triton.cdiv(splits, join.AT_ONCE)) * ROUND_TRIP_SECONDS
+    count = min(parts.COUNT, triton.cdiv(min(job.context, _SHORT_CONTEXT), parts.TILE))
+    return (1 + steps * triton.cdiv(count, join.AT_ONCE)) * ROUND_TRIP_SECONDS
 
 
 def padded(size: int) -> int:
@@ -225,15 +245,8 @@ def padded(size: int) -> int:
 
 
 def _few(job: Attention) -> bool:
-    """Whether blocks are small and contexts split."""
-    splits = splits_of(job.context, _split(job), _STEADY)
-    small = 4 * job.tokens * job.heads * splits * job.v <= _SPLIT_BYTES
-    return job.pages is not None and job.tokens <= _FEW_TOKENS and small
-
-
-def _split(job: Attention) -> int:
-    """Positions in a first split: on NVIDIA a latent's are one key/value head, in short tiles."""
-    return 32 if _wide_latent(job) and job.node.target.name.startswith("cuda") else 64
+    """Whether blocks are small and contexts in parts."""
+    return job.pages is not None and job.variant.CAUSAL and job.tokens <= _FEW_TOKENS
 
 
 def _wide_latent(job: Attention) -> bool:
@@ -245,11 +258,6 @@ def _most_programs(job: Attention) -> int:
     """On NVIDIA one a multiprocessor, so that launches overlap (templates.pdl)."""
     target = job.node.target
     return target.multiprocessors if target.name.startswith("cuda") else _PROGRAMS
-
-
-def _splits(job: Attention) -> int:
-    """How many splits; 1 where the context stays whole."""
-    return splits_of(job.context, _split(job), _STEADY) if _few(job) else 1
 
 
 def _slots(job: Attention, tile: Tile) -> int:
@@ -298,7 +306,8 @@ def _widest(job: Attention) -> Tile:
             # Of a latent only short tiles leave half of the multiprocessor (Call.resident).
             if _wide_latent(job):
                 return Tile(_FEW_ROWS, 16, 4, 5)
-            return Tile(_FEW_ROWS, 64, 8 if width > 128 else 4, 5)
+            # Sums of a wide head have no room in one warp.
+            return Tile(_FEW_ROWS, 32, 8, 5) if width > 128 else Tile(_FEW_ROWS, 64, 4, 5, 4)
         # The bounds of a window are scalars that wide tiles leave no registers for.
         if width > 256:
             return Tile(_FEW_ROWS, 16 if job.variant.WINDOW else 32, 4, 1)

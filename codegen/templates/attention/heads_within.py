@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .heads import finish_heads, read_heads
-from .splits import split_start
 
 
 class Heads(NamedTuple):
@@ -25,18 +24,13 @@ class Heads(NamedTuple):
 
 
 @triton.jit
-def places_of(pages, splits, tokens, part, parts_each, BLOCK: tl.constexpr):
-    """[BLOCK] the rows of a cache (i64) that the first of `tokens` tokens have, -1 for those that
-    are not of this `part`'s splits and for padding."""
+def places_of(pages, tokens, part, COUNT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] the rows of a cache (i64) that the first of `tokens` tokens have, -1 for those whose
+    tiles of N positions are not of this `part` and for padding."""
     token = tl.arange(0, BLOCK)
     slot = tl.load(pages.slots + token, mask=token < tokens, other=-1)
     at = tl.load(pages.positions + token, mask=token < tokens, other=0)
-    split = at * 0
-    if splits.COUNT > 1:
-        index = tl.arange(0, splits.BLOCK)
-        begun = split_start(index, splits)[None, :] <= at[:, None]
-        split = tl.sum(begun.to(tl.int32), 1) - 1
-    here = (slot >= 0) & (split % parts_each == part)
+    here = (slot >= 0) & (at // N % COUNT == part)
     page = tl.load(pages.table + slot * pages.PER_SLOT + at // pages.SIZE, mask=here, other=0)
     return tl.where(here, page.to(tl.int64) * pages.SIZE + at % pages.SIZE, -1)
 

@@ -25,7 +25,7 @@ from ...kernel_query import (
 )
 from ...kernel_source import map_leaves
 from ...prices import ROUND_TRIP_SECONDS
-from .attend import attend_kernel
+from .decode import decode_kernel
 from .grouped_query import attention
 from .heads import (
     THREAD_ELEMENTS,
@@ -133,7 +133,8 @@ def _joined(first: Candidate, then: Candidate) -> Candidate:
 def _within(query: KernelQuery, append: Append, attends: Candidate) -> Candidate | Declined:
     """Attention that makes heads itself."""
     call = attends.calls[0]
-    assert call.function is attend_kernel
+    if call.function is not decode_kernel:
+        return Declined("heads where they attend: too many tokens")
     threads = call.num_warps * query.target.warp
     if why := _not_within(query, append, call, threads):
         return Declined(f"heads where they attend: {why}")
