@@ -65,13 +65,14 @@ def prompts_for(vocab: int, count: int) -> list[list[int]]:
 
 
 def identity_cases() -> list[Any]:
-    """Every model, greedily and by seed: 200 prompts of 128 tokens; of one a few in short."""
-    slow = [
-        pytest.param(name, sampled, 200, 128, marks=pytest.mark.slow)
-        for name in MODELS
-        for sampled in (False, True)
-    ]
-    return [pytest.param("qwen3_moe", sampled, 6, 40) for sampled in (False, True)] + slow
+    """Every model, greedily and by seed: 30 prompts of 64 tokens, and of 128 tokens 200; of one a
+    few in short."""
+    cases = [pytest.param("qwen3_moe", sampled, 6, 40) for sampled in (False, True)]
+    for size, more in (((30, 64), ()), ((200, 128), (pytest.mark.sweep,))):
+        for name in MODELS:
+            marks = [pytest.mark.slow, *more]
+            cases += [pytest.param(name, sampled, *size, marks=marks) for sampled in (False, True)]
+    return cases
 
 
 @pytest.mark.usefixtures("_all_verified")
@@ -181,7 +182,8 @@ def redraws_from_all(row: Row, found: Mapping[str, Array], at: int, choice: Choi
 
 @pytest.mark.usefixtures("_all_verified")
 @pytest.mark.parametrize(
-    ("count", "tokens"), [(600, 2), pytest.param(20_000, 3, marks=pytest.mark.slow)]
+    ("count", "tokens"),
+    [(600, 2), pytest.param(20_000, 3, marks=[pytest.mark.slow, pytest.mark.sweep])],
 )
 def test_the_distribution(count: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Continuations are drawn as the model says, with drafts and without; by a rule that accepts
