@@ -72,14 +72,13 @@ class SampleOnDevice:
         outputs = (logits, *chosen, *others)
         after = Graph(graph.name, (*graph.params, *given), outputs, graph.symbols, graph.updates)
         reason = "parameters and outputs are new"
-        return context.log.declare(graph, after, reason, claims=_claims(after))
+        return context.log.declare(graph, after, reason, claims=_claims(after, len(chosen)))
 
 
-def _claims(after: Graph) -> tuple[Applied, ...]:
-    """At temperature 0 and without penalties the token is a most likely one, and no others are
-    given where none are asked for."""
-    logits = after.outputs[0]
-    token, logprob, *top = next(n for n in after.nodes() if n.op is sample).results
+def _claims(after: Graph, count: int) -> tuple[Applied, ...]:
+    """At temperature 0 and without penalties the first of `count` outputs behind the logits is a
+    most likely token, and no others are given where none are asked for."""
+    logits, token, logprob, *top = after.outputs[: 1 + count]
     one: dict[Value, Any] = {after.param(n): "zeros" for n in ("temperature", "seen", "top")}
     likely = log(softmax(cast(logits, dtype="f32"), dim=1))
     largest = amax(likely, dim=1, keepdim=False)

@@ -159,12 +159,13 @@ class Gate:
         """Its operands and attributes.
 
         Rows are one row of ± 1, turned or halved; an expert's weight is that row times a number of
-        its own, so that logits are about these numbers, whole and distinct.
+        its own, so that logits are about these numbers. They are distinct, and a quarter above whole
+        ones: no sums of two sigmoids, by which groups are chosen, are equal but for rounding.
         """
         signs = torch.randint(0, 2, (self.width,)) * 2.0 - 1
         x = signs.repeat(self.tokens, 1)
         x *= torch.tensor([1.0, -1.0, 0.5])[torch.arange(self.tokens) % 3][:, None]
-        scale = apart(1, self.count)[0] * 8 / self.width
+        scale = (apart(1, self.count)[0] * 8 + 0.25) / self.width
         weight = (signs * scale[:, None]).to(self.weight)
         parts = torch.randint(-2, 3, x.shape) / 4.0
         given: dict[str, Given] = {

@@ -49,9 +49,9 @@ def _driver(target: str) -> Driver:
 def entries_of(sizes: Sequence[int]) -> Iterator[None]:
     """Within, what is compiled has entries of so many tokens alone: kernels take time to build."""
 
-    def bindings(max_sequences: int, max_tokens: int) -> list[dict[str, int]]:
+    def bindings(max_sequences: int, max_tokens: int, *, rows: int) -> list[dict[str, int]]:
         assert max_sequences <= sizes[-1] <= max_tokens, (max_sequences, sizes, max_tokens)
-        return [{"T": t, "L": min(t, max_sequences)} for t in sizes]
+        return [{"T": t, "L": min(t, rows)} for t in sizes]
 
     with patch.object(compilation, "serving_bindings", bindings):
         yield
