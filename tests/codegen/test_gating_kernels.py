@@ -159,8 +159,8 @@ class Gate:
         """Its operands and attributes.
 
         Rows are one row of ± 1, turned or halved; an expert's weight is that row times a number of
-        its own, so that logits are about these numbers. They are distinct, and a quarter above whole
-        ones: no sums of two sigmoids, by which groups are chosen, are equal but for rounding.
+        its own, so that logits are about these numbers. They are distinct, and a quarter above
+        whole ones: no sums of two sigmoids, which choose groups, are equal but for rounding.
         """
         signs = torch.randint(0, 2, (self.width,)) * 2.0 - 1
         x = signs.repeat(self.tokens, 1)

@@ -132,9 +132,10 @@ def attend_tile(
     rest,
     keys,
     values,
+    pages,
     variant,
     kv_head,
-    row,
+    slot,
     n,
     tile,
     first,
@@ -157,6 +158,7 @@ def attend_tile(
     where = n + tile
     # What lies outside was perhaps never written: it may be NaN, and 0 · NaN is NaN.
     written = (where >= first) & (where <= last)
+    row = row_of(pages, slot, n)
     key = keys.data + (row * keys.ROW + kv_head * keys.HEAD)
     k = columns(key, tile * keys.ROW, written, keys.D, keys.BLOCK)
     scores = tl.dot(q, _turned(k, EACH), input_precision="ieee")
@@ -222,16 +224,16 @@ def attend_kernel(
     Keys are the dims of `query` ‖ `query_rest` (which may be None) of a row of `keys`; values are
     the first dims of a row of `values`, or of the keys where that is None. With `pages` rows lie in
     pages of a multiple of BLOCK_N; without them there is one sequence of `context` rows, of which
-    the tokens are the last. Program (block, head · lanes + lane): the lane takes every lanes-th
-    slot that the block's rows are of (SLOTS at most).
+    the tokens are the last. Program (block, head, lane): the lane takes every lanes-th slot that
+    the block's rows are of (SLOTS at most).
     """
     pdl_wait(PROGRAMMATIC)
     V: tl.constexpr = keys.D if values is None else values.D
     BLOCK_V: tl.constexpr = keys.BLOCK if values is None else values.BLOCK
     # The last rows have the longest contexts: they begin first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // lanes
-    lane = tl.program_id(1) % lanes
+    kv_head = tl.program_id(1)
+    lane = tl.program_id(2)
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
@@ -273,9 +275,10 @@ def attend_kernel(
                 query_rest,
                 keys,
                 values,
+                pages,
                 variant,
                 kv_head,
-                row_of(pages, slot, n),
+                slot,
                 n,
                 tl.arange(0, BLOCK_N),
                 first,

@@ -126,7 +126,7 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
     whole = Call(
         attend_kernel,
         {**args, "context": job.context, "BLOCK_N": tile.n},
-        (blocks, job.kv_heads * lanes, 1),
+        (blocks, job.kv_heads, lanes),
         (Result(0),),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -313,7 +313,7 @@ def _widest(job: Attention) -> Tile:
             return Tile(_FEW_ROWS, 16 if job.variant.WINDOW else 32, 4, 1)
         return Tile(_FEW_ROWS, 32 if job.variant.WINDOW else 64, 4, 2)
     if not nvidia:
-        # Rows of one head each are of more slots, whose masks take scalars.
+        # Rows of one head each are of more slots, whose masks take scalars; keys in two parts do.
         alone = job.group == 1
         if width > 256:  # longer tiles take all 512 registers of a lane, and with Triton 3.6 more
             return Tile(32, 16, 4, 1)
@@ -321,9 +321,10 @@ def _widest(job: Attention) -> Tile:
             return Tile(16 if alone else 32, 32, 4, 1)
         if width > 64:
             return Tile(64, 32, 8, 1)
-        return Tile(32 if alone else 64, 32 if job.variant.WINDOW else 64, 8, 1)
+        return Tile(32 if alone or job.rest else 64, 32 if job.variant.WINDOW else 64, 8, 1)
     if width > 256:
-        return Tile(32, 32, 8, 5)
+        # A second tile of keys and values on its way would take registers that 512 dims need.
+        return Tile(32, 32, 8, 3 if job.values else 5)
     m = 128 if rows >= 1024 and width <= 128 else 64
     # For sm_100 keys in two parts spill within the loop where tiles are longer.
     n = 32 if job.rest and job.node.target.name == "cuda:sm_100" else 64

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..arrival import last_to_arrive
 from ..pdl import pdl_join, pdl_launch
-from .attend import attend_tile, finished, queries_of, ranks_of, row_of, spanned
+from .attend import attend_tile, finished, queries_of, ranks_of, spanned
 from .heads_within import append, make_heads, places_of
 from .parts import joined
 
@@ -171,9 +171,10 @@ def decode_kernel(
                 query_rest,
                 keys,
                 values,
+                pages,
                 variant,
                 kv_head,
-                row_of(pages, slot, n),
+                slot,
                 n,
                 tile,
                 first,
