@@ -43,10 +43,11 @@ def test_it_is_transformers_own(name: str, dtype: torch.dtype, tmp_path: Path) -
             0, hidden, positions[None] + 1, cache, input_ids=following[None]
         )
         theirs = (output.logits, hidden, layer._project_to_logits(state), state)
-    limit = 2e-6 if dtype is torch.float32 else 4e-2
+    # In bf16 a rounding may give a token other experts.
+    limit, others = (2e-6, 0) if dtype is torch.float32 else (4e-2, 2)
     for found, expected in zip(ours, theirs, strict=True):
-        error = (found.float() - expected[0].float()).abs().max() / expected.float().abs().max()
-        assert error < limit
+        apart = (found.float() - expected[0].float()).abs().amax(-1)
+        assert int((apart >= limit * expected.float().abs().max()).sum()) <= others
 
 
 def test_without_it_nothing_changes(tmp_path: Path) -> None:
