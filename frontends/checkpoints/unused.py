@@ -105,7 +105,7 @@ class _Known:
             if not self.served:
                 return "multi-token prediction, which is not served"
             if leaf == "weight" and module.endswith(("embed_tokens", "shared_head.head")):
-                return "multi-token prediction's copy of the model's own, which it shares"
+                return "multi-token prediction's copy of the model's own, which is taken instead"
             return "multi-token prediction, of which one layer drafts"
         if leaf in _ROTARY:
             return "rotary frequencies, which follow from the config"

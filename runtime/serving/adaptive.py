@@ -2,8 +2,8 @@
 
 A step of more tokens takes longer (of a mixture of experts it reads more experts), and gives more
 only where drafts are right. So before each step the likeliest drafted tokens are counted in as long
-as tokens a second grow, and none where plain steps give more. What a step computes never depends on
-it: a sequence gets the same tokens, in more steps or in fewer.
+as tokens a second grow, and none where plain steps give more. A sequence gets the same tokens, in
+more steps or in fewer: but for rounding, where entries of other sizes sum in another order.
 """
 
 from __future__ import annotations

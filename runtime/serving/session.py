@@ -20,6 +20,7 @@ from .abi import ServingAbi
 from .adaptive import Adaptive, StepTimes
 from .batch import Batch, Chunk, Row
 from .device_drafts import DeviceDrafter
+from .draft_figures import DraftFigures
 from .kv_cache import KVCache
 from .row_sampling import RowSampler
 from .scheduler import Scheduler
@@ -106,8 +107,9 @@ class Session:
             tokens_per_slot=self.meta.max_tokens_per_sequence,
         )
         self.drafter = drafter
-        self._times = None if drafter is None else StepTimes()
-        self.adaptive = Adaptive(self._times, self._entry) if adapt and self._times else None
+        times = StepTimes()
+        self._figures = None if drafter is None else DraftFigures(times, self._entry)
+        self.adaptive = Adaptive(times, self._entry) if adapt and drafter else None
         self._scheduler = Scheduler(
             self._cache,
             tokens=self._abi.tokens,
@@ -131,7 +133,6 @@ class Session:
         self._steps = Steps(self._abi, executable, self._cache, self._sampler, clock)
         self._ahead = ahead
         self._clock = clock
-        self._drafting = 0.0  # of the drafting that the steps so far took
         self._taken = 0.0  # when the last step had ended
 
     def __enter__(self) -> Session:
@@ -389,53 +390,17 @@ class Session:
         for sequence, decode in zip(sequences, decoding, strict=True):
             sequence.stats.count_step(decode, seconds)
         self._stats.count_step(all(decoding), seconds)
-        if self._times is not None:
+        if self._figures is not None:
             given = [
                 (chunk, max(len(by_chunk.get(chunk, ())) - 1, 0), [c.token for c in o.choices])
                 for chunk, o in zip(chunks, outcomes, strict=True)
             ]
-            self._count_drafts(self._times, step, seconds, given, decoding)
+            drafting = self._scheduler.draft_seconds
+            self._figures.count(self._stats, step, seconds, drafting, given, decoding)
 
     def _entry(self, tokens: int, rows: int) -> int:
         """The tokens of the entry that takes so many tokens and rows."""
         return self._abi.smallest(tokens, rows)["T"]
-
-    def _count_drafts(
-        self,
-        times: StepTimes,
-        step: Step,
-        seconds: float,
-        given: list[tuple[Chunk, int, list[int]]],
-        decoding: list[bool],
-    ) -> None:
-        """Count a step of `seconds` that gave each chunk, with so many drafted tokens, tokens."""
-        drafting = self._scheduler.draft_seconds - self._drafting
-        self._drafting = self._scheduler.draft_seconds
-        times.add(step.symbols["T"], seconds + drafting, fed=step.fed)
-        count, total = len(given), self._stats
-        plain: float | None = None  # what one token of each would have taken instead
-        any_draft = any(drafted for _, drafted, _ in given)
-        if any_draft and all(decoding):
-            plain = times.plain(self._entry(count, count))
-        for (chunk, drafted, tokens), decode in zip(given, decoding, strict=True):
-            stats = chunk.sequence.stats
-            if drafted:
-                proposed = chunk.tokens[-drafted:]
-                pairs = zip(tokens, proposed, strict=False)
-                accepted = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-                accepted = min(len(tokens), drafted) if accepted is None else accepted
-                for counted in (stats, total):
-                    counted.count_draft(drafted, accepted, len(tokens))
-                stats.verify_seconds += seconds
-            if decode:
-                stats.draft_seconds += drafting
-                stats.plain_seconds += seconds if plain is None else len(tokens) * plain
-        total.draft_seconds += drafting
-        if any_draft:
-            total.verify_seconds += seconds
-        if all(decoding):
-            made = sum(len(tokens) for *_, tokens in given) / max(count, 1)
-            total.plain_seconds += seconds if plain is None else made * plain
 
     def _take_apart(self, batch: Batch, why: str) -> None:
         """Take a step that failed sequence by sequence: none ends for what another asked."""

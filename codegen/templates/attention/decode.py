@@ -1,8 +1,8 @@
 """Attention of few query rows: contexts in parts, which several programs walk beside each other.
 
 Tile t of a context, BLOCK_N positions, is of part t % COUNT. A part adds up its tiles one after the
-other, and parts are joined in their order: so a row's sums depend on its own position alone, and
-not on what else is in the batch.
+other, and parts are joined in their order: so a row's sums depend on its own position and on COUNT,
+which an entry has, and not on what else is in the batch.
 """
 
 from __future__ import annotations
