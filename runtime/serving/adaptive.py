@@ -20,6 +20,8 @@ from .sequence import Sequence
 
 # How many times of one entry are kept, the last ones, and how many it takes until they count.
 _TIMES, _ENOUGH = 5, 3
+# The least that a step takes, in seconds: a coarse clock says 0.
+_SHORTEST = 1e-9
 # What is known of a place in a draft fades by this with each draft: some 32 count.
 _FADING = 1 - 1 / 32
 # How much what is known of all sequences counts in what is expected of one, in drafts.
@@ -47,7 +49,7 @@ class StepTimes:
         key = fed, tokens
         if key not in self._samples:
             self._samples[key] = deque(maxlen=_TIMES)
-        self._samples[key].append(seconds)
+        self._samples[key].append(max(seconds, _SHORTEST))
         self._added.add(key)
 
     def of(self, tokens: int, *, fed: bool = False) -> float | None:

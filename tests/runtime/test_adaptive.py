@@ -103,6 +103,17 @@ def test_acceptance_is_known_while_nothing_is_verified() -> None:
     assert device.sizes[-3:] == [8, 8, 8]
 
 
+def test_a_clock_too_coarse_for_steps_decides_all_the_same() -> None:
+    """Where every step seems to take no time, drafted tokens cost nothing."""
+    adaptive = Adaptive(StepTimes(), lambda tokens, rows: tokens)
+    for tokens in (1, 4):
+        for _ in range(3):
+            adaptive.times.add(tokens, 0.0)
+    sequence = Sequence(1, (3, 1), Request(TOKENS), seed=0)
+    assert adaptive.choose({sequence: [5, 6, 7]}, tokens=1, room=8) == {sequence: 3}
+    assert adaptive.last is not None and adaptive.last.gain > 1
+
+
 def test_decisions_repeat() -> None:
     runs = [served(Foreseeing(4, 3), cost_of(STEEP), candidates=3)[:2] for _ in range(2)]
     assert runs[0] == runs[1]
