@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from ...compiler.ir import Graph, Value
 from ...compiler.ops.attention import attention
+from ...compiler.ops.draft import likeliest
 from ...compiler.ops.leaf import constant, param
 from ...compiler.ops.moe import experts
 from ...compiler.ops.mxfp4 import mxfp4
@@ -77,7 +78,8 @@ class HuggingFaceModel:
 
     One that also predicts the token behind the next has, beside `tokens` and `positions`, the
     parameter `following` i32[T], for each token the one that follows it, and the outputs logits,
-    hidden [T, H], predicted logits [T, vocab] and predicted hidden [T, H]: see prediction_layer.
+    hidden [T, H], drafted i32[T], the likeliest token behind that, and its state [T, H]: see
+    prediction_layer.
     """
 
     graph: Graph
@@ -158,6 +160,8 @@ def _import_traced(
     )
     graph = imported.graph
     outputs = [view(output, shape=output.type.shape[1:]) for output in graph.outputs]
+    if layer is not None:
+        outputs[2] = likeliest(outputs[2])
     if outputs[0].type.dtype == "f64":
         outputs[0] = cast(outputs[0], dtype="f32")  # the widest in which logits are served
     graph = Graph(graph.name, graph.params, tuple(outputs), graph.symbols)

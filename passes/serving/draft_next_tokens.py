@@ -1,9 +1,9 @@
 """draft-next-tokens: behind every row that it samples, a step drafts tokens for the step after it.
 
-A model that also predicts the token behind the next (see frontends/importers/prediction_layer) is
-in the graph already, over every token and the one that follows it, with a cache of its own. Where
-rows are accepted, the sampled token is the drafted one that follows, so that one run over all
-tokens both fills that cache and drafts behind each row. What lies in the cache beyond an accepted
+What drafts the token behind the next (see frontends/importers/prediction_layer) is in the graph
+already, over every token and the one that follows it, with a cache of its own. Where rows are
+accepted, the sampled token is the drafted one that follows, so that one run over all tokens both
+fills that cache and drafts behind each row. What lies in the cache beyond an accepted
 row is written again by the next step, as in the model's own.
 """
 
@@ -16,14 +16,12 @@ from typing import Any, ClassVar
 import sympy
 
 from ...compiler.ir import Graph, Node, Value, walk
-from ...compiler.ops.draft import accept, follow, likeliest
+from ...compiler.ops.draft import accept, follow
 from ...compiler.ops.leaf import param
-from ...compiler.ops.pointwise import cast
-from ...compiler.ops.reduce import amax
 from ...compiler.ops.sampling import sample
-from ...compiler.ops.shape import cat, gather, take, view
+from ...compiler.ops.shape import cat, take, view
 from ...compiler.pipeline import PassContext
-from ...compiler.rewrite import Applied, rebuild
+from ...compiler.rewrite import rebuild
 from ...compiler.types import dim
 from .sample_on_device import FOLLOWING
 
@@ -33,13 +31,13 @@ MOST = 4
 
 @dataclass(frozen=True)
 class DraftNextTokens:
-    """The outputs hidden, predicted logits and predicted hidden [L, ·] become draft i32[L, tokens].
+    """The outputs hidden [L, H], drafted i32[L] and state [L, H] become draft i32[L, tokens].
 
     `following` is from here on -1 for the tokens that the step samples. The first drafted token is
-    the likeliest of the predicted logits. Each further one is made by the prediction layer from its
-    own state, one position on, behind the rows where acceptance ends (see the op accept) alone; of
-    other rows these are no drafts. With them the graph has the parameter room i32[L], how many
-    positions behind each row's there are pages for.
+    `drafted`. Each further one is made by what drafts from its own state, one position on, behind
+    the rows where acceptance ends (see the op accept) alone; of other rows these are no drafts.
+    With them the graph has the parameter room i32[L], how many positions behind each row's there
+    are pages for.
     """
 
     name: ClassVar[str] = "draft-next-tokens"
@@ -55,12 +53,12 @@ class DraftNextTokens:
         if reason := _refusal(graph):
             context.log.decline(self.name, graph.outputs[0].node, reason)
             return graph
-        *chosen, hidden, logits, state = graph.outputs
+        *chosen, hidden, first, state = graph.outputs
         token, rows = chosen[1], graph.param("logit_rows")
         known = graph.param(FOLLOWING)
         following = param(name=FOLLOWING, type=known.type)
         filled = follow(following, rows, token)
-        drafted = [likeliest(logits)]
+        drafted = [first]
         params = [following if p == known else p for p in graph.params]
         updates = dict(graph.updates)
         if self.tokens > 1:
@@ -68,10 +66,10 @@ class DraftNextTokens:
             params.append(room)
             given = [graph.param(name) for name in ("tokens", "positions", "slots")]
             steps = accept.all(*given, rows, token, room, steps=self.tokens - 1)
-            layer = _Layer(graph, hidden, logits, state)
+            layer = _Drafting(graph, hidden, first, state)
             for i in range(self.tokens - 1):
                 slots, positions = steps[2 * i : 2 * i + 2]
-                logits, state, caches = layer.again(
+                token, state, caches = layer.again(
                     hidden=state,
                     following=drafted[-1],
                     slots=slots,
@@ -79,26 +77,14 @@ class DraftNextTokens:
                     caches=updates,
                 )
                 updates |= caches
-                drafted.append(likeliest(logits))
+                drafted.append(token)
         columns = [view(d, shape=(*d.type.shape, 1)) for d in drafted]
         draft = columns[0] if len(columns) == 1 else cat(*columns, dim=1)
         unfilled = Graph(graph.name, tuple(params), (*chosen, draft), graph.symbols, updates)
         after = rebuild(unfilled, {known: filled})
         context.log.counts[self.name] += 1
         reason = "what was predicted is drafted"
-        return context.log.declare(graph, after, reason, claims=_claims(after))
-
-
-def _claims(after: Graph) -> tuple[Applied, ...]:
-    """Each drafted token has the largest of the logits that are predicted for it."""
-    claims: list[Applied] = []
-    for node in after.nodes():
-        if node.op is likeliest:
-            (logits,) = node.args
-            index = cast(view(Value(node), shape=(*node.types[0].shape, 1)), dtype="i64")
-            largest, chosen = amax(logits, dim=1, keepdim=True), gather(logits, index, dim=1)
-            claims.append(Applied("likeliest", (logits,), (largest,), (chosen,)))
-    return tuple(claims)
+        return context.log.declare(graph, after, reason)
 
 
 def _refusal(graph: Graph) -> str | None:
@@ -108,23 +94,23 @@ def _refusal(graph: Graph) -> str | None:
         return "it does not sample"
     if FOLLOWING not in names or any(node.op is follow for node in graph.nodes()):
         return "it predicts nothing behind the tokens that it samples"
-    *chosen, hidden, logits, state = graph.outputs
-    if len(chosen) < 3 or any(o.op is not take for o in (hidden, logits, state)):
-        return "its last outputs are not the rows of hidden states, logits and hidden states"
+    *chosen, hidden, drafted, state = graph.outputs
+    if len(chosen) < 3 or any(o.op is not take for o in (hidden, drafted, state)):
+        return "its last outputs are not the rows of hidden states, tokens and hidden states"
     return None
 
 
-class _Layer:
-    """The prediction layer of a serving graph, to be computed again for other rows."""
+class _Drafting:
+    """What drafts in a serving graph, to be computed again for other rows."""
 
-    def __init__(self, graph: Graph, hidden: Value, logits: Value, state: Value) -> None:
+    def __init__(self, graph: Graph, hidden: Value, drafted: Value, state: Value) -> None:
         self._given = {
             "hidden": hidden.node.args[0],
             "following": graph.param(FOLLOWING),
             "slots": graph.param("slots"),
             "positions": graph.param("positions"),
         }
-        self._outputs = (logits.node.args[0], state.node.args[0])
+        self._outputs = (drafted.node.args[0], state.node.args[0])
         self._trunk = graph.param("tokens")
         mine = {self._given["following"].node}
         for node in graph.nodes():
@@ -133,13 +119,13 @@ class _Layer:
         # Caches that it appends to, by name, and what they hold after it.
         self._updates = {n: v for n, v in graph.updates.items() if v.node in mine}
         self._caches = {name: graph.param(name) for name in self._updates}
-        tokens, more = self._given["slots"].type.shape[0], logits.type.shape[0]
+        tokens, more = self._given["slots"].type.shape[0], drafted.type.shape[0]
         self._rows = {tokens: more}
 
     def again(
         self, *, caches: Mapping[str, Value], **given: Value
     ) -> tuple[Value, Value, dict[str, Value]]:
-        """Its logits and state for other rows, and what its caches hold after those."""
+        """Its tokens and state for other rows, and what its caches hold after those."""
         made = {self._given[name]: value for name, value in given.items()}
         made |= {self._caches[name]: caches[name] for name in self._caches}
         roots = (*self._outputs, *self._updates.values())
@@ -149,15 +135,15 @@ class _Layer:
                 continue
             if self._trunk.node is node:
                 raise ValueError(
-                    "draft-next-tokens: expected a prediction layer that reads the hidden state "
-                    "alone of what the model computes, found one that reads its tokens too"
+                    "draft-next-tokens: expected what drafts to read the hidden state alone of "
+                    "what the model computes, found that it reads its tokens too"
                 )
             args = [made[a] for a in node.args]
             same = args == [*node.args] and not node.is_symbolic
             again = node if same else self._rebuilt(node, args)
             made.update(zip(node.results, again.results, strict=True))
-        logits, state, *updates = (made[root] for root in roots)
-        return logits, state, dict(zip(self._updates, updates, strict=True))
+        drafted, state, *updates = (made[root] for root in roots)
+        return drafted, state, dict(zip(self._updates, updates, strict=True))
 
     def _rebuilt(self, node: Node, args: list[Value]) -> Node:
         attrs = {name: self._for_rows(value) for name, value in node.attrs.items()}

@@ -11,7 +11,6 @@ from ingot.compiler.ir import Graph
 from ingot.compiler.ops.draft import accept, follow
 from ingot.compiler.pipeline import PassError, run_pipeline
 from ingot.compiler.text import parse
-from ingot.compiler.validate import RewriteCheck
 from ingot.passes.serving.draft_next_tokens import DraftNextTokens
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
 from ingot.passes.serving.sample_on_device import SampleOnDevice
@@ -34,7 +33,8 @@ GRAPH = """
       %w = view(%b, shape=[T, 8])
       %state = add(%z, %w)
       %predicted = linear(%state, @head)
-      return %logits, %hidden, %predicted, %state
+      %drafted = likeliest(%predicted)
+      return %logits, %hidden, %drafted, %state
     } where {
       @embed: f32[12, 8]
       @head: f32[12, 8]
@@ -57,8 +57,8 @@ def test_what_it_makes(golden: Callable[[str], None], tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_what_was_there_stays_and_drafts_are_the_layer_s(tokens: int) -> None:
-    """The first drafted token is the likeliest of what the graph before predicts, with the sampled
-    tokens for those that follow; logits, tokens and the model's own cache are the same."""
+    """The first drafted token is that of the graph before, with the sampled tokens for those that
+    follow; logits, tokens and the model's own cache are the same."""
     before = sampling()
     after, _ = applied(DraftNextTokens(tokens), before)
     weights = random_weights(before)
@@ -80,7 +80,7 @@ def test_what_was_there_stays_and_drafts_are_the_layer_s(tokens: int) -> None:
         expected = interpret(before, {**mine, "following": filled}, weights)
         for a, b in zip((logits, token, logprob), expected.outputs, strict=False):
             assert torch.equal(a, b)
-        assert torch.equal(draft[:, 0], expected.outputs[4].argmax(1).int())
+        assert torch.equal(draft[:, 0], expected.outputs[4])
         assert draft.shape == (3, tokens)
         for name in ("k_cache.0", "v_cache.0"):
             assert torch.equal(found.updates[name], expected.updates[name])
@@ -104,7 +104,7 @@ def test_what_was_there_stays_and_drafts_are_the_layer_s(tokens: int) -> None:
 
 
 def test_only_what_predicts_drafts() -> None:
-    text = GRAPH.replace("return %logits, %hidden, %predicted, %state", "return %logits")
+    text = GRAPH.replace("return %logits, %hidden, %drafted, %state", "return %logits")
     text = text.replace(", %following: i32[T]", "").replace("%following", "%tokens")
     plain = run_pipeline(graph_of(text), SERVING)[-1].graph
     for graph, reason in (
@@ -134,7 +134,7 @@ def test_refuses_a_layer_that_reads_the_model_s_tokens() -> None:
     )
     graph = run_pipeline(graph_of(text), SERVING)[-1].graph
     applied(DraftNextTokens(1), graph)
-    with pytest.raises(PassError, match="expected a prediction layer that reads the hidden state"):
+    with pytest.raises(PassError, match="expected what drafts to read the hidden state alone"):
         run_pipeline(graph, (DraftNextTokens(2),))
 
 
@@ -142,7 +142,3 @@ def test_refuses_a_layer_that_reads_the_model_s_tokens() -> None:
 def test_how_many(tokens: int) -> None:
     with pytest.raises(PassError, match=f"expected 1 to 4 tokens, found {tokens}"):
         run_pipeline(sampling(), (DraftNextTokens(tokens),))
-
-
-def test_the_claims_hold() -> None:
-    run_pipeline(sampling(), (DraftNextTokens(3),), check=RewriteCheck())
