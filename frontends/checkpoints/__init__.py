@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: lazy reading from safetensors, dequantization, and MXFP4 export.
 
-`checkpoint` opens one over `safetensors_files` (mapped files, sharded writing), `conversions`
+`checkpoint` opens one over `safetensors_files` (mapped files, sharded writing), `entries` (stored
+tensors as parameters), `conversions`
 (transformers' renames, stacks and concatenations), `quantized` (codes and scales as one weight),
 `quantization_config` (the scheme that config.json declares, read through `config_section` and
 `patterns`),

@@ -17,7 +17,6 @@ from torch.export import Dim, ExportedProgram, export
 
 from ...compiler.ir import Graph, Value
 from ...compiler.ops.attention import attention
-from ...compiler.ops.draft import likeliest
 from ...compiler.ops.leaf import constant, param
 from ...compiler.ops.moe import experts
 from ...compiler.ops.mxfp4 import mxfp4
@@ -34,6 +33,7 @@ from ..checkpoints.rotations import Rotated
 from ..checkpoints.safetensors_files import holds_weights
 from .attention_masks import described_masks
 from .default_positions import default_position_offset
+from .draft_head import DraftHead, Predicting
 from .in_memory import meta_copy, traceable_model
 from .meta_model import (
     ADAPTER,
@@ -46,7 +46,7 @@ from .meta_model import (
     read_config,
 )
 from .online_rotations import rotate_activations
-from .prediction_layer import Predicting, PredictionLayer, prediction_layer, under_prefix
+from .prediction_layer import prediction_layer
 from .refusals import (
     ENCODER_DECODER,
     NOT_THE_INTERFACE,
@@ -110,16 +110,16 @@ def trace(
     model: PreTrainedModel,
     max_tokens: int,
     offset: int = 0,
-    layer: PredictionLayer | None = None,
+    head: DraftHead | None = None,
 ) -> ExportedProgram:
     """The functional program of a model: ids and positions [1, T] -> logits [1, T, V].
 
-    With `layer` it is what Predicting says. `offset` is added to the positions. ImportFailure and
+    With `head` it is what Predicting says. `offset` is added to the positions. ImportFailure and
     UnsupportedModel say why it has none.
     """
     ids = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.long, device=model.device)
-    traced = _Logits(model, offset) if layer is None else Predicting(layer, offset)
-    inputs = [ids.clone() for _ in range(2 if layer is None else 3)]
+    traced = _Logits(model, offset) if head is None else Predicting(head, offset)
+    inputs = [ids.clone() for _ in range(2 if head is None else 3)]
     tokens = Dim("T", min=1, max=max(max_tokens, _SAMPLE_TOKENS))
     try:
         with torch.no_grad(), described_masks(max_tokens), warnings.catch_warnings():
@@ -145,10 +145,10 @@ def _import_traced(
     name: str,
     max_tokens: int,
     offset: int,
-    layer: PredictionLayer | None = None,
+    head: DraftHead | None = None,
 ) -> Imported:
     imported = import_program(
-        trace(meta.model, max_tokens, offset, layer),
+        trace(meta.model, max_tokens, offset, head),
         name,
         symbols={"T": range(1, max_tokens + 1)},
         inputs={
@@ -160,12 +160,13 @@ def _import_traced(
     )
     graph = imported.graph
     outputs = [view(output, shape=output.type.shape[1:]) for output in graph.outputs]
-    if layer is not None:
-        outputs[2] = likeliest(outputs[2])
+    if head is not None:
+        outputs[2] = head.drafted(outputs[2])
     if outputs[0].type.dtype == "f64":
         outputs[0] = cast(outputs[0], dtype="f32")  # the widest in which logits are served
     graph = Graph(graph.name, graph.params, tuple(outputs), graph.symbols)
-    return Imported(graph, imported.constants, imported.referenced)
+    referenced = frozenset(n.attrs["name"] for n in graph.nodes() if n.op is constant)
+    return Imported(graph, imported.constants, referenced)
 
 
 def _with_packed(graph: Graph, packed: Mapping[str, tuple[int, ...]], weights: Weights) -> Graph:
@@ -203,7 +204,7 @@ def _is_cacheable(graph: Graph) -> bool:
 
 
 def _check(
-    meta: MetaModel, imported: Imported, in_memory: bool, layer: PredictionLayer | None
+    meta: MetaModel, imported: Imported, in_memory: bool, head: DraftHead | None
 ) -> dict[str, str]:
     """The parameters of other parts than the language model, and why text does not need them.
 
@@ -214,7 +215,7 @@ def _check(
     found = [n.op for n in imported.graph.nodes()]
     layers = model.config.get_text_config().num_hidden_layers
     layers -= len(cross_attention_layers(model))
-    layers += layer is not None
+    layers += head is not None
     seen = found.count(attention)
     if seen != layers and not (in_memory and 0 < seen < layers and _is_cacheable(imported.graph)):
         if getattr(model.config, "is_encoder_decoder", False):
@@ -224,7 +225,7 @@ def _check(
             f"{NOT_THE_INTERFACE}"
         )
     stacks = _count_expert_modules(m for _, m in language_modules(model))
-    stacks += 0 if layer is None else _count_expert_modules(layer.model.modules())
+    stacks += 0 if head is None else _count_expert_modules(head.model.modules())
     if (seen := found.count(experts)) < stacks:  # layers may share one module
         raise ImportFailure(
             f"{kind}: expected one experts node for each of {stacks} MoE layers, found {seen}; the "
@@ -235,8 +236,9 @@ def _check(
     unused = [n for n in parameters if meta.tied.get(n, n) not in used]
     language = language_parameters(model)
     absent = [n for n in unused if n in language]
-    if layer is not None:
-        absent += [n for n in under_prefix(layer.types()) if n not in imported.referenced]
+    if head is not None:
+        own = head.prefixed(dict.fromkeys(head.stored_names()))
+        absent += [n for n in own if n not in imported.referenced]
     if absent:
         raise ImportFailure(
             f"{kind}: {len(absent)} parameters take no part in the traced program: "
@@ -285,7 +287,7 @@ def import_hugging_face(
         ((n, r) for r, n in length_limits(config).items()), default=(max_tokens, "")
     )
     notes: tuple[str, ...] = ()
-    layer: PredictionLayer | None = None
+    head: DraftHead | None = None
     if limit < max_tokens:
         notes = (f"max_tokens_per_sequence: {max_tokens} is lowered to {limit}, the {reason}",)
         max_tokens = limit
@@ -309,11 +311,12 @@ def import_hugging_face(
             dtype = stored_dtype(source)
         meta = build_meta_model(config, dtype or named)
         layer = prediction_layer(meta, meta.model.dtype) if predict else None
+        head = layer
         opened = without_weights if absent else open_checkpoint
         checkpoint = opened(source, meta, layer=layer, allow_unused=allow_unused)
         weights, packed, unused = checkpoint.weights, checkpoint.packed, checkpoint.unused
         rotated = checkpoint.rotated
-        if layer is not None and rotated:
+        if head is not None and rotated:
             raise SourceError(
                 f"{source}: its online rotations ({rotated[0].module}) are not applied to a layer "
                 "of multi-token prediction; compile it without speculate=MTP(...)"
@@ -328,8 +331,8 @@ def import_hugging_face(
     except UnsupportedModel:
         _import_traced(meta, config.model_type, max_tokens, 0)  # what fails here names the line
         raise
-    imported = _import_traced(meta, config.model_type, max_tokens, offset, layer)
-    unused = {**unused, **_check(meta, imported, in_memory, layer)}
+    imported = _import_traced(meta, config.model_type, max_tokens, offset, head)
+    unused = {**unused, **_check(meta, imported, in_memory, head)}
     weights = weights.merged(imported.constants)
     graph = _with_packed(imported.graph, packed, weights)
     return HuggingFaceModel(

@@ -9,21 +9,18 @@ how published names map to it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.modeling_layers import MtpModel
 
-from ...compiler.types import TensorType
-from .meta_model import MetaModel, PreTrainedModel, keep_in_float32
-from .module_tensors import named_tensors
+from .draft_head import DraftHead
+from .meta_model import MetaModel, keep_in_float32
 from .source_error import SourceError
 from .tracing import one_at_a_time
 
-# Before the names of its weights.
-PREFIX = "mtp."
 # What only such layers have, under the names of the published layouts.
 PARTS = ("eh_proj", "enorm", "hnorm", "shared_head")
 COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -54,20 +51,39 @@ def predicts(names: Iterable[str], config: Any) -> set[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class PredictionLayer(MetaModel):
+class PredictionLayer(DraftHead):
     """The first prediction layer of a model, on the meta device: `model` is an MtpModel that
     shares the embedding, the head and the rotary embedding of `trunk`.
 
-    Its own tensors are `layers.0.…` (and `shared_post_norm`); nothing else is in `types`.
+    Its own tensors are `layers.0.…` (and `shared_post_norm`).
     """
 
-    trunk: PreTrainedModel
+    prefix: ClassVar[str] = "mtp."
 
-    def types(self) -> dict[str, TensorType]:
-        """See MetaModel; of the layer's own tensors."""
-        shared = {id(tensor) for _, tensor in named_tensors(self.trunk)}
-        own = {name for name, tensor in named_tensors(self.model) if id(tensor) not in shared}
-        return {name: type_ for name, type_ in super().types().items() if name in own}
+    @property
+    def parts(self) -> Mapping[str, torch.nn.Module]:
+        """See DraftHead."""
+        model: Any = self.model
+        own = {"layers": model.layers}
+        if model.use_shared_post_norm:
+            own["shared_post_norm"] = model.shared_post_norm
+        return own
+
+    def features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See DraftHead: what the model's last norm gives."""
+        return hidden_states[-1]
+
+    def step(
+        self, hidden: torch.Tensor, following: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """See DraftHead."""
+        model: Any = self.model
+        return model.forward_layer(0, hidden, positions, None, input_ids=following)
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """See DraftHead."""
+        model: Any = self.model
+        return model._project_to_logits(state)
 
     def transforms(self) -> list[Any]:
         """See MetaModel."""
@@ -98,12 +114,11 @@ def prediction_layer(meta: MetaModel, dtype: torch.dtype) -> PredictionLayer:
             f"{kind}: transformers can make no layer of multi-token prediction of this config: "
             f"{type(error).__name__}: {told}"
         ) from error
-    for own in (model.layers, getattr(model, "shared_post_norm", None)):
-        if own is not None:
-            own.to(dtype)
+    layer = PredictionLayer(model, {}, {}, trunk)
+    for own in layer.parts.values():
+        own.to(dtype)
     model.eval().requires_grad_(False)
     keep_in_float32(model, dtype, like=trunk)
-    layer = PredictionLayer(model, {}, {}, trunk)
     stored = model.state_dict().keys()
     if unstored := [name for name in layer.types() if name not in stored]:
         raise SourceError(
@@ -111,42 +126,3 @@ def prediction_layer(meta: MetaModel, dtype: torch.dtype) -> PredictionLayer:
             f"{', '.join(unstored[:5])}"
         )
     return layer
-
-
-class Predicting(torch.nn.Module):
-    """What is traced of a model and its prediction layer: no cache, positions from `offset` on.
-
-    The layer's positions are those of the hidden states that it takes, as in the paper.
-    """
-
-    def __init__(self, layer: PredictionLayer, offset: int) -> None:
-        super().__init__()
-        model: Any = layer.model
-        self.model, self.offset = layer.trunk, offset
-        self.mtp = torch.nn.Module()
-        self.mtp.layers = model.layers
-        if model.use_shared_post_norm:
-            self.mtp.shared_post_norm = model.shared_post_norm
-        # No module of this one: what it shares with the model goes by the model's names.
-        self.__dict__["_layer"] = model
-
-    def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, following: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Logits and hidden states [1, T, ·] of the model, and the same of the layer."""
-        position_ids = position_ids + self.offset if self.offset else position_ids
-        output: Any = self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=False,
-            output_hidden_states=True,
-        )
-        hidden = output.hidden_states[-1]
-        layer: Any = self.__dict__["_layer"]
-        predicted = layer.forward_layer(0, hidden, position_ids, None, input_ids=following)
-        return output.logits, hidden, layer._project_to_logits(predicted), predicted
-
-
-def under_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """`weights` of the layer by the names that they have beside the model's."""
-    return {f"{PREFIX}{name}": entry for name, entry in weights.items()}

@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import MXFP4, quantization_scheme
 from ..checkpoints.rotations import rotated_modules
 from .meta_model import MetaModel, read_config
-from .prediction_layer import PredictionLayer, under_prefix
+from .prediction_layer import PredictionLayer
 from .source_error import SourceError
 
 _GROUP = 32  # elements per scale in gpt-oss
@@ -35,7 +35,7 @@ def without_weights(
     """
     directory = Path(directory)
     missing = _missing(directory)
-    types = meta.types() | under_prefix({} if layer is None else layer.types())
+    types = meta.types() | ({} if layer is None else layer.prefixed(layer.types()))
     packed = _packed(directory, types)
     entries: dict[str, Entry] = {}
     for name, type_ in types.items():

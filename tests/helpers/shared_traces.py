@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 import torch
 from ingot.frontends.importers import huggingface
+from ingot.frontends.importers.draft_head import DraftHead
 from ingot.frontends.importers.meta_model import MetaModel
-from ingot.frontends.importers.prediction_layer import PredictionLayer
 from ingot.frontends.importers.torch_export import Imported
 
 # What a config says of where and how the model was saved.
@@ -66,10 +66,10 @@ def _traced_once(
     name: str,
     max_tokens: int,
     offset: int,
-    layer: PredictionLayer | None = None,
+    head: DraftHead | None = None,
 ) -> Imported:
-    if layer is not None:
-        return _import_traced(meta, name, max_tokens, offset, layer)
+    if head is not None:
+        return _import_traced(meta, name, max_tokens, offset, head)
     seen = _seen(meta)
     asked = _Asked(meta, seen or (), name, max_tokens, offset)
     return asked.imported() if seen is None else _shared(asked)
