@@ -35,6 +35,8 @@ NORMED = " normed"
 # with all norms in launches before, 3.02 with those of products up to 16 MiB within (36 launches
 # fewer), 3.04 with all.
 NORM_WITHIN_BYTES, NORM_LAUNCH_SECONDS = 16 << 20, 2e-6
+# How much longer a GEMV takes for each token whose row it norms (measured on an H200).
+NORM_IN_GEMV = 0.15
 
 # Codes that a device unpacks in a second in kernels that do little else: about 20 a clock and SM;
 # by scaled conversions an instruction of 64 lanes unpacks 128 (estimated).
@@ -54,22 +56,41 @@ PICK_SECONDS = 1e-7
 
 
 def gemm_seconds(
-    target: Target, kernel: str, of: Launched, weight_bytes: int, other_bytes: int, *, packed: bool
+    target: Target,
+    kernel: str,
+    of: Launched,
+    weight_bytes: int,
+    other_bytes: int,
+    *,
+    packed: bool,
+    programs: int = 1,
 ) -> float:
-    """A GEMM with its launch: as measured, or else its weight at the kernel's fraction of the
-    bandwidth. A norm within that was not measured costs by the bytes of the weight."""
+    """A GEMM of so many programs with its launch: as measured, or else its weight at the kernel's
+    fraction of the bandwidth. What a norm within adds is estimated where it was not measured."""
     table = table_of(target.name)
     if (measured := table.seconds(of)) is not None:
         return measured
     within = 0.0
     if of.kernel.endswith(NORMED):
-        within = weight_bytes / NORM_WITHIN_BYTES * NORM_LAUNCH_SECONDS
+        within = _norm_seconds(target, kernel, of, weight_bytes, programs)
         of = of._replace(kernel=of.kernel.removesuffix(NORMED))
     if (measured := table.seconds(of)) is not None:
         return measured + within
     fraction = GEMM_BANDWIDTH[kernel, packed]
     moved = weight_bytes / fraction + other_bytes
     return moved / target.bytes_per_second + target.launch_seconds + within
+
+
+def _norm_seconds(
+    target: Target, kernel: str, of: Launched, weight_bytes: int, programs: int
+) -> float:
+    """What a norm within a GEMM adds: by the bytes of the weight; on AMD by those of the rows, of
+    16 bits an element, that every program reads twice first, or as in a GEMV (estimated)."""
+    if not target.mfma:
+        return weight_bytes / NORM_WITHIN_BYTES * NORM_LAUNCH_SECONDS
+    if kernel == "gemv":
+        return NORM_IN_GEMV * of.tokens * weight_bytes / target.bytes_per_second
+    return ROUND_TRIP_SECONDS + 4 * of.tokens * of.columns * programs / SHARED_BYTES
 
 
 def is_measured(target: Target, of: Launched) -> bool:

@@ -67,11 +67,16 @@ def attending(tokens: int, size: int) -> Case:
 
 FEW, MANY = ("mfma_kernel",), ("product_kernel",)
 SILU = (("gate", "silu"),)
+NORM = (("eps", 1e-5), ("norm", Held(bf16(4096))))
 CASES = {
     "few": Case(linear, (bf16(1, 4096), HeldPacked(bf16(6144, 4096))), (), FEW),
     "few, deep": Case(linear, (bf16(16, 14336), HeldPacked(bf16(4096, 14336))), (), FEW),
     "few, gated": Case(linear, (bf16(16, 2048), HeldPacked(bf16(1536, 2048))), SILU, FEW),
     "few, gated, large": Case(linear, (bf16(1, 4096), HeldPacked(bf16(28672, 4096))), SILU, FEW),
+    "few, normed": Case(linear, (bf16(1, 4096), HeldPacked(bf16(6144, 4096))), NORM, FEW),
+    "few, gated, normed": Case(
+        linear, (bf16(2, 4096), HeldPacked(bf16(12288, 4096))), NORM + SILU, FEW
+    ),
     "few, dense": Case(linear, (bf16(8, 4096), Held(bf16(128256, 4096))), (), FEW, packed=False),
     "GEMV": Case(
         linear,

@@ -53,6 +53,20 @@ def test_what_stands_before_and_after(target: str, names: tuple[str, ...]) -> No
     assert kernels(lowered)[-1] == "mfma_kernel"
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16])
+@pytest.mark.parametrize(("n", "k"), [(17, 96), (40, 2080), (33, 4096)])
+@pytest.mark.parametrize("form", [Packed, Weight])
+def test_a_norm_within_is_the_norm_before(
+    target: str, tokens: int, n: int, k: int, form: type[Packed | Weight]
+) -> None:
+    """Rows are normed and rounded as by a launch of their own: only the order of sums differs."""
+    x = (torch.randn(tokens, k) * torch.logspace(-3, 3, tokens)[:, None]).to(BF16)
+    named = {"norm": Weight(torch.exp(torch.randn(k) / 2).to(BF16)), "eps": 1e-5}
+    lowered = check_node(linear, (Strided(x), form(drawn(n, k))), named, target)
+    if form is Packed:
+        assert kernels(lowered) == ["mfma_kernel"]
+
+
 @pytest.mark.parametrize(("n", "k"), [(24, 64), (9, 4096)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gated(target: str, n: int, k: int, biased: bool) -> None:
@@ -78,6 +92,10 @@ def test_a_token_is_the_same_among_others(target: str) -> None:
     (all_,), _, _ = run_node(linear, (x, w), {}, target)
     (one,), _, _ = run_node(linear, (x[11:12].clone(), w), {}, target)
     assert torch.equal(all_[11:12], one)
+    named = {"norm": Weight(torch.ones(1056).to(BF16)), "eps": 1e-5}
+    (some,), _, _ = run_node(linear, (x[:4].clone(), w), named, target)
+    (one,), _, _ = run_node(linear, (x[2:3].clone(), w), named, target)
+    assert torch.equal(some[2:3], one)
 
 
 def test_heads(target: str) -> None:

@@ -63,14 +63,15 @@ def test_launches_of_a_normed_product(
     tokens: int,
     k: int,
 ) -> None:
-    """One, and another where operands are made in registers for AMD's matrix cores."""
+    """One, whatever multiplies; and what splits a product of all heads."""
     op, attrs = OPS[name]
     args = (residual_stream(tokens, k, dtype), held(dtype, k, group))
     lowered = check_node(op, args, {**normed(k, of_norm), **attrs}, target, ALLOWED[dtype])
-    first = target.startswith("hip") and dtype == BF16 and group != 16
-    assert launches(lowered) == (2 if name == "heads" else 1) + first
+    assert launches(lowered) == (2 if name == "heads" else 1)
     (choice,) = lowered.choices
-    assert (", after its norm: in registers" if first else ", its norm within") in choice.reason
+    assert ", its norm within" in choice.reason
+    if target.startswith("hip") and dtype == BF16 and group == 32:
+        assert choice.kernels[0] == "mfma_kernel"
 
 
 @ops
@@ -186,8 +187,8 @@ def test_built_for_every_target(tokens: int, group: int) -> None:
     named = {"norm": of_norm, "gate": "silu", "eps": 1e-5}
     facts = build_everywhere(linear, (x, Packed(w) if group else Weight(w)), named)
     if group:
-        # As measured on sm_90, for 16 tokens a launch before is faster.
-        before = {"hip:gfx942", "hip:gfx950"} | ({"cuda:sm_90"} if tokens == 16 else set())
+        # For 16 tokens a launch before is faster, as measured on sm_90, and estimated on AMD.
+        before = {"hip:gfx942", "hip:gfx950", "cuda:sm_90"} if tokens == 16 else set[str]()
         counts = {target: len(found) for target, found in facts.items()}
         assert counts == {target: 1 + (target in before) for target in facts}
         # A program of eight warps leaves room for another on the multiprocessor.

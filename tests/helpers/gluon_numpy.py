@@ -217,6 +217,10 @@ class _Language:
     def expand_dims(self, x: Array, axis: int) -> Array:
         return Array(np.expand_dims(x.values, axis), x.dtype)
 
+    def broadcast(self, x: Array, y: Array) -> tuple[Array, Array]:
+        a, b = np.broadcast_arrays(x.values, y.values)
+        return Array(a, x.dtype), Array(b, y.dtype)
+
     def convert_layout(self, x: Array, layout: Any, assert_trivial: bool = False) -> Array:
         return x
 
@@ -312,7 +316,7 @@ def _wide(x: Array) -> Any:
 
 
 # Functions that make layouts.
-_LAYOUTS = ("_vector", "powers", "_columns_by_k", "_words", "_columns")
+_LAYOUTS = ("_vector", "powers", "_columns_by_k", "_words", "_columns", "_repeated")
 
 
 def run(kernel: JITFunction, grid: tuple[int, int, int], args: Mapping[str, Any]) -> None:

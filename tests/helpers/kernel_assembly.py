@@ -47,7 +47,7 @@ def sources(
     prefer: str = "",
 ) -> list[KernelSource]:
     """The kernels that compute the node, in the order of their first launches; `prefer` is as
-    `select` has it."""
+    `select` has it. Optional operands are Held among `attrs`."""
     held: dict[str, TensorType] = {}
     params: list[Value] = []
 
@@ -69,7 +69,8 @@ def sources(
                 return params[-1]
 
     values = tuple(value(i, arg) for i, arg in enumerate(args))
-    graph = Graph("node", tuple(params), op.node(values, attrs).results, {})
+    named = {n: weight(n, v.type) if isinstance(v, Held) else v for n, v in attrs.items()}
+    graph = Graph("node", tuple(params), op.node(values, named).results, {})
 
     def no_data() -> Any:
         raise AssertionError("a weight was asked for where nothing runs")

@@ -58,7 +58,13 @@ def candidates(
                 product.weight.K,
             )
             seconds = len(given.calls) * query.target.launch_seconds + gemm_seconds(
-                query.target, answer.kernel, priced, weight_bytes, other, packed=product.packed
+                query.target,
+                answer.kernel,
+                priced,
+                weight_bytes,
+                other,
+                packed=product.packed,
+                programs=prod(answer.call.grid),
             )
             described = reason.format(name=answer.name, held=held, note=given.note)
             calls = (*given.calls, replace(answer.call, priced=priced))

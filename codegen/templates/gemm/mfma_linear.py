@@ -4,13 +4,17 @@ The weight lies by rows, as it was stored. It is the right operand of v_mfma_f32
 which lane 16·q + r holds eight columns of row r. Which eight is free, if x has the same: in MXFP4 a
 quarter of a group of 32 columns of the lane's own, so that it loads a whole group, 16 bytes, and
 one scale; else those beside the next lane's. Codes become numbers in registers; nothing goes
-through LDS but the sums of the warps, which share K (split-K within a program).
+through LDS but the sums of the warps, which share K (split-K within a program), and normed rows.
+
+A norm of x is taken along where there are few tokens: every program norms its rows, each element in
+one lane, and lays them out for all. So a launch is saved, which takes longer than all of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from triton import next_power_of_2
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd import AMDMFMALayout
@@ -49,6 +53,41 @@ def _columns(R, T, W, q_first):
     lanes = [[1, 0], [2, 0], [4, 0], [8, 0], *([0, p] for p in q)]
     warps = [[0, p] for p in powers(128 * T, W)]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * R, 128 * T * W])
+
+
+@gluon.constexpr_function
+def _repeated(T, W, q_first, room):
+    """_columns of a token's row number in `room` rows: [16 / room, room, columns]."""
+    held = _columns(1, T, W, q_first)
+    bases = [
+        [[token // room, token % room, column] for token, column in part]
+        for part in (held.reg_bases, held.lane_bases, held.warp_bases)
+    ]
+    return gl.DistributedLinearLayout(*bases, [], [16 // room, room, W * T * 128])
+
+
+@gluon.jit
+def _scales_of(
+    rows, norm, column, K: gl.constexpr, STEP: gl.constexpr, ROOM: gl.constexpr, held: gl.constexpr
+):
+    """1 / rms [ROOM, 1] of the rows at `rows` [ROOM, STEP], whose first STEP columns are `column`.
+
+    A column's squares are added up first, whatever ROOM is: a token's sum is the same in all.
+    """
+    squares = gl.zeros([ROOM, STEP], gl.float32, layout=held)
+    for i in range((K + STEP - 1) // STEP):
+        value = _inside(rows, column, i, K, STEP).to(gl.float32)
+        squares += value * value
+    return gl.rsqrt(gl.expand_dims(gl.sum(squares, 1), 1) / K + norm.EPS)
+
+
+@gluon.jit
+def _inside(at, column, i, K: gl.constexpr, STEP: gl.constexpr):
+    """Step i of rows of K columns, 0 beyond them; `column` has the shape of `at`."""
+    if K % STEP == 0:
+        return gl.load(at + i * STEP)
+    else:
+        return gl.load(at + i * STEP, mask=column < K - i * STEP, other=0.0)
 
 
 @gluon.jit
@@ -140,6 +179,7 @@ def _numbers(
 def mfma_kernel(
     x,
     weight,
+    norm,
     epilogue,
     tokens,
     N: gl.constexpr,
@@ -147,12 +187,14 @@ def mfma_kernel(
     W: gl.constexpr,
     T: gl.constexpr,
     R: gl.constexpr,
+    ROOM: gl.constexpr,
     PROGRAMMATIC: gl.constexpr,
 ):
     """y [tokens, N] = epilogue(x [tokens, K] · wᵀ) for a weight by rows; `x` are Rows.
 
     W warps of T times 128 columns make a step, R times 16 rows a program. Of a HALVED weight half
-    of them are gate rows, the others their up rows. VERSION is of the matrix cores.
+    of them are gate rows, the others their up rows. VERSION is of the matrix cores. With a `norm`
+    rows of x are normed by it first, ROOM (a power of two, not below `tokens`) at once.
     """
     pdl_wait(PROGRAMMATIC)
     K: gl.constexpr = weight.K
@@ -193,15 +235,30 @@ def mfma_kernel(
         at_scale = weight.scales + row.to(gl.int64) * (K // GROUP)
     column = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, in_x)), 0)
     token = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, in_x)), 1)
+    column = token * 0 + column
     at_x = x.data + (gl.minimum(token, tokens - 1) * x.STEP + column)
 
     held, scale = _loaded(at_w, at_scale, unit, K, STEP, GROUP)
+    if norm is not None:
+        flat: gl.constexpr = gl.BlockedLayout([1, 2 * T], [1, 64], [1, W], [1, 0])
+        spread: gl.constexpr = _repeated(T, W, GROUP == 0, ROOM)
+        column = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, flat)), 0)
+        at_gain = norm.weight + column
+        first = column
+        token = gl.expand_dims(gl.arange(0, ROOM, layout=gl.SliceLayout(1, flat)), 1)
+        column = token * 0 + column
+        at_x = x.data + (gl.minimum(token, tokens - 1) * x.STEP + column)
+        of_tokens = _scales_of(at_x, norm, column, K, STEP, ROOM, flat)
+        copies = gl.zeros([16 // ROOM, ROOM, STEP], x.data.dtype.element_ty, layout=spread)
     acc = gl.zeros([W, 16, ROWS], gl.float32, layout=mma)
     for i in range(STEPS):
-        if K % STEP == 0:
-            xs = gl.load(at_x + i * STEP)
-        else:
-            xs = gl.load(at_x + i * STEP, mask=token * 0 + column < K - i * STEP, other=0.0)
+        xs = _inside(at_x, column, i, K, STEP)
+        if norm is not None:
+            gain = _inside(at_gain, first, i, K, STEP).to(gl.float32)
+            xs = (xs.to(gl.float32) * of_tokens * gain).to(xs.dtype)
+            xs = gl.expand_dims(gl.convert_layout(xs, gl.SliceLayout(0, spread)), 0)
+            xs = gl.broadcast(xs, copies)[0].reshape([16, STEP])
+            xs = gl.convert_layout(xs, in_x, assert_trivial=True)
         numbers = _numbers(held, scale, GROUP, weight.SCALED, W, T, ROWS)
         # The next step's weights are asked for before this one's are used.
         ahead = gl.minimum(i + 1, STEPS - 1) * UNITS
@@ -256,8 +313,8 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
     query, weight = product.query, product.weight
     if why := on_matrix_cores(query, product.tokens):
         yield Declined(f"mfma: {why}")
-    elif weight.COLUMN != 1 or product.norm is not None:
-        yield Declined("mfma: expected rows of a weight and no norm within")
+    elif weight.COLUMN != 1:
+        yield Declined("mfma: expected rows of a weight")
     else:
         tall = 2 if weight.N >= 32 * _MANY_PROGRAMS else 1
         programs = -(-weight.N // (16 * tall))
@@ -265,6 +322,7 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
         args = {
             "x": product.x,
             "weight": weight,
+            "norm": product.norm,
             "epilogue": product.epilogue,
             "tokens": product.tokens,
             "N": product.n,
@@ -272,6 +330,7 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
             "W": warps,
             "T": 2 if 256 * warps <= weight.K else 1,
             "R": tall,
+            "ROOM": next_power_of_2(product.tokens) if product.norm else 1,
         }
         call = Call(mfma_kernel, args, (programs, 1, 1), (product.epilogue.y,), num_warps=warps)
         yield GemmLaunch(call, "mfma", "fragments in registers for few tokens")

@@ -1,8 +1,9 @@
 """What stands before a GEMM: its norm within it, or the launch of its prologue.
 
-Few tokens: every program of a GEMM reads whole rows of x, so it multiplies them by the norm's
-weight as it reads, adds up their squares, and scales its sums at the end. That rounds each element
-once, as a norm before it would, and saves a launch.
+Few tokens: every program of a GEMM reads whole rows of x, so it can norm them as well, which saves a
+launch. On NVIDIA it multiplies them by the norm's weight as it reads, adds up their squares, and
+scales its sums at the end; on AMD's matrix cores it norms them first. Either way each element is
+rounded once, as by a norm before it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from math import prod
 from ....compiler.types import TensorType
 from ...kernel_query import Arg, Call, Declined, KernelQuery, Operand, Ref, Result, Temp
 from ..rowwise.norms import prologue_call, row_step
-from .mfma_linear import on_matrix_cores
 from .product import FEW
 
 
@@ -78,8 +78,6 @@ def _not_within(query: KernelQuery, gain: Operand) -> str:
     tokens = prod(x.shape[:-1])
     if tokens > FEW:
         return "tokens are many"
-    if not on_matrix_cores(query, tokens):
-        return "in registers it costs every program as much as the weight"
     if row_step(x) is None or not gain.dense:
         return "rows do not lie in one step"
     if x.type.dtype not in ("bf16", "f32"):

@@ -15,6 +15,7 @@ import triton.language as tl
 from ...kernel_query import Call, Declined
 from ..pdl import pdl_wait
 from .epilogue import finish
+from .mfma_linear import on_matrix_cores
 from .product import FEW, GemmLaunch, Product
 from .weight import weight_tile
 
@@ -107,6 +108,8 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
         return
     if not product.few:
         yield Declined(f"narrow tiles: {product.tokens} tokens, expected at most {FEW}")
+    elif product.norm is not None and not on_matrix_cores(product.query, product.tokens):
+        yield Declined("narrow tiles: the kernel that keeps to registers norms rows once for all")
     elif target.mfma:
         # A matrix instruction has 16 rows, and warps that have none repeat another's.
         yield _launch(product, True, FEW, 64, 4, 2)
