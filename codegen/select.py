@@ -8,7 +8,7 @@ from dataclasses import replace
 from . import pointwise
 from .kernel_query import Candidate, Declined, KernelQuery, Template
 from .templates.attention import grouped_query as attention
-from .templates.attention import heads, mla, project_attention, rope
+from .templates.attention import heads, latent_attention, mla, project_attention, rope
 from .templates.gemm import linear
 from .templates.moe import experts, gating
 from .templates.rowwise import copy, indexed, norms, reductions, rows
@@ -27,6 +27,7 @@ _TABLES: tuple[Mapping[str, Sequence[Template]], ...] = tuple(
         gating,
         heads,
         indexed,
+        latent_attention,
         linear,
         mla,
         norms,

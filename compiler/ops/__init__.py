@@ -5,8 +5,8 @@
 order of tensor cores `mxfp4_fragments` · `hadamard` · `collective` what ranks exchange ·
 `sampling` the next token, `feed` what the next step takes of it, and `draft` what drafting does ·
 `heads` of attention and `gating` of experts with their product, `project_attention` both heads and
-attention, `prologue` what these and `linear` share · `region` element-wise ops as one node · `aten`
-any other functional torch operator.
+attention, `latent_attention` rows of a latent and attention, `prologue` what these and `linear`
+share · `region` element-wise ops as one node · `aten` any other functional torch operator.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""fuse-heads-attention: attention over a paged cache makes the heads that it takes itself."""
+"""fuse-heads-attention: attention over a paged cache makes what it takes itself, heads or rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 from ...compiler.ir import Graph, Node, Value
 from ...compiler.ops.attention import cached_attention
 from ...compiler.ops.heads import project_heads
+from ...compiler.ops.latent_attention import latent_attention
 from ...compiler.ops.leaf import param
+from ...compiler.ops.mla import cached_mla_attention, mla_latent
 from ...compiler.ops.project_attention import CACHES, INDEX, project_attention
+from ...compiler.ops.rope import rope
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Applied, Decline
 
@@ -47,25 +50,80 @@ def _fused(maker: Node, attends: Node) -> Applied:
     return Applied(FuseHeadsAttention.name, node.args, before, node.results, given)
 
 
+def _row_maker(attends: Node) -> Node:
+    """The node of the rows that latent attention reads; Decline where there is none."""
+    maker = attends.args[2].node
+    if maker.op is not mla_latent or attends.args[2] not in [
+        Value(maker, a.updated) for a in maker.appends
+    ]:
+        raise Decline("its cache is not what rows of a latent are appended to")
+    if any(attends.operand(name) != maker.operand(name) for name in INDEX):
+        raise Decline("it has other slots, positions or pages than what is appended")
+    return maker
+
+
+def _is_turned(
+    q_pe: Value, maker: Node, users: dict[Value, list[Node]], roots: tuple[Value, ...]
+) -> bool:
+    """Whether queries are rotated as the rows of `maker` are, for this attention alone."""
+    node = q_pe.node
+    if node.op is not rope or len(users[q_pe]) > 1 or q_pe in roots:
+        return False
+    alike = node.attrs["form"] == maker.attrs["form"] and node.attrs.get("start", 0) == 0
+    return alike and [*node.args[1:3]] == [*maker.args[2:4]]
+
+
+# mla_attention(q, rope(p), cache) of _, cache = mla_latent(kv, cache) is latent_attention(q, p, kv)
+def _latent_fused(maker: Node, attends: Node, rotate: bool) -> Applied:
+    q_latent, q_pe = attends.args[:2]
+    if rotate:
+        q_pe = q_pe.node.args[0]
+    kv, norm_weight, cos, sin = (maker.operands[name] for name in mla_latent.required)
+    index: dict[str, Any] = {name: maker.operand(name) for name in (*INDEX, "cache")}
+    attrs = {"eps": maker.attrs["eps"], "form": maker.attrs["form"]}
+    attrs |= {"scale": attends.attrs["scale"], "rotate": rotate}
+    args = (q_latent, q_pe, kv, norm_weight, cos, sin)
+    node = latent_attention.node(args, {**index, **attrs}, attends.source)
+    # Checked for tokens 0, 1, ... of one sequence: each has a place of its own.
+    given: dict[Value, Any] = dict.fromkeys((index[name] for name in INDEX), "index")
+    given[index["slots"]] = "zeros"
+    return Applied(
+        FuseHeadsAttention.name,
+        node.args,
+        (attends.results[0], *maker.results),
+        node.results,
+        given,
+    )
+
+
 @dataclass(frozen=True)
 class FuseHeadsAttention:
-    """cached_attention of what project_heads makes and appends -> project_attention."""
+    """cached_attention of what project_heads makes and appends -> project_attention;
+    cached_mla_attention of rows that mla_latent makes and appends, and of queries that are rotated
+    as these are -> latent_attention."""
 
     name: ClassVar[str] = "fuse-heads-attention"
 
     def expected(self, graph: Graph) -> int:
-        """Attention over a cache that a product of heads appends to."""
-        nodes = (n for n in graph.nodes() if n.op is cached_attention)
-        return sum(n.args[1].op is project_heads for n in nodes)
+        """Attention over a cache that a product of heads, or what makes latent rows, appends to."""
+        of_heads = (n for n in graph.nodes() if n.op is cached_attention)
+        of_rows = (n for n in graph.nodes() if n.op is cached_mla_attention)
+        found = sum(n.args[1].op is project_heads for n in of_heads)
+        return found + sum(n.args[2].op is mla_latent for n in of_rows)
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         fused: list[Applied] = []
         users, roots = graph.users(), graph.roots
         for node in graph.nodes():
-            if node.op is not cached_attention:
+            if node.op not in (cached_attention, cached_mla_attention):
                 continue
             try:
-                fused.append(_fused(_producer(node, users, roots), node))
+                if node.op is cached_attention:
+                    fused.append(_fused(_producer(node, users, roots), node))
+                else:
+                    maker = _row_maker(node)
+                    turned = _is_turned(node.args[1], maker, users, roots)
+                    fused.append(_latent_fused(maker, node, turned))
             except Decline as reason:
                 context.log.decline(self.name, node, str(reason))
         return context.log.apply(graph, fused)

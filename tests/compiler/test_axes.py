@@ -12,6 +12,7 @@ from ingot.compiler.interpret import random_tensor
 from ingot.compiler.ir import Node, Op, Sample
 from ingot.compiler.ops import attention, heads, linear, mla, moe, pointwise, rope, shape
 from ingot.compiler.ops.aten import aten_op
+from ingot.compiler.ops.latent_attention import latent_attention
 from ingot.compiler.ops.leaf import param
 from ingot.compiler.ops.project_attention import project_attention
 from ingot.compiler.types import TensorType, symbol
@@ -90,12 +91,15 @@ def cached() -> Iterator[Case]:
     attends["scale"] = 0.3
     summed = {"norm": t(10), "delta": t(5, 10), "eps": 1e-5}
     row = (t(5, 14), t(10), t(5, 2), t(5, 2))
+    of_rows = {"cache": latent[2], "eps": 1e-5, "form": "half", "scale": 0.3}
     for op, floats, named in (
         (heads.project_heads, (t(5, 10), t(52, 10)), k_and_v),
         (heads.project_heads, (t(5, 10), t(52, 10)), {**k_and_v, **summed}),
         (project_attention, (t(5, 10), t(60, 10)), attends),
         (project_attention, (t(5, 10), t(60, 10)), {**attends, **summed, "sinks": t(4)}),
         (mla.mla_latent, row, {"cache": latent[2], "eps": 1e-5, "form": "half"}),
+        (latent_attention, (*latent[:2], *row), {**of_rows, "rotate": False}),
+        (latent_attention, (*latent[:2], *row), {**of_rows, "rotate": True}),
     ):
         node, values = case(op, OpCase.of(op, Sample(floats, {**named, **places})))
         yield node, [*values[: -len(index)], *index]

@@ -1,4 +1,4 @@
-"""fuse-heads-attention: attention makes the heads that it takes."""
+"""fuse-heads-attention: attention makes the heads, or the rows, that it takes."""
 
 from __future__ import annotations
 
@@ -114,6 +114,78 @@ STAY = {
 def test_what_stays(name: str) -> None:
     lines, reason = STAY[name]
     before = block(*lines)
+    after, log = applied(STEP, before)
+    assert after is before
+    (declined,) = log.declined
+    assert reason in declined
+
+
+# ---- rows of a latent
+
+LATENT = f"""
+    graph @block(%q: f32[T, 3, 8], %p: f32[T, 3, 4], %kv: f32[T, 12], %cos: f32[T, 2], \
+%sin: f32[T, 2], %more: f32[T, 2], {PLACES}, %at: i32[T], %c: f32[5, 4, 12], \
+%other: f32[5, 4, 12]) T=1..8 {{{{
+      {{lines}}
+    }}}} where {{{{
+      @norm: f32[8]
+    }}}}"""
+ROWS = f"%row, %ca = mla_latent(%kv, @norm, %cos, %sin, cache=%c, {INDEX}, eps=1e-05, form='half')"
+TURNED = "%t = rope(%p, %cos, %sin, form='half')"
+ATTENDS = "%y = cached_mla_attention(%q, %t, %ca, %slots, %positions, %table, scale=0.3)"
+
+
+def latent(*lines: str) -> Graph:
+    return graph_of(LATENT.format(lines="\n".join((*lines, "update %c = %ca"))))
+
+
+def test_rows_and_queries_that_turn_with_them(golden: Callable[[str], None]) -> None:
+    after = fused(latent(ROWS, TURNED, ATTENDS, "return %y"))
+    assert ops(after) == {"latent_attention": 1}
+    golden(str(after))
+
+
+# Queries that are rotated by a launch of their own: read elsewhere, by other tables, or otherwise.
+TAKEN = {
+    "read elsewhere": ((ROWS, TURNED, ATTENDS, "%n = neg(%t)", "return %y, %n"), {"neg", "rope"}),
+    "an output": ((ROWS, TURNED, ATTENDS, "return %y, %t"), {"rope"}),
+    "by other tables": (
+        (ROWS, TURNED.replace("%cos", "%more"), ATTENDS, "return %y"),
+        {"rope"},
+    ),
+    "in another form": (
+        (ROWS, TURNED.replace("half", "interleaved"), ATTENDS, "return %y"),
+        {"rope"},
+    ),
+    "not at all": ((ROWS, ATTENDS.replace("%t,", "%p,"), "return %y"), set[str]()),
+    "computed": ((ROWS, "%t = neg(%p)", ATTENDS, "return %y"), {"neg"}),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_rows_alone(name: str) -> None:
+    lines, others = TAKEN[name]
+    after = fused(latent(*lines))
+    assert ops(after).keys() == {"latent_attention", *others}
+    (node,) = (n for n in after.nodes() if n.op.name == "latent_attention")
+    assert not node.attrs["rotate"]
+
+
+def test_the_row_may_be_read_too() -> None:
+    after = fused(latent(ROWS, TURNED, ATTENDS, "%n = neg(%row)", "return %y, %n"))
+    assert ops(after) == {"latent_attention": 1, "neg": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("%ca, %slots", "%c, %slots", "not what rows of a latent are appended to"),
+        ("%ca, %slots", "%other, %slots", "not what rows of a latent are appended to"),
+        ("%positions", "%at", "other slots, positions or pages"),
+    ],
+)
+def test_latent_attention_that_stays(old: str, new: str, reason: str) -> None:
+    before = latent(ROWS, TURNED, ATTENDS.replace(old, new), "return %y")
     after, log = applied(STEP, before)
     assert after is before
     (declined,) = log.declined

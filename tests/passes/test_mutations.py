@@ -297,6 +297,12 @@ MUTATIONS: dict[str, Mutation] = {
     "attention of another scale": Mutation(
         "llama", "fuse-heads-attention", "project_attention", one_more("scale"), target=NVIDIA
     ),
+    "rows of a latent turned by sines for cosines": Mutation(
+        MLA, "fuse-heads-attention", "latent_attention", swapped(4, 5), target=NVIDIA
+    ),
+    "latent attention of another scale": Mutation(
+        MLA, "fuse-heads-attention", "latent_attention", one_more("scale"), target=NVIDIA
+    ),
     "another first step of a region": Mutation(
         "gemma2", "fuse-elementwise", "region", first_step("mul"), target=NVIDIA
     ),

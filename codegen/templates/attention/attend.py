@@ -95,6 +95,38 @@ def queries_of(query, token, head, mine):
 
 
 @triton.jit
+def turned_queries_of(query, rotation, token, head, mine):
+    """queries_of, rotated by a Rotation (None: not) of all D dims."""
+    if rotation is None:
+        q = queries_of(query, token, head, mine)
+    else:
+        HALF: tl.constexpr = rotation.HALF
+        d = tl.arange(0, query.BLOCK)
+        if rotation.FORM == "interleaved":
+            pair = d // 2
+            second = d % 2
+        else:
+            pair = d % HALF
+            second = d // HALF
+        if rotation.FORM == "half":
+            own = d
+            other = pair + (1 - second) * HALF
+        else:
+            own = 2 * pair + second
+            other = 2 * pair + 1 - second
+        inside = mine[:, None] & (d < 2 * HALF)[None, :]
+        base = query.data + (token * query.TOKEN + head * query.HEAD + query.SKIP)[:, None]
+        x = tl.load(base + own[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(base + other[None, :], mask=inside, other=0.0).to(tl.float32)
+        table = (token * rotation.STEP)[:, None] + pair[None, :]
+        c = tl.load(rotation.cos + table, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(rotation.sin + table, mask=inside, other=0.0).to(tl.float32)
+        turned = x * c + tl.where(second == 1, 1.0, -1.0)[None, :] * y * s
+        q = turned.to(query.data.dtype.element_ty)
+    return q
+
+
+@triton.jit
 def row_of(pages, slot, n):
     """The row of a cache (i64) that position n of a slot has; n itself without `pages`."""
     row = n.to(tl.int64)
@@ -204,6 +236,7 @@ def finished(variant, head, mine, top, total, acc):
 def attend_kernel(
     query,
     query_rest,
+    rotation,
     keys,
     values,
     pages,
@@ -221,7 +254,8 @@ def attend_kernel(
 ):
     """BLOCK_M rows of a key/value head over the contexts of their slots: `out` [T, H, V].
 
-    Keys are the dims of `query` ‖ `query_rest` (which may be None) of a row of `keys`; values are
+    Keys are the dims of `query` ‖ `query_rest` (which may be None, and is turned first where there
+    is a `rotation`) of a row of `keys`; values are
     the first dims of a row of `values`, or of the keys where that is None. With `pages` rows lie in
     pages of a multiple of BLOCK_N; without them there is one sequence of `context` rows, of which
     the tokens are the last. Program (block, head, lane): the lane takes every lanes-th slot that
@@ -263,7 +297,7 @@ def attend_kernel(
         q = queries_of(query, token.to(tl.int64), head, mine)
         q_rest = q
         if query_rest is not None:
-            q_rest = queries_of(query_rest, token.to(tl.int64), head, mine)
+            q_rest = turned_queries_of(query_rest, rotation, token.to(tl.int64), head, mine)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)

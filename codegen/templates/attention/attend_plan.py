@@ -104,6 +104,7 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
     args = {
         "query": job.query,
         "query_rest": job.rest,
+        "rotation": None,
         "keys": job.keys,
         "values": job.values,
         "pages": job.pages,
@@ -156,7 +157,7 @@ def _in_parts(
     sizes = (job.v, count, tile.n, triton.next_power_of_2(count))
     groups = blocks * job.kv_heads * given["lanes"]
     programs, resident = spread(target, groups * count)
-    made = {"heads": None, "arrivals": None, "join": None, "blocks": blocks}
+    made = {"heads": None, "latent": None, "arrivals": None, "join": None, "blocks": blocks}
     made |= {"parts": Parts(None, None, None, *sizes)}
     whole = Call(
         decode_kernel,

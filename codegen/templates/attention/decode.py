@@ -12,8 +12,9 @@ import triton.language as tl
 
 from ..arrival import last_to_arrive
 from ..pdl import pdl_join, pdl_launch
-from .attend import attend_tile, finished, queries_of, ranks_of, spanned
+from .attend import attend_tile, finished, queries_of, ranks_of, spanned, turned_queries_of
 from .heads_within import append, make_heads, places_of
+from .latent_rows import append_latent_rows
 from .parts import joined
 
 
@@ -57,7 +58,9 @@ def _touch(keys, kv_head, row, mine):
 def decode_kernel(
     query,
     query_rest,
+    rotation,
     heads,
+    latent,
     keys,
     values,
     pages,
@@ -90,7 +93,8 @@ def decode_kernel(
 
     With `heads` (heads_within.Heads) queries are not read but made, and so are the keys and values
     of the step's tokens: each program writes those of its part into the caches before it reads any.
-    All that do so write the same. AHEAD says that no launch of the step writes the index of `pages`
+    All that do so write the same, and they do likewise with rows of `latent`
+    (latent_rows.LatentWithin). AHEAD says that no launch of the step writes the index of `pages`
     before this one: it is read before the launches before have ended.
     """
     pdl_launch(PROGRAMMATIC)
@@ -120,6 +124,8 @@ def decode_kernel(
         rank = ranks_of(slot_of, BLOCK_M)
     if heads is not None:
         places = places_of(pages, tokens, part, COUNT, N, heads.BLOCK)
+    if latent is not None:
+        places = places_of(pages, tokens, part, COUNT, N, latent.BLOCK)
     if SLOTS == 1 or AHEAD:
         mine, slot, first, last = spanned(rank, lane, slot_of, at, at, variant)
         begin = _first_tile(part, first, COUNT, N)
@@ -131,6 +137,8 @@ def decode_kernel(
         dtype: tl.constexpr = keys.data.dtype.element_ty
         q, new_k, new_v = make_heads(heads, token, head, slot_of >= 0, kv_head, places, dtype)
         append(new_k, new_v, keys, values, kv_head, places, heads.BY_WAVE)
+    if latent is not None:
+        append_latent_rows(latent, keys, tokens, places)
     EACH: tl.constexpr = WALKS > 1
     tile = tl.arange(0, N)
     if EACH:
@@ -149,7 +157,7 @@ def decode_kernel(
             q = queries_of(query, token.to(tl.int64), head, mine)
         q_rest = q
         if query_rest is not None:
-            q_rest = queries_of(query_rest, token.to(tl.int64), head, mine)
+            q_rest = turned_queries_of(query_rest, rotation, token.to(tl.int64), head, mine)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)

@@ -65,7 +65,13 @@ def append(k, v, keys, values, kv_head, to, BY_WAVE: tl.constexpr):
     d = tl.arange(0, values.BLOCK)[None, :]
     value = values.data + at * values.ROW + kv_head * values.HEAD + d
     tl.store(value, v, mask=new & (d < values.D))
+    stored(BY_WAVE)
+
+
+@triton.jit
+def stored(BY_WAVE: tl.constexpr):
+    """Wait until all threads of this program see what any of them has stored."""
     if BY_WAVE:
-        stored: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0"
-        tl.inline_asm_elementwise(stored, "=v,~{memory}", [], tl.int32, False, 1)
+        asm: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0"
+        tl.inline_asm_elementwise(asm, "=v,~{memory}", [], tl.int32, False, 1)
     tl.debug_barrier()

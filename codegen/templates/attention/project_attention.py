@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import triton
 
@@ -23,8 +22,8 @@ from ...kernel_query import (
     Temp,
     dense_strides,
 )
-from ...kernel_source import map_leaves
 from ...prices import ROUND_TRIP_SECONDS
+from .composed import joined, renamed
 from .decode import decode_kernel
 from .grouped_query import attention
 from .heads import (
@@ -58,9 +57,9 @@ def project_attention(query: KernelQuery) -> Iterator[Candidate | Declined]:
         if isinstance(heads, Declined):
             yield heads
             continue
-        calls = tuple(_renamed(call, made) for call in heads.calls)
+        calls = tuple(renamed(call, made) for call in heads.calls)
         before = replace(heads, calls=calls, temps={**heads.temps, "q": q})
-        yield from (_joined(before, each) for each in attends)
+        yield from (joined(before, each) for each in attends)
     fused: list[Candidate] = []
     for each in attends:
         within = _within(query, query.append, each)
@@ -72,7 +71,7 @@ def project_attention(query: KernelQuery) -> Iterator[Candidate | Declined]:
         reason = "the product in f32{note}; heads where they attend, written into the cache"
         for product in products(query, reason):
             if isinstance(product, Candidate):
-                yield from (_joined(product, each) for each in fused)
+                yield from (joined(product, each) for each in fused)
 
 
 def _queries(query: KernelQuery) -> Operand:
@@ -100,34 +99,13 @@ def _attention(query: KernelQuery, append: Append) -> Iterator[Candidate | Decli
     asked = KernelQuery(
         cached_attention, attrs, tuple(args), query.results[:1], query.target, None, given
     )
-    renamed: dict[Ref, Ref] = {Arg(i): ref for i, ref in enumerate(refs)}
+    by_ref: dict[Ref, Ref] = {Arg(i): ref for i, ref in enumerate(refs)}
     answer = attention(asked)
     for each in (answer,) if isinstance(answer, Declined) else answer:
         if isinstance(each, Declined):
             yield each
         else:
-            yield replace(each, calls=tuple(_renamed(call, renamed) for call in each.calls))
-
-
-def _renamed(call: Call, refs: Mapping[Ref, Ref]) -> Call:
-    """The call with other references in place of `refs`."""
-
-    def new(leaf: Any) -> Any:
-        return refs.get(leaf, leaf) if isinstance(leaf, Ref) else leaf
-
-    args = {name: map_leaves(value, new) for name, value in call.args.items()}
-    return replace(call, args=args, writes=tuple(new(ref) for ref in call.writes))
-
-
-def _joined(first: Candidate, then: Candidate) -> Candidate:
-    """The launches of both."""
-    return Candidate(
-        (*first.calls, *then.calls),
-        first.seconds + then.seconds,
-        f"{first.reason}; {then.reason}",
-        {**first.temps, **then.temps},
-        {**first.counters, **then.counters},
-    )
+            yield replace(each, calls=tuple(renamed(call, by_ref) for call in each.calls))
 
 
 def _within(query: KernelQuery, append: Append, attends: Candidate) -> Candidate | Declined:

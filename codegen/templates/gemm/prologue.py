@@ -1,7 +1,7 @@
 """What stands before a GEMM: its norm within it, or the launch of its prologue.
 
-Few tokens: every program of a GEMM reads whole rows of x, so it can norm them as well, which saves a
-launch. On NVIDIA it multiplies them by the norm's weight as it reads, adds up their squares, and
+Few tokens: every program of a GEMM reads whole rows of x, so it can norm them as well, which saves
+a launch. On NVIDIA it multiplies them by the norm's weight as it reads, adds up their squares, and
 scales its sums at the end; on AMD's matrix cores it norms them first. Either way each element is
 rounded once, as by a norm before it.
 """
