@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         MTP,
         MXFP4,
         Completion,
+        Eagle3,
         IngotError,
         Model,
         NGram,
@@ -31,6 +32,7 @@ __all__ = [
     "MTP",
     "MXFP4",
     "Completion",
+    "Eagle3",
     "IngotError",
     "Model",
     "NGram",
@@ -40,7 +42,7 @@ __all__ = [
     "load",
 ]
 # What serves an ingot for a GPU, and must not bring torch.
-_LIGHT = ("MTP", "IngotError", "NGram", "load")
+_LIGHT = ("MTP", "Eagle3", "IngotError", "NGram", "load")
 
 
 def __getattr__(name: str) -> Any:

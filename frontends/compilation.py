@@ -127,7 +127,7 @@ def lower_language_model(
             max_tokens=options.max_tokens_per_sequence,
             weightless=plan_only,
             allow_unused=options.unused == "allow",
-            predict=options.predicted > 0,
+            predict=options.inner_drafter,
         )
     checked = ""
     if options.check_import and not plan_only:

@@ -15,7 +15,7 @@ from ..runtime.program import Program
 from .drivers import driver_for
 from .importers.source_error import SourceError
 from .options import NotYetError, speculation_of
-from .speculate import MTP, NGram, Speculation, check_rows, open_session
+from .speculate import MTP, Eagle3, NGram, Speculation, check_rows, kind_of, open_session
 from .text.text_model import TextModel
 from .text.tokenizer import Tokenizer
 
@@ -55,15 +55,19 @@ class LoadedModel(TextModel):
 
 
 def load(
-    path: str | Path, *, driver: Driver | None = None, speculate: str | NGram | MTP | None = None
+    path: str | Path,
+    *,
+    driver: Driver | None = None,
+    speculate: str | NGram | MTP | Eagle3 | None = None,
 ) -> LoadedModel:
     """Load the ingot at `path`, a directory or a zip, and make it ready to serve.
 
     Every file is validated first; IngotError, one line, names an invalid one. `driver` is by
     default that of the ingot's target, and raises its own error if the machine has no such device.
-    `speculate` is an NGram or an MTP, or text for one, in place of what the ingot was compiled
-    with, or "none" (see CompileOptions): ValueError where a step gives fewer results than a draft
-    needs, or does not draft as an MTP does.
+    `speculate` is an NGram, an MTP or an Eagle3, or text for one, in place of what the ingot was
+    compiled with, or "none" (see CompileOptions): ValueError where a step gives fewer results than
+    a draft needs, or does not draft so many tokens in that way. The directory of an Eagle3 need not
+    be there.
 
     Device code from an untrusted ingot is untrusted code: hashes detect corruption, not origin.
     """
@@ -86,6 +90,7 @@ def load(
         speculation = _recorded(manifest, program)
     else:
         check_rows(speculation, program)
+        _check_kind(speculation, manifest)
     session = open_session(program, driver.load(program, weights), speculation)
     text = artifact.graphs[FINAL_GRAPH]
     return LoadedModel(session, tokenizer, frozenset(manifest.stop_tokens), manifest, text)
@@ -100,6 +105,13 @@ def _recorded(manifest: Manifest, program: Program) -> Speculation | None:
         return speculation
     except (NotYetError, TypeError, ValueError) as error:
         raise IngotError(f"{MANIFEST}: options: {error}") from error
+
+
+def _check_kind(speculation: Speculation | None, manifest: Manifest) -> None:
+    """ValueError where steps draft by themselves, and in another way than `speculation`."""
+    recorded = str(manifest.options.get("speculate"))
+    if isinstance(speculation, MTP | Eagle3) and kind_of(recorded) != kind_of(str(speculation)):
+        raise ValueError(f"speculate: {speculation}: the steps of this ingot draft by {recorded}")
 
 
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ..compiler.target import target_of
 from ..runtime.serving.sampling import Sampling
-from .speculate import LATER, MTP, NONE, NGram, Speculation, parsed, rows
+from .speculate import LATER, MTP, NONE, Eagle3, NGram, Speculation, parsed, rows
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class CompileKeywords(TypedDict, total=False):
 
     target: str
     quantize: str | MXFP4 | None
-    speculate: str | NGram | MTP | None
+    speculate: str | NGram | MTP | Eagle3 | None
     tensor_parallel: int
     max_sequences: int
     max_tokens_per_sequence: int
@@ -72,16 +72,16 @@ class CompileOptions:
     the first GPU of this machine, or the cpu. `dtype` None keeps the checkpoint's; weights are
     converted as they are loaded. `quantize` "mxfp4", or an MXFP4 with options, packs the weights of
     products; those options that need a text (GPTQ) run the model over it. `speculate` NGram(), or
-    "ngram:4:2", or MTP(), or "mtp:1", drafts tokens and verifies several in a step: sequences get
-    the tokens that they get without, sooner (see NGram and MTP); an ingot records it, and "none" is
-    off. `tensor_parallel` N
-    splits a language model over N ranks, threads of one process on the cpu target. `passes`
-    replaces the pipeline. `verify` runs every rewritten region, before and after, on sampled
-    inputs. `unused` "allow" leaves out tensors of a checkpoint that the model does not read, which
-    are refused where no reason for them is known. `check_import` compares the imported graph with
-    the model itself where that is cheap: the first layer of each structure, embedding and head.
-    `tune` first times, on the GPU that must be here then, each kernel that could compute a product
-    and that this user's table of prices lacks (as `ingot tune` does), and adds it to the table.
+    "ngram:4:2", MTP(), or "mtp:1", or Eagle3(DIR), or "eagle3:4:DIR", drafts tokens and verifies
+    several in a step: sequences get the tokens that they get without, sooner (see NGram, MTP and
+    Eagle3); an ingot records it, and "none" is off. `tensor_parallel` N splits a language model
+    over N ranks, threads of one process on the cpu target. `passes` replaces the pipeline. `verify`
+    runs every rewritten region, before and after, on sampled inputs. `unused` "allow" leaves out
+    tensors of a checkpoint that the model does not read, which are refused where no reason for them
+    is known. `check_import` compares the imported graph with the model itself where that is cheap:
+    the first layer of each structure, embedding and head. `tune` first times, on the GPU that must
+    be here then, each kernel that could compute a product and that this user's table of prices
+    lacks (as `ingot tune` does), and adds it to the table.
     `progress` shows a bar on stderr.
 
     ValueError, or TypeError for another kind of value, names the option, what was expected and what
@@ -94,9 +94,11 @@ class CompileOptions:
         default=None,
         metadata=_flag("mxfp4 packs the weights of products (4.25 bits each).", type=str | None),
     )
-    speculate: str | NGram | MTP | None = field(
+    speculate: str | NGram | MTP | Eagle3 | None = field(
         default=None,
-        metadata=_flag("Draft tokens by ngram[:k[:min_match]] or mtp[:k]; none.", type=str | None),
+        metadata=_flag(
+            "Draft tokens by ngram[:k[:min_match]], mtp[:k] or eagle3:k:DIR; none.", type=str | None
+        ),
     )
     tensor_parallel: int = 1
     max_sequences: int = field(default=8, metadata=_flag("Sequences that are served at once."))
@@ -173,9 +175,14 @@ class CompileOptions:
         return speculation_of(self.speculate)
 
     @property
+    def inner_drafter(self) -> MTP | Eagle3 | None:
+        """The way to draft where that is a part of the step."""
+        return self.speculation if isinstance(self.speculation, MTP | Eagle3) else None
+
+    @property
     def predicted(self) -> int:
-        """How many tokens the model itself drafts behind each."""
-        return self.speculation.k if isinstance(self.speculation, MTP) else 0
+        """How many tokens a step drafts behind each."""
+        return self.inner_drafter.k if self.inner_drafter else 0
 
     def rows(self, sequences: int) -> int:
         """How many results a step needs for so many sequences."""
@@ -302,12 +309,16 @@ def _at_least(name: str, value: Any, least: int) -> None:
 
 def speculation_of(given: Any) -> Speculation | None:
     """The way to draft that a value of `speculate` says; TypeError, ValueError and NotYetError."""
-    if given is None or isinstance(given, NGram | MTP):
+    if given is None or isinstance(given, NGram | MTP | Eagle3):
         return given
     if not isinstance(given, str):
-        raise TypeError(f"speculate: expected an NGram, an MTP, text or None, found {given!r:.80}")
+        raise TypeError(
+            f"speculate: expected an NGram, an MTP, an Eagle3, text or None, found {given!r:.80}"
+        )
     if given.partition(":")[0] in LATER:
-        raise NotYetError(f"speculate={given!r:.80}: this version drafts with 'ngram' and 'mtp'")
+        raise NotYetError(
+            f"speculate={given!r:.80}: this version drafts with 'ngram', 'mtp' and 'eagle3'"
+        )
     return parsed(given)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
+from os import PathLike, fspath
 from typing import Any
 
 from ..runtime.driver import Executable
@@ -17,7 +18,7 @@ from ..runtime.serving.speculation import Drafter
 # In place of a way to draft: none, whatever an ingot was compiled with.
 NONE = "none"
 # Ways to draft that the option will take, and this version does not.
-LATER = ("draft", "eagle3")
+LATER = ("draft",)
 # The most rows that speculation adds to an entry: their logits and samples take memory, and a step
 # of so many tokens is no longer bound by what it reads.
 _ROWS = 256
@@ -70,12 +71,7 @@ class MTP:
     k: int = 1
 
     def __post_init__(self) -> None:
-        given: Any = self.k
-        if not _is_whole(given) or not 1 <= given <= MOST_DRAFTED:
-            raise ValueError(
-                f"speculate: k: expected an integer from 1 to {MOST_DRAFTED}, found {given!r:.80}"
-            )
-        object.__setattr__(self, "k", int(given))
+        object.__setattr__(self, "k", _drafted(self.k))
 
     def __str__(self) -> str:
         """As the option takes it, and as an ingot records it."""
@@ -86,25 +82,76 @@ class MTP:
         return DeviceDrafter(self.k)
 
 
+@dataclass(frozen=True)
+class Eagle3:
+    """Drafts `k` tokens (1 to 4) a step by an EAGLE-3 head for the model (arXiv:2503.01840).
+
+    `directory` has its config.json and safetensors, in the layout of published heads. It runs
+    within each step, over three hidden states of the model, and for k > 1 again over its own; it is
+    quantized, fused and cached like a layer of the model, with which it shares what it lacks,
+    embedding or head.
+
+    ValueError, or TypeError for another kind of value, says what was expected and what came.
+    """
+
+    directory: str | PathLike[str]
+    k: int = MOST_DRAFTED
+
+    def __post_init__(self) -> None:
+        given: Any = self.directory
+        if not isinstance(given, str | PathLike) or not isinstance(fspath(given), str):
+            raise TypeError(
+                f"speculate: directory: expected the path of an EAGLE-3 head, found {given!r:.80}"
+            )
+        if not fspath(given):
+            raise ValueError("speculate: directory: expected the path of an EAGLE-3 head")
+        object.__setattr__(self, "directory", fspath(given))
+        object.__setattr__(self, "k", _drafted(self.k))
+
+    def __str__(self) -> str:
+        """As the option takes it, and as an ingot records it."""
+        return f"eagle3:{self.k}:{self.directory}"
+
+    def drafter(self) -> Drafter:
+        """What drafts so for one session."""
+        return DeviceDrafter(self.k, "eagle3")
+
+
+def _drafted(given: Any) -> int:
+    """How many tokens a step drafts behind each; ValueError."""
+    if not _is_whole(given) or not 1 <= given <= MOST_DRAFTED:
+        raise ValueError(
+            f"speculate: k: expected an integer from 1 to {MOST_DRAFTED}, found {given!r:.80}"
+        )
+    return int(given)
+
+
 # What is drafted with; more kinds will join.
-Speculation = NGram | MTP
+Speculation = NGram | MTP | Eagle3
 # By what their text begins with: the kind, and how many numbers it takes.
-_KINDS: dict[str, tuple[type[Speculation], int]] = {"ngram": (NGram, 2), "mtp": (MTP, 1)}
+_KINDS: dict[str, tuple[type[NGram | MTP], int]] = {"ngram": (NGram, 2), "mtp": (MTP, 1)}
 
 
 def parsed(text: str) -> Speculation | None:
-    """The way to draft that `text` says, ngram[:k[:min_match]] or mtp[:k]; None for "none".
-    ValueError."""
+    """The way to draft that `text` says, ngram[:k[:min_match]], mtp[:k] or eagle3:k:DIR; None for
+    "none". ValueError."""
     kind, *numbers = text.split(":")
     if text == NONE:
         return None
+    if kind == "eagle3" and len(numbers) > 1 and _is_number(numbers[0]):
+        return Eagle3(":".join(numbers[1:]), int(numbers[0]))
     made, most = _KINDS.get(kind, (NGram, -1))
     if len(numbers) > most or not all(map(_is_number, numbers)):
         raise ValueError(
-            "speculate: expected an NGram, 'ngram[:k[:min_match]]', an MTP, 'mtp[:k]', 'none' or "
-            f"None, found {text!r:.80}"
+            "speculate: expected an NGram, 'ngram[:k[:min_match]]', an MTP, 'mtp[:k]', an Eagle3, "
+            f"'eagle3:k:DIR', 'none' or None, found {text!r:.80}"
         )
     return made(*map(int, numbers))
+
+
+def kind_of(text: str) -> str:
+    """What the text of a way to draft begins with."""
+    return text.partition(":")[0]
 
 
 def _is_whole(value: object) -> bool:
@@ -130,7 +177,7 @@ def check_rows(speculation: Speculation | None, program: Program) -> None:
     if speculation is None:
         return
     abi = ServingAbi(program)
-    if isinstance(speculation, MTP) and abi.drafts < speculation.k:
+    if isinstance(speculation, MTP | Eagle3) and abi.drafts < speculation.k:
         raise ValueError(
             f"speculate: {speculation} needs a program that drafts {speculation.k} tokens behind "
             f"each, and this one drafts {abi.drafts}: compile it with "

@@ -85,7 +85,7 @@ def open_checkpoint(
     rotated, matrices = rotated_modules(scheme.rotations, meta.model, stored, parameters)
     entries, packed = entries_of(sources, targets, meta)
     _resolve_ties(entries, packed, meta)
-    _check_held(meta, entries.keys() | packed.keys(), directory)
+    check_held(meta, entries.keys() | packed.keys(), directory)
     rest = [name for name, target in targets.items() if target is None and name not in matrices]
     if layer is not None:
         own, own_packed, read = _prediction(sources, foreign, layer, directory)
@@ -134,7 +134,7 @@ def _prediction(
         )
     entries, packed = entries_of(sources, targets, layer)
     try:
-        _check_held(layer, entries.keys() | packed.keys(), directory)
+        check_held(layer, entries.keys() | packed.keys(), directory)
     except SourceError as error:
         stored = listed(sorted(names))
         raise SourceError(
@@ -143,7 +143,8 @@ def _prediction(
     return entries, packed, set(targets)
 
 
-def _check_held(meta: MetaModel, held: Collection[str], directory: Path) -> None:
+def check_held(meta: MetaModel, held: Collection[str], directory: Path) -> None:
+    """SourceError unless all that a checkpoint must supply for `meta` is in `held`."""
     if missing := [name for name in meta.stored_names() if name not in held]:
         raise SourceError(f"{directory}: no tensor for {listed(missing)}")
 

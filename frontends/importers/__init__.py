@@ -3,7 +3,9 @@
 `huggingface` (a model directory or a model to a graph and its weights), over `meta_model` (a config
 as a model on the meta device) and `in_memory` (a model that is traced as it is), `traced_ops`
 (attention and experts as custom ops), `draft_head` (what drafts within a model) and
-`prediction_layer` (the model's own), `attention_masks` (masks as causality and a window),
+`prediction_layer` (the model's own) or
+`eagle_head` (one beside it, whose config `eagle_config` reads), `attention_masks` (masks as
+causality and a window),
 `default_positions` (the positions that a model makes itself),
 `module_tensors` (and a copy that shares them),
 `online_rotations` (of activations, for weights that count on them),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,11 @@ from ...passes.serving.insert_kv_cache import CannotCache, InsertKvCache
 from ..checkpoints.checkpoint import open_checkpoint, stored_dtype, weights_of
 from ..checkpoints.rotations import Rotated
 from ..checkpoints.safetensors_files import holds_weights
+from ..speculate import MTP, Eagle3
 from .attention_masks import described_masks
 from .default_positions import default_position_offset
 from .draft_head import DraftHead, Predicting
+from .eagle_head import eagle_head
 from .in_memory import meta_copy, traceable_model
 from .meta_model import (
     ADAPTER,
@@ -267,7 +269,7 @@ def import_hugging_face(
     max_tokens: int,
     weightless: bool = False,
     allow_unused: bool = False,
-    predict: bool = False,
+    predict: MTP | Eagle3 | None = None,
 ) -> HuggingFaceModel:
     """Trace and import a causal language model; no weight is read.
 
@@ -277,8 +279,8 @@ def import_hugging_face(
     the model was made for less, bounds T. With `weightless` a directory may hold no weights: then
     they only have types. `allow_unused` leaves out stored tensors that the model does not read,
     whatever they are, and an adapter beside the model. With `predict` the model also predicts the
-    token behind the next, by the first layer that its checkpoint has for it. SourceError (see
-    meta_model) or ImportFailure for an unsupported model.
+    token behind the next, by the first layer that its checkpoint has for it or by an EAGLE-3 head.
+    SourceError (see meta_model) or ImportFailure for an unsupported model.
     """
     register()
     in_memory = isinstance(source, PreTrainedModel)
@@ -292,7 +294,7 @@ def import_hugging_face(
         notes = (f"max_tokens_per_sequence: {max_tokens} is lowered to {limit}, the {reason}",)
         max_tokens = limit
     if in_memory:
-        if predict:
+        if isinstance(predict, MTP):
             raise SourceError(
                 f"{type(source).__name__}: a model in memory has no layer of multi-token "
                 "prediction, which transformers leaves in the checkpoint; give its directory"
@@ -303,6 +305,8 @@ def import_hugging_face(
         held = weights_of(source, meta)
         weights = Weights({**held, **Weights.of(meta.buffers, "computed from the config")})
         packed, unused, rotated = {}, {}, ()
+        if isinstance(predict, Eagle3):  # which is traced with it, on the meta device
+            meta = replace(meta, model=meta_copy(meta.model))
     else:
         notes += _adapter_note(Path(source), allow_unused)
         absent = weightless and not holds_weights(Path(source))
@@ -310,7 +314,7 @@ def import_hugging_face(
         if dtype is None and named is None and not absent:
             dtype = stored_dtype(source)
         meta = build_meta_model(config, dtype or named)
-        layer = prediction_layer(meta, meta.model.dtype) if predict else None
+        layer = prediction_layer(meta, meta.model.dtype) if isinstance(predict, MTP) else None
         head = layer
         opened = without_weights if absent else open_checkpoint
         checkpoint = opened(source, meta, layer=layer, allow_unused=allow_unused)
@@ -322,6 +326,9 @@ def import_hugging_face(
                 "of multi-token prediction; compile it without speculate=MTP(...)"
             )
         rotate_activations(meta.model, rotated)
+    if isinstance(predict, Eagle3):
+        head = eagle_head(predict.directory, meta, weightless=weightless)
+        weights = weights.merged(head.weights())
     refuse_unsupported_layers(meta.model)
     try:
         if in_memory:

@@ -168,9 +168,17 @@ def build_meta_model(
                 "attention through transformers' attention interface"
             ) from error
         model.set_attn_implementation(attn_implementation)  # what has a tower of its own is not set
+    return ready(model, wanted)
+
+
+def ready(model: PreTrainedModel, dtype: torch.dtype) -> MetaModel:
+    """`model`, which is on the meta device and is changed, ready to be traced in `dtype`.
+
+    SourceError for dynamic rotary embeddings, and where a buffer's value cannot be rebuilt.
+    """
     model.eval().requires_grad_(False)
     refuse_dynamic_rope(model)
-    keep_in_float32(model, wanted)
+    keep_in_float32(model, dtype)
     buffers = _non_persistent_buffers(model)
     return MetaModel(model, {**buffers, **short_rope_of(model)}, tied_names(model))
 

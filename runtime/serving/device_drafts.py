@@ -1,4 +1,4 @@
-"""Drafts that the steps of a program make themselves, by layers that predict further tokens."""
+"""Drafts that the steps of a program make themselves, by a layer or a model within them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from .sequence import Sequence
 
 @dataclass
 class DeviceDrafter:
-    """Proposes what the last step drafted behind the last token of a sequence, up to `k` tokens."""
+    """Proposes what the last step drafted behind the last token of a sequence, up to `k` tokens.
+
+    `name` says what drafts.
+    """
 
     k: int = 1
+    name: str = "mtp"
     _drafts: WeakKeyDictionary[Sequence, tuple[int, list[int]]] = field(
         default_factory=WeakKeyDictionary[Sequence, tuple[int, list[int]]]
     )
 
     def __str__(self) -> str:
-        return f"mtp:{self.k}"
+        return f"{self.name}:{self.k}"
 
     def note(self, sequence: Sequence, drafted: Iterable[int]) -> None:
         """A step gave `sequence` the last of its tokens, and drafted these behind it."""

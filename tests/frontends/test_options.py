@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[2]
 WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
     "target": (CompileOptions, "tpu", ValueError, "unknown target 'tpu'"),
     "quantize": (CompileOptions, "int4", ValueError, "expected 'mxfp4'.*found 'int4'"),
-    "speculate": (CompileOptions, "eagle3", NotYetError, "speculate='eagle3'"),
+    "speculate": (CompileOptions, "draft", NotYetError, "speculate='draft'"),
     "speculate of another kind": (
         CompileOptions,
         4,
         TypeError,
-        "an NGram, an MTP, text or.* found 4",
+        "an NGram, an MTP, an Eagle3, text or.* found 4",
     ),
     "speculate by an unknown way": (CompileOptions, "guess", ValueError, "'none'.*found 'guess'"),
     "speculate by too many numbers": (CompileOptions, "ngram:4:2:1", ValueError, "'ngram:4:2:1'"),
@@ -40,6 +40,15 @@ WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
     "speculate by k": (CompileOptions, "ngram:65", ValueError, "k: expected.* 1 to 64, found 65"),
     "speculate by two numbers": (CompileOptions, "mtp:1:2", ValueError, "found 'mtp:1:2'"),
     "speculate by k of a layer": (CompileOptions, "mtp:5", ValueError, "k: .* 1 to 4, found 5"),
+    "speculate by no head": (CompileOptions, "eagle3:4", ValueError, "'eagle3:k:DIR'.*'eagle3:4'"),
+    "speculate by a head alone": (CompileOptions, "eagle3:DIR", ValueError, "found 'eagle3:DIR'"),
+    "speculate by nothing": (
+        CompileOptions,
+        "eagle3:4:",
+        ValueError,
+        "directory: expected the path",
+    ),
+    "speculate by k of a head": (CompileOptions, "eagle3:5:DIR", ValueError, "1 to 4, found 5"),
     "speculate by min_match": (CompileOptions, "ngram:4:0", ValueError, "min_match.*found 0"),
     "tensor_parallel": (CompileOptions, 0, ValueError, "at least 1, found 0"),
     "max_sequences": (CompileOptions, 1.5, ValueError, "at least 1, found 1.5"),
@@ -96,6 +105,10 @@ def test_equal_options_are_equal_keys() -> None:
     assert CompileOptions(speculate="ngram:3:5").speculation == ingot.NGram(3, min_match=5)
     assert CompileOptions(speculate="mtp").speculation == ingot.MTP()
     assert CompileOptions(speculate="mtp:3").predicted == 3
+    head = CompileOptions(speculate="eagle3:2:C:/a:b/head")
+    assert head.speculation == ingot.Eagle3(Path("C:/a:b/head"), k=2) and head.predicted == 2
+    assert str(head.speculation) == "eagle3:2:C:/a:b/head"
+    assert ingot.Eagle3("a").k == 4
     assert CompileOptions(speculate="ngram:3").predicted == CompileOptions().predicted == 0
     for off in (None, "none"):
         assert CompileOptions(speculate=off).data() == CompileOptions().data()
@@ -103,6 +116,12 @@ def test_equal_options_are_equal_keys() -> None:
     assert GenerateOptions(stop="a") == GenerateOptions(stop=["a"])
     both = GenerateOptions(stop=["a", 7])
     assert both.stop_strings == ["a"] and both.stop_tokens == [7]
+
+
+@pytest.mark.parametrize("given", [3, None, b"head", Path])
+def test_a_head_is_a_path(given: Any) -> None:
+    with pytest.raises(TypeError, match="directory: expected the path of an EAGLE-3 head"):
+        ingot.Eagle3(given)
 
 
 def test_data_is_json_and_tells_options_apart() -> None:

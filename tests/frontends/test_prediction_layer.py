@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import ingot
 import pytest
 import torch
 from ingot.compiler.interpret import interpret
@@ -26,7 +27,7 @@ TOKENS = 17
 def test_it_is_transformers_own(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Where transformers counts its positions from 1, as it does, RoPE sees the same distances."""
     model, layer = write_mtp(tmp_path, name, dtype=dtype)
-    imported = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=True)
+    imported = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=ingot.MTP())
     assert imported.dtype == dtype
     ids = torch.randint(3, 128, (TOKENS,), generator=torch.Generator().manual_seed(1))
     following = torch.cat([ids[1:], ids[:1]])
@@ -66,7 +67,7 @@ def test_without_it_nothing_changes(tmp_path: Path) -> None:
 
 def test_what_it_shares_and_further_layers_are_not_read(tmp_path: Path) -> None:
     write_mtp(tmp_path, "glm4_moe", layers=2)
-    unused = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=True).unused
+    unused = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=ingot.MTP()).unused
     for leaf in ("embed_tokens.weight", "shared_head.head.weight"):
         assert "copy of the model's own" in unused[f"model.layers.2.{leaf}"]
     assert "one layer drafts" in unused["model.layers.3.eh_proj.weight"]
@@ -80,7 +81,7 @@ def test_refuses_a_checkpoint_without_it(tmp_path: Path) -> None:
         "checkpoint has none behind the 2 layers of the model"
     )
     with pytest.raises(SourceError, match=f"^{expected}$"):
-        import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=True)
+        import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=ingot.MTP())
 
 
 def test_refuses_a_layer_of_which_a_tensor_is_missing(tmp_path: Path) -> None:
@@ -90,12 +91,12 @@ def test_refuses_a_layer_of_which_a_tensor_is_missing(tmp_path: Path) -> None:
     del held["model.layers.2.eh_proj.weight"]
     save_file(held, file, metadata={"format": "pt"})
     with pytest.raises(SourceError, match=r"no tensor for layers\.0\.eh_proj\.weight of the layer"):
-        import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=True)
+        import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=ingot.MTP())
 
 
 def test_refuses_a_model_in_memory() -> None:
     with pytest.raises(SourceError, match="a model in memory has no layer of multi-token"):
-        import_hugging_face(tiny_model("glm4_moe"), dtype=None, max_tokens=64, predict=True)
+        import_hugging_face(tiny_model("glm4_moe"), dtype=None, max_tokens=64, predict=ingot.MTP())
 
 
 def test_told_by_the_layout() -> None:

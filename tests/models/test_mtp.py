@@ -52,7 +52,9 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @cache
 def imported(directory: Path, predict: bool) -> HuggingFaceModel:
-    return import_hugging_face(directory, dtype=None, max_tokens=LENGTH, predict=predict)
+    return import_hugging_face(
+        directory, dtype=None, max_tokens=LENGTH, predict=ingot.MTP() if predict else None
+    )
 
 
 # By directory, of the last program in MXFP4: the weights that are packed.

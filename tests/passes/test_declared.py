@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import ingot
 import pytest
 from ingot import passes
 from ingot.compiler.pipeline import run_pipeline
@@ -43,7 +44,7 @@ TESTS = {
 def test_every_declared_change_has_a_test(tmp_path: Path) -> None:
     """The pipeline with everything that may be asked for declares these changes and no others."""
     write_mtp(tmp_path, "glm4_moe")
-    graph = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=True).graph
+    graph = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=ingot.MTP()).graph
     steps = causal_lm(
         max_sequences=2,
         max_tokens_per_sequence=64,

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ingot
 import numpy as np
 import pytest
 from fake_device import serving_program
@@ -50,7 +51,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def lowered(directory: Path, tokens: int) -> Lowered:
     """One bucket, planned as for a GPU: sums do not depend on the batch."""
-    imported = import_hugging_face(directory, dtype=None, max_tokens=LENGTH, predict=True)
+    imported = import_hugging_face(directory, dtype=None, max_tokens=LENGTH, predict=ingot.MTP())
     passes = causal_lm(max_sequences=SEQUENCES, max_tokens_per_sequence=LENGTH, draft=tokens)
     small = [replace(p, page_size=PAGE) if isinstance(p, InsertKvCache) else p for p in passes]
     graph = run_pipeline(imported.graph, small)[-1].graph

@@ -41,7 +41,7 @@ def command(
     target: Annotated[str, typer.Option(help="Target, or auto; see `ingot doctor`.")] = AUTO,
     speculate: Annotated[
         str | None,
-        typer.Option(help="Serving drafts tokens by ngram[:k[:min_match]] or mtp[:k]; none."),
+        typer.Option(help="Serving drafts by ngram[:k[:min_match]], mtp[:k], eagle3:k:DIR; none."),
     ] = None,
 ) -> Shown:
     """Time decoding and prefill on the GPU that is here: each launch, and the whole step.
