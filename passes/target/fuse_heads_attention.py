@@ -10,9 +10,11 @@ from ...compiler.ops.attention import cached_attention
 from ...compiler.ops.heads import project_heads
 from ...compiler.ops.latent_attention import latent_attention
 from ...compiler.ops.leaf import param
+from ...compiler.ops.linear import linear
 from ...compiler.ops.mla import cached_mla_attention, mla_latent
 from ...compiler.ops.project_attention import CACHES, INDEX, project_attention
 from ...compiler.ops.rope import rope
+from ...compiler.ops.shape import slice_, view
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Applied, Decline
 
@@ -73,6 +75,50 @@ def _is_turned(
     return alike and [*node.args[1:3]] == [*maker.args[2:4]]
 
 
+def _unturned(heads: Value) -> Value | None:
+    """`heads` [T, H, D] before they are rotated, and rounded; None where they are normed too."""
+    node = heads.node
+    if node.op is rope:
+        return node.args[0]
+    if node.op is not project_heads or node.attrs["heads"] != heads.type.shape[1:2]:
+        return None
+    if node.attrs.get("rotate") != (True,) or not {*node.given} <= {"norm", "bias", "cos", "sin"}:
+        return None
+    named = {name: node.operand(name) for name in ("norm", "bias")}
+    product = linear(*node.args[:2], **named, eps=node.attrs.get("eps"))
+    return view(product, shape=heads.type.shape)
+
+
+# slice(rope(x), pe) == rope(slice(x, pe)) and slice(rope(x), nope) == slice(x, nope)
+def _apart(
+    attends: Node, users: dict[Value, list[Node]], roots: tuple[Value, ...]
+) -> Applied | None:
+    """What latent attention takes of queries whose last dims are rotated: those rotated alone, so
+    that it can do that, and the others as they are. None where it is not so."""
+    q_pe = attends.args[1]
+    if q_pe.op is not slice_ or q_pe in roots:
+        return None
+    heads = q_pe.node.args[0]
+    cos, sin = (heads.node.operands.get(name) for name in ("cos", "sin"))
+    if cos is None or sin is None or heads in roots or (raw := _unturned(heads)) is None:
+        return None
+    form, first = heads.node.attrs["form"], heads.node.attrs.get("start", 0)
+    last = first + 2 * cos.type.shape[1]
+    after: list[Value] = []
+    for node in users[heads]:
+        if node.op is not slice_ or node.attrs["dim"] != heads.type.rank - 1:
+            return None
+        part = Value(slice_.node((raw,), node.attrs, node.source))
+        start, stop = node.attrs["start"], node.attrs["stop"]
+        if (start, stop) == (first, last):
+            part = Value(rope.node((part, cos, sin), {"form": form}, node.source))
+        elif start < last and stop > first:
+            return None
+        after.append(part)
+    before = tuple(map(Value, users[heads]))
+    return Applied(FuseHeadsAttention.name, heads.node.args, before, tuple(after))
+
+
 # mla_attention(q, rope(p), cache) of _, cache = mla_latent(kv, cache) is latent_attention(q, p, kv)
 def _latent_fused(maker: Node, attends: Node, rotate: bool) -> Applied:
     q_latent, q_pe = attends.args[:2]
@@ -114,6 +160,11 @@ class FuseHeadsAttention:
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
         fused: list[Applied] = []
         users, roots = graph.users(), graph.roots
+        latent = (n for n in graph.nodes() if n.op is cached_mla_attention)
+        apart = (_apart(n, users, roots) for n in latent if n.args[2].op is mla_latent)
+        if found := [*filter(None, apart)]:
+            graph = context.log.apply(graph, found)
+            users, roots = graph.users(), graph.roots
         for node in graph.nodes():
             if node.op not in (cached_attention, cached_mla_attention):
                 continue

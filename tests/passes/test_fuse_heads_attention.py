@@ -125,10 +125,14 @@ def test_what_stays(name: str) -> None:
 LATENT = f"""
     graph @block(%q: f32[T, 3, 8], %p: f32[T, 3, 4], %kv: f32[T, 12], %cos: f32[T, 2], \
 %sin: f32[T, 2], %more: f32[T, 2], {PLACES}, %at: i32[T], %c: f32[5, 4, 12], \
-%other: f32[5, 4, 12]) T=1..8 {{{{
+%other: f32[5, 4, 12], %x: f32[T, 6], %heads: f32[T, 3, 8]) T=1..8 {{{{
       {{lines}}
     }}}} where {{{{
+      @each: f32[8]
+      @gain: f32[6]
       @norm: f32[8]
+      @up: f32[3, 8, 4]
+      @w: f32[24, 6]
     }}}}"""
 ROWS = f"%row, %ca = mla_latent(%kv, @norm, %cos, %sin, cache=%c, {INDEX}, eps=1e-05, form='half')"
 TURNED = "%t = rope(%p, %cos, %sin, form='half')"
@@ -167,6 +171,50 @@ def test_rows_alone(name: str) -> None:
     lines, others = TAKEN[name]
     after = fused(latent(*lines))
     assert ops(after).keys() == {"latent_attention", *others}
+    (node,) = (n for n in after.nodes() if n.op.name == "latent_attention")
+    assert not node.attrs["rotate"]
+
+
+# Queries of which the last dims are rotated, and how they were made.
+QUERIES = {
+    "rotated": ("%h = rope(%heads, %cos, %sin, form='half', start=4)",),
+    "of a product": (
+        """%h = project_heads(%x, @w, norm=@gain, cos=%cos, sin=%sin, heads=[3], dims=[8], \
+rotate=[True], form='half', start=4, eps=1e-05)""",
+    ),
+}
+CUT = (
+    "%nope = slice(%h, dim=2, start=0, stop=4)",
+    "%t = slice(%h, dim=2, start=4, stop=8)",
+    "%l = head_linear(%nope, @up)",
+)
+OF_CUT = ATTENDS.replace("%q,", "%l,")
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_queries_that_are_rotated_in_part(name: str) -> None:
+    after = fused(latent(ROWS, *QUERIES[name], *CUT, OF_CUT, "return %y"))
+    assert not {"rope", "project_heads"} & ops(after).keys()
+    (node,) = (n for n in after.nodes() if n.op.name == "latent_attention")
+    assert node.attrs["rotate"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return %y", "return %y, %h"),
+        ("return %y", "return %y, %t"),
+        ("return %y", "%n = neg(%h)\nreturn %y, %n"),
+        ("return %y", "%n = slice(%h, dim=2, start=2, stop=6)\nreturn %y, %n"),
+        ("return %y", "%n = slice(%h, dim=1, start=0, stop=2)\nreturn %y, %n"),
+        ("norm=@gain,", "norm=@gain, norm_0=@each, head_eps=1e-05,"),
+    ],
+)
+def test_queries_that_stay_rotated_in_part(old: str, new: str) -> None:
+    lines = (ROWS, *QUERIES["of a product"], *CUT, OF_CUT, "return %y")
+    before = latent(*(line.replace(old, new) for line in lines))
+    after = fused(before)
+    assert ops(after)["project_heads"] == 1
     (node,) = (n for n in after.nodes() if n.op.name == "latent_attention")
     assert not node.attrs["rotate"]
 
