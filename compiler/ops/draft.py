@@ -70,6 +70,15 @@ follow = Op(
 _STEPS = 3
 
 
+def _expect_rows(op: str, *types: TensorType) -> tuple[TensorType, TensorType]:
+    """The types of places and of rows; VerifyError where an operand has another."""
+    places, rows = _i32(*types[0].shape[:1]), _i32(*types[4].shape[:1])
+    names = ("tokens", "positions", "slots", "logit_rows", "token", "room")
+    expected = (places, places, places, rows, rows, rows)
+    _expect(op, **dict(zip(names, zip(types, expected, strict=True), strict=True)))
+    return places, rows
+
+
 def _accept_infer(
     tokens: TensorType,
     positions: TensorType,
@@ -80,16 +89,7 @@ def _accept_infer(
     *,
     steps: int,
 ) -> Types:
-    places, rows = _i32(*tokens.shape[:1]), _i32(*token.shape[:1])
-    _expect(
-        "accept",
-        tokens=(tokens, places),
-        positions=(positions, places),
-        slots=(slots, places),
-        logit_rows=(logit_rows, rows),
-        token=(token, rows),
-        room=(room, rows),
-    )
+    _, rows = _expect_rows("accept", tokens, positions, slots, logit_rows, token, room)
     if not 1 <= steps <= _STEPS:
         raise VerifyError(f"accept: expected 1 to {_STEPS} steps, found {steps}")
     return (rows, rows) * steps
@@ -105,6 +105,15 @@ def _accept_reference(
     *,
     steps: int,
 ) -> tuple[torch.Tensor, ...]:
+    _, ends = _accepted(tokens, slots, logit_rows, token)
+    of = range(1, steps + 1)
+    return _behind(positions, slots, logit_rows, room, ends, of)
+
+
+def _accepted(
+    tokens: torch.Tensor, slots: torch.Tensor, logit_rows: torch.Tensor, token: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [L] twice: rows that are accepted, and those of them at which a draft goes on."""
     place = logit_rows.long()
     continues = torch.zeros_like(token, dtype=torch.bool)
     continues[1:] = (place[1:] == place[:-1] + 1) & (slots[place[1:]] == slots[place[:-1]])
@@ -115,9 +124,21 @@ def _accept_reference(
     begun = torch.where(continues, -1, row).cummax(0).values
     missed = torch.where(continues & ~matched, row, -1).cummax(0).values
     goes_on = torch.cat([matched[1:], matched.new_zeros(1)])
-    ends = (missed < begun) & ~goes_on & (token >= 0)
+    return missed < begun, (missed < begun) & ~goes_on & (token >= 0)
+
+
+def _behind(
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    logit_rows: torch.Tensor,
+    room: torch.Tensor,
+    ends: torch.Tensor,
+    steps: range,
+) -> tuple[torch.Tensor, ...]:
+    """Slots and positions i32 [L] of each step behind the rows where it `ends`."""
+    place = logit_rows.long()
     made: list[torch.Tensor] = []
-    for step in range(1, steps + 1):
+    for step in steps:
         made += [torch.where(ends & (room >= step), slots[place], -1), positions[place] + step]
     return tuple(made)
 
@@ -134,6 +155,75 @@ accept = Op(
     axes=rule(
         "tokens[t] positions[t] slots[t] logit_rows[l] token[l] room[l] -> [l], [l], [l], [l], "
         "[l], [l]; t l whole"
+    ),
+)
+
+
+# ---- extend: tokens, positions, slots i32 [T]; logit_rows, token, room i32 [L]
+#      -> tokens, positions, slots i32 [T + L], rows i32 [L]
+#         and, as accept, slots, positions i32 [L] of step 2, 3, … `steps`
+#
+# What a smaller model has not seen of a step that has sampled, in one run: first the tokens of the
+# step, those that were drafted wrong without a slot, as what follows is written where they would
+# be; then `rows`, the token of each row in step 1 of accept (0 for a broken one).
+
+_MODEL_STEPS = 4
+
+
+def _extend_infer(
+    tokens: TensorType,
+    positions: TensorType,
+    slots: TensorType,
+    logit_rows: TensorType,
+    token: TensorType,
+    room: TensorType,
+    *,
+    steps: int,
+) -> Types:
+    places, rows = _expect_rows("extend", tokens, positions, slots, logit_rows, token, room)
+    if not 1 <= steps <= _MODEL_STEPS:
+        raise VerifyError(f"extend: expected 1 to {_MODEL_STEPS} steps, found {steps}")
+    count: Any = places.shape[0] + rows.shape[0]
+    both = _i32(count)
+    return (both, both, both, rows) + (rows, rows) * (steps - 1)
+
+
+def _extend_reference(
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    logit_rows: torch.Tensor,
+    token: torch.Tensor,
+    room: torch.Tensor,
+    *,
+    steps: int,
+) -> tuple[torch.Tensor, ...]:
+    accepted, ends = _accepted(tokens, slots, logit_rows, token)
+    of = range(1, steps + 1)
+    first_slots, first_positions, *more = _behind(positions, slots, logit_rows, room, ends, of)
+    kept = slots.clone()
+    kept[logit_rows.long()[~accepted]] = -1
+    rows = torch.arange(len(tokens), len(tokens) + len(token), device=token.device)
+    return (
+        torch.cat([tokens, token.clamp(min=0)]),
+        torch.cat([positions, first_positions]),
+        torch.cat([kept, first_slots]),
+        rows.int(),
+        *more,
+    )
+
+
+extend = Op(
+    "extend",
+    _extend_infer,
+    _extend_reference,
+    samples=(
+        Sample((_PLACES, _PLACES, _PLACES, _ROWS, _ROWS, _ROWS), {"steps": 1}, high=3),
+        Sample((_PLACES, _PLACES, _PLACES, _ROWS, _ROWS, _ROWS), {"steps": 4}, high=3),
+    ),
+    axes=rule(
+        "tokens[t] positions[t] slots[t] logit_rows[l] token[l] room[l] -> [e], [e], [e], [l], "
+        "[l], [l], [l], [l], [l], [l]; t l e whole"
     ),
 )
 

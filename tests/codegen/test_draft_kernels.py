@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ingot.compiler.ir import Op
-from ingot.compiler.ops.draft import accept, follow, likeliest
+from ingot.compiler.ops.draft import accept, extend, follow, likeliest
 from kernel_checks import build_everywhere, run_node
 
 
@@ -32,7 +32,7 @@ def steps(draw: Any) -> list[torch.Tensor]:
         ints(places, -1, 1),
         torch.tensor(of, dtype=torch.int32),
         ints(rows, -1, 1),
-        ints(rows, 0, 3),
+        ints(rows, 0, 4),
     ]
 
 
@@ -40,6 +40,14 @@ def steps(draw: Any) -> list[torch.Tensor]:
 @given(steps(), st.integers(1, 3))
 def test_accept(given_: list[torch.Tensor], count: int) -> None:
     found, plain, _ = run_node(accept, given_, {"steps": count})
+    for a, b in zip(plain.reference(), found, strict=True):
+        assert torch.equal(a, b)
+
+
+@hypothesis_settings(max_examples=60)
+@given(steps(), st.integers(1, 4))
+def test_extend(given_: list[torch.Tensor], count: int) -> None:
+    found, plain, _ = run_node(extend, given_, {"steps": count})
     for a, b in zip(plain.reference(), found, strict=True):
         assert torch.equal(a, b)
 
@@ -74,6 +82,7 @@ ONE = torch.zeros(2, dtype=torch.int32)
     [
         (follow, [ONE] * 3, {}),
         (accept, [ONE] * 6, {"steps": 3}),
+        (extend, [ONE] * 6, {"steps": 4}),
         (likeliest, [torch.zeros(2, 9000)], {}),
     ],
 )

@@ -1,4 +1,4 @@
-"""follow, accept and likeliest: what samples cannot say."""
+"""follow, accept, extend and likeliest: what samples cannot say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ingot.compiler.ops.draft import accept, follow, likeliest
+from ingot.compiler.ops.draft import accept, extend, follow, likeliest
 from ingot.compiler.types import TensorType, VerifyError
 
 
@@ -78,6 +78,39 @@ def test_likeliest_is_the_first_of_the_largest() -> None:
     assert 0 <= int(found[2]) < 3
 
 
+def test_extend_is_what_a_model_has_not_seen() -> None:
+    """Of one slot two tokens were drafted, the second wrongly; of another nothing was."""
+    tokens, positions, slots = i32(3, 4, 5, 7, 0), i32(8, 9, 10, 2, 0), i32(1, 1, 1, 0, -1)
+    rows, token, room = i32(0, 1, 2, 3, 0), i32(4, 6, 9, -1, 4), i32(3, 1, 0, 5, 0)
+    found = extend.reference(tokens, positions, slots, rows, token, room, steps=2)
+    made, at, of, behind, *more = (x.tolist() for x in found)
+    assert made == [3, 4, 5, 7, 0, 4, 6, 9, 0, 4]
+    assert of == [1, 1, -1, 0, -1, -1, 1, -1, -1, -1]
+    assert behind == [5, 6, 7, 8, 9]
+    assert (made[6], at[6]) == (6, 10)
+    assert more[0] == [-1] * 5  # no room for a second
+    last = accept.reference(tokens, positions, slots, rows, token, room, steps=2)[2:]
+    assert more == [x.tolist() for x in last]
+
+
+@given(st.data())
+def test_extend_writes_no_place_twice(data: st.DataObject) -> None:
+    """Whatever is drafted and given: each position of a slot once, without a gap."""
+    drafted = data.draw(st.lists(st.integers(0, 1), max_size=4))
+    given_ = data.draw(st.lists(st.integers(0, 1), min_size=len(drafted) + 1, max_size=5))
+    count = len(drafted) + 1
+    places, token = i32(0, *drafted), i32(*given_[:count])
+    index = i32(*range(count))
+    room = i32(*(9 for _ in range(count)))
+    slots = torch.zeros_like(index)
+    found = extend.reference(places, index, slots, index, token, room, steps=1)
+    made, at, of, _ = (x.tolist() for x in found)
+    seen = {p: t for t, p, slot in zip(made, at, of, strict=True) if slot == 0}
+    right = next((i for i, d in enumerate(drafted) if given_[i] != d), len(drafted))
+    assert [*seen.values()] == [0, *given_[: right + 1]]
+    assert [*seen] == [*range(right + 2)] and of.count(0) == len(seen)
+
+
 ROWS, PLACES = TensorType("i32", (3,)), TensorType("i32", (5,))
 
 
@@ -96,8 +129,16 @@ def test_accept_refuses_steps(steps: int) -> None:
         accept.types((PLACES, PLACES, PLACES, ROWS, ROWS, ROWS), {"steps": steps})
 
 
+@pytest.mark.parametrize("steps", [0, 5])
+def test_extend_refuses_steps(steps: int) -> None:
+    with pytest.raises(VerifyError, match=f"expected 1 to 4 steps, found {steps}"):
+        extend.types((PLACES, PLACES, PLACES, ROWS, ROWS, ROWS), {"steps": steps})
+
+
 def test_the_others_refuse() -> None:
     with pytest.raises(VerifyError, match="follow: expected logit_rows"):
         follow.types((PLACES, TensorType("i32", (2,)), ROWS), {})
+    with pytest.raises(VerifyError, match="extend: expected room"):
+        extend.types((PLACES, PLACES, PLACES, ROWS, ROWS, PLACES), {"steps": 1})
     with pytest.raises(VerifyError, match="likeliest: expected float logits"):
         likeliest.types((ROWS,), {})

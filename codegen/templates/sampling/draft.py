@@ -1,4 +1,5 @@
-"""What drafting takes of a step: the tokens that follow, where acceptance ends, the likeliest."""
+"""What drafting takes of a step: tokens that follow, where acceptance ends, what a smaller
+model has not seen, the likeliest."""
 
 from __future__ import annotations
 
@@ -20,12 +21,23 @@ _TOKENS, _LOGITS = 64, 4096
 class Steps(NamedTuple):
     """Slots and positions of the rows of each step; None for those that there are not."""
 
-    slots_1: Any
-    positions_1: Any
+    slots_1: Any = None
+    positions_1: Any = None
     slots_2: Any = None
     positions_2: Any = None
     slots_3: Any = None
     positions_3: Any = None
+    slots_4: Any = None
+    positions_4: Any = None
+
+
+class Extended(NamedTuple):
+    """Tokens, positions and slots of the places of a step and, behind them, of its rows."""
+
+    tokens: Any
+    positions: Any
+    slots: Any
+    rows: Any
 
 
 @triton.jit
@@ -73,6 +85,44 @@ def _larger(a, b):
 
 
 @triton.jit
+def _accepted(tokens, slots, logit_rows, token, row, ROWS: tl.constexpr):
+    """Whether rows are accepted, and whether a draft goes on behind them."""
+    continues, matched = _continued(tokens, slots, logit_rows, token, row, ROWS)
+    _, goes_on = _continued(tokens, slots, logit_rows, token, row + 1, ROWS)
+    begun = tl.associative_scan(tl.where(continues, -1, row), 0, _larger)
+    missed = tl.associative_scan(tl.where(continues & (matched == 0), row, -1), 0, _larger)
+    chosen = tl.load(token + row, mask=row < ROWS, other=-1)
+    return missed < begun, (missed < begun) & (goes_on == 0) & (chosen >= 0)
+
+
+@triton.jit
+def _behind(positions, slots, logit_rows, room, row, ends, ROWS: tl.constexpr):
+    """Of rows where a draft goes on their slots, -1 of others; their positions and room."""
+    place = tl.load(logit_rows + row, mask=row < ROWS, other=0)
+    slot = tl.where(ends, tl.load(slots + place, mask=row < ROWS, other=-1), -1)
+    position = tl.load(positions + place, mask=row < ROWS, other=0)
+    return slot, position, tl.load(room + row, mask=row < ROWS, other=0)
+
+
+@triton.jit
+def _store_step(
+    slots, positions, slot, position, free, row, STEP: tl.constexpr, ROWS: tl.constexpr
+):
+    """Step STEP, where it is asked for."""
+    if slots is not None:
+        tl.store(slots + row, tl.where(free >= STEP, slot, -1), mask=row < ROWS)
+        tl.store(positions + row, position + STEP, mask=row < ROWS)
+
+
+@triton.jit
+def _store_steps(steps, slot, position, free, row, ROWS: tl.constexpr):
+    _store_step(steps.slots_1, steps.positions_1, slot, position, free, row, 1, ROWS)
+    _store_step(steps.slots_2, steps.positions_2, slot, position, free, row, 2, ROWS)
+    _store_step(steps.slots_3, steps.positions_3, slot, position, free, row, 3, ROWS)
+    _store_step(steps.slots_4, steps.positions_4, slot, position, free, row, 4, ROWS)
+
+
+@triton.jit
 def accept_kernel(
     tokens,
     positions,
@@ -83,31 +133,54 @@ def accept_kernel(
     steps,
     ROWS: tl.constexpr,
     ROWS_UP: tl.constexpr,
-    STEPS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """All ROWS rows; of `steps` the first STEPS."""
+    """All ROWS rows."""
     pdl_wait(PROGRAMMATIC)
     row = tl.arange(0, ROWS_UP)
-    inside = row < ROWS
-    continues, matched = _continued(tokens, slots, logit_rows, token, row, ROWS)
-    _, goes_on = _continued(tokens, slots, logit_rows, token, row + 1, ROWS)
-    begun = tl.associative_scan(tl.where(continues, -1, row), 0, _larger)
-    missed = tl.associative_scan(tl.where(continues & (matched == 0), row, -1), 0, _larger)
-    chosen = tl.load(token + row, mask=inside, other=-1)
-    ends = (missed < begun) & (goes_on == 0) & (chosen >= 0)
-    place = tl.load(logit_rows + row, mask=inside, other=0)
-    slot = tl.where(ends, tl.load(slots + place, mask=inside, other=-1), -1)
-    position = tl.load(positions + place, mask=inside, other=0)
-    free = tl.load(room + row, mask=inside, other=0)
-    tl.store(steps.slots_1 + row, tl.where(free >= 1, slot, -1), mask=inside)
-    tl.store(steps.positions_1 + row, position + 1, mask=inside)
-    if STEPS >= 2:
-        tl.store(steps.slots_2 + row, tl.where(free >= 2, slot, -1), mask=inside)
-        tl.store(steps.positions_2 + row, position + 2, mask=inside)
-    if STEPS >= 3:
-        tl.store(steps.slots_3 + row, tl.where(free >= 3, slot, -1), mask=inside)
-        tl.store(steps.positions_3 + row, position + 3, mask=inside)
+    _, ends = _accepted(tokens, slots, logit_rows, token, row, ROWS)
+    slot, position, free = _behind(positions, slots, logit_rows, room, row, ends, ROWS)
+    _store_steps(steps, slot, position, free, row, ROWS)
+
+
+@triton.jit
+def extend_kernel(
+    tokens,
+    positions,
+    slots,
+    logit_rows,
+    token,
+    room,
+    made,
+    steps,
+    places,
+    ROWS: tl.constexpr,
+    ROWS_UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """BLOCK of `places` tokens, and in the first program all ROWS rows, whose step 1 is written
+    behind the places."""
+    pdl_wait(PROGRAMMATIC)
+    row = tl.arange(0, ROWS_UP)
+    accepted, ends = _accepted(tokens, slots, logit_rows, token, row, ROWS)
+    of = tl.load(logit_rows + row, mask=row < ROWS, other=-1)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = place < places
+    wrong = (of[None, :] == place[:, None]) & (accepted == 0)[None, :]
+    slot = tl.load(slots + place, mask=here, other=-1)
+    slot = tl.where(tl.max(wrong.to(tl.int32), 1) > 0, -1, slot)
+    tl.store(made.slots + place, slot, mask=here)
+    tl.store(made.tokens + place, tl.load(tokens + place, mask=here, other=0), mask=here)
+    tl.store(made.positions + place, tl.load(positions + place, mask=here, other=0), mask=here)
+    if tl.program_id(0) == 0:
+        last, position, free = _behind(positions, slots, logit_rows, room, row, ends, ROWS)
+        to_slots, to_positions = made.slots + places, made.positions + places
+        _store_step(to_slots, to_positions, last, position, free, row, 1, ROWS)
+        chosen = tl.load(token + row, mask=row < ROWS, other=0)
+        tl.store(made.tokens + places + row, tl.maximum(chosen, 0), mask=row < ROWS)
+        tl.store(made.rows + row, places + row, mask=row < ROWS)
+        _store_steps(steps, last, position, free, row, ROWS)
 
 
 @triton.jit
@@ -154,7 +227,16 @@ def accept(query: KernelQuery) -> Candidate | Declined:
     """accept(tokens, positions, slots, logit_rows, token, room, steps=)."""
     rows, steps = query.args[4].shape[0], int(query.attrs["steps"])
     made = Steps(*(Result(i) for i in range(2 * steps)))
-    return _of_rows(query, accept_kernel, rows, {"steps": made, "STEPS": steps}, _TOKENS)
+    return _of_rows(query, accept_kernel, rows, {"steps": made}, _TOKENS)
+
+
+def extend(query: KernelQuery) -> Candidate | Declined:
+    """extend(tokens, positions, slots, logit_rows, token, room, steps=)."""
+    places, rows = query.args[0].shape[0], query.args[4].shape[0]
+    made = Extended(*(Result(i) for i in range(4)))
+    steps = Steps(None, None, *(Result(i) for i in range(4, len(query.results))))
+    more = {"made": made, "steps": steps, "places": places, "BLOCK": _TOKENS}
+    return _of_rows(query, extend_kernel, rows, more, places)
 
 
 def _of_rows(
@@ -205,4 +287,9 @@ def likeliest(query: KernelQuery) -> Candidate | Declined:
     return Candidate((call,), query.seconds(1), reason, temps, {"arrived": rows})
 
 
-TEMPLATES = {"follow": (follow,), "accept": (accept,), "likeliest": (likeliest,)}
+TEMPLATES = {
+    "follow": (follow,),
+    "accept": (accept,),
+    "extend": (extend,),
+    "likeliest": (likeliest,),
+}
