@@ -6,14 +6,14 @@ what a node becomes is the backend's business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 from msgspec.structs import replace
 
-from ..compiler.interpret import writes_in_place
+from ..compiler.interpret import in_place_nodes
 from ..compiler.ir import Graph, Node, Value
 from ..compiler.ops.leaf import literal, param
 from ..compiler.ops.mxfp4_fragments import mxfp4_tiled
@@ -184,8 +184,9 @@ class EntryBuilder:
             bound: Any = value.type.bind({})
             self.at[value] = Slice(name, bound.dtype, bound.shape)
         nodes = [n for n in self.graph.nodes() if n.op is not param and not n.is_constant]
+        in_place = in_place_nodes(self.graph, nodes, frozenset(self.graph.params))
         for i, node in enumerate(nodes):
-            self._add(node, uses, nodes[i + 1 :])
+            self._add(node, uses, nodes[i + 1 :], in_place)
         self._copy_outputs()
         self._copy_updates()
         return self._place()
@@ -213,19 +214,25 @@ class EntryBuilder:
         self.reads.append([s.buffer for s in reads])
         self.writes.append([s.buffer for s in writes])
 
-    def _add(self, node: Node, uses: Mapping[Value, int], later: Sequence[Node]) -> None:
+    def _add(
+        self,
+        node: Node,
+        uses: Mapping[Value, int],
+        later: Sequence[Node],
+        in_place: Set[Node],
+    ) -> None:
         types = tuple(t.bind(self.binding) for t in node.types)
         attrs = {k: bind_attr(v, self.binding) for k, v in node.attrs.items()}
         args = tuple(self._place_of(node, i) for i in range(len(node.args)))
-        in_place = writes_in_place(node, uses) or self._reads_last(node, later)
-        bound = Bound(node, attrs, args, types, in_place)
+        taken = node in in_place
+        written = node.op.inplace is not None and (taken or self._reads_last(node, later))
+        bound = Bound(node, attrs, args, types, written)
         seen = self.backend.view(bound)
         if seen is not None:
             self.at[Value(node)] = seen
             return
-        donated: dict[int, Any] = dict(enumerate(args[: len(types)] if in_place else ()))
-        caches = [node.args[a.cache] for a in node.appends]
-        if all(c.op is param and uses[c] == 1 for c in caches):
+        donated: dict[int, Any] = dict(enumerate(args[: len(types)] if written else ()))
+        if taken:
             donated |= {a.updated: args[a.cache] for a in node.appends}
         appended = {a.row for a in node.appends}
         results = tuple(
@@ -240,7 +247,7 @@ class EntryBuilder:
         first arguments, which all others have read by then."""
         donors = dict(zip(node.args, node.results, strict=False))
         updates = {self.graph.param(name): value for name, value in self.graph.updates.items()}
-        if node.op.inplace is None or any(updates.get(a) != v for a, v in donors.items()):
+        if any(updates.get(a) != v for a, v in donors.items()):
             return False
         buffers = {self.at[donor].buffer for donor in donors}
         read = [*(a for n in later for a in n.args), *self.graph.outputs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,13 +97,8 @@ class Interpreter:
             for i, node in enumerate(self._nodes)
         ]
         self._touched: dict[tuple[tuple[str, int], ...], int] = {}
-        uses = graph.use_counts()
-        self._in_place = {
-            node
-            for node in self._nodes
-            if writes_in_place(node, uses)
-            and all(a.attrs["name"] in graph.state for a in node.args[: len(node.types)])
-        }
+        state = frozenset(map(graph.param, graph.state))
+        self._in_place = {n for n in in_place_nodes(graph, self._nodes, state) if n.op.inplace}
 
     def run(
         self,
@@ -168,11 +163,35 @@ class Interpreter:
         return {v: v.type.bind(binding).nbytes for node in self._nodes for v in node.results}  # pyright: ignore[reportReturnType]
 
 
-def writes_in_place(node: Node, uses: Mapping[Value, int]) -> bool:
-    """Whether results may take over the memory of the first arguments: parameters that nothing
-    else, no other operand either, looks at. `uses` counts how often each value is read."""
-    donors = node.args[: len(node.types)]
-    return node.op.inplace is not None and all(a.op is param and uses[a] == 1 for a in donors)
+def in_place_nodes(graph: Graph, nodes: Sequence[Node], params: Set[Value]) -> set[Node]:
+    """Those of `nodes`, in their order, whose results may take over the memory of what they update:
+    of `params` that nothing else, no other operand either, looks at, or of what such a node made
+    of one, after all attention to that. (Attention reads pages; what else reads may be a view.)
+    """
+    uses = graph.use_counts()
+    place = {node: i for i, node in enumerate(nodes)}
+    users = graph.users()
+    found: set[Node] = set()
+
+    def is_free(donor: Value, node: Node) -> bool:
+        if donor in params:
+            return uses[donor] == 1
+        others = [user for user in users.get(donor, ()) if user is not node]
+        attend = all("page_table" in user.op.operands for user in others)
+        read = donor in graph.roots or node.args.count(donor) > 1
+        return (
+            donor.node in found
+            and attend
+            and not read
+            and all(place[user] < place[node] for user in others)
+        )
+
+    for node in nodes:
+        count = len(node.types) if node.op.inplace else 0
+        donors = [*node.args[:count], *(node.args[a.cache] for a in node.appends)]
+        if donors and all(is_free(donor, node) for donor in donors):
+            found.add(node)
+    return found
 
 
 def interpret(

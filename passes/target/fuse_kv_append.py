@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ...compiler.ir import Graph, Node, Value
+from ...compiler.ir import Graph, Node, Value, walk
 from ...compiler.ops.attention import kv_append
-from ...compiler.ops.leaf import param
 from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Applied, Decline
 
@@ -18,16 +17,16 @@ from ...compiler.rewrite import Applied, Decline
 def _producer(append: Node) -> Node:
     """The one node whose results are the rows of `append`; Decline where there is none.
 
-    Caches and places are parameters: nothing else is there early enough for any producer.
+    Caches and places are there before it: parameters, or made of what is not.
     """
     count = len(append.types)
     rows, others = append.args[count : 2 * count], (*append.args[:count], *append.args[2 * count :])
-    if any(other.op is not param for other in others):
-        raise Decline("a cache or a place in it is computed")
     makers = {row.node for row in rows}
     if len(makers) > 1 or len({*rows}) < count:
         raise Decline("its rows are not different results of one node")
     (maker,) = makers
+    if maker in walk(others):
+        raise Decline("a cache or a place in it is computed from the same results")
     if any(row.index >= len(maker.op.caches) for row in rows):
         raise Decline(f"{maker.op.name} does not write it into a cache")
     return maker

@@ -185,7 +185,7 @@ BODIES: dict[str, tuple[str, dict[str, int]]] = {
             "  return %q",
             UPDATES,
         ),
-        {"project_heads": 3, "add": 1, "kv_append": 1, "copy": 4},
+        {**JOINED, "add": 1, "copy": 4},
     ),
     # The caches are copied for those that are outputs, and then written in place.
     "rows are appended twice": (

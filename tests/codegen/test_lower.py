@@ -15,7 +15,7 @@ import torch
 from ingot.codegen.constants import ConstantMaker, folded
 from ingot.codegen.lower import Lowered, serving_bindings
 from ingot.codegen.memory import ALIGNMENT
-from ingot.compiler.interpret import interpret, random_tensor
+from ingot.compiler.interpret import Interpreter, interpret, random_tensor
 from ingot.compiler.ir import Graph
 from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.text import parse
@@ -386,6 +386,69 @@ def test_state_is_written_in_place() -> None:
     program, _ = stepped(text, steps=3)
     assert scratch_results(program, "kv_append") == 0
     assert not [n for n in program.entries[0].launches if n.label in ("copy a", "copy b")]
+
+
+def attended(result: str, rows: str, caches: str) -> str:
+    index = "%slots, %positions, %table"
+    return f"{result} = cached_attention({rows}, {caches}, {index}, scale=0.5) : f32[T, 1, 3]"
+
+
+def again(*body: str) -> str:
+    """Two caches that are appended to, attended to and appended to once more, by what that gave."""
+    return state_graph(
+        append("%0, %1", "%a, %b"),
+        attended("%2", "%rows", "%0, %1"),
+        "%3, %4 = kv_append(%0, %1, %2, %2, %slots, %positions, %table) : CACHE, CACHE",
+        *body,
+        "update %a = %3",
+        "update %b = %4",
+    )
+
+
+def in_place(text: str) -> None:
+    """The interpreter that writes in place gives what it gives otherwise."""
+    graph = parse(text)
+    torch.manual_seed(0)
+    inputs = {
+        "rows": torch.randn(2, 1, 3),
+        "slots": torch.zeros(2).int(),
+        "positions": torch.tensor([2, 3]).int(),
+        "table": torch.tensor([[1, 0]]).int(),
+        "a": torch.randn(2, 4, 1, 3),
+        "b": torch.randn(2, 4, 1, 3),
+    }
+    expected = interpret(graph, inputs)
+    held = {name: x.clone() for name, x in inputs.items()}
+    found = Interpreter(graph).run(held, lambda _: torch.empty(0), {"T": 2}, in_place=True)
+    for a, b in zip(found.outputs, expected.outputs, strict=True):
+        assert torch.equal(a, b)
+    for name, content in expected.updates.items():
+        assert torch.equal(found.updates[name], content)
+
+
+def test_state_is_written_in_place_again_and_again() -> None:
+    text = again(attended("%5", "%2", "%3, %4"), "return %5, %2")
+    program, _ = stepped(text, steps=3)
+    assert scratch_results(program, "kv_append") == 0
+    assert not [n for n in program.entries[0].launches if n.label.startswith("copy")]
+    in_place(text)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        (attended("%5", "%2", "%3, %4"), attended("%6", "%5", "%0, %1"), "return %6"),
+        ("return %2, %0",),
+        ("%5 = view(%0, shape=[8, 3]) : f32[8, 3]", "return %2, %5"),
+        ("%5 = add(%3, %1) : CACHE", "return %5"),
+    ],
+    ids=["attended to later", "an output", "a view is an output", "added"],
+)
+def test_state_is_copied_before_it_is_written_again_when_it_is(body: tuple[str, ...]) -> None:
+    text = again(*body)
+    program, _ = stepped(text, steps=3)
+    assert scratch_results(program, "kv_append") == 1
+    in_place(text)
 
 
 @pytest.mark.parametrize("why", COPIED, ids=str)

@@ -100,9 +100,11 @@ STAY = {
         "%n = neg(%v)\n%a = kv_append(%kc, %n, %slots, %positions, %table)",
         "neg does not write it into a cache",
     ),
-    "a computed cache": (
-        "%n = neg(%kc)\n%a, %b = kv_append(%n, %vc, %k, %v, %slots, %positions, %table)",
-        "a cache or a place in it is computed",
+    "a cache of the same results": (
+        """%n = neg(%v)
+        %m = kv_append(%kc, %n, %slots, %positions, %table)
+        %a, %b = kv_append(%m, %vc, %k, %v, %slots, %positions, %table)""",
+        "a cache or a place in it is computed from the same results",
     ),
 }
 
@@ -113,8 +115,22 @@ def test_what_stays(name: str) -> None:
     before = block(lines, "return %q, %a")
     after, log = applied(STEP, before)
     assert after is before
-    (declined,) = log.declined
+    *_, declined = log.declined
     assert reason in declined
+
+
+def test_a_cache_and_a_place_that_are_computed_before() -> None:
+    after = fused(
+        block(
+            "%n = neg(%kc)",
+            "%p = maximum(%positions, %positions)",
+            "%a, %b = kv_append(%n, %vc, %k, %v, %slots, %p, %table)",
+            "return %q",
+            "update %kc = %a",
+            "update %vc = %b",
+        )
+    )
+    assert ops(after) == {"project_heads": 1, "neg": 1, "maximum": 1}
 
 
 def test_rows_are_appended_once_with_their_producer() -> None:
