@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         MTP,
         MXFP4,
         Completion,
+        Draft,
         Eagle3,
         IngotError,
         Model,
@@ -32,6 +33,7 @@ __all__ = [
     "MTP",
     "MXFP4",
     "Completion",
+    "Draft",
     "Eagle3",
     "IngotError",
     "Model",
@@ -42,7 +44,7 @@ __all__ = [
     "load",
 ]
 # What serves an ingot for a GPU, and must not bring torch.
-_LIGHT = ("MTP", "Eagle3", "IngotError", "NGram", "load")
+_LIGHT = ("MTP", "Draft", "Eagle3", "IngotError", "NGram", "load")
 
 
 def __getattr__(name: str) -> Any:

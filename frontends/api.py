@@ -36,7 +36,7 @@ from .options import (
     keywords_of,
 )
 from .progress import Progress
-from .speculate import MTP, Eagle3, NGram, Speculation, open_session
+from .speculate import MTP, Draft, Eagle3, NGram, Speculation, open_session
 from .text.completion import Completion, TextEvent
 
 if TYPE_CHECKING:
@@ -274,6 +274,7 @@ __all__ = [
     "CompileOptions",
     "CompiledModule",
     "Completion",
+    "Draft",
     "Eagle3",
     "GenerateOptions",
     "IngotError",

@@ -26,6 +26,7 @@ from .launches import chosen_entry
 from .model import Report, entry_sizes
 from .options import CompileOptions
 from .progress import Progress
+from .speculate import Draft
 from .text.calibration import TextCalibration
 from .text.generation_config import not_taken
 from .text.special_tokens import read_json
@@ -110,7 +111,8 @@ def lower_language_model(
     """The whole way to a program; with `plan_only` to one of which only `entry` has its kernels (or
     every one, for ALL), and whose weights need not be there. `prefer` is as kernel_backend has it.
     """
-    from .import_check import check_import  # needs transformers, which is an extra
+    from .draft_model import with_draft_model  # needs transformers, which is an extra
+    from .import_check import check_import
     from .importers.huggingface import import_hugging_face
     from .text.model_tokenizer import tokenizer_files
 
@@ -120,10 +122,11 @@ def lower_language_model(
             f"tensor_parallel: this version exchanges data between threads of the cpu target only, "
             f"not on {target.name}"
         )
+    dtype = torch_dtype(str(options.dtype)) if options.dtype else None
     with progress.timed("trace and import"):
         model = import_hugging_face(
             source,
-            dtype=torch_dtype(str(options.dtype)) if options.dtype else None,
+            dtype=dtype,
             max_tokens=options.max_tokens_per_sequence,
             weightless=plan_only,
             allow_unused=options.unused == "allow",
@@ -133,6 +136,19 @@ def lower_language_model(
     if options.check_import and not plan_only:
         with progress.timed("check import"):
             checked = str(check_import(model, source))
+    directory = None if isinstance(source, torch.nn.Module) else Path(source)
+    files, notes = tokenizer_files(directory) if directory else ({}, ())
+    tokenizer = Tokenizer.of(files, str(directory))
+    if isinstance(options.speculation, Draft):
+        with progress.timed("trace and import"):
+            model = with_draft_model(
+                model,
+                Path(options.speculation.directory),
+                tokenizer,
+                dtype=dtype,
+                weightless=plan_only,
+                allow_unused=options.unused == "allow",
+            )
     passes = options.passes
     if passes is None:
         passes = causal_lm(
@@ -143,9 +159,6 @@ def lower_language_model(
             sample=target.is_gpu,
             draft=options.predicted,
         )
-    directory = None if isinstance(source, torch.nn.Module) else Path(source)
-    files, notes = tokenizer_files(directory) if directory else ({}, ())
-    tokenizer = Tokenizer.of(files, str(directory))
     calibration = TextCalibration(tokenizer, model.max_tokens, progress)
     errors = PackingErrors()
 

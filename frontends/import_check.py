@@ -78,8 +78,8 @@ def check_import(imported: HuggingFaceModel, source: str | Path | PreTrainedMode
     where more than a tenth of the tokens differ by more than the tolerance of the dtype. In a
     narrow dtype a rounding may move a router's choice: there it is an error only if the model in
     f32 says so too, and tokens at which the model differs from that itself count for us, twice. A
-    layer that predicts further tokens is left out: it changes no token. Of a quantized checkpoint
-    keys and tensors are counted before (`quantization_check`).
+    layer that predicts further tokens, or a model that drafts, is left out: it changes no token. Of
+    a quantized checkpoint keys and tensors are counted before (`quantization_check`).
     """
     began = perf_counter()
     if not isinstance(source, torch.nn.Module):

@@ -15,7 +15,7 @@ from ..runtime.program import Program
 from .drivers import driver_for
 from .importers.source_error import SourceError
 from .options import NotYetError, speculation_of
-from .speculate import MTP, Eagle3, NGram, Speculation, check_rows, kind_of, open_session
+from .speculate import MTP, Draft, Eagle3, NGram, Speculation, check_rows, kind_of, open_session
 from .text.text_model import TextModel
 from .text.tokenizer import Tokenizer
 
@@ -58,16 +58,16 @@ def load(
     path: str | Path,
     *,
     driver: Driver | None = None,
-    speculate: str | NGram | MTP | Eagle3 | None = None,
+    speculate: str | NGram | MTP | Eagle3 | Draft | None = None,
 ) -> LoadedModel:
     """Load the ingot at `path`, a directory or a zip, and make it ready to serve.
 
     Every file is validated first; IngotError, one line, names an invalid one. `driver` is by
     default that of the ingot's target, and raises its own error if the machine has no such device.
-    `speculate` is an NGram, an MTP or an Eagle3, or text for one, in place of what the ingot was
-    compiled with, or "none" (see CompileOptions): ValueError where a step gives fewer results than
-    a draft needs, or does not draft so many tokens in that way. The directory of an Eagle3 need not
-    be there.
+    `speculate` is an NGram, an MTP, an Eagle3 or a Draft, or text for one, in place of what the
+    ingot was compiled with, or "none" (see CompileOptions): ValueError where a step gives fewer
+    results than a draft needs, or does not draft so many tokens in that way. The directory of an
+    Eagle3 or a Draft is not read, and need not be there.
 
     Device code from an untrusted ingot is untrusted code: hashes detect corruption, not origin.
     """
@@ -110,7 +110,9 @@ def _recorded(manifest: Manifest, program: Program) -> Speculation | None:
 def _check_kind(speculation: Speculation | None, manifest: Manifest) -> None:
     """ValueError where steps draft by themselves, and in another way than `speculation`."""
     recorded = str(manifest.options.get("speculate"))
-    if isinstance(speculation, MTP | Eagle3) and kind_of(recorded) != kind_of(str(speculation)):
+    if isinstance(speculation, MTP | Eagle3 | Draft) and kind_of(recorded) != kind_of(
+        str(speculation)
+    ):
         raise ValueError(f"speculate: {speculation}: the steps of this ingot draft by {recorded}")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ..compiler.target import target_of
 from ..runtime.serving.sampling import Sampling
-from .speculate import LATER, MTP, NONE, Eagle3, NGram, Speculation, parsed, rows
+from .speculate import MTP, NONE, Draft, Eagle3, NGram, Speculation, parsed, rows
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class CompileKeywords(TypedDict, total=False):
 
     target: str
     quantize: str | MXFP4 | None
-    speculate: str | NGram | MTP | Eagle3 | None
+    speculate: str | NGram | MTP | Eagle3 | Draft | None
     tensor_parallel: int
     max_sequences: int
     max_tokens_per_sequence: int
@@ -72,9 +72,10 @@ class CompileOptions:
     the first GPU of this machine, or the cpu. `dtype` None keeps the checkpoint's; weights are
     converted as they are loaded. `quantize` "mxfp4", or an MXFP4 with options, packs the weights of
     products; those options that need a text (GPTQ) run the model over it. `speculate` NGram(), or
-    "ngram:4:2", MTP(), or "mtp:1", or Eagle3(DIR), or "eagle3:4:DIR", drafts tokens and verifies
-    several in a step: sequences get the tokens that they get without, sooner (see NGram, MTP and
-    Eagle3); an ingot records it, and "none" is off. `tensor_parallel` N splits a language model
+    "ngram:4:2", MTP(), or "mtp:1", Eagle3(DIR), or "eagle3:4:DIR", or Draft(DIR), or
+    "draft:4:DIR", drafts tokens and verifies several in a step: sequences get the tokens that they
+    get without, sooner (see NGram, MTP, Eagle3 and Draft); an ingot records it, and "none" is off.
+    `tensor_parallel` N splits a language model
     over N ranks, threads of one process on the cpu target. `passes` replaces the pipeline. `verify`
     runs every rewritten region, before and after, on sampled inputs. `unused` "allow" leaves out
     tensors of a checkpoint that the model does not read, which are refused where no reason for them
@@ -94,10 +95,11 @@ class CompileOptions:
         default=None,
         metadata=_flag("mxfp4 packs the weights of products (4.25 bits each).", type=str | None),
     )
-    speculate: str | NGram | MTP | Eagle3 | None = field(
+    speculate: str | NGram | MTP | Eagle3 | Draft | None = field(
         default=None,
         metadata=_flag(
-            "Draft tokens by ngram[:k[:min_match]], mtp[:k] or eagle3:k:DIR; none.", type=str | None
+            "Draft tokens by ngram[:k[:min_match]], mtp[:k], eagle3:k:DIR or draft:k:DIR; none.",
+            type=str | None,
         ),
     )
     tensor_parallel: int = 1
@@ -176,13 +178,14 @@ class CompileOptions:
 
     @property
     def inner_drafter(self) -> MTP | Eagle3 | None:
-        """The way to draft where that is a part of the step."""
+        """The way to draft where that is a part of the model's trace."""
         return self.speculation if isinstance(self.speculation, MTP | Eagle3) else None
 
     @property
     def predicted(self) -> int:
         """How many tokens a step drafts behind each."""
-        return self.inner_drafter.k if self.inner_drafter else 0
+        found = self.speculation
+        return found.k if isinstance(found, MTP | Eagle3 | Draft) else 0
 
     def rows(self, sequences: int) -> int:
         """How many results a step needs for so many sequences."""
@@ -308,16 +311,13 @@ def _at_least(name: str, value: Any, least: int) -> None:
 
 
 def speculation_of(given: Any) -> Speculation | None:
-    """The way to draft that a value of `speculate` says; TypeError, ValueError and NotYetError."""
-    if given is None or isinstance(given, NGram | MTP | Eagle3):
+    """The way to draft that a value of `speculate` says; TypeError and ValueError."""
+    if given is None or isinstance(given, NGram | MTP | Eagle3 | Draft):
         return given
     if not isinstance(given, str):
         raise TypeError(
-            f"speculate: expected an NGram, an MTP, an Eagle3, text or None, found {given!r:.80}"
-        )
-    if given.partition(":")[0] in LATER:
-        raise NotYetError(
-            f"speculate={given!r:.80}: this version drafts with 'ngram', 'mtp' and 'eagle3'"
+            "speculate: expected an NGram, an MTP, an Eagle3, a Draft, text or None, found "
+            f"{given!r:.80}"
         )
     return parsed(given)
 

@@ -17,8 +17,6 @@ from ..runtime.serving.speculation import Drafter
 
 # In place of a way to draft: none, whatever an ingot was compiled with.
 NONE = "none"
-# Ways to draft that the option will take, and this version does not.
-LATER = ("draft",)
 # The most rows that speculation adds to an entry: their logits and samples take memory, and a step
 # of so many tokens is no longer bound by what it reads.
 _ROWS = 256
@@ -98,14 +96,7 @@ class Eagle3:
     k: int = MOST_DRAFTED
 
     def __post_init__(self) -> None:
-        given: Any = self.directory
-        if not isinstance(given, str | PathLike) or not isinstance(fspath(given), str):
-            raise TypeError(
-                f"speculate: directory: expected the path of an EAGLE-3 head, found {given!r:.80}"
-            )
-        if not fspath(given):
-            raise ValueError("speculate: directory: expected the path of an EAGLE-3 head")
-        object.__setattr__(self, "directory", fspath(given))
+        object.__setattr__(self, "directory", _path(self.directory, "an EAGLE-3 head"))
         object.__setattr__(self, "k", _drafted(self.k))
 
     def __str__(self) -> str:
@@ -117,6 +108,35 @@ class Eagle3:
         return DeviceDrafter(self.k, "eagle3")
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Drafts `k` tokens (1 to 4) a step by a smaller model, the one at `directory`.
+
+    It has to share the vocabulary of the model. It runs within each step, in the same program: over
+    the tokens of the step and the sampled one, which gives the first drafted token, and for each
+    further one over the one before. It is quantized, fused and cached like the model, and
+    `dtype`, where one is asked for, is its dtype too. An ingot has it inside: where one is loaded
+    `directory` is not read.
+
+    ValueError, or TypeError for another kind of value, says what was expected and what came.
+    """
+
+    directory: str | PathLike[str]
+    k: int = MOST_DRAFTED
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", _path(self.directory, "a model that drafts"))
+        object.__setattr__(self, "k", _drafted(self.k))
+
+    def __str__(self) -> str:
+        """As the option takes it, and as an ingot records it."""
+        return f"draft:{self.k}:{self.directory}"
+
+    def drafter(self) -> Drafter:
+        """What drafts so for one session."""
+        return DeviceDrafter(self.k, "draft")
+
+
 def _drafted(given: Any) -> int:
     """How many tokens a step drafts behind each; ValueError."""
     if not _is_whole(given) or not 1 <= given <= MOST_DRAFTED:
@@ -126,25 +146,36 @@ def _drafted(given: Any) -> int:
     return int(given)
 
 
+def _path(given: Any, of: str) -> str:
+    """The path of a directory, which need not be there; TypeError and ValueError."""
+    if not isinstance(given, str | PathLike) or not isinstance(path := fspath(given), str):
+        found = type(given).__name__
+        raise TypeError(f"speculate: directory: expected the path of {of}, found a {found}")
+    if not path:
+        raise ValueError(f"speculate: directory: expected the path of {of}")
+    return path
+
+
 # What is drafted with; more kinds will join.
-Speculation = NGram | MTP | Eagle3
-# By what their text begins with: the kind, and how many numbers it takes.
+Speculation = NGram | MTP | Eagle3 | Draft
+# By what their text begins with: the kind, and how many numbers it takes; or that of a directory.
 _KINDS: dict[str, tuple[type[NGram | MTP], int]] = {"ngram": (NGram, 2), "mtp": (MTP, 1)}
+_OF_DIRECTORIES: dict[str, type[Eagle3 | Draft]] = {"eagle3": Eagle3, "draft": Draft}
 
 
 def parsed(text: str) -> Speculation | None:
-    """The way to draft that `text` says, ngram[:k[:min_match]], mtp[:k] or eagle3:k:DIR; None for
-    "none". ValueError."""
+    """The way to draft that `text` says, ngram[:k[:min_match]], mtp[:k], eagle3:k:DIR or
+    draft:k:DIR; None for "none". ValueError."""
     kind, *numbers = text.split(":")
     if text == NONE:
         return None
-    if kind == "eagle3" and len(numbers) > 1 and _is_number(numbers[0]):
-        return Eagle3(":".join(numbers[1:]), int(numbers[0]))
+    if kind in _OF_DIRECTORIES and len(numbers) > 1 and _is_number(numbers[0]):
+        return _OF_DIRECTORIES[kind](":".join(numbers[1:]), int(numbers[0]))
     made, most = _KINDS.get(kind, (NGram, -1))
     if len(numbers) > most or not all(map(_is_number, numbers)):
         raise ValueError(
             "speculate: expected an NGram, 'ngram[:k[:min_match]]', an MTP, 'mtp[:k]', an Eagle3, "
-            f"'eagle3:k:DIR', 'none' or None, found {text!r:.80}"
+            f"'eagle3:k:DIR', a Draft, 'draft:k:DIR', 'none' or None, found {text!r:.80}"
         )
     return made(*map(int, numbers))
 
@@ -177,12 +208,14 @@ def check_rows(speculation: Speculation | None, program: Program) -> None:
     if speculation is None:
         return
     abi = ServingAbi(program)
-    if isinstance(speculation, MTP | Eagle3) and abi.drafts < speculation.k:
-        raise ValueError(
-            f"speculate: {speculation} needs a program that drafts {speculation.k} tokens behind "
-            f"each, and this one drafts {abi.drafts}: compile it with "
-            f"speculate={str(speculation)!r}"
-        )
+    if isinstance(speculation, MTP | Eagle3 | Draft):
+        drafts = abi.drafts if abi.follows != isinstance(speculation, Draft) else 0
+        if drafts < speculation.k:
+            raise ValueError(
+                f"speculate: {speculation} needs a program that drafts {speculation.k} tokens "
+                f"behind each in that way, and this one drafts {drafts}: compile it with "
+                f"speculate={str(speculation)!r}"
+            )
     needed, found = speculation.k + 1, abi.rows
     if found < needed:
         raise ValueError(

@@ -58,8 +58,11 @@ class SampleOnDevice:
             return graph
         logits, *others = graph.outputs
         vocab = logits.type.shape[-1] if logits.type.rank == 2 else None
-        alone = not others or any(p.attrs["name"] == FOLLOWING for p in graph.params)
-        if not alone or not isinstance(vocab, int) or logits.type.dtype not in FLOATS:
+        if (
+            (others and not _drafts(graph))
+            or not isinstance(vocab, int)
+            or logits.type.dtype not in FLOATS
+        ):
             outputs = ", ".join(str(o.type) for o in graph.outputs)
             context.log.decline(self.name, logits.node, f"expected logits [L, V], found {outputs}")
             return graph
@@ -95,6 +98,14 @@ def _claims(after: Graph, count: int) -> tuple[Applied, ...]:
 
 def _param(name: str, dtype: str, *shape: Dim) -> Value:
     return param(name=name, type=TensorType(dtype, shape))
+
+
+def _drafts(graph: Graph) -> bool:
+    """Whether what a graph has beside its logits is there to draft."""
+    *_, last = graph.outputs
+    (rows, *_) = graph.outputs[0].type.shape
+    alone = len(graph.outputs) == 2 and last.type == TensorType("i32", (rows,))
+    return alone or any(p.attrs["name"] == FOLLOWING for p in graph.params)
 
 
 def _sampling(graph: Graph) -> Node | None:

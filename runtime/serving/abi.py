@@ -34,6 +34,12 @@ A program that samples may draft too, k ≤ 4 tokens behind each row. Then it ha
 The token behind each, -1 for one that this replay samples, and the positions behind a row that its
 slot has pages for. draft[j, 0] is drafted behind the token of row j; the further ones are drafts
 where the first tokens that are sampled otherwise than they were drafted end with row j.
+
+Where a smaller model drafts, which sees tokens alone, there is
+
+    room i32[L]  →  draft i32[L, k]
+
+without `following`, and all of draft[j] are drafts only where those end with row j.
 """
 
 from __future__ import annotations
@@ -93,9 +99,13 @@ class ServingAbi:
         step = program.functions[STEP]
         # How many most likely tokens the device can give; None where it does not sample.
         self.candidates = _candidates_of(step)
-        # How many tokens the device drafts behind each row.
+        # How many tokens the device drafts behind each row, and by what: the tokens that follow,
+        # or those of the step alone.
         self.drafts = _drafts_of(step)
-        _check_signature(step, self.meta, self.candidates, self.drafts)
+        self.follows = self.drafts > 0 and "following" in step.inputs
+        _check_signature(step, self.meta, self.candidates, self.drafts, self.follows)
+        # How many positions behind its own a step drafts over, which `room` says are there.
+        self.reach = max(self.drafts - self.follows, 0)
         self._entries = sorted((_checked(entry.symbols) for entry in step.entries), key=_size)
         # The most tokens and the most rows of one replay: the largest entry takes any batch.
         if self._entries:
@@ -167,10 +177,10 @@ def sampling_inputs(vocab: int) -> dict[str, Spec]:
     }
 
 
-def drafting_inputs(drafts: int) -> dict[str, Spec]:
+def drafting_inputs(drafts: int, follows: bool) -> dict[str, Spec]:
     """The inputs by which a device drafts so many tokens, by name."""
-    inputs = {"following": Spec("i32", ("T",))} if drafts else {}
-    return inputs | ({"room": Spec("i32", ("L",))} if drafts > 1 else {})
+    inputs = {"following": Spec("i32", ("T",))} if follows else {}
+    return inputs | ({"room": Spec("i32", ("L",))} if drafts > follows else {})
 
 
 def serving_outputs(meta: ServingMeta, candidates: int | None, drafts: int = 0) -> dict[str, Spec]:
@@ -205,13 +215,13 @@ def _drafts_of(step: Function) -> int:
 
 
 def _check_signature(
-    step: Function, meta: ServingMeta, candidates: int | None, drafts: int
+    step: Function, meta: ServingMeta, candidates: int | None, drafts: int, follows: bool
 ) -> None:
     inputs = {name: Spec("i32", ("T",)) for name in ("tokens", "positions", "slots")}
     inputs["page_table"] = Spec("i32", (meta.max_sequences, meta.pages_per_slot))
     inputs["logit_rows"] = Spec("i32", ("L",))
     if candidates is not None:
-        inputs |= sampling_inputs(meta.vocab_size) | drafting_inputs(drafts)
+        inputs |= sampling_inputs(meta.vocab_size) | drafting_inputs(drafts, follows)
     outputs = {n: replace(s, dtype=_ON_HOST.get(s.dtype, s.dtype)) for n, s in step.outputs.items()}
     for what, found, expected in (
         ("inputs", step.inputs, inputs),

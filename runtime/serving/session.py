@@ -116,7 +116,7 @@ class Session:
             rows=self._abi.rows,
             drafter=drafter,
             adaptive=self.adaptive,
-            reach=max(self._abi.drafts - 1, 0) if self._device_drafter else 0,
+            reach=self._abi.reach if self._device_drafter else 0,
             clock=clock,
         )
         self._sampler = RowSampler(self.meta.vocab_size, self._abi.candidates)

@@ -71,7 +71,7 @@ class Steps:
             **batch.inputs(symbols["T"], symbols["L"], self._cache.page_table),
             **self._sampler.inputs(symbols["L"], batch.rows),
         }
-        if self._abi.drafts:
+        if self._abi.follows:
             inputs["following"] = following(batch.chunks, symbols["T"])
         inputs |= self._room(batch, symbols)
         self._start(batch, symbols, inputs, outputs, begin, fed=False)
@@ -108,7 +108,7 @@ class Steps:
 
     def _room(self, batch: Batch, symbols: Mapping[str, int]) -> dict[str, Array]:
         """The input that says how far a step may draft, where it takes that."""
-        if self._abi.drafts < 2:
+        if not self._abi.reach:
             return {}
         return {"room": room(batch.rows, symbols["L"], self._cache)}
 

@@ -16,7 +16,7 @@ import torch
 from ingot.frontends import api, options
 from ingot.frontends.cli.commands import COMMANDS
 from ingot.frontends.cli.main import app
-from ingot.frontends.options import CompileOptions, GenerateOptions, NotYetError
+from ingot.frontends.options import CompileOptions, GenerateOptions
 from ingot.frontends.text.text_model import TextModel
 from ingot.passes.pipelines import RAISING
 from ingot.passes.transforms.mxfp4_policy import MXFP4
@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[2]
 WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
     "target": (CompileOptions, "tpu", ValueError, "unknown target 'tpu'"),
     "quantize": (CompileOptions, "int4", ValueError, "expected 'mxfp4'.*found 'int4'"),
-    "speculate": (CompileOptions, "draft", NotYetError, "speculate='draft'"),
+    "speculate": (CompileOptions, "draft", ValueError, "found 'draft'"),
     "speculate of another kind": (
         CompileOptions,
         4,
         TypeError,
-        "an NGram, an MTP, an Eagle3, text or.* found 4",
+        "an NGram, an MTP, an Eagle3, a Draft, text or.* found 4",
     ),
     "speculate by an unknown way": (CompileOptions, "guess", ValueError, "'none'.*found 'guess'"),
     "speculate by too many numbers": (CompileOptions, "ngram:4:2:1", ValueError, "'ngram:4:2:1'"),
@@ -49,6 +49,14 @@ WRONG: dict[str, tuple[type, Any, type[Exception], str]] = {
         "directory: expected the path",
     ),
     "speculate by k of a head": (CompileOptions, "eagle3:5:DIR", ValueError, "1 to 4, found 5"),
+    "speculate by k of a model": (
+        CompileOptions,
+        "draft:5:it",
+        ValueError,
+        "k: .* 1 to 4, found 5",
+    ),
+    "speculate by a model nowhere": (CompileOptions, "draft:4:", ValueError, "the path of a model"),
+    "speculate by a model alone": (CompileOptions, "draft:it", ValueError, "found 'draft:it'"),
     "speculate by min_match": (CompileOptions, "ngram:4:0", ValueError, "min_match.*found 0"),
     "tensor_parallel": (CompileOptions, 0, ValueError, "at least 1, found 0"),
     "max_sequences": (CompileOptions, 1.5, ValueError, "at least 1, found 1.5"),
@@ -110,6 +118,8 @@ def test_equal_options_are_equal_keys() -> None:
     assert str(head.speculation) == "eagle3:2:C:/a:b/head"
     assert ingot.Eagle3("a").k == 4
     assert CompileOptions(speculate="ngram:3").predicted == CompileOptions().predicted == 0
+    assert CompileOptions(speculate="draft:2:a:b").speculation == ingot.Draft(Path("a:b"), 2)
+    assert CompileOptions(speculate=ingot.Draft("there")).predicted == 4
     for off in (None, "none"):
         assert CompileOptions(speculate=off).data() == CompileOptions().data()
         assert CompileOptions(speculate=off).speculation is None
@@ -134,6 +144,8 @@ def test_data_is_json_and_tells_options_apart() -> None:
         CompileOptions(passes=()),
         CompileOptions(speculate="ngram"),
         CompileOptions(speculate="ngram:3"),
+        CompileOptions(speculate="draft:3:a"),
+        CompileOptions(speculate="draft:3:b"),
         *(CompileOptions(quantize=text) for text in texts),
     ]
     found = [json.dumps(one.data()) for one in given]
@@ -222,6 +234,7 @@ def doors(model: PreTrainedModel, module: torch.nn.Module, x: torch.Tensor, one:
     assert_type(ingot.compile(Path("directory"), quantize=ingot.MXFP4(group=16)), ingot.Model)
     assert_type(ingot.compile(model, max_sequences=2), ingot.Model)
     assert_type(ingot.compile(model, speculate=ingot.NGram(k=3)), ingot.Model)
+    assert_type(ingot.compile(model, speculate=ingot.Draft(Path("smaller"), k=2)), ingot.Model)
     assert_type(ingot.compile(module, example_inputs=(x,)), CompiledModule)
     assert_type(ingot.compile_to("directory", "path", overwrite=True), WrittenIngot)
     loaded = ingot.load("path")

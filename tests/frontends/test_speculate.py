@@ -178,6 +178,13 @@ def test_rows_of_entries() -> None:
     assert [b["L"] for b in drafting] == [1, 2, 4, 8, 16, 32, 40, 40, 40, 40, 40, 40]
 
 
+def test_a_model_in_memory_does_not_draft() -> None:
+    with pytest.raises(TypeError, match="the path of a model that drafts, found a Llama"):
+        ingot.Draft(tiny_model("llama"))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the path of a model that drafts, found a bytes"):
+        ingot.Draft(b"there")  # type: ignore[arg-type]
+
+
 def test_a_module_drafts_nothing() -> None:
     with pytest.raises(ValueError, match="speculate: a module has no tokens"):
         ingot.compile(torch.nn.Linear(2, 2), example_inputs=(torch.ones(2),), speculate="ngram")

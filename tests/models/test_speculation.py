@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ingot.runtime.serving.row_sampling import Choice, RowSampler
 from ingot.runtime.serving.sampling import Sampling, distribution, sample, uniform
 from ingot.runtime.serving.session import Session
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
@@ -75,14 +77,36 @@ def identity_cases() -> list[Any]:
     return cases
 
 
+def moved(name: str, directory: Path, spread: float = 0.2) -> ingot.Draft:
+    """The model `name` with other weights by so much noise, which is often right."""
+    if name != "pico":
+        return noisy(tiny_model(name), directory, spread)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PICO / file, directory)
+    return noisy(AutoModelForCausalLM.from_pretrained(PICO), directory, spread)
+
+
+def noisy(model: Any, directory: Path, spread: float, k: int = 4) -> ingot.Draft:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for _, weight in sorted(model.named_parameters()):
+            weight.add_(spread * weight.std() * torch.randn_like(weight))
+    model.save_pretrained(directory)
+    return ingot.Draft(directory, k)
+
+
 @pytest.mark.usefixtures("_all_verified")
+@pytest.mark.parametrize("kind", ["ngram", pytest.param("draft", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "sampled", "count", "tokens"), identity_cases())
-def test_tokens_are_those_without(name: str, sampled: bool, count: int, tokens: int) -> None:
+def test_tokens_are_those_without(
+    name: str, sampled: bool, count: int, tokens: int, kind: str, tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"max_new_tokens": tokens}
     if sampled:  # logits of random weights differ little
         options |= {**SAMPLED, "seed": 11, "temperature": 0.8 if name == "pico" else 0.03}
     plain = compiled(name, 20)
-    drafting = compiled(name, 20, speculate=ingot.NGram(k=4, min_match=1))
+    by = ingot.NGram(k=4, min_match=1) if kind == "ngram" else moved(name, tmp_path)
+    drafting = compiled(name, 20, speculate=by)
     prompts = prompts_for(plain.session.meta.vocab_size, count)
     expected = plain.generate(prompts, **options)
     found = drafting.generate(prompts, **options)
@@ -182,10 +206,18 @@ def redraws_from_all(row: Row, found: Mapping[str, Array], at: int, choice: Choi
 
 @pytest.mark.usefixtures("_all_verified")
 @pytest.mark.parametrize(
-    ("count", "tokens"),
-    [(600, 2), pytest.param(20_000, 3, marks=[pytest.mark.slow, pytest.mark.sweep])],
+    ("kind", "count", "tokens"),
+    [
+        ("ngram", 600, 2),
+        *(
+            pytest.param(kind, 20_000, 3, marks=[pytest.mark.slow, pytest.mark.sweep])
+            for kind in ("ngram", "draft")
+        ),
+    ],
 )
-def test_the_distribution(count: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distribution(
+    kind: str, count: int, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Continuations are drawn as the model says, with drafts and without; by a rule that accepts
     too much, or one that does not take the rejected token out, they are not."""
     source = tiny_model("llama", vocab_size=VOCAB, max_position_embeddings=1024)
@@ -193,7 +225,12 @@ def test_the_distribution(count: int, tokens: int, monkeypatch: pytest.MonkeyPat
         max_sequences=100, max_tokens_per_sequence=1024, progress=False, check_import=False
     )
     plain = ingot.compile(source, **options)
-    drafting = ingot.compile(source, speculate=ingot.NGram(k=3, min_match=1), **options)
+    by: Any = ingot.NGram(k=3, min_match=1)
+    if kind == "draft":
+        by = noisy(
+            tiny_model("llama", vocab_size=VOCAB, max_position_embeddings=1024), tmp_path, 0.2, k=3
+        )
+    drafting = ingot.compile(source, speculate=by, **options)
     prompt = prompt_of(plain)
     chances = exact(plain, prompt, tokens)
     assert sum(chances.values()) == pytest.approx(1)
@@ -206,7 +243,12 @@ def test_the_distribution(count: int, tokens: int, monkeypatch: pytest.MonkeyPat
     # The same seeds give the same tokens.
     assert continuations(drafting, prompt, count, tokens, first_seed=0) == without
 
-    right = RowSampler.choose
+    right, outputs = RowSampler.choose, RowSampler.outputs
+
+    def with_logits(self: RowSampler, rows: Sequence[Row]) -> list[str]:
+        return list(dict.fromkeys([*outputs(self, rows), "logits"]))
+
+    monkeypatch.setattr(RowSampler, "outputs", with_logits)
     for rule in (accepts_what_is_possible, redraws_from_all):
 
         def choose(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import ingot
 import pytest
 from ingot import passes
 from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.validate import RewriteCheck
+from ingot.frontends.draft_model import with_draft_model
 from ingot.frontends.importers.huggingface import import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.transforms.mxfp4_policy import MXFP4
@@ -35,6 +37,9 @@ TESTS = {
     ("draft-next-tokens", "what was predicted is drafted"): (
         "test_draft_next_tokens.py::test_what_was_there_stays_and_drafts_are_the_layer_s"
     ),
+    ("draft-next-tokens", "a model of its own drafts behind the sampled tokens"): (
+        "test_draft_next_tokens.py::test_what_was_there_stays_and_a_model_drafts"
+    ),
     ("feed-next-step", "inputs are updated"): (
         "test_feed_next_step.py::test_the_outputs_stay_and_the_inputs_are_the_op_s"
     ),
@@ -44,7 +49,10 @@ TESTS = {
 def test_every_declared_change_has_a_test(tmp_path: Path) -> None:
     """The pipeline with everything that may be asked for declares these changes and no others."""
     write_mtp(tmp_path, "glm4_moe")
-    graph = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=ingot.MTP()).graph
+    predicting = import_hugging_face(tmp_path, dtype=None, max_tokens=64, predict=ingot.MTP())
+    plain = import_hugging_face(tmp_path, dtype=None, max_tokens=64)
+    options: Any = {"dtype": None, "weightless": False, "allow_unused": False}
+    drafting = with_draft_model(plain, tmp_path, None, **options)
     steps = causal_lm(
         max_sequences=2,
         max_tokens_per_sequence=64,
@@ -53,7 +61,8 @@ def test_every_declared_change_has_a_test(tmp_path: Path) -> None:
         sample=True,
         draft=1,
     )
-    results = run_pipeline(graph, steps, check=RewriteCheck())
+    results = run_pipeline(predicting.graph, steps, check=RewriteCheck())
+    results += run_pipeline(drafting.graph, steps)
     assert {(r.name, reason) for r in results for reason in r.unchecked} == TESTS.keys()
 
 
@@ -67,7 +76,8 @@ def test_no_other_place_declares_a_change() -> None:
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "declare"
     ]
-    assert len(calls) == len(TESTS)
+    # What drafts of both kinds is declared at one place.
+    assert len(calls) == len(TESTS) - 1
 
 
 @pytest.mark.parametrize("test", TESTS.values())

@@ -14,14 +14,17 @@ from typing import Any
 import ingot
 import numpy as np
 import pytest
+from draft_models import write_pair
 from fake_device import serving_program
 from ingot.codegen.lower import Lowered, lower, serving_bindings
 from ingot.compiler.pipeline import run_pipeline
 from ingot.compiler.target import CPU
-from ingot.frontends.importers.huggingface import import_hugging_face
+from ingot.frontends.draft_model import with_draft_model
+from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.passes.pipelines import causal_lm
 from ingot.passes.serving.insert_kv_cache import InsertKvCache
 from ingot.passes.serving.sample_on_device import output_names
+from ingot.runtime.program import STEP
 from ingot.runtime.serving.abi import ServingAbi
 from ingot.runtime.serving.batch import Chunk, Row
 from ingot.runtime.serving.device_drafts import DeviceDrafter, following, room
@@ -29,6 +32,7 @@ from ingot.runtime.serving.kv_cache import KVCache
 from ingot.runtime.serving.sampling import Sampling
 from ingot.runtime.serving.sequence import Request, Sequence
 from ingot.runtime.serving.session import Session
+from msgspec.structs import replace as replace_struct
 from mtp_checkpoints import write_mtp
 from planned import PlannedDriver, ReferenceBackend
 
@@ -48,10 +52,30 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a model and of one that drafts for it."""
+    made = tmp_path_factory.mktemp("pair")
+    write_pair(made, "llama", "llama", spread=0.3, vocab_size=VOCAB)
+    return made
+
+
+def with_model(folder: Path) -> HuggingFaceModel:
+    model = import_hugging_face(folder / "model", dtype=None, max_tokens=LENGTH)
+    options: Any = {"dtype": None, "weightless": False, "allow_unused": False}
+    return with_draft_model(model, folder / "draft", None, **options)
+
+
 @cache
-def lowered(directory: Path, tokens: int) -> Lowered:
-    """One bucket, planned as for a GPU: sums do not depend on the batch."""
-    imported = import_hugging_face(directory, dtype=None, max_tokens=LENGTH, predict=ingot.MTP())
+def lowered(directory: Path, tokens: int, layer: bool = True) -> Lowered:
+    """One bucket, planned as for a GPU: sums do not depend on the batch. What drafts is a `layer`
+    of the model at `directory`, or else a model in that folder."""
+    if layer:
+        imported = import_hugging_face(
+            directory, dtype=None, max_tokens=LENGTH, predict=ingot.MTP()
+        )
+    else:
+        imported = with_model(directory)
     passes = causal_lm(max_sequences=SEQUENCES, max_tokens_per_sequence=LENGTH, draft=tokens)
     small = [replace(p, page_size=PAGE) if isinstance(p, InsertKvCache) else p for p in passes]
     graph = run_pipeline(imported.graph, small)[-1].graph
@@ -119,9 +143,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("layer", [True, False], ids=["layer", "model"])
 @pytest.mark.parametrize(("tokens", "pages"), CASES)
-def test_nothing_changes(directory: Path, tokens: int, pages: int) -> None:
-    made = lowered(directory, tokens)
+def test_nothing_changes(directory: Path, pair: Path, tokens: int, pages: int, layer: bool) -> None:
+    made = lowered(directory if layer else pair, tokens, layer)
 
     def opened(**options: Any) -> Session:
         executable = PlannedDriver().load(made.program, made.load_weight)
@@ -162,8 +187,23 @@ def test_a_draft_is_of_one_length() -> None:
 
 def test_refuses_a_program_that_does_not_draft_so_many(directory: Path) -> None:
     made = lowered(directory, 1)
-    assert ServingAbi(made.program).drafts == 1
+    abi = ServingAbi(made.program)
+    assert (abi.drafts, abi.follows, abi.reach) == (1, True, 0)
     executable = PlannedDriver().load(made.program, made.load_weight)
     with pytest.raises(ValueError, match="expected a program that drafts 2 tokens .* drafts 1"):
         Session(made.program, executable, drafter=DeviceDrafter(2))
-    assert ServingAbi(serving_program()).drafts == 0
+    abi = ServingAbi(serving_program())
+    assert (abi.drafts, abi.follows, abi.reach) == (0, False, 0)
+
+
+def test_what_a_program_with_a_model_takes(pair: Path) -> None:
+    """Room behind every row, for as many tokens as it drafts; none that follow."""
+    program = lowered(pair, 2, False).program
+    abi = ServingAbi(program)
+    assert (abi.drafts, abi.follows, abi.reach) == (2, False, 2)
+    step = program.functions[STEP]
+    assert "following" not in step.inputs
+    inputs = {name: spec for name, spec in step.inputs.items() if name != "room"}
+    functions = {STEP: replace_struct(step, inputs=inputs)}
+    with pytest.raises(ValueError, match="expected inputs .*room i32.*, found"):
+        ServingAbi(replace_struct(program, functions=functions))

@@ -41,7 +41,9 @@ def command(
     target: Annotated[str, typer.Option(help="Target, or auto; see `ingot doctor`.")] = AUTO,
     speculate: Annotated[
         str | None,
-        typer.Option(help="Serving drafts by ngram[:k[:min_match]], mtp[:k], eagle3:k:DIR; none."),
+        typer.Option(
+            help="Serving drafts: ngram[:k[:min_match]], mtp[:k], eagle3:k:DIR, draft:k:DIR; none."
+        ),
     ] = None,
 ) -> Shown:
     """Time decoding and prefill on the GPU that is here: each launch, and the whole step.
