@@ -22,6 +22,7 @@ from ...compiler.ops import linear, moe, pointwise, shape
 from ...compiler.ops.collective import all_gather, all_reduce
 from ...compiler.ops.leaf import constant
 from ...compiler.ops.mxfp4 import mxfp4
+from ..serving.sample_on_device import FOLLOWING
 
 # Elements that are rotated together.
 ROTATED = 32
@@ -145,8 +146,11 @@ def find_sites(graph: Graph, options: MXFP4) -> list[Site]:
             if node.args[i].node in folded:
                 users.setdefault(node.args[i], {})[node] = None
     routers = [n.args[0] for n in graph.nodes() if n.op is moe.router]
+    # What further tokens are drafted from is no output of the model.
+    drafts = any(p.attrs["name"] == FOLLOWING for p in graph.params)
+    given = graph.outputs[:1] if drafts else graph.outputs
     kept = {
-        **dict.fromkeys(_products_behind(graph.outputs), "gives an output of the model"),
+        **dict.fromkeys(_products_behind(given), "gives an output of the model"),
         **dict.fromkeys(_products_behind(routers), "scores experts for the router"),
     }
     return [_site(weight, tuple(nodes), kept, options) for weight, nodes in users.items()]
