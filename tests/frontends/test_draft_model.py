@@ -10,11 +10,18 @@ import pytest
 import tokenizers
 import torch
 from draft_models import write_pair
+from ingot.codegen.lower import lower
 from ingot.compiler.interpret import interpret
+from ingot.compiler.pipeline import PassContext, run_pipeline
+from ingot.compiler.target import target_of
 from ingot.frontends.draft_model import with_draft_model
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.importers.source_error import SourceError
 from ingot.frontends.text.model_tokenizer import open_tokenizer
+from ingot.passes.pipelines import causal_lm
+from ingot.passes.serving.sample_on_device import output_names
+from interpreted import InterpretedBackend
+from pass_checks import for_target
 from tiny_models import tiny_model
 from tiny_tokenizers import save
 from tokenizers import models
@@ -94,6 +101,31 @@ def test_padded_vocabularies(tmp_path: Path, vocab: int, drafts: int) -> None:
     draft = imported(made[1])
     (theirs,) = interpret(draft.graph, known, draft.weights).outputs
     assert torch.equal(drafted, theirs[:, :vocab].argmax(1).int())
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "hip:gfx950"])
+def test_a_step_copies_no_cache(target: str, tmp_path: Path) -> None:
+    """Planned for a GPU, each run of the smaller model attends and appends in one launch a layer,
+    and writes caches in place."""
+    made = write_pair(tmp_path, "llama", "llama", dtype="bfloat16")
+    model = merged(*made)
+    passes = causal_lm(max_sequences=2, max_tokens_per_sequence=64, sample=True, draft=4)
+    context = PassContext(target_of(target), model.weights)
+    graph = for_target(run_pipeline(model.graph, passes, context)[-1].graph, target_of(target))
+    assert context.weights is not None
+    bindings, names = ({"T": 1, "L": 1}, {"T": 8, "L": 5}), output_names(graph)
+    backend = InterpretedBackend(target_of(target))
+    program = lower(
+        graph, context.weights, backend.target, bindings, names, backend=backend
+    ).program
+    caches = {program.buffers[name].shape for name in graph.state}
+    for entry in program.entries:
+        assert not [b for b in entry.buffers if b.shape in caches]
+        attends = [n.label for n in entry.launches if n.label.startswith("project_attention")]
+        assert attends and all("+kv_append" in label for label in attends)
+        # Two layers of the model, and of the smaller one in each of four runs.
+        products = [n for n in entry.launches if "mlp.down_proj" in n.label]
+        assert len({n.label for n in products}) == 4 and len(products) >= 2 + 4 * 2
 
 
 def test_what_is_said_of_it(tmp_path: Path) -> None:
