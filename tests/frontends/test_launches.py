@@ -19,7 +19,7 @@ from interpreted import InterpretedBackend
 from pass_checks import for_target
 from tiny_models import tiny_model
 
-# Heads and rows of a latent are made where they attend, but for latent attention's queries.
+# Heads and rows of a latent are made where they attend.
 ATTENTION = {"decode": 1}
 EXPERTS = {"gate": 1, "expert_gemv": 1, "expert_sum": 1}
 # What NVIDIA has for the last two.
@@ -29,7 +29,7 @@ LAYERS: dict[str, dict[str, int]] = {
     "llama": {**ATTENTION, "products": 4},
     "qwen3_moe": {**ATTENTION, **EXPERTS, "products": 2},
     "gpt_oss": {**ATTENTION, **EXPERTS, "products": 2},
-    "deepseek_v3": {**ATTENTION, **EXPERTS, "heads": 1, "products": 4},
+    "deepseek_v3": {**ATTENTION, **EXPERTS, "products": 4},
 }
 
 

@@ -49,9 +49,10 @@ PAIRS = {
 }
 VOCAB, SEQUENCES, LENGTH, NEW = 8, 3, 96, 40
 PROMPTS = ([5, 6, 7], [3, 4, 5, 6, 7] * 4, [7])
+SWEPT = [pytest.mark.slow, pytest.mark.sweep]
 every_pair = pytest.mark.parametrize(
     "pair",
-    [p if p == "llama" else pytest.param(p, marks=pytest.mark.slow) for p in PAIRS],
+    [p if p == "llama" else pytest.param(p, marks=SWEPT) for p in PAIRS],
     indirect=True,
 )
 
@@ -153,7 +154,7 @@ def greedy(model: Any, history: list[int], count: int) -> list[int]:
 
 
 @every_pair
-@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=SWEPT), 4])
 def test_drafts_are_the_smaller_model_s_own(pair: Pair, tokens: int) -> None:
     """Every draft, right or wrong before it, is what the model alone goes on with."""
     model = AutoModelForCausalLM.from_pretrained(pair.draft, attn_implementation="eager").eval()
@@ -170,7 +171,7 @@ def test_drafts_are_the_smaller_model_s_own(pair: Pair, tokens: int) -> None:
 
 @every_pair
 @pytest.mark.parametrize(
-    "tokens", [pytest.param(k, marks=() if k == 3 else pytest.mark.slow) for k in (1, 2, 3, 4)]
+    "tokens", [pytest.param(k, marks=() if k == 3 else SWEPT) for k in (1, 2, 3, 4)]
 )
 def test_tokens_are_those_without_it(pair: Pair, tokens: int) -> None:
     sampled = {"sampling": Sampling(temperature=0.8, top_k=5, repetition_penalty=1.1, seed=4)}
@@ -181,7 +182,7 @@ def test_tokens_are_those_without_it(pair: Pair, tokens: int) -> None:
 
 
 @every_pair
-@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=SWEPT), 4])
 def test_a_model_that_drafts_for_itself_is_always_right(pair: Pair, tokens: int) -> None:
     own = Pair(pair.model, pair.model)
     with opened(program(own, tokens)) as session:

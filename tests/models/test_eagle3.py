@@ -85,10 +85,11 @@ CASES = {
     "deepseek_v3": Case("deepseek_v3", {"draft_vocab_size": 6}),
 }
 FAST = "llama, fewer tokens"
+SWEPT = [pytest.mark.slow, pytest.mark.sweep]
 
 
 def cases() -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name != FAST)) for name in CASES]
+    return [pytest.param(name, marks=SWEPT * (name != FAST)) for name in CASES]
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def test_the_reference_takes_what_layers_take(made: Callable[[str], Made]) -> No
 # ---- what is drafted, and what comes of it
 
 
-@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize("tokens", [*(pytest.param(k, marks=SWEPT) for k in (1, 2, 3)), 4])
 @pytest.mark.parametrize("name", cases())
 def test_every_draft_is_the_reference_s(
     name: str, tokens: int, made: Callable[[str], Made]

@@ -119,8 +119,10 @@ def drafting_by(kind: str, name: str, directory: Path) -> Any:
     "kind",
     [
         "ngram",
-        pytest.param("draft", marks=pytest.mark.slow),
-        pytest.param("eagle3", marks=[pytest.mark.slow, pytest.mark.sweep]),
+        *(
+            pytest.param(kind, marks=[pytest.mark.slow, pytest.mark.sweep])
+            for kind in ("draft", "eagle3")
+        ),
     ],
 )
 @pytest.mark.parametrize(("name", "sampled", "count", "tokens"), identity_cases())

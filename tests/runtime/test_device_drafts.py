@@ -137,7 +137,11 @@ def serve(session: Session) -> tuple[list[Any], Any]:
 
 # Pages for all that is asked at once, and so few that sequences are preempted.
 CASES = [
-    pytest.param(tokens, pages, marks=() if (tokens, pages) == (2, 6) else pytest.mark.slow)
+    pytest.param(
+        tokens,
+        pages,
+        marks=() if (tokens, pages) == (2, 6) else [pytest.mark.slow, pytest.mark.sweep],
+    )
     for tokens in (1, 2, 4)
     for pages in (18, 6)
 ]
