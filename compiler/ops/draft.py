@@ -67,7 +67,9 @@ follow = Op(
 # other rows -1, and positions i behind theirs. `room` counts the positions behind a row that the
 # cache has a place for: a step beyond has slot -1, and so has a row of a broken token (-1).
 
-_STEPS = 3
+# The most tokens that are drafted behind a row; a prediction layer makes the first without a step.
+MOST_DRAFTED = 4
+_STEPS = MOST_DRAFTED - 1
 
 
 def _expect_rows(op: str, *types: TensorType) -> tuple[TensorType, TensorType]:
@@ -167,8 +169,6 @@ accept = Op(
 # step, those that were drafted wrong without a slot, as what follows is written where they would
 # be; then `rows`, the token of each row in step 1 of accept (0 for a broken one).
 
-_MODEL_STEPS = 4
-
 
 def _extend_infer(
     tokens: TensorType,
@@ -181,8 +181,8 @@ def _extend_infer(
     steps: int,
 ) -> Types:
     places, rows = _expect_rows("extend", tokens, positions, slots, logit_rows, token, room)
-    if not 1 <= steps <= _MODEL_STEPS:
-        raise VerifyError(f"extend: expected 1 to {_MODEL_STEPS} steps, found {steps}")
+    if not 1 <= steps <= MOST_DRAFTED:
+        raise VerifyError(f"extend: expected 1 to {MOST_DRAFTED} steps, found {steps}")
     count: Any = places.shape[0] + rows.shape[0]
     both = _i32(count)
     return (both, both, both, rows) + (rows, rows) * (steps - 1)

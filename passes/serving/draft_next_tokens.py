@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import sympy
 
 from ...compiler.ir import Graph, Node, Value, walk
-from ...compiler.ops.draft import accept, extend, follow
+from ...compiler.ops.draft import MOST_DRAFTED, accept, extend, follow
 from ...compiler.ops.leaf import param
 from ...compiler.ops.sampling import sample
 from ...compiler.ops.shape import cat, take, view
@@ -35,9 +35,6 @@ from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import rebuild
 from ...compiler.types import Dim, dim
 from .sample_on_device import FOLLOWING
-
-# The most tokens that are drafted behind a row.
-MOST = 4
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,10 @@ class DraftNextTokens:
         return int(_refusal(graph) is None)
 
     def __call__(self, graph: Graph, context: PassContext) -> Graph:
-        if not 1 <= self.tokens <= MOST:
-            raise ValueError(f"{self.name}: expected 1 to {MOST} tokens, found {self.tokens}")
+        if not 1 <= self.tokens <= MOST_DRAFTED:
+            raise ValueError(
+                f"{self.name}: expected 1 to {MOST_DRAFTED} tokens, found {self.tokens}"
+            )
         if reason := _refusal(graph):
             context.log.decline(self.name, graph.outputs[0].node, reason)
             return graph

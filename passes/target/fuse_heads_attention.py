@@ -96,13 +96,20 @@ def _apart(
     """What latent attention takes of queries whose last dims are rotated: those rotated alone, so
     that it can do that, and the others as they are. None where it is not so."""
     q_pe = attends.args[1]
+    try:
+        maker = _row_maker(attends)
+    except Decline:  # which is logged where it is fused
+        return None
     if q_pe.op is not slice_ or q_pe in roots:
         return None
-    heads = q_pe.node.args[0]
-    cos, sin = (heads.node.operands.get(name) for name in ("cos", "sin"))
-    if cos is None or sin is None or heads in roots or (raw := _unturned(heads)) is None:
+    heads, form = q_pe.node.args[0], maker.attrs["form"]
+    cos, sin = maker.args[2:4]
+    found = [heads.node.operands.get(name) for name in ("cos", "sin")]
+    if found != [cos, sin] or heads.node.attrs["form"] != form or heads in roots:
         return None
-    form, first = heads.node.attrs["form"], heads.node.attrs.get("start", 0)
+    if (raw := _unturned(heads)) is None:
+        return None
+    first = heads.node.attrs.get("start", 0)
     last = first + 2 * cos.type.shape[1]
     after: list[Value] = []
     for node in users[heads]:
@@ -161,7 +168,7 @@ class FuseHeadsAttention:
         fused: list[Applied] = []
         users, roots = graph.users(), graph.roots
         latent = (n for n in graph.nodes() if n.op is cached_mla_attention)
-        apart = (_apart(n, users, roots) for n in latent if n.args[2].op is mla_latent)
+        apart = (_apart(n, users, roots) for n in latent)
         if found := [*filter(None, apart)]:
             graph = context.log.apply(graph, found)
             users, roots = graph.users(), graph.roots

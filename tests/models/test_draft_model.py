@@ -7,7 +7,7 @@ computed anew at every step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,21 @@ import ingot
 import pytest
 import torch
 from draft_models import write_pair
-from ingot.codegen.cpu import CpuDriver
-from ingot.codegen.lower import Lowered, lower, serving_bindings
-from ingot.compiler.pipeline import PassContext, run_pipeline
-from ingot.compiler.target import CPU
+from drafting_programs import (
+    LENGTH,
+    NEW,
+    PROMPTS,
+    SWEPT,
+    VOCAB,
+    Recorded,
+    drafting_program,
+    opened,
+)
+from ingot.codegen.lower import Lowered
 from ingot.frontends.draft_model import with_draft_model
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.loading import LoadedModel
-from ingot.passes.pipelines import STAGES, causal_lm
-from ingot.passes.serving.insert_kv_cache import InsertKvCache
-from ingot.passes.serving.sample_on_device import output_names
-from ingot.passes.transforms.mxfp4_policy import MXFP4
-from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ingot.runtime.artifact.reader import open_ingot
-from ingot.runtime.serving.abi import ServingAbi
 from ingot.runtime.serving.adaptive import Adaptive
 from ingot.runtime.serving.device_drafts import DeviceDrafter
 from ingot.runtime.serving.sampling import Sampling
@@ -47,9 +48,7 @@ PAIRS = {
     "deepseek_v3": ("deepseek_v3", "llama", 0.0),
     "gemma3": ("gemma3_text", "gemma3_text", 0.3),
 }
-VOCAB, SEQUENCES, LENGTH, NEW = 8, 3, 96, 40
-PROMPTS = ([5, 6, 7], [3, 4, 5, 6, 7] * 4, [7])
-SWEPT = [pytest.mark.slow, pytest.mark.sweep]
+QUANTIZED = Path(__file__).parents[1] / "fixtures" / "quantized"
 every_pair = pytest.mark.parametrize(
     "pair",
     [p if p == "llama" else pytest.param(p, marks=SWEPT) for p in PAIRS],
@@ -92,50 +91,14 @@ def merged(pair: Pair) -> HuggingFaceModel:
     )
 
 
-# By pair, of the last program in MXFP4: the weights that are packed.
-PACKED: dict[Pair, set[str]] = {}
-
-
 @cache
+def built(pair: Pair, tokens: int, group: int = 0) -> tuple[Lowered, set[str]]:
+    """With `group` the weights are in MXFP4; see drafting_program."""
+    return drafting_program(merged(pair) if tokens else imported(pair.model), tokens, group)
+
+
 def program(pair: Pair, tokens: int, group: int = 0) -> Lowered:
-    """With `group` the weights are in MXFP4."""
-    model = merged(pair) if tokens else imported(pair.model)
-    passes = causal_lm(
-        max_sequences=SEQUENCES,
-        max_tokens_per_sequence=LENGTH,
-        quantize=MXFP4(group=group, method="rtn") if group else None,
-        draft=tokens,
-    )
-    context = PassContext(CPU, model.weights)
-    graph = run_pipeline(model.graph, passes, context, stages=STAGES)[-1].graph
-    bindings = serving_bindings(SEQUENCES, LENGTH, rows=SEQUENCES * (tokens + 1))
-    meta = context.facts[InsertKvCache.name]
-    packings = context.facts.get(QuantizeMxfp4.name, ())
-    PACKED[pair] = {p.site.name for p in packings if p.site.action == "quantize"}
-    assert context.weights is not None
-    return lower(graph, context.weights, CPU, bindings, output_names(graph), meta)
-
-
-@dataclass
-class Recorded(DeviceDrafter):
-    """What was drafted behind which sequence of how many tokens, in order."""
-
-    drafted: list[tuple[Sequence, int, list[int]]] = field(default_factory=list[Any])
-
-    def draft(self, sequence: Sequence, most: int) -> list[int]:
-        found = super().draft(sequence, most)
-        if found:
-            self.drafted.append((sequence, sequence.length, found))
-        return found
-
-
-def opened(lowered: Lowered, drafter: DeviceDrafter | None = None, **options: Any) -> Session:
-    """A session that drafts what the program does."""
-    drafts = ServingAbi(lowered.program).drafts
-    if drafter is None and drafts:
-        drafter = DeviceDrafter(drafts, "draft")
-    executable = CpuDriver().load(lowered.program, lowered.load_weight)
-    return Session(lowered.program, executable, drafter=drafter, **options)
+    return built(pair, tokens, group)[0]
 
 
 def tokens_of(session: Session, **asked: Any) -> list[Any]:
@@ -193,6 +156,21 @@ def test_a_model_that_drafts_for_itself_is_always_right(pair: Pair, tokens: int)
     assert found.stats.steps == 1 + -(-(NEW - 1) // (tokens + 1))
 
 
+@pytest.mark.parametrize("stored", ["ct_mxfp4", "ct_int4"])
+def test_a_checkpoint_that_is_quantized_drafts(stored: str) -> None:
+    """As it is stored, kept packed or dequantized: what it says of itself is always right."""
+    own = Pair(QUANTIZED / stored, QUANTIZED / stored)
+    expected = tokens_of(opened(program(own, 0)))
+    with opened(program(own, 3)) as session:
+        found = session.generate(PROMPTS, max_new_tokens=NEW)
+        stats = session.stats
+    assert [(s.tokens, s.finish_reason) for s in found] == expected
+    assert stats.accepted == stats.drafted and stats.drafted[2] > 5
+    held = merged(own).weights
+    codes = [name for name in held if name.startswith("draft.") and name.endswith(".codes")]
+    assert bool(codes) == (stored == "ct_mxfp4")
+
+
 def test_steps_that_feed_themselves_fill_its_cache(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,10 +211,10 @@ def test_steps_that_feed_themselves_fill_its_cache(
 def test_quantized_like_the_model(pair: Pair) -> None:
     """Its weights are packed, and the tokens are those of the quantized model without it."""
     expected = tokens_of(opened(program(pair, 0, 16)))
-    lowered = program(pair, 2, 16)
-    mine = {n for n in PACKED[pair] if not n.startswith("draft.")}
+    lowered, packed = built(pair, 2, 16)
+    mine = {n for n in packed if not n.startswith("draft.")}
     assert len(mine) > 10
-    assert {n.removeprefix("draft.") for n in PACKED[pair] - mine} == mine
+    assert {n.removeprefix("draft.") for n in packed - mine} == mine
     assert tokens_of(opened(lowered)) == expected
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,26 @@ import ingot
 import pytest
 import torch
 import torch.nn.functional as F
+from drafting_programs import (
+    LENGTH,
+    NEW,
+    PROMPTS,
+    SWEPT,
+    VOCAB,
+    Recorded,
+    drafting_program,
+    opened,
+)
 from eagle_checkpoints import write_eagle
-from ingot.codegen.cpu import CpuDriver
-from ingot.codegen.lower import Lowered, lower, serving_bindings
-from ingot.compiler.pipeline import PassContext, run_pipeline
-from ingot.compiler.target import CPU
+from ingot.codegen.lower import Lowered
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.importers.source_error import SourceError
 from ingot.frontends.loading import LoadedModel
-from ingot.passes.pipelines import STAGES, causal_lm
-from ingot.passes.serving.insert_kv_cache import InsertKvCache
-from ingot.passes.serving.sample_on_device import output_names
-from ingot.passes.transforms.mxfp4_policy import MXFP4
-from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
 from ingot.runtime.serving.device_drafts import DeviceDrafter
-from ingot.runtime.serving.sequence import Sequence
-from ingot.runtime.serving.session import Session
 from mtp_checkpoints import without_stop
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
-
-SEQUENCES, LENGTH, NEW = 3, 96, 40
-# Of so few tokens a head of random weights drafts one right now and then.
-VOCAB = 8
-PROMPTS = ([5, 6, 7], [3, 4, 5, 6, 7] * 4, [7])
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,6 @@ CASES = {
     "deepseek_v3": Case("deepseek_v3", {"draft_vocab_size": 6}),
 }
 FAST = "llama, fewer tokens"
-SWEPT = [pytest.mark.slow, pytest.mark.sweep]
 
 
 def cases() -> list[Any]:
@@ -127,46 +121,14 @@ def imported(model: Path, head: Path | None) -> HuggingFaceModel:
     return import_hugging_face(model, dtype=None, max_tokens=LENGTH, predict=predict)
 
 
-# Of the last program in MXFP4: the weights that are packed.
-PACKED: dict[Path, set[str]] = {}
-
-
 @cache
+def built(model: Path, head: Path | None, tokens: int, group: int = 0) -> tuple[Lowered, set[str]]:
+    """With `group` the weights are in MXFP4; see drafting_program."""
+    return drafting_program(imported(model, head), tokens, group)
+
+
 def program(model: Path, head: Path | None, tokens: int, group: int = 0) -> Lowered:
-    """With `group` the weights are in MXFP4."""
-    from_trace = imported(model, head)
-    passes = causal_lm(
-        max_sequences=SEQUENCES,
-        max_tokens_per_sequence=LENGTH,
-        quantize=MXFP4(group=group, method="rtn") if group else None,
-        draft=tokens,
-    )
-    context = PassContext(CPU, from_trace.weights)
-    graph = run_pipeline(from_trace.graph, passes, context, stages=STAGES)[-1].graph
-    bindings = serving_bindings(SEQUENCES, LENGTH, rows=SEQUENCES * (tokens + 1))
-    meta = context.facts[InsertKvCache.name]
-    packings = context.facts.get(QuantizeMxfp4.name, ())
-    PACKED[model] = {p.site.name for p in packings if p.site.action == "quantize"}
-    assert context.weights is not None
-    return lower(graph, context.weights, CPU, bindings, output_names(graph), meta)
-
-
-@dataclass
-class Recorded(DeviceDrafter):
-    """What was drafted behind so many tokens of a sequence, in order."""
-
-    drafted: list[tuple[Sequence, int, list[int]]] = field(default_factory=list[Any])
-
-    def draft(self, sequence: Sequence, most: int) -> list[int]:
-        found = super().draft(sequence, most)
-        if found:
-            self.drafted.append((sequence, sequence.length, found))
-        return found
-
-
-def opened(lowered: Lowered, drafter: DeviceDrafter | None = None) -> Session:
-    executable = CpuDriver().load(lowered.program, lowered.load_weight)
-    return Session(lowered.program, executable, drafter=drafter)
+    return built(model, head, tokens, group)[0]
 
 
 # ---- the reference
@@ -272,8 +234,8 @@ def test_every_draft_is_the_reference_s(
 def test_quantized_like_a_layer_of_the_model(name: str, made: Callable[[str], Made]) -> None:
     """Its weights are packed, and the tokens are those of the quantized model without it."""
     it = made(name)
-    lowered = program(it.model, it.head, 2, 16)
-    own = {n.removeprefix("eagle3.") for n in PACKED[it.model] if n.startswith("eagle3.")}
+    lowered, packed = built(it.model, it.head, 2, 16)
+    own = {n.removeprefix("eagle3.") for n in packed if n.startswith("eagle3.")}
     products = {n for n in it.tensors if n.endswith("_proj.weight")}
     assert own >= {*products, "fc.weight"} and len(products) == 7
     with opened(program(it.model, None, 0, 16)) as session:

@@ -6,7 +6,6 @@ for what is accepted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,24 @@ from unittest.mock import patch
 import ingot
 import pytest
 import torch
-from ingot.codegen.cpu import CpuDriver
-from ingot.codegen.lower import Lowered, lower, serving_bindings
-from ingot.compiler.pipeline import PassContext, run_pipeline
-from ingot.compiler.target import CPU
+from drafting_programs import (
+    LENGTH,
+    NEW,
+    PROMPTS,
+    VOCAB,
+    Recorded,
+    drafting_program,
+    opened,
+)
+from ingot.codegen.lower import Lowered
 from ingot.frontends.importers.huggingface import HuggingFaceModel, import_hugging_face
 from ingot.frontends.loading import LoadedModel
-from ingot.passes.pipelines import STAGES, causal_lm
-from ingot.passes.serving.insert_kv_cache import InsertKvCache
-from ingot.passes.serving.sample_on_device import output_names
-from ingot.passes.transforms.mxfp4_policy import MXFP4
-from ingot.passes.transforms.quantize_mxfp4 import QuantizeMxfp4
-from ingot.runtime.program import STEP
-from ingot.runtime.serving.abi import ServingAbi
-from ingot.runtime.serving.device_drafts import DeviceDrafter
-from ingot.runtime.serving.sequence import Sequence
-from ingot.runtime.serving.session import Session
 from mtp_checkpoints import without_stop, write_mtp
 from transformers import AutoModelForCausalLM
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.modeling_layers import MtpModel
 
 MODELS = ("deepseek_v3", pytest.param("glm4_moe", marks=pytest.mark.slow))
-VOCAB, SEQUENCES, LENGTH, NEW = 8, 3, 96, 40
-# Of so few tokens a layer of random weights drafts one right now and then.
-PROMPTS = ([5, 6, 7], [3, 4, 5, 6, 7] * 4, [7])
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -57,50 +49,14 @@ def imported(directory: Path, predict: bool) -> HuggingFaceModel:
     )
 
 
-# By directory, of the last program in MXFP4: the weights that are packed.
-PACKED: dict[Path, set[str]] = {}
-
-
 @cache
+def built(directory: Path, tokens: int, group: int = 0) -> tuple[Lowered, set[str]]:
+    """With `group` the weights are in MXFP4; see drafting_program."""
+    return drafting_program(imported(directory, tokens > 0), tokens, group)
+
+
 def program(directory: Path, tokens: int, group: int = 0) -> Lowered:
-    """With `group` the weights are in MXFP4."""
-    model = imported(directory, tokens > 0)
-    passes = causal_lm(
-        max_sequences=SEQUENCES,
-        max_tokens_per_sequence=LENGTH,
-        quantize=MXFP4(group=group, method="rtn") if group else None,
-        draft=tokens,
-    )
-    context = PassContext(CPU, model.weights)
-    graph = run_pipeline(model.graph, passes, context, stages=STAGES)[-1].graph
-    bindings = serving_bindings(SEQUENCES, LENGTH, rows=SEQUENCES * (tokens + 1))
-    meta = context.facts[InsertKvCache.name]
-    packings = context.facts.get(QuantizeMxfp4.name, ())
-    PACKED[directory] = {p.site.name for p in packings if p.site.action == "quantize"}
-    assert context.weights is not None
-    return lower(graph, context.weights, CPU, bindings, output_names(graph), meta)
-
-
-@dataclass
-class Recorded(DeviceDrafter):
-    """What was drafted behind so many tokens of a sequence, in order."""
-
-    drafted: list[tuple[int, list[int]]] = field(default_factory=list[Any])
-
-    def draft(self, sequence: Sequence, most: int) -> list[int]:
-        found = super().draft(sequence, most)
-        if found:
-            self.drafted.append((sequence.length, found))
-        return found
-
-
-def opened(lowered: Lowered, drafter: DeviceDrafter | None = None) -> Session:
-    """A session that drafts what the program does."""
-    program = lowered.program
-    if drafter is None and "draft" in program.functions[STEP].outputs:
-        drafter = DeviceDrafter(ServingAbi(program).drafts)
-    executable = CpuDriver().load(program, lowered.load_weight)
-    return Session(program, executable, drafter=drafter)
+    return built(directory, tokens, group)[0]
 
 
 def reference(directory: Path) -> tuple[Any, MtpModel]:
@@ -152,8 +108,9 @@ def test_transformers_accepts_the_same(directory: Path) -> None:
             steps = session.stats.steps
         assert list(found.tokens) == out[0, len(prompt) :].tolist()
         # Where one token is left to be made none is drafted, which transformers does all the same.
-        assert drafter.drafted == drafts[: len(drafter.drafted)]
-        assert len(drafts) - len(drafter.drafted) <= 1
+        mine = [(length, drafted) for _, length, drafted in drafter.drafted]
+        assert mine == drafts[: len(mine)]
+        assert len(drafts) - len(mine) <= 1
         accepted += NEW - steps
     assert accepted > 5
 
@@ -163,19 +120,10 @@ def test_further_tokens_are_made_of_the_layer_s_own_state(directory: Path, token
     model, layer = reference(directory)
     drafter = Recorded(tokens)
     with opened(program(directory, tokens), drafter) as session:
-        sequences = session.generate(PROMPTS, max_new_tokens=NEW)
-    by_length = [dict[int, list[int]]() for _ in sequences]
-    seen = 0
-    for length, drafted in drafter.drafted:
-        # Sequences of one length are told apart by what was drafted.
-        wanted = [
-            self_fed(model, layer, s.history[:length], len(drafted))
-            for s in sequences
-            if len(s.prompt) < length <= s.length
-        ]
-        assert drafted in wanted
-        seen += len(drafted) > 1
-    assert seen > 20, by_length
+        session.generate(PROMPTS, max_new_tokens=NEW)
+    for sequence, length, drafted in drafter.drafted:
+        assert drafted == self_fed(model, layer, sequence.history[:length], len(drafted))
+    assert sum(len(drafted) > 1 for *_, drafted in drafter.drafted) > 20
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -191,8 +139,7 @@ def test_tokens_are_those_without_it(directory: Path, tokens: int) -> None:
 
 def test_quantized_like_any_other_layer(directory: Path) -> None:
     """Its weights are packed, and the tokens are those of the quantized model without it."""
-    lowered = program(directory, 2, 16)
-    packed = PACKED[directory]
+    lowered, packed = built(directory, 2, 16)
     trunk = {
         name.removeprefix("model.layers.1.")
         for name in packed

@@ -14,6 +14,7 @@ import ingot
 import numpy as np
 import pytest
 import torch
+from drafting_programs import SWEPT
 from eagle_checkpoints import write_eagle
 from ingot.frontends import speculate
 from ingot.runtime.driver import Array
@@ -238,10 +239,7 @@ def redraws_from_all(row: Row, found: Mapping[str, Array], at: int, choice: Choi
     ("kind", "count", "tokens"),
     [
         ("ngram", 600, 2),
-        *(
-            pytest.param(kind, 20_000, 3, marks=[pytest.mark.slow, pytest.mark.sweep])
-            for kind in ("ngram", "draft", "eagle3")
-        ),
+        *(pytest.param(kind, 20_000, 3, marks=SWEPT) for kind in ("ngram", "draft", "eagle3")),
     ],
 )
 def test_the_distribution(

@@ -208,6 +208,8 @@ def test_queries_that_are_rotated_in_part(name: str) -> None:
         ("return %y", "%n = slice(%h, dim=2, start=2, stop=6)\nreturn %y, %n"),
         ("return %y", "%n = slice(%h, dim=1, start=0, stop=2)\nreturn %y, %n"),
         ("norm=@gain,", "norm=@gain, norm_0=@each, head_eps=1e-05,"),
+        ("cos=%cos, sin=%sin, heads", "cos=%more, sin=%sin, heads"),
+        ("rotate=[True], form='half'", "rotate=[True], form='interleaved'"),
     ],
 )
 def test_queries_that_stay_rotated_in_part(old: str, new: str) -> None:

@@ -15,6 +15,7 @@ import ingot
 import numpy as np
 import pytest
 from draft_models import write_pair
+from drafting_programs import SWEPT
 from fake_device import serving_program
 from ingot.codegen.lower import Lowered, lower, serving_bindings
 from ingot.compiler.pipeline import run_pipeline
@@ -140,7 +141,7 @@ CASES = [
     pytest.param(
         tokens,
         pages,
-        marks=() if (tokens, pages) == (2, 6) else [pytest.mark.slow, pytest.mark.sweep],
+        marks=() if (tokens, pages) == (2, 6) else SWEPT,
     )
     for tokens in (1, 2, 4)
     for pages in (18, 6)
