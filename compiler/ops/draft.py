@@ -22,6 +22,8 @@ from ..types import TensorType, Types, VerifyError
 
 def _expect(op: str, **found: tuple[TensorType, TensorType]) -> None:
     for name, (given, expected) in found.items():
+        if given.rank != 1:
+            raise VerifyError(f"{op}: expected {name} with one axis, found {given}")
         if given != expected:
             raise VerifyError(f"{op}: expected {name} {expected}, found {given}")
 

@@ -288,6 +288,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: _call("view", "f32[4, 6]", shape=(5, 5)), "has 24 elements, .* has 25"),
     (lambda: _call("view", "f32[4, 6]", shape=(-4, -6)), r"at least 0, found f32\[-4, -6\]"),
     (lambda: _call("view", "f32[T, 6]", shape=(6,)), r"has 6\*T elements"),
+    (lambda: _call("follow", "i32[9]", "i32[]", "i32[]"), r"logit_rows with one axis, .* i32\[\]"),
     (lambda: _call("permute", "f32[4, 6]", dims=(0, 0)), "no permutation"),
     (lambda: _call("expand", "f32[4, 6]", shape=(4, 7)), "does not expand"),
     (lambda: _call("expand", "f32[1]", shape=(-1,)), "at least 0"),
