@@ -96,8 +96,8 @@ def queries_of(query, token, head, mine):
 
 @triton.jit
 def turned_queries_of(query, rotation, token, head, mine):
-    """queries_of, rotated by a Rotation (None: not) of all D dims."""
-    if rotation is None:
+    """queries_of, rotated by a Rotation of all D dims, or of none."""
+    if rotation.HALF == 0:
         q = queries_of(query, token, head, mine)
     else:
         HALF: tl.constexpr = rotation.HALF
@@ -254,12 +254,11 @@ def attend_kernel(
 ):
     """BLOCK_M rows of a key/value head over the contexts of their slots: `out` [T, H, V].
 
-    Keys are the dims of `query` ‖ `query_rest` (which may be None, and is turned first where there
-    is a `rotation`) of a row of `keys`; values are
-    the first dims of a row of `values`, or of the keys where that is None. With `pages` rows lie in
-    pages of a multiple of BLOCK_N; without them there is one sequence of `context` rows, of which
-    the tokens are the last. Program (block, head, lane): the lane takes every lanes-th slot that
-    the block's rows are of (SLOTS at most).
+    Keys are the dims of `query` ‖ `query_rest` (which may be None, and is turned first by
+    `rotation`) of a row of `keys`; values are the first dims of a row of `values`, or of the keys
+    where that is None. With `pages` rows lie in pages of a multiple of BLOCK_N; without them there
+    is one sequence of `context` rows, of which the tokens are the last. Program (block, head,
+    lane): the lane takes every lanes-th slot that the block's rows are of (SLOTS at most).
     """
     pdl_wait(PROGRAMMATIC)
     V: tl.constexpr = keys.D if values is None else values.D

@@ -18,6 +18,7 @@ from ..rowwise.rows import Pages
 from .attend import Keys, Query, Variant, attend_kernel
 from .decode import decode_kernel
 from .parts import Join, Parts, combine_kernel
+from .rope import NOT_ROTATED
 
 # Up to so many tokens rows go in blocks of 16 and contexts in parts; above, blocks fill the device.
 _FEW_TOKENS = 64
@@ -104,7 +105,7 @@ def plan(job: Attention) -> Iterator[Candidate | Declined]:
     args = {
         "query": job.query,
         "query_rest": job.rest,
-        "rotation": None,
+        "rotation": NOT_ROTATED,
         "keys": job.keys,
         "values": job.values,
         "pages": job.pages,
@@ -157,8 +158,8 @@ def _in_parts(
     sizes = (job.v, count, tile.n, triton.next_power_of_2(count))
     groups = blocks * job.kv_heads * given["lanes"]
     programs, resident = spread(target, groups * count)
-    made = {"heads": None, "latent": None, "arrivals": None, "join": None, "blocks": blocks}
-    made |= {"parts": Parts(None, None, None, *sizes)}
+    made = {"heads": None, "latent": None, "MAKES": "", "arrivals": None, "join": None}
+    made |= {"parts": Parts(None, None, None, *sizes), "blocks": blocks}
     whole = Call(
         decode_kernel,
         {**given, **made, "WALKS": tile.walks, "AHEAD": _known(job.node)},

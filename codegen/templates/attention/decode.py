@@ -75,6 +75,7 @@ def decode_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,
+    MAKES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WALKS: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -91,10 +92,10 @@ def decode_kernel(
     A tile is walked by WALKS warps by themselves, each having its positions and sums, which are
     added up at the end; with one all warps walk together.
 
-    With `heads` (heads_within.Heads) queries are not read but made, and so are the keys and values
-    of the step's tokens: each program writes those of its part into the caches before it reads any.
-    All that do so write the same, and they do likewise with rows of `latent`
-    (latent_rows.LatentWithin). AHEAD says that no launch of the step writes the index of `pages`
+    Where it MAKES "heads" (heads_within.Heads) queries are not read but made, and so are the keys
+    and values of the step's tokens: each program writes those of its part into the caches before it
+    reads any. All that do so write the same. "latent" (latent_rows.LatentWithin) are rows of the
+    cache that are made likewise. AHEAD says that no launch of the step writes the index of `pages`
     before this one: it is read before the launches before have ended.
     """
     pdl_launch(PROGRAMMATIC)
@@ -122,9 +123,9 @@ def decode_kernel(
     rank = tl.where(slot_of < 0, -1, 0)
     if SLOTS > 1:
         rank = ranks_of(slot_of, BLOCK_M)
-    if heads is not None:
+    if MAKES == "heads":
         places = places_of(pages, tokens, part, COUNT, N, heads.BLOCK)
-    if latent is not None:
+    if MAKES == "latent":
         places = places_of(pages, tokens, part, COUNT, N, latent.BLOCK)
     if SLOTS == 1 or AHEAD:
         mine, slot, first, last = spanned(rank, lane, slot_of, at, at, variant)
@@ -133,11 +134,11 @@ def decode_kernel(
         if PROGRAMMATIC:
             _prefetch(keys, values, pages, kv_head, slot, begin, first, last, N)
         pdl_join(PROGRAMMATIC)
-    if heads is not None:
+    if MAKES == "heads":
         dtype: tl.constexpr = keys.data.dtype.element_ty
         q, new_k, new_v = make_heads(heads, token, head, slot_of >= 0, kv_head, places, dtype)
         append(new_k, new_v, keys, values, kv_head, places, heads.BY_WAVE)
-    if latent is not None:
+    if MAKES == "latent":
         append_latent_rows(latent, keys, tokens, places)
     EACH: tl.constexpr = WALKS > 1
     tile = tl.arange(0, N)
@@ -153,7 +154,7 @@ def decode_kernel(
         if SLOTS > 1:
             mine, slot, first, last = spanned(rank, this, slot_of, at, at, variant)
             begin = _first_tile(part, first, COUNT, N)
-        if heads is None:
+        if MAKES != "heads":
             q = queries_of(query, token.to(tl.int64), head, mine)
         q_rest = q
         if query_rest is not None:

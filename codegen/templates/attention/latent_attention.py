@@ -14,6 +14,7 @@ from .composed import joined, renamed
 from .decode import decode_kernel
 from .latent_rows import LatentRows, LatentWithin
 from .mla import latent_rows, mla_attention, rows_call
+from .rope import NOT_ROTATED
 
 # Tokens of a step whose rows programs append that attend: one makes them one after the other.
 _FEW_TOKENS = 8
@@ -50,7 +51,7 @@ def _attention(query: KernelQuery, rows: LatentRows) -> Iterator[Candidate | Dec
     asked = KernelQuery(cached_mla_attention, scale, args, query.results[:1], query.target)
     answer = mla_attention(asked)
     by_ref: dict[Ref, Ref] = {Arg(i): ref for i, ref in enumerate(refs)}
-    turned = rows.rotation if query.attrs["rotate"] else None
+    turned = rows.rotation if query.attrs["rotate"] else NOT_ROTATED
     for each in (answer,) if isinstance(answer, Declined) else answer:
         if isinstance(each, Declined):
             yield each
@@ -72,7 +73,9 @@ def _within(query: KernelQuery, rows: LatentRows, attends: Candidate) -> Candida
     block = triton.next_power_of_2(tokens)
     latent = LatentWithin(rows, block, query.target.name.startswith("hip"))
     cache = Result(append.caches[1])
-    alone = replace(call, args={**call.args, "latent": latent}, writes=(*call.writes, cache))
+    alone = replace(
+        call, args={**call.args, "latent": latent, "MAKES": "latent"}, writes=(*call.writes, cache)
+    )
     return replace(
         attends,
         calls=(alone, *attends.calls[1:]),

@@ -129,7 +129,7 @@ def _within(query: KernelQuery, append: Append, attends: Candidate) -> Candidate
     empty = call.args["query"]._replace(data=None)
     alone = replace(
         call,
-        args={**call.args, "query": empty, "heads": heads},
+        args={**call.args, "query": empty, "heads": heads, "MAKES": "heads"},
         writes=(*call.writes, *caches),
     )
     # The product's columns come at once where queries would, and what is appended is read again.

@@ -38,6 +38,9 @@ class Rotation(NamedTuple):
     STEP: Any
 
 
+NOT_ROTATED = Rotation(None, None, "", 0, 0, 0)
+
+
 # ---- rope_tables: cos and sin of positions · inv_freq
 
 
