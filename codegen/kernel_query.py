@@ -32,6 +32,12 @@ class Packed:
     group: int
     fragments: bool = False
 
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """How many tiles of `fragments` lie down and across a matrix."""
+        down, across = (int(d) for d in self.codes.shape[-3:-1])
+        return down, across
+
 
 @dataclass(frozen=True)
 class Operand:

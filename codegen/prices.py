@@ -14,7 +14,9 @@ from .price_table import Launched, table_of
 # Fraction of the bandwidth at which a GEMM kernel reads its weight, by kernel and whether the
 # weight is MXFP4. Measured: fragments 0.30 (9 MB) to 0.41 (53 MB); GEMV 0.71 (34 MB) to 0.95
 # (1.2 GB), of one token; narrow tiles 0.72-0.95 dense, 0.28-0.40 in MXFP4, where unpacking bounds
-# them; the stream 0.52 (9 MB) to 0.82 (53 MB). Estimated: square tiles, and all of AMD's.
+# them; the stream 0.52 (9 MB) to 0.82 (53 MB). Products by head have many small weights: narrow
+# tiles of MXFP4 0.045 (0.6 MB) to 0.063 (4.5 MB). Estimated: square tiles, the stream by head, and
+# all of AMD's.
 GEMM_BANDWIDTH = {
     ("fragments", True): 0.4,
     ("gemv", False): 0.85,
@@ -22,10 +24,15 @@ GEMM_BANDWIDTH = {
     ("mfma", True): 0.65,
     ("narrow", False): 0.6,
     ("narrow", True): 0.35,
+    ("narrow by head", True): 0.05,
     ("square", False): 0.5,
     ("square", True): 0.25,
+    ("square by head", True): 0.04,
     ("stream", True): 0.7,
+    ("stream by head", True): 0.6,
 }
+# Ends the name of a kernel, in tables of measured prices, whose product is one by head.
+BY_HEAD = " by head"
 # The same of the stream of few tokens' experts (estimated).
 EXPERTS_BANDWIDTH = 0.6
 # Ends the name of a kernel, in tables of measured prices, that norms its input itself.
@@ -41,7 +48,8 @@ NORM_IN_GEMV = 0.15
 # Codes that a device unpacks in a second in kernels that do little else: about 20 a clock and SM;
 # by scaled conversions an instruction of 64 lanes unpacks 128 (estimated).
 UNPACKED_PER_SECOND = {False: 4e12, True: 12e12}
-# The same of the stream of experts: 4096 codes take a warp 300 instructions (estimated).
+# The same of the stream of experts, or by head: 4096 codes take a warp 300 instructions
+# (estimated).
 STREAMED_PER_SECOND = 12e12
 # Flops a second that tiles of a grouped GEMM reach, roughly.
 MULTIPLIED_PER_SECOND = 3e14
@@ -76,9 +84,13 @@ def gemm_seconds(
         of = of._replace(kernel=of.kernel.removesuffix(NORMED))
     if (measured := table.seconds(of)) is not None:
         return measured + within
-    fraction = GEMM_BANDWIDTH[kernel, packed]
-    moved = weight_bytes / fraction + other_bytes
-    return moved / target.bytes_per_second + target.launch_seconds + within
+    by_head = packed and of.kernel.endswith(BY_HEAD)
+    fraction = GEMM_BANDWIDTH[kernel + BY_HEAD if by_head else kernel, packed]
+    seconds = (weight_bytes / fraction + other_bytes) / target.bytes_per_second
+    if by_head and kernel == "stream":
+        # Each token streams the weight for itself, from the L2.
+        seconds = max(seconds, of.tokens * of.rows * of.columns / STREAMED_PER_SECOND)
+    return seconds + target.launch_seconds + within
 
 
 def _norm_seconds(

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ...compiler.ir import Graph, Value
 from ...compiler.ops.heads import project_heads
-from ...compiler.ops.linear import linear
+from ...compiler.ops.linear import head_linear, linear
 from ...compiler.ops.moe import experts
 from ...compiler.ops.mxfp4 import mxfp4
 from ...compiler.ops.mxfp4_fragments import GROUP, ROWS, mxfp4_fragments, mxfp4_tiled
@@ -15,7 +15,7 @@ from ...compiler.pipeline import PassContext
 from ...compiler.rewrite import Decline, Every, Match, Pat, Rule, either, pat, rewrite
 
 WEIGHT = Pat(where=lambda v: v.op is mxfp4)
-PRODUCT = either(*(pat(op, Pat(), WEIGHT) for op in (linear, project_heads)))
+PRODUCT = either(*(pat(op, Pat(), WEIGHT) for op in (linear, project_heads, head_linear)))
 # Both weights, or none: what reads the experts of few tokens reads tiles of both.
 GATE_UP, DOWN = (Pat(where=lambda v: v.op is mxfp4) for _ in range(2))
 EXPERTS = pat(experts, Pat(), Pat(), Pat(), GATE_UP, DOWN)
@@ -27,7 +27,7 @@ class _Layouts:
 
     made: dict[tuple[Value, bool], Value] = field(default_factory=dict[tuple[Value, bool], Value])
 
-    # mxfp4(codes, scales) == mxfp4_tiled(*mxfp4_fragments(codes, scales))
+    # mxfp4(codes, scales) == mxfp4_tiled(*mxfp4_fragments(codes, scales)), of every head by itself
     def rewritten(self, m: Match) -> tuple[Value, ...]:
         product, weight = m[PRODUCT].node, m[WEIGHT]
         gated = product.attrs.get("gate") is not None

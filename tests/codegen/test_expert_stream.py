@@ -60,6 +60,7 @@ def launch(
     results, joined = (tokens * k, 1) if weights is None else (tokens, k)
     constants = expert_stream.constants(results, joined, down, across, multiprocessors=2)
     assert not isinstance(constants, Declined)
+    each = k if weights is None else 1
     y = torch.full((results, n), torch.nan)
     width = x.shape[1]
     args = {
@@ -70,9 +71,10 @@ def launch(
             tiles.flatten(), blocks.flatten(), n, width, 32, False, across, False, width, 1, 0
         ),
         "bias": bias,
-        "epilogue": Epilogue(y, None, residual, n, n, None, False, 0.0, 0.0, False),
+        "epilogue": Epilogue(y, None, residual, each * n, n, None, False, 0.0, 0.0, False),
         "N": n,
-        "EACH": k if weights is None else 1,
+        "EACH": each,
+        "Y_HEAD": n,
         **constants,
         "AHEAD": weights is not None,
         "PROGRAMMATIC": False,
@@ -291,17 +293,19 @@ def test_the_second_launch_begins_when_the_experts_are_known() -> None:
     """The first waits, then lets the second begin; the second reads experts and weights, and waits
     before it reads anything else."""
     target = target_of("cuda:sm_90")
-    case = replace(REAL["gpt-oss-20b"], count=4, width=288, inner=288)
-    texts = [compiled(s, target).asm["ptx"] for s in sources(experts, *held(case), target.name)]
+    case = replace(REAL["gpt-oss-20b"], count=4, width=1152, inner=1152)
+    made = sources(experts, *held(case), target.name)
+    texts = [compiled(s, target).asm["ptx"] for s in made]
     hidden, summed = (re.sub("//.*", "", t[t.index(".entry") :]) for t in texts)
     before, after = hidden.split("griddepcontrol.wait")
     assert not re.search(r"launch_dependents|\bld\.(?!param)|\bcp\.|\bst\.global", before)
     early, _ = after.split("griddepcontrol.launch_dependents")
-    assert not re.search(r"\bld\.|\bcp\.|\bbra\b", early)
+    assert not re.search(r"\bld\.(?!param)|\bcp\.|\bbra\b", early)
     before, after = summed.split("griddepcontrol.wait")
     assert before.count("griddepcontrol.launch_dependents") == 1
     assert set(re.findall(r"\bld\.(?!param)[\w.]+", before)) == {"ld.volatile.global.b64"}
-    depth = expert_stream.DEPTH
+    depth = dict(made[1].constants)["DEPTH"]
+    assert depth > 1
     copies = r"cp\.async\.c[ag]\.shared\.global"
     assert len(re.findall(copies, before)) == 5 * depth
     assert not re.search(r"\bst\.global|\bbra\b", before)

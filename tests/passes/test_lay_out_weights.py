@@ -33,8 +33,10 @@ GRAPH = """
       @even_s: u8[8, 32, 2]
       @down: u8[8, 64, 16]
       @down_s: u8[8, 64, 1]
+      @heads: u8[2, 24, 16]
+      @heads_s: u8[2, 24, 1]
     }}"""
-SCALES = ("s", "s16", "odd_s", "up_s", "up_s16", "even_s", "down_s")
+SCALES = ("s", "s16", "odd_s", "up_s", "up_s16", "even_s", "down_s", "heads_s")
 WEIGHT = "%w = mxfp4(@w, @s, dtype='bf16')\n"
 EXPERTS = """%u = mxfp4(@up, @up_s, dtype='bf16')
 %d = mxfp4(@down, @down_s, dtype='bf16')
@@ -77,6 +79,19 @@ def test_one_weight_of_all_its_products(golden: Callable[[str], None]) -> None:
     after = laid_out(lines)
     assert ops(after)["mxfp4_fragments"] == ops(after)["mxfp4_tiled"] == 2
     golden(str(after))
+
+
+def test_a_weight_of_each_head() -> None:
+    lines = """%h = view(%x, shape=[T, 2, 32])
+        %w = mxfp4(@down, @down_s, dtype='bf16')
+        %v = slice(%w, dim=0, start=0, stop=2)
+        %a = head_linear(%h, %v)
+        %m = mxfp4(@heads, @heads_s, dtype='bf16')
+        %b = head_linear(%h, %m)
+        %r = cat(%a, %b, dim=2)"""
+    after = laid_out(lines)
+    (tiled,) = (n for n in after.nodes() if n.op.name == "mxfp4_tiled")
+    assert tiled.types[0].shape == (2, 24, 32) and tiled.args[0].type.shape == (2, 2, 1, 1024)
 
 
 def test_sources_are_those_of_the_weight() -> None:

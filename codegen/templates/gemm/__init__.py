@@ -5,6 +5,7 @@
 - `tiled_linear`: any weight, any number of tokens;
 - `dense_gemv`: a dense weight, very few tokens;
 - `fragment_linear` and `mxfp4_stream` (its PTX: `stream_asm`): NVIDIA, MXFP4, few tokens;
+- `head_stream`: the same, where every head has a weight of its own;
 - `mfma_linear`: AMD, few tokens.
 
 They share `weight` (how a weight is held and read; `mxfp4_decode` where it is packed), `prologue`

@@ -314,10 +314,12 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
         yield Declined("fragments: the weight does not lie in fragments")
     elif not product.few:
         yield Declined("fragments are for few tokens")
+    elif product.heads > 1:
+        yield Declined("fragments: a head has a weight of its own")
     elif product.x_dtype != "bf16" or product.norm_dtype not in ("", "bf16"):
         yield Declined(f"fragments are of bf16, found x {product.x_dtype} {product.norm_dtype}")
     else:
-        down, across = (int(d) for d in packed.codes.shape[:2])
+        down, across = packed.tiles
         warps = 4 if down >= _MANY_PROGRAMS else 8
         args = {
             "x": product.x,

@@ -13,7 +13,7 @@ from math import prod
 
 from ...kernel_query import Arg, Candidate, Declined, KernelQuery, Operand, Result, even_step
 from ...price_table import Launched
-from ...prices import NORMED, gemm_seconds
+from ...prices import BY_HEAD, NORMED, gemm_seconds
 from ..rowwise.norms import row_step
 from .epilogue import Epilogue, epilogue_of
 from .product import Norm, Product, Rows, Variant
@@ -50,7 +50,7 @@ def candidates(
             if isinstance(answer, Declined):
                 yield answer
                 continue
-            does = NORMED if product.norm else " by head" if product.heads > 1 else ""
+            does = NORMED if product.norm else BY_HEAD if product.heads > 1 else ""
             priced = Launched(
                 f"{answer.kernel}{answer.form} {held}{does}",
                 product.tokens,

@@ -397,12 +397,14 @@ def variant(product: Product) -> Iterator[GemmLaunch | Declined]:
     packed = product.held.packed
     if packed is None or not packed.fragments:
         yield Declined("stream: the weight does not lie in fragments")
+    elif product.heads > 1:
+        yield Declined("stream: a head has a weight of its own")
     elif product.tokens > _MOST_TOKENS:
         yield Declined(f"stream: {product.tokens} tokens, expected at most {_MOST_TOKENS}")
     elif product.x_dtype != "bf16" or product.norm_dtype not in ("", "bf16"):
         yield Declined(f"stream: expected bf16, found x {product.x_dtype} {product.norm_dtype}")
     else:
-        down, across = (int(d) for d in packed.codes.shape[:2])
+        down, across = packed.tiles
         target = product.query.target
         shares = constants(product.tokens, down, across, target.multiprocessors)
         args = {

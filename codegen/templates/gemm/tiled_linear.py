@@ -54,6 +54,10 @@ def product_kernel(
     if weight.GROUP == 0:
         data = weight.data + head * weight.HEAD
         scales = weight.scales
+    elif weight.TILES > 0:
+        tiles = head * ((weight.N + 15) // 16 * weight.TILES)
+        data = weight.data + tiles * 1024
+        scales = weight.scales + tiles * 64
     else:
         data = weight.data + head * weight.N * (K // 2)
         scales = weight.scales + head * weight.N * (K // weight.GROUP)

@@ -12,7 +12,8 @@ from .mxfp4_decode import decoded, e8m0, scaled_tile
 
 
 class Weight(NamedTuple):
-    """A weight [N, K], or several, HEAD elements (dense) or N rows (MXFP4) apart.
+    """A weight [N, K], or several, HEAD elements (dense) or N rows (MXFP4) apart; in fragments so
+    many rows as its tiles have.
 
     `data` are numbers, whose rows and columns are ROW and COLUMN elements apart, or MXFP4 codes; of
     these `scales` hold one for GROUP columns (0: dense), and with TILES both lie as fragments, so
@@ -48,7 +49,7 @@ def weight_of(
     packed = held.packed
     if packed is None:
         return Weight(Arg(position), None, n, k, 0, False, 0, halved, row, column, head)
-    tiles = int(packed.codes.shape[-2]) if packed.fragments else 0
+    tiles = packed.tiles[1] if packed.fragments else 0
     scaled = query.target.scaled_conversions
     data, scales = Codes(position), Scales(position)
     return Weight(data, scales, n, k, packed.group, scaled, tiles, halved, row, column, head)

@@ -2,7 +2,8 @@
 
 Every choice is a product of one row with its own expert's weight, as in gemm.mxfp4_stream for one
 token; there is no sort and no padding. The first launch makes the hidden rows of all choices, the
-second the sums of each token's choices.
+second the sums of each token's choices. Of products by head (gemm.head_stream) every head is a
+choice of each token, and its own expert.
 
 - The tiles of 16 rows of all results, one result after the other, are shared evenly by the
   programs. A tile of a hidden row sums up PAIRS steps of 256 columns, one of a token's sum those of
@@ -11,7 +12,7 @@ second the sums of each token's choices.
   choices there are, nor on what the program computes besides.
 - The first launch reads nothing before the wait: which experts there are is what the launch before
   wrote. It lets the second begin only then: so that one, too, knows them, and fills its rings
-  before its own wait.
+  before its own wait. So do products by head, if the weight is a constant.
 - A step's columns of x come with its weights through the ring. A lane copies what it reads.
 """
 
@@ -48,7 +49,7 @@ from ..pdl import RESIDENT
 
 # Bytes of a step in the ring: of the weight, and 256 columns of bf16.
 SLOT = gl.constexpr(2688)
-# Warps of a program, and steps in the ring of each.
+# Warps of a program, and steps in the ring of each at most.
 WARPS, DEPTH = 8, 4
 # Steps whose sums are in shared memory, twice: at most, and as many as are enough for a pass.
 _MOST_STEPS, _STEPS = 208, 192
@@ -85,19 +86,24 @@ def _turn(
 
 
 @gluon.jit
-def _expert(indices, choice, there, AHEAD: gl.constexpr):
+def _expert(indices, choice, there, EACH: gl.constexpr, AHEAD: gl.constexpr):
     """i64; AHEAD of the wait past the L1, which may hold what was there before."""
-    return gl.load(indices + choice, mask=there, other=0, volatile=AHEAD).to(gl.int64)
+    if indices is None:
+        found = (choice % EACH).to(gl.int64)
+    else:
+        found = gl.load(indices + choice, mask=there, other=0, volatile=AHEAD).to(gl.int64)
+    return found
 
 
 @gluon.jit
 def _copy_x(x, to, choice, pair, there, thread, EACH: gl.constexpr, WIDTH: gl.constexpr):
-    """The lane's eight columns of a step of x, of which EACH choices share a row."""
+    """The lane's eight columns of a step of x."""
     lane = thread & 31
     column = pair * 256 + lane * 8
-    row = (choice // EACH).to(gl.int64) * x.STEP + column.to(gl.int64)
+    at = (choice // EACH).to(gl.int64) * x.STEP + (choice % EACH).to(gl.int64) * x.HEAD
+    at += column.to(gl.int64)
     inside = (column < WIDTH).to(gl.int32)
-    copy_words(to, x.data.to(gl.int64) + row * 2, there.to(gl.int32), inside)
+    copy_words(to, x.data.to(gl.int64) + at * 2, there.to(gl.int32), inside)
 
 
 @gluon.jit
@@ -131,6 +137,7 @@ def expert_stream_kernel(
     epilogue,
     N: gl.constexpr,
     EACH: gl.constexpr,
+    Y_HEAD: gl.constexpr,
     JOINED: gl.constexpr,
     RESULTS: gl.constexpr,
     DOWN: gl.constexpr,
@@ -142,15 +149,16 @@ def expert_stream_kernel(
     AHEAD: gl.constexpr,
     PROGRAMMATIC: gl.constexpr,
 ):
-    """y [RESULTS, N]. Without `weights`: epilogue of the row of x, of every EACH choices one, times
-    the weight of the choice's expert, and its bias. With them: sum over the JOINED choices of a
-    token of weight · (the choice's row of x times its expert's weight, and its bias), and the
-    residual.
+    """y [RESULTS, N]. Without `weights`: epilogue of the row of x times the weight of the choice's
+    expert, and its bias. With them: sum over the JOINED choices of a token of weight · (the
+    choice's row of x times its expert's weight, and its bias), and the residual.
 
-    `x` are Rows; an expert's weight has DOWN times 16 rows. A program, of W warps with rings of
-    DEPTH steps, sums up MOST tiles in a pass, each in STEPS, of which the last may be none; those
-    of a pass are a multiple of W. AHEAD says that the launch before lets this one begin when it has
-    waited itself.
+    Of every EACH choices, or results, x (Rows) has rows HEAD apart, or one if that is 0, and y rows
+    Y_HEAD apart. `indices` are the choices' experts; None: the first, second … of every EACH. An
+    expert's weight has DOWN times 16 rows. A program, of W warps with rings of DEPTH steps, sums up
+    MOST tiles in a pass, each in STEPS, of which the last may be none; those of a pass are a
+    multiple of W. AHEAD says that the weight is a constant, and that of `indices` the launch before
+    lets this one begin when it has waited itself.
     """
     TILES: gl.constexpr = weight.TILES
     HALVED: gl.constexpr = weight.HALVED
@@ -191,7 +199,7 @@ def expert_stream_kernel(
     for turn in gl.static_range(DEPTH):
         n = warp + turn * W
         choice, tile, pair, there = _turn(first, last, n, JOINED, DOWN, PAIRS, STEPS)
-        experts = experts + (_expert(indices, choice, there, AHEAD),)
+        experts = experts + (_expert(indices, choice, there, EACH, AHEAD),)
     for turn in gl.static_range(DEPTH):
         n = warp + turn * W
         choice, tile, pair, there = _turn(first, last, n, JOINED, DOWN, PAIRS, STEPS)
@@ -239,7 +247,7 @@ def expert_stream_kernel(
             factor = zero
             residual = zero
             if bias is not None:
-                row = _expert(indices, choice, live, False) * weight.N + column.to(gl.int64)
+                row = _expert(indices, choice, live, EACH, False) * weight.N + column.to(gl.int64)
                 added = gl.load(bias + row, mask=live, other=0.0).to(gl.float32)
                 if HALVED:
                     of_up = gl.load(bias + row + N, mask=live, other=0.0).to(gl.float32)
@@ -256,7 +264,7 @@ def expert_stream_kernel(
                 first, last, n + DEPTH * W, JOINED, DOWN, PAIRS, STEPS
             )
             to = ring + place * SLOT
-            expert = _expert(indices, choice, there, False)
+            expert = _expert(indices, choice, there, EACH, False)
             _copy_x(x, to + STEP_BYTES, choice, pair, there, thread, EACH, weight.K)
             _copy_weight(weight, to, expert, tile, pair, there, thread, DOWN)
             place += 1
@@ -310,7 +318,8 @@ def expert_stream_kernel(
             if weights is not None:
                 sum_ = sum_over(gl.where(live, sum_ * factor, 0.0), powers_below(LANES))
             value = activate(epilogue, sum_, up * REST + of_up, column, live, N) + residual
-            to = tile // DOWN * epilogue.STEP + column
+            result = tile // DOWN
+            to = result // EACH * epilogue.STEP + result % EACH * Y_HEAD + column
             stored = live & (at % LANES == 0)
             gl.store(epilogue.y + to, value.to(epilogue.y.dtype.element_ty), mask=stored)
         side = 1 - side
@@ -343,7 +352,8 @@ def constants(
         "STEPS": steps,
         "PROGRAMS": multiprocessors,
         "W": WARPS,
-        "DEPTH": DEPTH,
+        # No more than a warp has at all.
+        "DEPTH": min(DEPTH, -(-needed * least // WARPS)),
         "MOST": most,
     }
 
@@ -352,7 +362,7 @@ def calls(
     query: KernelQuery, hidden: Mapping[str, Any], summed: Mapping[str, Any], k: int
 ) -> tuple[Call, Call] | Declined:
     """The two launches; `hidden` and `summed` have what the kernel reads and writes: x, weights,
-    weight, bias, epilogue and N. Every token has `k` choices."""
+    weight, bias, epilogue, N and Y_HEAD. Every token has `k` choices."""
     x, indices, *held = (query.args[i] for i in (0, 2, 3, 4))
     for weight in held:
         if weight.packed is None or not weight.packed.fragments:
@@ -368,7 +378,7 @@ def calls(
         (summed, held[1], tokens, k, 1),
     ):
         assert weight.packed is not None
-        down, across = (int(d) for d in weight.packed.codes.shape[1:3])
+        down, across = weight.packed.tiles
         shares = constants(results, joined, down, across, query.target.multiprocessors)
         if isinstance(shares, Declined):
             return shares

@@ -217,8 +217,10 @@ def stream(query: KernelQuery) -> Candidate | Declined:
     for args in (gate_up, down):
         del args["K"]
     hidden = {"weights": None, "bias": query.ref("gate_up_bias")}
-    hidden["epilogue"] = gate_up["epilogue"]._replace(bias=None)
-    summed = {"weights": Arg(1), "bias": query.ref("down_bias")}
+    token = have.k * have.inner
+    hidden["epilogue"] = gate_up["epilogue"]._replace(bias=None, STEP=token)
+    hidden["Y_HEAD"] = have.inner
+    summed = {"weights": Arg(1), "bias": query.ref("down_bias"), "Y_HEAD": 0}
     summed["epilogue"] = epilogue_of(query, Result(0), have.width, residual=True)
     made = calls(query, {**gate_up, **hidden}, {**down, **summed}, have.k)
     if isinstance(made, Declined):
