@@ -59,8 +59,9 @@ PROGRAM_BYTES, SHARED_BYTES = 3e10, 6e12
 ROUND_TRIP_SECONDS = 5e-7
 # Seconds that a program takes to look through a chunk of indices, twice, while it sorts them.
 CHUNK_SECONDS = 1e-6
-# Seconds that the choice of one expert takes, most of it waiting for its reduction.
-PICK_SECONDS = 1e-7
+# Seconds that a choice takes of few experts, which are compared with each other, and that each pick
+# takes of a choice of many (estimated: half a dozen exchanges between warps, and one).
+RANKING_SECONDS, PICK_SECONDS = 6e-7, 1e-7
 
 
 def gemm_seconds(

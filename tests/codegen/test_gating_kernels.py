@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,6 +123,13 @@ def test_ties_between_groups_go_to_the_first() -> None:
     assert indices.tolist() == [[0, 1, 2, 8, 9]]
 
 
+def test_what_its_group_keeps_out_comes_after_minus_infinity() -> None:
+    attrs = {**SOFTMAX, "groups": 2, "topk_groups": 1, "group_score": "max"}
+    correction = Weight(torch.tensor([-8.0, -8.0, 0.0, -torch.inf]))
+    (_, indices), _, _ = run_node(router, (torch.zeros(1, 4),), {**attrs, "correction": correction})
+    assert indices.tolist() == [[2, 3]]
+
+
 @pytest.mark.parametrize("attrs", [{**SOFTMAX, "k": 3}, DEEPSEEK])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_indices_name_experts_whatever_the_logits_are(attrs: dict[str, Any], value: float) -> None:
@@ -129,6 +138,69 @@ def test_indices_name_experts_whatever_the_logits_are(attrs: dict[str, Any], val
     chosen = indices[:, :3]
     assert bool(((chosen >= 0) & (chosen < 12)).all())
     assert all(len(set(row)) == 3 for row in chosen.tolist())
+
+
+def _order(judged: np.ndarray[Any, Any], attrs: dict[str, Any]) -> list[int]:
+    """Experts from the best on: NaN above all, ties by index, what its group keeps out last."""
+
+    def best(values: Iterable[Any]) -> list[int]:
+        held = list(values)
+        return sorted(range(len(held)), key=lambda i: (not np.isnan(held[i]), -held[i], i))
+
+    groups = judged.reshape(attrs["groups"], -1)
+    counted = 2 if attrs["group_score"] == "top2" else 1
+    scores = [sum(group[best(group)[:counted]]) for group in groups]
+    kept = set(best(scores)[: attrs["topk_groups"]])
+    return sorted(best(judged), key=lambda i: i // groups.shape[1] not in kept)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_choice_is_the_first_of_the_best(data: st.DataObject) -> None:
+    """With ties, infinities and NaN; of so few experts that a lane has none, and so many that they
+    are compared in groups, or picked."""
+
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    groups = draw(1, 5)
+    size = draw(1, 9) if data.draw(st.booleans()) else draw(20, 64)
+    top = draw(1, groups)
+    top2 = size > 1 and data.draw(st.booleans())
+    attrs: dict[str, Any] = {
+        "k": draw(1, min(top * size, 12)),
+        "score": data.draw(st.sampled_from(["softmax", "sigmoid"])),
+        "normalize": data.draw(st.booleans()),
+        "dtype": "f32",
+        "groups": groups,
+        "topk_groups": top,
+        "group_score": "top2" if top2 else "max",
+    }
+    # Scores are equal, or far apart; sums of two, too: with a correction they are exact.
+    values = [0.0, -0.0, np.inf, -np.inf, np.nan]
+    corrected = data.draw(st.booleans()) and not (top2 and attrs["score"] == "softmax")
+    if not (corrected and top2):
+        values += [-3.0, -1.25, 0.5, 2.0]
+    random = np.random.default_rng(draw(0, 2**31))
+
+    def some(values: list[float]) -> np.ndarray[Any, Any]:
+        few = data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=len(values)))
+        return random.choice(np.array(few, np.float32), groups * size)
+
+    logits, correction = some(values), np.zeros(groups * size, np.float32)
+    if corrected:
+        correction = some([-8.0, 0.0, 0.25, np.inf, -np.inf])
+        attrs["correction"] = Weight(torch.from_numpy(correction))
+    with np.errstate(all="ignore"):
+        (weights, indices), _, _ = run_node(router, (torch.from_numpy(logits)[None],), attrs)
+        wide = torch.from_numpy(logits)
+        scores = torch.sigmoid(wide) if attrs["score"] == "sigmoid" else wide.softmax(0)
+        order = _order(scores.numpy() + correction, attrs)[: attrs["k"]]
+    assert indices.tolist() == [order]
+    expected = scores[order]
+    if attrs["normalize"]:
+        expected = expected / expected.sum()
+    torch.testing.assert_close(weights[0], expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
 # ---- moe_gating

@@ -186,10 +186,12 @@ def _no_check(*_: Any) -> None:
 
 
 def _wide(handle: Any) -> Any:
-    """A bf16 operand in f32, which holds it exactly."""
+    """An operand of a product, row after row, as its sums must not hang on how it lies; of bf16 in
+    f32, which holds it exactly."""
+    data = np.ascontiguousarray(handle.data)
     if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(data, handle.dtype)
+    bits = data.astype(np.uint32) << 16
     return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 

@@ -3,8 +3,9 @@
 Experts lie in lanes group by group, each group padded to a power of 2, so the order of lanes is the
 order of experts. Ties go to the expert, or group, of the smallest index.
 
-Keys are i32. The smallest, -2^31, is of what is not there or was chosen before; the one above it of
-what its group keeps out. No float's is as small.
+Keys are i32, as `ordered` has them: no float's is as small as those of lanes without an expert and
+of what its group keeps out. Of few lanes each is compared with each: a rank costs as many
+comparisons as there are lanes, and waits for nothing; of many K are picked one after the other.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..rowwise.arithmetic import ordered
+from ..rowwise.arithmetic import float_of, ordered
+
+# Keys of lanes without an expert, and of experts that their group keeps out.
+ABSENT, KEPT_OUT = tl.constexpr(-0x7FFFFFFF), tl.constexpr(-0x7FFFFFFE)
+# Lanes that are compared each with each, at most.
+COMPARED = tl.constexpr(256)
 
 
 class Choice(NamedTuple):
@@ -69,46 +75,109 @@ def experts_in_lanes(choice):
 
 
 @triton.jit
+def offsets(choice):
+    """f32 [GROUPS2 · SIZE2]: what is added to the logits, rounded as they are, and to the scores;
+    0 where there is none."""
+    expert, present = experts_in_lanes(choice)
+    bias = tl.zeros(expert.shape, tl.float32)
+    if choice.bias is not None:
+        held = tl.load(choice.bias + expert, mask=present, other=0)
+        bias = held.to(choice.LOGITS).to(tl.float32)
+    correction = tl.zeros(expert.shape, tl.float32)
+    if choice.correction is not None:
+        correction = tl.load(choice.correction + expert, mask=present, other=0).to(tl.float32)
+    return bias, correction
+
+
+@triton.jit
+def _compared(key):
+    """i32 [GROUPS, SIZE]: how many of a lane's group have a larger key, or the same and come before
+    it. Keys are i32, larger than the smallest."""
+    SIZE: tl.constexpr = key.shape[1]
+    lane = tl.arange(0, SIZE)
+    before = (lane[:, None] < lane[None, :]).to(tl.int32)
+    above = tl.trans(key)[:, :, None] > key[None, :, :] - before[:, None, :]
+    return tl.sum(above.to(tl.int32), 0)
+
+
+@triton.jit
+def ranks(key, K: tl.constexpr):
+    """i32 [LANES]: how many lanes have a larger key, or the same and come before; of all behind the
+    K first, K or more.
+
+    Lanes are compared with those of their group, and with the K first of each other group. Keys
+    are i32, larger than the smallest.
+    """
+    LANES: tl.constexpr = key.shape[0]
+    SIZE: tl.constexpr = LANES if LANES < 32 else 32
+    GROUPS: tl.constexpr = LANES // SIZE
+    key = tl.reshape(key, (GROUPS, SIZE))
+    rank = _compared(key)
+    if GROUPS > 1:
+        FIRST: tl.constexpr = K if K < SIZE else SIZE
+        FIRST2: tl.constexpr = triton.next_power_of_2(FIRST)
+        place = tl.arange(0, FIRST2)[:, None, None]
+        first = tl.where(rank[None, :, :] == place, key[None, :, :], -0x80000000)
+        first = tl.reshape(tl.max(first, 2), (FIRST2 * GROUPS,))
+        theirs = (tl.arange(0, FIRST2 * GROUPS) % GROUPS)[:, None, None]
+        ours = tl.arange(0, GROUPS)[None, :, None]
+        above = key[None, :, :] - (theirs < ours).to(tl.int32)
+        above = first[:, None, None] > tl.where(theirs == ours, 0x7FFFFFFF, above)
+        rank += tl.sum(above.to(tl.int32), 0)
+    return tl.reshape(rank, (LANES,))
+
+
+@triton.jit
+def picked(key, K: tl.constexpr):
+    """`ranks` of the K first lanes, found one after the other; of all others LANES."""
+    lane = tl.arange(0, key.shape[0])
+    order = ranked(key, lane)
+    rank = tl.full(key.shape, key.shape[0], tl.int32)
+    for j in range(K):
+        best = lane == lane_of(tl.max(order, 0))
+        rank = tl.where(best, j, rank)
+        order = tl.where(best, -0x7FFFFFFFFFFFFFFF, order)
+    return rank
+
+
+@triton.jit
+def _two_largest(a, b, c, d):
+    """Of two pairs, each a larger and a smaller key."""
+    return tl.maximum(a, c), tl.maximum(tl.minimum(a, c), tl.maximum(b, d))
+
+
+@triton.jit
 def kept_groups(judged, present, choice):
     """i1 [GROUPS2 · SIZE2]: whether a lane's group is one of the TOP best, judged by its largest
     value or, with TOP2, by the sum of its two largest."""
     GROUPS2: tl.constexpr = choice.GROUPS2
     SIZE2: tl.constexpr = choice.SIZE2
-    by_group = tl.reshape(tl.where(present, judged, float("-inf")), (GROUPS2, SIZE2))
-    within = tl.broadcast_to(tl.arange(0, SIZE2)[None, :], (GROUPS2, SIZE2))
-    first = tl.max(ranked(ordered(by_group), within), 1)
-    at = lane_of(first)[:, None] == within
-    score = tl.sum(tl.where(at, by_group, 0.0), 1)
+    key = ordered(tl.where(present, judged, float("-inf")))
+    key = tl.reshape(key, (GROUPS2, SIZE2))
     if choice.TOP2:
-        rest = tl.where(at, -2147483648, ordered(by_group))
-        second = lane_of(tl.max(ranked(rest, within), 1))[:, None] == within
-        score += tl.sum(tl.where(second, by_group, 0.0), 1)
-    group = tl.arange(0, GROUPS2)
-    key = tl.where(group < choice.GROUPS, ordered(score), -2147483648)
-    kept = group < 0
-    for _ in tl.static_range(choice.TOP):
-        best = group == lane_of(tl.max(ranked(key, group), 0))
-        kept = kept | best
-        key = tl.where(best, -2147483648, key)
-    all_kept = tl.broadcast_to(kept.to(tl.int32)[:, None], (GROUPS2, SIZE2))
-    return tl.reshape(all_kept, (GROUPS2 * SIZE2,)) != 0
+        none = tl.full((GROUPS2, SIZE2), ABSENT, tl.int32)
+        first, second = tl.reduce((key, none), 1, _two_largest)
+        score = ordered(float_of(first) + float_of(second))
+    else:
+        score = tl.max(key, 1)
+    score = tl.where(tl.arange(0, GROUPS2) < choice.GROUPS, score, ABSENT)
+    kept = (ranks(score, choice.TOP) < choice.TOP).to(tl.int32)
+    kept = tl.broadcast_to(kept[:, None], (GROUPS2, SIZE2))
+    return tl.reshape(kept, (GROUPS2 * SIZE2,)) != 0
 
 
 @triton.jit
-def choose(sums, choice, token):
+def choose(sums, bias, correction, choice, token):
     """Stores row `token` (i64) of the weights and indices of a Choice.
 
-    `sums` f32 [GROUPS2 · SIZE2] are the router's products, not yet rounded. An index always names
-    an expert, whatever the sums are.
+    `sums` f32 [GROUPS2 · SIZE2] are the router's products, not yet rounded, `bias` and `correction`
+    the choice's `offsets`. An index always names an expert, whatever the sums are.
     """
-    GROUPS: tl.constexpr = choice.GROUPS
-    SIZE2: tl.constexpr = choice.SIZE2
     K: tl.constexpr = choice.K
-    lane = tl.arange(0, choice.GROUPS2 * SIZE2)
+    LANES: tl.constexpr = choice.GROUPS2 * choice.SIZE2
     expert, present = experts_in_lanes(choice)
     if choice.bias is not None:
-        bias = tl.load(choice.bias + expert, mask=present, other=0)
-        sums += bias.to(choice.LOGITS).to(tl.float32)
+        sums += bias
     logits = sums.to(choice.LOGITS).to(tl.float32)
     if choice.SIGMOID:
         scores = 1 / (1 + tl.exp(-logits))
@@ -118,31 +187,28 @@ def choose(sums, choice, token):
         scores = shifted / tl.sum(shifted, 0)
     judged = scores
     if choice.correction is not None:
-        judged += tl.load(choice.correction + expert, mask=present, other=0).to(tl.float32)
+        judged += correction
     key = ordered(judged)
-    if choice.TOP < GROUPS:
-        kept = kept_groups(judged, present, choice)
-        key = tl.where(kept, key, -2147483647)
-    order = ranked(tl.where(present, key, -2147483648), lane)
-    taken = ranked(tl.full(lane.shape, -2147483648, tl.int32), lane)
-    column = tl.arange(0, choice.COLUMNS)
-    chosen = tl.where(column < K, 0, GROUPS * choice.SIZE + column - K)
-    weight = tl.zeros([choice.COLUMNS], tl.float32)
-    for j in range(K):
-        first = tl.max(order, 0)
-        best = lane_of(first)
-        if choice.correction is None:
-            # Keys are those of scores, which are not negative: their bits.
-            score = (first >> 16).to(tl.int32).to(tl.float32, bitcast=True)
-        else:
-            score = tl.sum(tl.where(lane == best, scores, 0.0), 0)
-        weight = tl.where(column == j, score, weight)
-        chosen = tl.where(column == j, best // SIZE2 * choice.SIZE + best % SIZE2, chosen)
-        order = tl.where(lane == best, taken, order)
+    if choice.TOP < choice.GROUPS:
+        key = tl.where(kept_groups(judged, present, choice), key, KEPT_OUT)
+    key = tl.where(present, key, ABSENT)
+    if LANES <= COMPARED:
+        rank = ranks(key, K)
+    else:
+        rank = picked(key, K)
+    # Present lanes come first, and there are K at least.
+    chosen = rank < K
+    weight = tl.where(chosen, scores, 0.0)
     if choice.NORMALIZE:
         weight = weight / (tl.sum(weight, 0) + choice.SUM_EPS)
-    weight = tl.where(column < K, weight * choice.SCALE, 1.0)
-    inside = column < K + choice.SHARED
-    at = token * (K + choice.SHARED) + column
-    tl.store(choice.weights + at, weight.to(choice.weights.dtype.element_ty), mask=inside)
-    tl.store(choice.indices + at, chosen.to(tl.int64), mask=inside)
+    row = token * (K + choice.SHARED)
+    to = choice.weights.dtype.element_ty
+    tl.store(choice.weights + row + rank, (weight * choice.SCALE).to(to), mask=chosen)
+    tl.store(choice.indices + row + rank, expert.to(tl.int64), mask=chosen)
+    if choice.SHARED:
+        column = tl.arange(0, choice.COLUMNS)
+        shared = (column >= K) & (column < K + choice.SHARED)
+        one = tl.full(column.shape, 1.0, tl.float32)
+        tl.store(choice.weights + row + column, one.to(to), mask=shared)
+        index = choice.GROUPS * choice.SIZE + column - K
+        tl.store(choice.indices + row + column, index.to(tl.int64), mask=shared)

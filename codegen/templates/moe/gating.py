@@ -11,11 +11,17 @@ import triton.language as tl
 
 from ....compiler.types import TensorType
 from ...kernel_query import Arg, Call, Candidate, Declined, KernelQuery, Operand, Ref, Result, Temp
-from ...prices import PICK_SECONDS, PROGRAM_BYTES, ROUND_TRIP_SECONDS, SHARED_BYTES
+from ...prices import (
+    PICK_SECONDS,
+    PROGRAM_BYTES,
+    RANKING_SECONDS,
+    ROUND_TRIP_SECONDS,
+    SHARED_BYTES,
+)
 from ..arrival import arrivals_of
 from ..pdl import spread
 from ..rowwise.norms import input_rows, rows_call
-from .choose import Choice
+from .choose import COMPARED, Choice
 from .gating_kernels import (
     Router,
     choose_kernel,
@@ -24,9 +30,11 @@ from .gating_kernels import (
     token_partials_kernel,
 )
 
-# Columns of a row that are loaded at once for its norm, and warps that share them; columns that are
-# one partial sum of the product. None depends on the number of tokens.
-_ROW_BLOCK, _ROW_WARPS, _CHUNK = 1024, 4, 512
+# Columns of a row that are loaded at once for its norm, and warps that share them; columns of a
+# block of the product and of a chunk, in f32 fewer for lack of registers. None depends on the
+# number of tokens.
+_ROW_BLOCK, _ROW_WARPS = 1024, 4
+_WIDE, _NARROW = (32, 256), (128, 512)
 # Lanes that a choice may fill.
 _LANES = 1024
 # Tokens that two launches compute at most: every program reads its token's whole row.
@@ -75,6 +83,12 @@ def _choice(query: KernelQuery, experts: int, logits: str, sum_eps: float) -> Ch
     )
 
 
+def _seconds(choice: Choice) -> float:
+    """What a choice takes, with its logits in registers."""
+    lanes = choice.GROUPS2 * choice.SIZE2
+    return RANKING_SECONDS if lanes <= COMPARED.value else choice.K * PICK_SECONDS
+
+
 def _choosing(logits: Ref, choice: Choice, tokens: int, step: int, parts: int) -> Call:
     """The launch that chooses by logits in `parts` parts, whose rows are `step` apart."""
     return Call(
@@ -82,7 +96,7 @@ def _choosing(logits: Ref, choice: Choice, tokens: int, step: int, parts: int) -
         {"logits": logits, "choice": choice, "tokens": tokens, "STEP": step, "PARTS": parts},
         (tokens, 1, 1),
         (Result(0), Result(1)),
-        num_warps=1,
+        num_warps=max(1, min(4, choice.GROUPS2 * choice.SIZE2 // 32)),
     )
 
 
@@ -96,7 +110,7 @@ def router(query: KernelQuery) -> Candidate | Declined:
     if isinstance(choice, Declined):
         return choice
     call = _choosing(Arg(0), choice, tokens, logits.strides[0], 1)
-    return Candidate((call,), query.seconds(1) + choice.K * PICK_SECONDS, "a program a token")
+    return Candidate((call,), query.seconds(1) + _seconds(choice), "a program a token")
 
 
 class _Gate:
@@ -109,12 +123,13 @@ class _Gate:
         self.tokens, self.width = self.x.shape
         self.count = self.weight.shape[0]
         self.choice = _choice(query, self.count, attrs["logits"], attrs.get("sum_eps", 0.0))
-        self.seconds_to_choose = attrs["k"] * PICK_SECONDS
         normed, added = query.ref("norm") is not None, query.ref("delta") is not None
         eps = attrs.get("eps") or 0.0
         self.rows = input_rows(query, eps if normed else None, attrs.get("post_eps"))
         self.n = Result(2) if normed else None
         self.s = Result(2 + normed) if added else None
+        named = (query.operand(x) for x in ("norm", "post_norm", "bias", "correction"))
+        self.constant = all(x.constant for x in (self.weight, *filter(None, named)))
         self.results_of_rows = tuple(r for r in (self.n, self.s) if r)
         # As many loads in flight as shared memory holds.
         self.stages = 3 if query.target.name.startswith("cuda") else 2
@@ -133,12 +148,11 @@ class _Gate:
 
     def router(self) -> Router:
         """The product, in the logits' dtype, or where that is f32 and both operands are of one
-        narrower dtype, that: its products are exact in f32. In f32 fewer columns are taken at once,
-        for lack of registers."""
+        narrower dtype, that: its products are exact in f32."""
         logits, x, weight = self.query.attrs["logits"], self.x.type.dtype, self.weight.type.dtype
         dot = x if logits == "f32" and x == weight else logits
-        block = 32 if dot == "f32" else 128
-        return Router(Arg(1), self.width, self.count, _CHUNK, block, _TYPES[dot])
+        block, chunk = _WIDE if dot == "f32" else _NARROW
+        return Router(Arg(1), self.width, self.count, chunk, block, _TYPES[dot])
 
 
 def one_launch(query: KernelQuery) -> Candidate | Declined:
@@ -172,7 +186,7 @@ def one_launch(query: KernelQuery) -> Candidate | Declined:
     seconds = max(read / PROGRAM_BYTES, gate.tokens * read / SHARED_BYTES)
     return Candidate(
         (call,),
-        seconds + gate.seconds_to_choose + query.target.launch_seconds,
+        seconds + _seconds(choice) + query.target.launch_seconds,
         "a program a token, whole",
     )
 
@@ -188,15 +202,16 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
     if gate.tokens > _FEW:
         yield Declined(f"{gate.tokens} tokens, expected at most {_FEW}")
         return
-    target, chunks = query.target, triton.cdiv(gate.width, _CHUNK)
+    target, product = query.target, gate.router()
+    chunks = triton.cdiv(gate.width, product.CHUNK)
     sixteens = triton.cdiv(gate.count, 16)
     programs, resident = spread(target, gate.tokens * sixteens * chunks)
     logits = Temp("logits")
-    product = Call(
+    partials = Call(
         token_partials_kernel,
         {
             "rows": gate.rows,
-            "router": gate.router(),
+            "router": product,
             "n": gate.n,
             "s": gate.s,
             "partials": logits,
@@ -205,7 +220,7 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
             "tokens": gate.tokens,
             "PARTS": chunks,
             "ROW_BLOCK": _ROW_BLOCK,
-            "AHEAD": gate.weight.constant,
+            "AHEAD": gate.constant,
         },
         (programs, 1, 1),
         (logits, *gate.results_of_rows),
@@ -214,13 +229,13 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
     )
     folded = {"choice": gate.choice, "arrivals": arrivals_of(target, "arrived")}
     whole = replace(
-        product,
-        args={**product.args, **folded},
-        writes=(*product.writes, Result(0), Result(1)),
+        partials,
+        args={**partials.args, **folded},
+        writes=(*partials.writes, Result(0), Result(1)),
     )
     # Each program reads its token's rows before it starts; the partials are read once more.
     rows = len(gate.results_of_rows) * gate.width * 4 / PROGRAM_BYTES
-    seconds = query.seconds(1) + rows + gate.seconds_to_choose + ROUND_TRIP_SECONDS
+    seconds = query.seconds(1) + rows + _seconds(gate.choice) + ROUND_TRIP_SECONDS
     temps = {"logits": TensorType("f32", (chunks, gate.tokens, gate.count))}
     reason = f"the product in {sixteens} x {chunks} parts a token"
     yield Candidate(
@@ -231,7 +246,7 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
         {"arrived": gate.tokens},
     )
     choosing = _choosing(logits, gate.choice, gate.tokens, gate.count, chunks)
-    yield Candidate((product, choosing), seconds + target.launch_seconds, reason, temps)
+    yield Candidate((partials, choosing), seconds + target.launch_seconds, reason, temps)
 
 
 def many_tokens(query: KernelQuery) -> Candidate | Declined:
@@ -269,7 +284,7 @@ def many_tokens(query: KernelQuery) -> Candidate | Declined:
     alone = 16 * gate.width * gate.weight.nbytes / gate.weight.type.numel / PROGRAM_BYTES
     return Candidate(
         tuple(calls),
-        query.seconds(len(calls)) + float(alone) + gate.seconds_to_choose,
+        query.seconds(len(calls)) + float(alone) + _seconds(gate.choice),
         f"tiles of {tile} tokens by sixteen experts",
         {"logits": TensorType("f32", (gate.tokens, gate.count))},
     )

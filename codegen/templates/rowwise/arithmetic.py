@@ -16,6 +16,12 @@ def ordered(x):
 
 
 @triton.jit
+def float_of(key):
+    """The f32 that `ordered` makes `key` (i32) of; 0 of -0, and one NaN of all."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def tanh(x):
     """tanh(x) of floats; in f32 also right to the last bits near 0, where a difference is not."""
     result = 1 - 2 / (tl.exp(2 * x) + 1)
