@@ -166,6 +166,8 @@ def expert_stream_kernel(
     PAIRS: gl.constexpr = (TILES + 1) // 2
     RING: gl.constexpr = W * DEPTH * SLOT
     PART: gl.constexpr = MOST * STEPS * 64
+    # Whether a warp has more steps than its ring.
+    REFILLED: gl.constexpr = (RESULTS * DOWN + PROGRAMS - 1) // PROGRAMS * STEPS > W * DEPTH
     # Shared memory: the ring; of two passes the sums [tile, step, 16]; a line of no use.
     LINES: gl.constexpr = (RING + 2 * PART + 128 * W - 1) // (128 * W) + 1
     # LANES, a power of two, have a choice of a row each.
@@ -260,13 +262,16 @@ def expert_stream_kernel(
                 residual = residual.to(gl.float32)
             ends = ends + ((added, of_up, factor, residual),)
         for _ in range((held * STEPS + W - 1) // W):
-            choice, tile, pair, there = _turn(
-                first, last, n + DEPTH * W, JOINED, DOWN, PAIRS, STEPS
-            )
-            to = ring + place * SLOT
-            expert = _expert(indices, choice, there, EACH, False)
-            _copy_x(x, to + STEP_BYTES, choice, pair, there, thread, EACH, weight.K)
-            _copy_weight(weight, to, expert, tile, pair, there, thread, DOWN)
+            if REFILLED:
+                choice, tile, pair, there = _turn(
+                    first, last, n + DEPTH * W, JOINED, DOWN, PAIRS, STEPS
+                )
+                to = ring + place * SLOT
+                expert = _expert(indices, choice, there, EACH, False)
+                _copy_x(x, to + STEP_BYTES, choice, pair, there, thread, EACH, weight.K)
+                _copy_weight(weight, to, expert, tile, pair, there, thread, DOWN)
+            else:
+                statement("cp.async.commit_group; mov.b32 $0, 0;", thread)
             place += 1
             if place == DEPTH:
                 place = 0
@@ -286,7 +291,7 @@ def expert_stream_kernel(
                     lower0 = four_words(ring + place * SLOT + 512)
                 if g < 4:
                     c = group_sums(upper0[g], lower0[g], v, c)
-                else:
+                elif TILES > 1:
                     c = group_sums(upper1[g - 4], lower1[g - 4], v, c)
             total = folded((zero, zero, zero, zero), c, scale, q, 0, 1)
             upper1 = four_words(ring + place * SLOT + 1024)
