@@ -129,7 +129,13 @@ def _interpreting() -> Iterator[None]:
     plain_dot = builder.create_dot
 
     def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return plain_dot(self, _wide(a), _wide(b), d, *rest)
+        a, b = _wide(a), _wide(b)
+        if d.dtype.scalar != tl.float32:
+            return plain_dot(self, a, b, d, *rest)
+        # Summed in f64: BLAS has an order of its own for each shape of operands, and each way they
+        # lie.
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return interpreter.TensorHandle(product + d.data, tl.float32)
 
     plain_cast = builder.cast_impl
 
@@ -186,12 +192,10 @@ def _no_check(*_: Any) -> None:
 
 
 def _wide(handle: Any) -> Any:
-    """An operand of a product, row after row, as its sums must not hang on how it lies; of bf16 in
-    f32, which holds it exactly."""
-    data = np.ascontiguousarray(handle.data)
+    """A bf16 operand in f32, which holds it exactly."""
     if handle.dtype.scalar != tl.bfloat16:
-        return interpreter.TensorHandle(data, handle.dtype)
-    bits = data.astype(np.uint32) << 16
+        return handle
+    bits = handle.data.astype(np.uint32) << 16
     return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 

@@ -90,6 +90,20 @@ def offsets(choice):
 
 
 @triton.jit
+def _of_all(x, LARGEST: tl.constexpr):
+    """[LANES]: the sum of `x`, or its largest, in every lane: within groups of 32, which are a
+    warp's, and then of what all groups have, in every thread."""
+    LANES: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = LANES if LANES < 32 else 32
+    GROUPS: tl.constexpr = LANES // SIZE
+    x = tl.reshape(x, (GROUPS, SIZE))
+    part = tl.max(x, 1) if LARGEST else tl.sum(x, 1)
+    parts = tl.broadcast_to(part[:, None, None], (GROUPS, GROUPS, SIZE))
+    total = tl.max(parts, 0) if LARGEST else tl.sum(parts, 0)
+    return tl.reshape(total, (LANES,))
+
+
+@triton.jit
 def _compared(key):
     """i32 [GROUPS, SIZE]: how many of a lane's group have a larger key, or the same and come before
     it. Keys are i32, larger than the smallest."""
@@ -182,9 +196,9 @@ def choose(sums, bias, correction, choice, token):
     if choice.SIGMOID:
         scores = 1 / (1 + tl.exp(-logits))
     else:
-        shifted = tl.where(present, logits, float("-inf"))
-        shifted = tl.exp(shifted - tl.max(shifted, 0))
-        scores = shifted / tl.sum(shifted, 0)
+        largest = float_of(_of_all(tl.where(present, ordered(logits), ABSENT), True))
+        shifted = tl.exp(tl.where(present, logits, float("-inf")) - largest)
+        scores = shifted / _of_all(shifted, False)
     judged = scores
     if choice.correction is not None:
         judged += correction
@@ -200,7 +214,7 @@ def choose(sums, bias, correction, choice, token):
     chosen = rank < K
     weight = tl.where(chosen, scores, 0.0)
     if choice.NORMALIZE:
-        weight = weight / (tl.sum(weight, 0) + choice.SUM_EPS)
+        weight = weight / (_of_all(weight, False) + choice.SUM_EPS)
     row = token * (K + choice.SHARED)
     to = choice.weights.dtype.element_ty
     tl.store(choice.weights + row + rank, (weight * choice.SCALE).to(to), mask=chosen)

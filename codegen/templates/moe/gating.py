@@ -219,6 +219,7 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
             "arrivals": None,
             "tokens": gate.tokens,
             "PARTS": chunks,
+            "ROWS": 8 if target.name.startswith("cuda") else 16,
             "ROW_BLOCK": _ROW_BLOCK,
             "AHEAD": gate.constant,
         },

@@ -152,6 +152,7 @@ def token_partials_kernel(
     arrivals,
     tokens,
     PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
@@ -181,12 +182,12 @@ def token_partials_kernel(
     present = (expert < COUNT) & (part < PARTS)
     column = tl.arange(0, BLOCKS)[:, None] * router.BLOCK + tl.arange(0, router.BLOCK)[None, :]
     at = part * router.CHUNK + column
-    # The experts' rows [BLOCKS, 16, BLOCK], and what the token's [16, BLOCKS, BLOCK] is scaled by:
-    # it is one of sixteen rows, which is what a matrix instruction takes.
+    # The experts' rows [BLOCKS, 16, BLOCK], and what the token's is scaled by: one of ROWS, as
+    # many as a matrix instruction takes, [ROWS, BLOCKS, BLOCK].
     mask = present[None, :, None] & (at < K)[:, None, :]
     w = tl.load(router.weight + expert[None, :, None] * K + at[:, None, :], mask=mask, other=0)
-    live = (tl.arange(0, 16) == 0)[:, None, None] & (at < K)[None, :, :]
-    at = tl.broadcast_to(at[None, :, :], (16, BLOCKS, router.BLOCK))
+    live = (tl.arange(0, ROWS) == 0)[:, None, None] & (at < K)[None, :, :]
+    at = tl.broadcast_to(at[None, :, :], (ROWS, BLOCKS, router.BLOCK))
     gain = gain_of(rows.norm, at, live)
     post_gain = gain_of(rows.post_norm, at, live)
     if HELD:
@@ -209,7 +210,7 @@ def token_partials_kernel(
         value = value.to(x.dtype)
         tile = tl.permute(value.to(router.DOT), (1, 2, 0))
         product = _product(w.to(router.DOT), tile)
-        first = tl.arange(0, 16)[None, None, :] == 0
+        first = tl.arange(0, ROWS)[None, None, :] == 0
         total = _in_order(tl.sum(tl.where(first, product, 0.0), 2), BLOCKS)
         place = (part.to(tl.int64) * tokens + token) * COUNT + expert
         tl.store(partials + place, total, mask=present)
