@@ -18,9 +18,11 @@ What is computed is what launches one after the other compute:
   reads its first weights, and then waits by assembly of its own; dense_gemv does between
   `pdl_launch` and `pdl_join`.
 - An input that no earlier launch of the entry writes (kernel_query.Operand.early) is what it was
-  when the replay began, and its memory nothing else's: attend_kernel reads which slots, positions
+  when the replay began, and its memory nothing else's: decode_kernel reads which slots, positions
   and pages there are. A later launch that overwrites it, as the feed of the next step does, has
   waited for this one. Keys and values it asks for into the L2 alone, which sees what is written.
+- register_decode_kernel reads keys and values: no other launch of its step writes its caches, it
+  does at the position of its one token, and what it reads lies before and is of earlier replays.
 - What launches before the last one wrote may be read, past the L1, where the last
   one lets this one begin only after its own wait, which says that they are complete. So the
   second launch of expert_stream reads which experts were chosen.

@@ -10,6 +10,7 @@ import itertools
 import pkgutil
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -35,6 +36,7 @@ from ingot.compiler.ops.gating import moe_gating
 from ingot.compiler.ops.linear import linear
 from ingot.compiler.ops.mla import cached_mla_attention
 from ingot.compiler.ops.moe import experts
+from ingot.compiler.ops.project_attention import project_attention
 from ingot.compiler.target import target_of
 from ingot.compiler.text import parse
 from ingot.compiler.types import TensorType
@@ -102,16 +104,19 @@ def test_what_ranks_exchange_is_refused() -> None:
 
 # ---- every kernel lets later launches begin and waits for those before, whatever it then does
 
-# They wait after their first loads of weights or of the index of a cache; the experts' first launch
-# lets the second begin late (see test_expert_stream).
+# They wait after their first loads of weights, of the index of a cache, or of what is in it; the
+# experts' first launch lets the second begin late (see test_expert_stream).
+REGISTER_DECODE = "decode_registers.register_decode_kernel"
 EXPERT_STREAM = "expert_stream.expert_stream_kernel"
 THEIR_OWN_WAY = [
     "decode.decode_kernel",
+    REGISTER_DECODE,
     "dense_gemv.gemv_kernel",
     EXPERT_STREAM,
     "fragment_linear.fragment_kernel",
     "gating_kernels.token_partials_kernel",
     "mxfp4_stream.stream_kernel",
+    "parts.combine_kernel",
 ]
 AMD_ONLY = "mfma_linear.mfma_kernel"
 OF_NO_NODE = "read_stream.read_kernel"  # benchmarks launch it
@@ -172,6 +177,11 @@ def requests() -> Iterator[tuple[Op, Sequence[Given], dict[str, Any]]]:
     query = (empty(bf16, 1, 128, 512), empty(bf16, 1, 128, 64))
     latent = empty(bf16, 1024, 64, 576)
     yield cached_mla_attention, (*query, latent, *index(1)), {"scale": 0.05}
+    cache = empty(bf16, 16, 64, 2, 64)
+    named = {"k_cache": cache, "v_cache": cache, "heads": (4, 2, 2), "dims": (64, 64, 64)}
+    named |= dict(zip(("slots", "positions", "page_table"), index(1), strict=True))
+    weight = Weight(torch.randn(8 * 64, 32).to(bf16))
+    yield project_attention, (empty(bf16, 1, 32), weight), {**named, "scale": 0.1}
 
 
 @cache
@@ -182,6 +192,8 @@ def sources(target: str) -> dict[str, KernelSource]:
         for template in templates_of(op.name):
             backend = KernelBackend(target_of(target), prefer=prefer)
             graph, weights, _, _ = graph_of_node(op, args, attrs)
+            if op is project_attention:  # keys and values are read from the caches alone
+                graph = replace(graph, outputs=(graph.outputs[0], *graph.outputs[-2:]))
             graph = for_target(graph, backend.target)
             names = [f"out{i}" for i in range(len(graph.outputs))]
             with (
@@ -290,6 +302,7 @@ def test_kernels_for_amd_are_told_that_launches_do_not_overlap() -> None:
     missing = launched().keys() - found.keys()
     assert missing == {
         EXPERT_STREAM,
+        REGISTER_DECODE,
         "fragment_linear.fragment_kernel",
         "mxfp4_stream.stream_kernel",
         OF_NO_NODE,

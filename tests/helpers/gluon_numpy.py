@@ -86,9 +86,11 @@ for _name_, _function in {
     "eq": np.equal,
     "lt": np.less,
     "gt": np.greater,
+    "ge": np.greater_equal,
+    "le": np.less_equal,
 }.items():
     _binary(f"__{_name_}__", _function)
-    if _name_ not in ("lt", "gt", "eq"):
+    if _name_ not in ("lt", "gt", "ge", "le", "eq"):
         _binary(f"__r{_name_}__", _function, swapped=True)
 
 
@@ -233,11 +235,26 @@ class _Language:
     def sum(self, x: Array, axis: int) -> Array:
         return Array(x.values.sum(axis), x.dtype)
 
-    def maximum(self, x: Array, least: float) -> Array:
-        return Array(np.maximum(x.values, least), x.dtype)
+    def maximum(self, x: Array, least: Any) -> Array:
+        return Array(np.fmax(x.values, getattr(least, "values", least)), x.dtype)
 
-    def minimum(self, x: Any, most: int) -> Any:
-        return Array(np.minimum(x.values, most), x.dtype) if isinstance(x, Array) else min(x, most)
+    def exp2(self, x: Array) -> Array:
+        return Array(np.exp2(x.values), "f32")
+
+    def atomic_add(self, at: Pointer, value: Array, mask: Array, sem: str, scope: str) -> Array:
+        """What was there before; one thread alone adds."""
+        (threads,) = np.nonzero(mask.values)
+        assert len(threads) == 1 and (sem, scope) == ("acq_rel", "gpu")
+        place = int(np.broadcast_to(at.offset, mask.values.shape)[threads[0]])
+        before = np.zeros(mask.values.shape, np.int32)
+        before[threads] = int(at.memory[place])
+        at.memory[place] += int(value.values[threads[0]])
+        return Array(before, "i32")
+
+    def minimum(self, x: Any, most: Any) -> Any:
+        if isinstance(x, Array):
+            return Array(np.minimum(x.values, getattr(most, "values", most)), x.dtype)
+        return min(x, most)
 
     def where(self, condition: Array, a: Any, b: Any) -> Array:
         values = np.where(condition.values, *(getattr(v, "values", v) for v in (a, b)))

@@ -47,12 +47,25 @@ class Machine:
 
     def _global(self, address: Any, size: int) -> Any:
         """u8 [threads, size] at addresses, which must be aligned and within a tensor."""
+        memory, places = self._places(address, size)
+        return memory[places]
+
+    def _places(self, address: Any, size: int) -> tuple[Any, Any]:
         numbers = (address >> _SPACE) - 1
-        assert len(np.unique(numbers)) == 1, "one copy reads two tensors"
+        assert len(np.unique(numbers)) == 1, "one access to two tensors"
         memory = self.tensors[int(numbers[0])].view(torch.uint8).numpy()
         at = address & ((1 << _SPACE) - 1)
         assert np.all(at % size == 0) and np.all(at + size <= len(memory)), "outside the tensor"
-        return memory[at[:, None] + np.arange(size)]
+        return memory, at[:, None] + np.arange(size)
+
+    def load(self, address: Any, size: int) -> Any:
+        """u8 [threads, size] of global memory, which no copy is on its way to."""
+        return self._global(address, size)
+
+    def store(self, address: Any, data: Any) -> None:
+        """u8 [threads, size] to global memory."""
+        memory, places = self._places(address, data.shape[1])
+        memory[places] = data
 
     def read(self, at: Any, size: int) -> Any:
         """u8 [threads, size] of shared memory."""
@@ -164,9 +177,26 @@ def _instruction(machine: Machine, name: str, rest: str, registers: Any, live: A
             registers[operands[0]] = shifted.astype(np.uint32)
         case ["mov", "b32"]:
             registers[operands[0]] = value(operands[1].replace("global_smem", "0"))
-        case ["add", "f32"]:
+        case ["add" | "max" as kind, "f32"]:
             a, b = (value(o).view(np.float32) for o in operands[1:])
-            registers[operands[0]] = (a + b).view(np.uint32)
+            found = a + b if kind == "add" else np.fmax(a, b)
+            registers[operands[0]] = found.view(np.uint32)
+        case ["cvt", "rn", "bf16x2", "f32"]:
+            high, low = (torch.from_numpy(value(o).view(np.float32)) for o in operands[1:])
+            halves = torch.stack((low, high), -1).bfloat16().view(torch.int16).numpy()
+            registers[operands[0]] = np.ascontiguousarray(halves).view(np.uint32)[:, 0]
+        case ["prmt", "b32"]:
+            low, high = (value(o).astype(np.uint64) for o in operands[1:3])
+            both = low | high << np.uint64(32)
+            found = np.zeros(len(live), np.uint64)
+            for i in range(4):
+                chosen = np.uint64(8 * (int(operands[3], 16) >> 4 * i & 7))
+                found |= (both >> chosen & np.uint64(0xFF)) << np.uint64(8 * i)
+            registers[operands[0]] = found.astype(np.uint32)
+        case ["movmatrix", "sync", "aligned", "m8n8", "trans", "b16"]:
+            halves = np.ascontiguousarray(value(operands[1])).view(np.uint16).reshape(-1, 8, 8)
+            turned = np.ascontiguousarray(halves.transpose(0, 2, 1))
+            registers[operands[0]] = turned.view(np.uint32).reshape(-1)
         case ["mul", "rn", "bf16x2"]:
             a, b = (_halves(value(o)).astype(np.float32) for o in operands[1:])
             rounded = torch.from_numpy(a * b).bfloat16().view(torch.int16).numpy()
@@ -188,10 +218,27 @@ def _instruction(machine: Machine, name: str, rest: str, registers: Any, live: A
             read = machine.read(place(operands[-1]), 4 * len(to))
             words = np.ascontiguousarray(read).view(np.uint32)
             registers.update({r: words[:, i].copy() for i, r in enumerate(to)})
-        case ["st", "shared", "b32"]:
+        case ["ld", "global", "cg", *_]:
+            to = [r.strip() for r in vector[1].split(",")] if vector else [operands[0]]
             threads = np.flatnonzero(live)
-            data = value(operands[1]).reshape(-1, 1).view(np.uint8)[threads]
-            machine.write(place(operands[0])[threads], data, threads)
+            if len(threads):
+                read = machine.load(place(operands[-1])[threads], 4 * len(to))
+                words = np.ascontiguousarray(read).view(np.uint32)
+                for i, name in enumerate(to):
+                    registers[name] = registers[name].copy()
+                    registers[name][threads] = words[:, i]
+        case ["st", "shared" | "global" as space, *_]:
+            found = _ADDRESS.match(rest)
+            assert found
+            given = [r.strip(" {}") for r in rest[found.end() :].strip(" ,").split(",")]
+            threads = np.flatnonzero(live)
+            words = np.stack([value(r) for r in given], 1)[threads]
+            data = np.ascontiguousarray(words).view(np.uint8)
+            to = place(found[0])[threads]
+            if space == "shared":
+                machine.write(to, data, threads)
+            elif len(threads):
+                machine.store(to, data)
         case ["bar", "sync"]:
             machine.barrier()
         case _:

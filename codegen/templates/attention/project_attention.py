@@ -14,6 +14,7 @@ from ...kernel_query import (
     Arg,
     Call,
     Candidate,
+    Counter,
     Declined,
     KernelQuery,
     Operand,
@@ -23,8 +24,11 @@ from ...kernel_query import (
     dense_strides,
 )
 from ...prices import ROUND_TRIP_SECONDS
+from ..pdl import spread
+from ..rowwise.rows import Pages
 from .composed import joined, renamed
 from .decode import decode_kernel
+from .decode_registers import MOST_HEADS, TILE, WARPS, register_decode_kernel
 from .grouped_query import attention
 from .heads import (
     THREAD_ELEMENTS,
@@ -35,6 +39,7 @@ from .heads import (
     rotation_of,
 )
 from .heads_within import Heads
+from .parts import Parts
 
 # Tokens of a step, and rows of a block of the attention, whose heads its programs make, at most.
 _FEW_TOKENS = 8
@@ -62,11 +67,12 @@ def project_attention(query: KernelQuery) -> Iterator[Candidate | Declined]:
         yield from (joined(before, each) for each in attends)
     fused: list[Candidate] = []
     for each in attends:
-        within = _within(query, query.append, each)
-        if isinstance(within, Declined):
-            yield within
-        else:
-            fused.append(within)
+        for make in (_within, _in_registers):
+            made_within = make(query, query.append, each)
+            if isinstance(made_within, Declined):
+                yield made_within
+            else:
+                fused.append(made_within)
     if fused:
         reason = "the product in f32{note}; heads where they attend, written into the cache"
         for product in products(query, reason):
@@ -135,6 +141,85 @@ def _within(query: KernelQuery, append: Append, attends: Candidate) -> Candidate
     # The product's columns come at once where queries would, and what is appended is read again.
     seconds = attends.seconds + ROUND_TRIP_SECONDS
     return replace(attends, calls=(alone, *attends.calls[1:]), seconds=seconds)
+
+
+def _in_registers(query: KernelQuery, append: Append, attends: Candidate) -> Candidate | Declined:
+    """Attention of one token that makes heads itself and holds its context in registers."""
+    call, target = attends.calls[0], query.target
+    if why := _not_in_registers(query, append, call):
+        return Declined(f"a context in registers: {why}")
+    heads, kv_heads, _ = query.attrs["heads"]
+    pages: Pages = call.args["pages"]
+    tiles = triton.cdiv(pages.PER_SLOT * pages.SIZE, TILE)
+    count = max(1, min(target.multiprocessors // kv_heads, tiles))
+    v = query.attrs["dims"][2]
+    temps = {
+        "sums": TensorType("f32", (1, heads, count, v)),
+        "tops": TensorType("f32", (1, heads, count)),
+        "totals": TensorType("f32", (1, heads, count)),
+    }
+    programs, resident = spread(target, kv_heads * count)
+    parts = (head_part(query, part)._replace(out=None, cache=None) for part in range(3))
+    caches = (Result(append.caches[part]) for part in (1, 2))
+    args = {
+        "product": product_of(query),
+        **dict(zip(("query", "key", "value"), parts, strict=True)),
+        "rotation": rotation_of(query),
+        **{name: call.args[name] for name in ("keys", "values", "pages")},
+        "variant": call.args["variant"]._replace(sinks=query.ref("sinks")),
+        "out": Result(0),
+        "parts": Parts(*map(Temp, temps), v, count, TILE),
+        "counters": Counter("arrived"),
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "W": WARPS,
+    }
+    alone = Call(
+        register_decode_kernel,
+        args,
+        (programs, 1, 1),
+        (Result(0), *caches, *map(Temp, temps)),
+        num_warps=WARPS,
+        resident=resident,
+    )
+    # Where a page lies and what is in it have been read before.
+    seconds = attends.seconds - ROUND_TRIP_SECONDS
+    reason = f"a context in registers, {count} parts, which the last joins"
+    return Candidate((alone,), seconds, reason, temps, {"arrived": kv_heads})
+
+
+def _not_in_registers(query: KernelQuery, append: Append, call: Call) -> str:
+    """Why attention does not hold its context in registers; empty where it does."""
+    heads, dims, attrs = query.attrs["heads"], query.attrs["dims"], query.attrs
+    if not query.target.name.startswith("cuda"):
+        return "expected an NVIDIA target"
+    if call.function is not decode_kernel or query.args[0].shape[0] != 1:
+        return f"{query.args[0].shape[0]} tokens, expected one"
+    if not call.args["AHEAD"] or call.args["arrivals"] is None:
+        return "expected an index that no launch before writes, and contexts in parts"
+    if query.args[0].type.dtype != "bf16":
+        return f"expected bf16, found {query.args[0].type.dtype}"
+    if append.kept & {1, 2}:
+        return "keys or values are read elsewhere"
+    if len({*dims}) > 1 or dims[0] not in (64, 128):
+        return f"expected heads of 64 or 128 dims, found {dims}"
+    if heads[1] != heads[2] or not 1 <= heads[0] // heads[1] <= MOST_HEADS:
+        return f"expected at most {MOST_HEADS} heads to a key, found {heads}"
+    if heads[1] > query.target.multiprocessors:
+        return f"{heads[1]} heads of keys, more than programs"
+    if attrs.get("softcap") or attrs.get("norm_of", "head") == "part":
+        return "expected no softcap, and no norm of all heads together"
+    rotation = rotation_of(query)
+    if any(attrs.get("rotate") or ()) and (
+        rotation.FORM != "half" or rotation.START % 4 or rotation.HALF % 4
+    ):
+        return "expected dims that are rotated by halves, in fours"
+    if (attrs.get("rotate") or (False,) * 3)[2]:
+        return "values are rotated"
+    constants = [query.operand(name) for name in ("bias", "norm_0", "norm_1", "norm_2")]
+    if any(x and (x.type.dtype != "bf16" or not x.constant or not x.dense) for x in constants):
+        return "expected a bias and norms that are constants of bf16"
+    return ""
 
 
 def _not_within(query: KernelQuery, append: Append, call: Call, threads: int) -> str:
