@@ -30,10 +30,9 @@ from .gating_kernels import (
     token_partials_kernel,
 )
 
-# Columns of a row that are loaded at once for its norm, and warps that share them; columns of a
-# block of the product and of a chunk, in f32 fewer for lack of registers. None depends on the
-# number of tokens.
-_ROW_BLOCK, _ROW_WARPS = 1024, 4
+# Columns of a row that are loaded at once for its norm; columns of a block of the product and of a
+# chunk, in f32 fewer for lack of registers. None depends on the number of tokens.
+_ROW_BLOCK = 1024
 _WIDE, _NARROW = (32, 256), (128, 512)
 # Lanes that a choice may fill.
 _LANES = 1024
@@ -83,10 +82,14 @@ def _choice(query: KernelQuery, experts: int, logits: str, sum_eps: float) -> Ch
     )
 
 
+def _lanes(choice: Choice) -> int:
+    return choice.GROUPS2 * choice.SIZE2
+
+
 def _seconds(choice: Choice) -> float:
     """What a choice takes, with its logits in registers."""
-    lanes = choice.GROUPS2 * choice.SIZE2
-    return RANKING_SECONDS if lanes <= COMPARED.value else choice.K * PICK_SECONDS
+    compared = _lanes(choice) <= COMPARED.value
+    return RANKING_SECONDS if compared else choice.K * PICK_SECONDS
 
 
 def _choosing(logits: Ref, choice: Choice, tokens: int, step: int, parts: int) -> Call:
@@ -96,7 +99,7 @@ def _choosing(logits: Ref, choice: Choice, tokens: int, step: int, parts: int) -
         {"logits": logits, "choice": choice, "tokens": tokens, "STEP": step, "PARTS": parts},
         (tokens, 1, 1),
         (Result(0), Result(1)),
-        num_warps=max(1, min(4, choice.GROUPS2 * choice.SIZE2 // 32)),
+        num_warps=max(1, min(8, _lanes(choice) // 32)),
     )
 
 
@@ -131,6 +134,9 @@ class _Gate:
         named = (query.operand(x) for x in ("norm", "post_norm", "bias", "correction"))
         self.constant = all(x.constant for x in (self.weight, *filter(None, named)))
         self.results_of_rows = tuple(r for r in (self.n, self.s) if r)
+        # Warps that share a row, whose sums hang on them, and a choice: of many lanes one a thread.
+        many = isinstance(self.choice, Choice) and _lanes(self.choice) > 128
+        self.warps = 8 if many else 4
         # As many loads in flight as shared memory holds.
         self.stages = 3 if query.target.name.startswith("cuda") else 2
 
@@ -162,7 +168,7 @@ def one_launch(query: KernelQuery) -> Candidate | Declined:
         return declined
     choice, product = gate.choice, gate.router()
     assert isinstance(choice, Choice)
-    lanes = choice.GROUPS2 * choice.SIZE2
+    lanes = _lanes(choice)
     # More rows than these would take other matrix instructions than the other templates do, which
     # may sum in another order; and of f32 more registers than there are.
     most = 16 if tl.float32 == product.DOT else 32
@@ -225,6 +231,7 @@ def few_tokens(query: KernelQuery) -> Iterator[Candidate | Declined]:
         },
         (programs, 1, 1),
         (logits, *gate.results_of_rows),
+        num_warps=gate.warps,
         num_stages=gate.stages,
         resident=resident,
     )
@@ -260,7 +267,7 @@ def many_tokens(query: KernelQuery) -> Candidate | Declined:
     n: Ref = Arg(0)
     step = gate.x.strides[0]
     if gate.results_of_rows:
-        calls.append(rows_call(gate.rows, gate.x.shape, gate.n, gate.s, _ROW_BLOCK, _ROW_WARPS))
+        calls.append(rows_call(gate.rows, gate.x.shape, gate.n, gate.s, _ROW_BLOCK, gate.warps))
         # With a norm n is result 2; else it is s, which is.
         n, step = Result(2), gate.width
     tile = 16 if gate.tokens <= 16 else 64
