@@ -24,6 +24,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     ),
     "qwen3-30b-a3b": dict(
         model_type="qwen3_moe",
+        head_dim=128,
         num_hidden_layers=48,
         norm_topk_prob=True,
         max_position_embeddings=40960,

@@ -45,6 +45,7 @@ from ingot.runtime.devices.check_program import check_program
 from ingot.runtime.program import STEP
 from ingot.runtime.serving.abi import ServingAbi
 from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 PAGE = 64
@@ -229,6 +230,21 @@ def test_names_are_models_of_transformers(name: str) -> None:
     assert config.num_hidden_layers == 2 and config.dtype == torch.bfloat16
     described = get_type_hints(command, include_extras=True)["model"].__metadata__[0].help
     assert re.search(rf"\b{name}\b", described)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("qwen3-8b", 8.19),
+        ("qwen3-30b-a3b", 30.53),
+        ("deepseek-v2-lite", 15.71),
+        ("gpt-oss-20b", 20.91),
+    ],
+)
+def test_names_are_as_large_as_what_was_published(name: str, billions: float) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(name))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
 
 
 def test_a_limit_of_positions_is_raised_and_never_lowered() -> None:

@@ -52,7 +52,7 @@ def launches(name: str, layers: int, target: str) -> Counter[str]:
     lowered = lower(graph, imported.weights, backend.target, binding, ["logits"], backend=backend)
     (entry,) = lowered.program.entries
     names = (backend.sources[launch.kernel].function.__name__ for launch in entry.launches)
-    kinds = (name.removesuffix("_kernel") for name in names)
+    kinds = (name.removesuffix("_kernel").removeprefix("register_") for name in names)
     return Counter("products" if k in ("fragment", "gemv", "mfma", "product") else k for k in kinds)
 
 

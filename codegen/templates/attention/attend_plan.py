@@ -155,7 +155,7 @@ def _in_parts(
         "tops": TensorType("f32", shape),
         "totals": TensorType("f32", shape),
     }
-    sizes = (job.v, count, tile.n)
+    sizes = (job.v, count, tile.n, triton.next_power_of_2(count))
     groups = blocks * job.kv_heads * given["lanes"]
     programs, resident = spread(target, groups * count)
     made = {"heads": None, "latent": None, "MAKES": "", "arrivals": None, "join": None}
@@ -177,7 +177,7 @@ def _in_parts(
     alone = {"out": None, "variant": job.variant._replace(sinks=None), "parts": parts}
     attend = replace(whole, args={**whole.args, **alone}, writes=tuple(map(Temp, temps)))
     v = min(128, triton.next_power_of_2(job.v))
-    by_row = Join(1, v, min(_MOST_AT_ONCE, triton.next_power_of_2(count)))
+    by_row = Join(1, v, min(_MOST_AT_ONCE, parts.BLOCK))
     combine = _combine(job, parts, by_row)
     reason = f"{reason}, {count} parts"
     # First a small launch waits for its index.
@@ -236,10 +236,10 @@ def _combine(job: Attention, parts: Parts, join: Join) -> Call:
 
 
 def _joining(job: Attention, parts: Parts, join: Join, steps: int) -> float:
-    """Seconds that a program waits for parts, so many at once in each of its steps, of a short
-    context. A long one takes longer."""
+    """Seconds that a program waits for tops, and then for parts, so many at once in each of its
+    steps, of a short context. A long one takes longer."""
     count = min(parts.COUNT, triton.cdiv(min(job.context, _SHORT_CONTEXT), parts.TILE))
-    return steps * triton.cdiv(count, join.AT_ONCE) * ROUND_TRIP_SECONDS
+    return (1 + steps * triton.cdiv(count, join.AT_ONCE)) * ROUND_TRIP_SECONDS
 
 
 def padded(size: int) -> int:

@@ -14,7 +14,7 @@ from .attend import LOG2E
 class Parts(NamedTuple):
     """What the COUNT parts of a context made: f32 `sums` of weighted values [T, H, COUNT, V], and
     of their weights `totals`, and the greatest scores `tops` (log2) [T, H, COUNT]. Tile t of a
-    context, TILE positions, is of part t % COUNT."""
+    context, TILE positions, is of part t % COUNT; BLOCK is the power of 2 that holds COUNT."""
 
     sums: Any
     tops: Any
@@ -22,6 +22,7 @@ class Parts(NamedTuple):
     V: Any
     COUNT: Any
     TILE: Any
+    BLOCK: Any
 
 
 class Join(NamedTuple):
@@ -55,33 +56,36 @@ def joined(
     """Dims from `first` on of rows of `out` [T, H, V], of the parts that each row sees: `token`,
     `head`, position `at` and whether a row is `mine`, all [M]. Those of `padding` [M] are 0.
 
-    Parts are loaded some at once, all that they are weighted by too, and added up one after the
-    other, so that a row's sum depends on its own position alone.
+    Parts are loaded some at once and added up one after the other, so that a row's sum depends on
+    its own position alone.
     """
     V: tl.constexpr = parts.V
     COUNT: tl.constexpr = parts.COUNT
     dim = first + tl.arange(0, join.V)
     inside = (dim < V)[None, :]
     place = token.to(tl.int64) * HEADS + head
+    index = tl.arange(0, parts.BLOCK)
     high = at // parts.TILE
     low = high * 0
     if variant.WINDOW:
         low = tl.maximum(at - variant.WINDOW + 1, 0) // parts.TILE
-    # Without a window no part behind that of the last tile is seen.
-    end = COUNT
-    if not variant.WINDOW:
-        end = tl.minimum(tl.max(tl.where(mine, high, 0), 0) + 1, COUNT)
-    base = tl.full([join.M], float("-inf"), tl.float32)
+    seen = mine[:, None] & _has(index[None, :], low[:, None], high[:, None], COUNT)
+    where = place[:, None] * COUNT + index[None, :]
+    top = tl.load(parts.tops + where, mask=seen, other=float("-inf"), cache_modifier=".cg")
+    base = tl.max(top, 1)
     if variant.sinks is not None:
         sink = tl.load(variant.sinks + head, mask=mine, other=0.0).to(tl.float32) * LOG2E
-        base = sink
-    whole = tl.zeros([join.M], tl.float32)
+        base = tl.maximum(base, sink)
+    # A row of others has no top: its weights are 0, not NaN.
+    base = tl.where(base == float("-inf"), 0.0, base)
+    whole = base * 0
     acc = tl.zeros([join.M, join.V], tl.float32)
-    for some in range(0, end, join.AT_ONCE):
+    begin = tl.min(tl.where(seen, index[None, :], COUNT), 1)
+    end = tl.max(tl.where(seen, index[None, :] + 1, 0), 1)
+    for some in range(tl.min(begin, 0), tl.max(end, 0), join.AT_ONCE):
         scores = ()
         weights = ()
         values = ()
-        higher = base
         for i in tl.static_range(join.AT_ONCE):
             here = mine & _has(some + i, low, high, COUNT)
             to = place * COUNT + some + i
@@ -93,17 +97,10 @@ def joined(
             scores = scores + (score,)
             weights = weights + (total,)
             values = values + (value,)
-            higher = tl.maximum(higher, score)
-        # Where nothing has been seen there is no top: weights are 0, not NaN.
-        top = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2(base - top)
-        whole = whole * fade
-        acc = acc * fade[:, None]
         for i in tl.static_range(join.AT_ONCE):
-            weight = tl.exp2(scores[i] - top)
+            weight = tl.exp2(scores[i] - base)
             whole += weights[i] * weight
             acc += values[i] * weight[:, None]
-        base = higher
     if variant.sinks is not None:
         whole += tl.exp2(sink - base)
     result = tl.where(padding[:, None], 0.0, acc / whole[:, None]).to(out.dtype.element_ty)

@@ -168,7 +168,7 @@ def _in_registers(query: KernelQuery, append: Append, attends: Candidate) -> Can
         **{name: call.args[name] for name in ("keys", "values", "pages")},
         "variant": call.args["variant"]._replace(sinks=query.ref("sinks")),
         "out": Result(0),
-        "parts": Parts(*map(Temp, temps), v, count, TILE),
+        "parts": Parts(*map(Temp, temps), v, count, TILE, triton.next_power_of_2(count)),
         "counters": Counter("arrived"),
         "KV_HEADS": kv_heads,
         "GROUP": heads // kv_heads,
