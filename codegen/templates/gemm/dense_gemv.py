@@ -64,7 +64,7 @@ def gemv_kernel(
         next_ws, next_us = _weights(weight, w_row, in_rows, column, N)
     pdl_join(PROGRAMMATIC)
     # Two steps without a loop between them: Triton 3.6 would take more registers for one.
-    UNROLL: tl.constexpr = 2 if K <= 2 * BLOCK_K else 1
+    UNROLL: tl.constexpr = 2 if K > BLOCK_K and K <= 2 * BLOCK_K else 1
     for k in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
         at = k + column
         in_k = at < K
