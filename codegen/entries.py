@@ -158,11 +158,11 @@ class EntryBuilder:
 
     @property
     def early(self) -> frozenset[str]:
-        """The buffers that no launch so far writes: constants, and inputs, whose memory is nothing
-        else's before they are read."""
+        """The buffers that no launch so far writes: constants, state, and inputs, whose memory is
+        nothing else's before they are read."""
         written = {name for names in self.writes for name in names}
         inputs = {name for name, b in self.local.items() if b.kind == "input"}
-        return self.constants | (inputs - written)
+        return self.constants | ((inputs | {*self.graph.state}) - written)
 
     @cached_property
     def _output_names(self) -> Mapping[Value, str]:

@@ -158,7 +158,9 @@ class KernelBackend:
             dict(bound.attrs),
             tuple(operand(arg, builder.constants, early) for arg in args),
             tuple(
-                operand(result) if result else Operand(type_, dense_strides(type_.shape))
+                operand(result, early=early)
+                if result
+                else Operand(type_, dense_strides(type_.shape))
                 for result, type_ in zip(results, types, strict=True)
             ),
             self.target,

@@ -17,7 +17,7 @@ from ...runtime.serving.abi import ServingMeta
 from ..compilation import ALL, lower_language_model
 from ..options import CompileOptions
 from ..progress import Progress
-from .parts import parts_of, with_parts
+from .parts import parts_of, with_own_integers, with_parts
 from .random_weights import RandomWeights
 from .workload import Workload, step_inputs
 
@@ -65,6 +65,8 @@ def _timed(
     program: Program, choices: Sequence[Choice], driver: GpuDriver, known: Container[Launched]
 ) -> Iterator[Point]:
     """The launches of a program that are priced, without those that are `known`."""
+    # Loading replays every part, also of what chooses by indices that another launch writes.
+    program = with_own_integers(program)
     step, meta = program.functions[STEP], ServingMeta.of(program.meta)
     by_entry = {name: [*of] for name, of in groupby(choices, key=lambda choice: choice.entry)}
     executable = driver.load(with_parts(program, step.entries, None), RandomWeights(program))

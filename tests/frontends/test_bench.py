@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import msgspec
@@ -24,6 +25,7 @@ from ingot.compiler.dtypes import INTEGERS
 from ingot.compiler.ir import Graph
 from ingot.compiler.target import target_of
 from ingot.frontends import api, drivers
+from ingot.frontends.bench import tune as tune_module
 from ingot.frontends.bench.explain import explain
 from ingot.frontends.bench.measure import bytes_by_launch, decode_rate
 from ingot.frontends.bench.models import MODELS, config_of
@@ -42,7 +44,7 @@ from ingot.frontends.launches import PlannedEntry
 from ingot.frontends.model import Plan
 from ingot.frontends.speculate import NGram
 from ingot.runtime.devices.check_program import check_program
-from ingot.runtime.program import STEP
+from ingot.runtime.program import STEP, Program
 from ingot.runtime.serving.abi import ServingAbi
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
@@ -165,6 +167,23 @@ def test_parts_are_every_launch_once_and_the_program_stays_valid(plan: Plan) -> 
         assert chain.dependencies == tuple((i, i + 1) for i in range(part.chained - 1))
     whole = made.functions[prefix_name(entry, len(entry.launches))].entries[0]
     assert (whole.launches, whole.dependencies) == (entry.launches, entry.dependencies)
+
+
+def test_launches_that_are_tuned_find_indices_of_a_step(plan: Plan) -> None:
+    """Loading replays each kind of launch by itself: experts' would read what another wrote."""
+
+    class Loaded(Exception):
+        pass
+
+    def load(program: Program, weights: object) -> None:
+        integers = [b for e in program.entries for b in e.buffers if b.dtype in INTEGERS]
+        assert integers
+        assert all((b.offset or 0) >= plan.program.arena_bytes for b in integers if b.nbytes)
+        raise Loaded
+
+    driver: Any = SimpleNamespace(target="cuda:sm_90", load=load)
+    with pytest.raises(Loaded):
+        list(tune_module._timed(plan.program, (), driver, ()))
 
 
 def test_integers_lie_where_nothing_else_does(plan: Plan) -> None:

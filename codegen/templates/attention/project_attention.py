@@ -195,8 +195,12 @@ def _not_in_registers(query: KernelQuery, append: Append, call: Call) -> str:
         return "expected an NVIDIA target"
     if call.function is not decode_kernel or query.args[0].shape[0] != 1:
         return f"{query.args[0].shape[0]} tokens, expected one"
-    if not call.args["AHEAD"] or call.args["arrivals"] is None:
-        return "expected an index that no launch before writes, and contexts in parts"
+    if not call.args["AHEAD"]:
+        return "a launch before writes the index of the cache"
+    if not all(query.results[append.caches[part]].early for part in (1, 2)):
+        return "a launch before writes the cache"
+    if call.args["arrivals"] is None:
+        return "the last program joins the parts"
     if query.args[0].type.dtype != "bf16":
         return f"expected bf16, found {query.args[0].type.dtype}"
     if append.kept & {1, 2}:
@@ -209,13 +213,11 @@ def _not_in_registers(query: KernelQuery, append: Append, call: Call) -> str:
         return f"{heads[1]} heads of keys, more than programs"
     if attrs.get("softcap") or attrs.get("norm_of", "head") == "part":
         return "expected no softcap, and no norm of all heads together"
-    rotation = rotation_of(query)
-    if any(attrs.get("rotate") or ()) and (
-        rotation.FORM != "half" or rotation.START % 4 or rotation.HALF % 4
-    ):
+    rotation, turned = rotation_of(query), tuple(attrs.get("rotate") or (False,) * 3)
+    if turned not in ((False,) * 3, (True, True, False)):
+        return "expected queries and keys to be rotated, or nothing"
+    if any(turned) and (rotation.FORM != "half" or rotation.START % 4 or rotation.HALF % 4):
         return "expected dims that are rotated by halves, in fours"
-    if (attrs.get("rotate") or (False,) * 3)[2]:
-        return "values are rotated"
     constants = [query.operand(name) for name in ("bias", "norm_0", "norm_1", "norm_2")]
     if any(x and (x.type.dtype != "bf16" or not x.constant or not x.dense) for x in constants):
         return "expected a bias and norms that are constants of bf16"
