@@ -14,15 +14,16 @@ What is computed is what launches one after the other compute:
   transitive reduction: it holds for reading what an earlier launch wrote and for overwriting what
   it reads. If all programs of a kernel returned without waiting, it would be complete too soon and
   let the next one in: `pdl_wait` is therefore the first statement, under no condition.
-- Only constants, which no launch writes, may be read before, with two exceptions: fragment_linear
-  reads its first weights, and then waits by assembly of its own; dense_gemv does between
-  `pdl_launch` and `pdl_join`.
+- Only what no launch before writes may be read earlier. Constants first of all: products of few
+  tokens and gates read their first weights between `pdl_launch` and `pdl_join`, or in Gluon between
+  statements of their own.
 - An input that no earlier launch of the entry writes (kernel_query.Operand.early) is what it was
-  when the replay began, and its memory nothing else's: decode_kernel reads which slots, positions
-  and pages there are. A later launch that overwrites it, as the feed of the next step does, has
-  waited for this one. Keys and values it asks for into the L2 alone, which sees what is written.
-- register_decode_kernel reads keys and values: no other launch of its step writes its caches, it
-  does at the position of its one token, and what it reads lies before and is of earlier replays.
+  when the replay began, and its memory nothing else's: decode_kernel and combine_kernel read which
+  slots, positions and pages there are. A later launch that overwrites it, as the feed of the next
+  step does, has waited for this one. Keys and values decode_kernel asks for into the L2 alone,
+  which sees what is written.
+- So is a cache (`early`, too) that no earlier launch writes: register_decode_kernel reads keys and
+  values. It writes at the position of its one token; what it reads lies before, of earlier replays.
 - What launches before the last one wrote may be read, past the L1, where the last
   one lets this one begin only after its own wait, which says that they are complete. So the
   second launch of expert_stream reads which experts were chosen.
