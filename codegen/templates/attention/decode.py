@@ -19,7 +19,7 @@ from .parts import joined
 
 
 @triton.jit
-def _first_tile(part, first, COUNT: tl.constexpr, N: tl.constexpr):
+def first_tile(part, first, COUNT: tl.constexpr, N: tl.constexpr):
     """The first tile of a part that has positions from `first` on."""
     tile = first // N
     return tile + (part - tile % COUNT + COUNT) % COUNT
@@ -129,7 +129,7 @@ def decode_kernel(
         places = places_of(pages, tokens, part, COUNT, N, latent.BLOCK)
     if SLOTS == 1 or AHEAD:
         mine, slot, first, last = spanned(rank, lane, slot_of, at, at, variant)
-        begin = _first_tile(part, first, COUNT, N)
+        begin = first_tile(part, first, COUNT, N)
     if AHEAD:
         if PROGRAMMATIC:
             _prefetch(keys, values, pages, kv_head, slot, begin, first, last, N)
@@ -153,7 +153,7 @@ def decode_kernel(
     for this in range(0 if ONE else lane, 1 if ONE else most, 1 if ONE else lanes):
         if SLOTS > 1:
             mine, slot, first, last = spanned(rank, this, slot_of, at, at, variant)
-            begin = _first_tile(part, first, COUNT, N)
+            begin = first_tile(part, first, COUNT, N)
         if MAKES != "heads":
             q = queries_of(query, token.to(tl.int64), head, mine)
         q_rest = q

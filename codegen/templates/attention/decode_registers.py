@@ -22,6 +22,8 @@ from triton.experimental.gluon import language as gl
 
 from ..gemm.stream_asm import four_words, number_at, put, statement, sum_over
 from .attend import LOG2E
+from .decode import first_tile
+from .parts import has_tiles
 
 # Warps of a program, positions of a context that they walk at once, heads of a group at most.
 WARPS = 8
@@ -420,7 +422,7 @@ def register_decode_kernel(
         first = gl.maximum(at - variant.WINDOW + 1, 0)
     low = first // N
     high = at // N
-    begin = low + (part - low % COUNT + COUNT) % COUNT
+    begin = first_tile(part, first, COUNT, N)
     some = (slot >= 0) & (part < COUNT) & (begin <= high)
     owns = some & (high % COUNT == part)
     n = begin * N + warp * 16
@@ -627,10 +629,7 @@ def register_decode_kernel(
                 higher = top
                 for i in gl.static_range(8):
                     of_part = some_parts + i
-                    has = (of_part < COUNT) & (
-                        (of_part - low % COUNT + COUNT) % COUNT <= high - low
-                    )
-                    there = joins & has
+                    there = joins & has_tiles(of_part, low, high, COUNT)
                     at_part = (whole_head * COUNT + of_part).to(gl.int64)
                     score = _number_loaded(parts.tops.to(gl.int64) + at_part * 4, there)
                     scores = scores + (gl.where(there, score, float("-inf")),)

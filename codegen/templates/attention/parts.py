@@ -34,7 +34,7 @@ class Join(NamedTuple):
 
 
 @triton.jit
-def _has(part, low, high, COUNT: tl.constexpr):
+def has_tiles(part, low, high, COUNT: tl.constexpr):
     """Whether a part has any of the tiles [low, high]."""
     return (part < COUNT) & ((part - low % COUNT + COUNT) % COUNT <= high - low)
 
@@ -69,7 +69,7 @@ def joined(
     low = high * 0
     if variant.WINDOW:
         low = tl.maximum(at - variant.WINDOW + 1, 0) // parts.TILE
-    seen = mine[:, None] & _has(index[None, :], low[:, None], high[:, None], COUNT)
+    seen = mine[:, None] & has_tiles(index[None, :], low[:, None], high[:, None], COUNT)
     where = place[:, None] * COUNT + index[None, :]
     top = tl.load(parts.tops + where, mask=seen, other=float("-inf"), cache_modifier=".cg")
     base = tl.max(top, 1)
@@ -87,7 +87,7 @@ def joined(
         weights = ()
         values = ()
         for i in tl.static_range(join.AT_ONCE):
-            here = mine & _has(some + i, low, high, COUNT)
+            here = mine & has_tiles(some + i, low, high, COUNT)
             to = place * COUNT + some + i
             to_value = to[:, None] * V + dim[None, :]
             mask = here[:, None] & inside
